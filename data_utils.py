@@ -1,0 +1,869 @@
+"""Raw image folders -> cached splits, and reading them back.
+
+    python data_utils.py                                      every data set found under data/
+    python data_utils.py --data_name cub --image_size 128     one of them, smaller
+    python data_utils.py --data_name demo --image_size 32     draws a data set first; needs no download
+
+The cache data/NAME/cache_256/ holds pixels after the last deterministic step of the input pipeline, as uint8: training
+images with their shorter side at int(1.1 * 256), test images resized and centre-cropped to 256 x 256. They equal
+torchvision's Resize and CenterCrop bit for bit. Random crops, flips and normalisation are left to training.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import filelock
+import numpy as np
+import scipy.io
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+from utils import (
+    InputError,
+    Parser,
+    RunError,
+    atomic_open,
+    flush_folder,
+    flush_to_disk,
+    natural_number,
+    run_main,
+    sha256,
+    size_text,
+)
+
+CACHE_VERSION = 1
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")  # no other decoder of Pillow sees a downloaded file
+MAX_RESIZED_PIXELS = 16_000_000  # a 1 x 10,000 image would grow to 281 x 2,810,000
+
+
+class Published(NamedTuple):
+    """What is known of a data set: class ids and split, counts, and the channel statistics of METHOD.md."""
+
+    last_train_class: int | None  # classes 1..this train, the others test; None: the lists say
+    num_classes: int
+    counts: dict[str, tuple[int, int]]  # split -> classes, images
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+PUBLISHED = {
+    "car": Published(
+        last_train_class=98,
+        num_classes=196,
+        counts={"train": (98, 8054), "test": (98, 8131)},
+        mean=(0.4853, 0.4965, 0.4295),
+        std=(0.2237, 0.2193, 0.2568),
+    ),
+    "cub": Published(
+        last_train_class=100,
+        num_classes=200,
+        counts={"train": (100, 5864), "test": (100, 5924)},
+        mean=(0.4707, 0.4601, 0.4549),
+        std=(0.2767, 0.2760, 0.2850),
+    ),
+    "sop": Published(
+        last_train_class=None,
+        num_classes=22634,
+        counts={"train": (11318, 59551), "test": (11316, 60502)},
+        mean=(0.5807, 0.5396, 0.5044),
+        std=(0.2901, 0.2974, 0.3095),
+    ),
+}
+
+LAYOUTS = """\
+  data/car/   cars_annos.mat and car_ims/, or the devkit: cars_train/, cars_test/, devkit/cars_train_annos.mat and
+              cars_test_annos_withlabels.mat
+  data/cub/   images.txt, image_class_labels.txt and images/   (CUB-200-2011)
+  data/sop/   Ebay_train.txt, Ebay_test.txt and *_final/       (Stanford Online Products)
+  data/NAME/  train/ and test/, with a folder of images for each class
+The README says where to get them. Without any: python data_utils.py --data_name demo"""
+
+# ------------------------------------------------------------------------------------------------ pixels
+
+
+def load_rgb(path: str | Path) -> Image.Image:
+    """Opens an image as RGB: EXIF orientation applied, 16-bit grey scaled to 8 bits, alpha dropped.
+
+    Raises what Pillow raises for a missing, unreadable or truncated file. An image over Pillow's limit against
+    decompression bombs (`Image.MAX_IMAGE_PIXELS`, 89 megapixels) is an error too.
+    """
+    with _open_image(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+            grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+            image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def _open_image(path: str | Path) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(path, formats=IMAGE_FORMATS)
+
+
+def train_size(image_size: int) -> int:
+    """The shorter side of a training image before the random crop (METHOD.md: "One member", step 5)."""
+    return int(1.1 * image_size)
+
+
+def resized(width: int, height: int, shorter: int) -> tuple[int, int]:
+    """The (width, height) that torchvision's `Resize(shorter)` gives."""
+    if width <= height:
+        return shorter, int(shorter * height / width)
+    return int(shorter * width / height), shorter
+
+
+def resize_train(image: Image.Image, image_size: int) -> np.ndarray:
+    """`(H, W, 3) uint8`, the shorter side int(1.1 * image_size)."""
+    return np.asarray(image.resize(resized(*image.size, train_size(image_size)), Image.Resampling.BILINEAR))
+
+
+def resize_test(image: Image.Image, image_size: int) -> np.ndarray:
+    """`(image_size, image_size, 3) uint8`: the shorter side image_size, then the centre crop."""
+    image = image.resize(resized(*image.size, image_size), Image.Resampling.BILINEAR)
+    left, top = (int(round((side - image_size) / 2.0)) for side in image.size)  # torchvision's rounding
+    return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
+
+
+# ------------------------------------------------------------------------------------------------ raw layouts
+
+
+class UnknownLayout(InputError):
+    """A folder that holds no data set in a layout that is known for its name."""
+
+
+class Entry(NamedTuple):
+    """One image of a raw data set."""
+
+    split: str  # "train" or "test"
+    class_key: int | str  # sorts the classes
+    class_name: str
+    path: str  # relative to data/NAME, with forward slashes
+
+
+@dataclass
+class Listing:
+    """What a raw data set holds, before any image is opened."""
+
+    entries: list[Entry] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def list_data_set(name: str, folder: Path) -> Listing:
+    """Lists the images of the raw data set `folder` (data/NAME) by the layout that its name asks for.
+
+    Raises InputError if the layout is not there. Problems with single lines and paths are collected in the listing;
+    that the images exist is checked when they are opened.
+    """
+    parser = RAW_LAYOUTS.get(name, list_image_folder)
+    roots = [folder] if parser is list_image_folder else [folder, *_subfolders(folder)]  # archives unpack one deeper
+    for root in roots:
+        listing = parser(root, f"{root.relative_to(folder).as_posix()}/" if root != folder else "")
+        if listing is not None:
+            return _checked(listing, name)
+    raise UnknownLayout(f"{folder} holds no data set; expected is one of\n{LAYOUTS}")
+
+
+def list_car(root: Path, prefix: str) -> Listing | None:
+    """Cars196: `cars_annos.mat` with `car_ims/`, or the devkit with `cars_train/` and `cars_test/`."""
+    listing = Listing()
+    if (root / "cars_annos.mat").is_file() and (root / "car_ims").is_dir():
+        tables = [(root / "cars_annos.mat", "relative_im_path", prefix)]
+        names_file = root / "cars_annos.mat"
+    else:
+        devkit = _first_existing(root / "devkit" / "cars_train_annos.mat", root / "cars_train_annos.mat")
+        if devkit is None:
+            if not (root / "cars_annos.mat").is_file():
+                return None
+            listing.problems.append(f"{root / 'car_ims'}: missing folder")
+            return listing
+        labelled = _first_existing(
+            devkit.with_name("cars_test_annos_withlabels.mat"), root / "cars_test_annos_withlabels.mat"
+        )
+        if labelled is None:
+            listing.problems.append(
+                f"{devkit.with_name('cars_test_annos_withlabels.mat')}: missing (cars_test_annos.mat has no labels: "
+                "the file needed is cars_test_annos_withlabels.mat)"
+            )
+        tables = []
+        for table, part in ((devkit, "cars_train"), (labelled, "cars_test")):
+            nested = f"{part}/{part}" if (root / part / part).is_dir() else part
+            if table is not None:
+                tables.append((table, "fname", f"{prefix}{nested}/"))
+        names_file = devkit.with_name("cars_meta.mat")
+    names = _car_names(names_file)
+    for table, path_field, folder in tables:
+        try:
+            rows = read_car_annotations(table, path_field)
+        except InputError as error:
+            listing.problems.append(str(error))
+            continue
+        for number, (path, class_id) in enumerate(rows, 1):
+            _add(listing, "car", f"{table}, entry {number}", class_id, folder, path, names.get(class_id))
+    return listing
+
+
+def read_car_annotations(path: Path, path_field: str = "fname") -> list[tuple[str, int]]:
+    """The (image path, class id) pairs of one of Cars196's annotation files. Raises InputError if it is no such file."""
+    try:
+        annotations = np.ravel(scipy.io.loadmat(path)["annotations"])
+        fields = annotations.dtype.names
+    except Exception as error:  # scipy raises a dozen kinds for a damaged, empty, HTML or version 7.3 file
+        raise InputError(f"{path}: not a readable Cars196 annotation file ({_reason(error)})") from None
+    if fields and "class" not in fields:
+        raise InputError(f"{path}: has no labels; the file needed is cars_test_annos_withlabels.mat")
+    try:
+        return [(str(row[path_field].item()), int(row["class"].item())) for row in annotations]
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        raise InputError(f"{path}: not a readable Cars196 annotation file ({_reason(error)})") from None
+
+
+def _car_names(path: Path) -> dict[int, str]:
+    """Class id -> name, from the `class_names` of a .mat file; empty where that is not to be had."""
+    try:
+        names = np.ravel(scipy.io.loadmat(path, variable_names=["class_names"])["class_names"])
+        return {class_id: str(name.item()) for class_id, name in enumerate(names, 1)}
+    except Exception:  # names are for people only: the ids will do, and a bad annotation file is reported elsewhere
+        return {}
+
+
+def list_cub(root: Path, prefix: str) -> Listing | None:
+    """CUB-200-2011: `images.txt` ("id path") and `image_class_labels.txt` ("id class")."""
+    if not (root / "images.txt").is_file():
+        return None
+    listing = Listing()
+    classes: dict[str, int] = {}
+    for where, (image_id, class_id) in _rows(root / "image_class_labels.txt", 2, listing):
+        if not _is_number(class_id):
+            listing.problems.append(f"{where}: malformed line: {class_id!r} is no class id")
+        elif image_id in classes:
+            listing.problems.append(f"{where}: image id {image_id} stands in the list twice")
+        else:
+            classes[image_id] = int(class_id)
+    seen = set()
+    for where, (image_id, path) in _rows(root / "images.txt", 2, listing):
+        if image_id in seen:
+            listing.problems.append(f"{where}: image id {image_id} stands in the list twice")
+        elif image_id not in classes:
+            listing.problems.append(f"{where}: image {image_id} has no class in image_class_labels.txt")
+        else:
+            _add(listing, "cub", where, classes[image_id], f"{prefix}images/", path, path.split("/")[0])
+        seen.add(image_id)
+    return listing
+
+
+def list_sop(root: Path, prefix: str) -> Listing | None:
+    """Stanford Online Products: `Ebay_train.txt` and `Ebay_test.txt`, a header, then "image class super_class path"."""
+    if not (root / "Ebay_train.txt").is_file() and not (root / "Ebay_test.txt").is_file():
+        return None
+    listing = Listing()
+    for split in ("train", "test"):
+        rows = _rows(root / f"Ebay_{split}.txt", 4, listing)
+        header = next(rows, None)
+        if header is not None and header[1][0] != "image_id":
+            listing.problems.append(f"{header[0]}: the header 'image_id class_id super_class_id path' is missing")
+        for where, (_, class_id, _, path) in rows:
+            if _is_number(class_id):
+                _add(listing, "sop", where, int(class_id), prefix, path, class_id, split)
+            else:
+                listing.problems.append(f"{where}: malformed line: {class_id!r} is no class id")
+    return listing
+
+
+def list_image_folder(root: Path, prefix: str) -> Listing | None:
+    """`train/` and `test/`: every folder at any depth that holds images is a class, named by its path."""
+    if not (root / "train").is_dir() and not (root / "test").is_dir():
+        return None
+    listing = Listing()
+    for split in ("train", "test"):
+        if not (root / split).is_dir():
+            listing.problems.append(f"{root / split}: missing folder")
+            continue
+        for class_name, files in _class_folders(root / split):
+            if class_name == "":
+                listing.warnings.append(f"{root / split}: {len(files)} images outside any class folder are left out")
+                continue
+            folder = f"{prefix}{split}/{class_name}/"
+            for file in files:
+                if _utf8(folder + file):
+                    listing.entries.append(Entry(split, class_name, class_name, folder + file))
+                else:
+                    listing.problems.append(f"{folder + file!a}: the name is not valid UTF-8")
+    return listing
+
+
+RAW_LAYOUTS: dict[str, Callable[[Path, str], Listing | None]] = {"car": list_car, "cub": list_cub, "sop": list_sop}
+
+
+def _class_folders(folder: Path, name: str = "", above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
+    """Yields (name, image files) of every folder that holds images, sorted. Links back to a folder above end there."""
+    above = (*above, os.path.realpath(folder))
+    files, folders = [], []
+    with os.scandir(folder) as items:
+        for item in items:
+            if item.name.startswith("."):
+                continue
+            if item.is_dir():
+                folders.append(item.name)
+            elif os.path.splitext(item.name)[1].lower() in IMAGE_SUFFIXES:
+                files.append(item.name)
+    if files:
+        yield name, sorted(files)
+    for child in sorted(folders):
+        if os.path.realpath(folder / child) not in above:
+            yield from _class_folders(folder / child, f"{name}/{child}" if name else child, above)
+
+
+def _rows(path: Path, columns: int, listing: Listing) -> Iterator[tuple[str, list[str]]]:
+    """Yields ("file, line n", fields) of a text list; the last field may contain spaces. Blank lines are passed over."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        listing.problems.append(f"{path}: missing file")
+        return
+    except UnicodeDecodeError:
+        listing.problems.append(f"{path}: not a text file in UTF-8")
+        return
+    for number, line in enumerate(lines, 1):
+        fields = line.split(maxsplit=columns - 1)
+        if len(fields) == columns:
+            yield f"{path}, line {number}", [field.strip() for field in fields]
+        elif fields:
+            listing.problems.append(f"{path}, line {number}: malformed line: {columns} fields expected: {line[:80]!r}")
+
+
+def _add(
+    listing: Listing,
+    data_set: str,
+    where: str,
+    class_id: int,
+    folder: str,
+    path: str,
+    class_name: str | None,
+    split: str | None = None,
+) -> None:
+    """Adds one listed image, or the problem with it. The path is judged on its text: links on the disk are fine."""
+    known = PUBLISHED[data_set]
+    if not 1 <= class_id <= known.num_classes:
+        listing.problems.append(f"{where}: class id {class_id} is out of range 1..{known.num_classes}")
+    elif re.match(r"[/\\]|[A-Za-z]:", path) or ".." in re.split(r"[/\\]", path) or "\0" in path or not _utf8(path):
+        listing.problems.append(f"{where}: absolute path, '..' or unusable characters in {path!r}")
+    else:
+        split = split or ("train" if class_id <= known.last_train_class else "test")
+        listing.entries.append(Entry(split, class_id, class_name or str(class_id), folder + path))
+
+
+def _checked(listing: Listing, name: str) -> Listing:
+    """Sorts the entries by split and class and adds the problems and warnings that only the whole list shows."""
+    listing.entries.sort(key=lambda entry: (entry.split, entry.class_key))  # stable: the list's order within a class
+    classes = {split: {e.class_key for e in listing.entries if e.split == split} for split in ("train", "test")}
+    both = sorted(classes["train"] & classes["test"])
+    if both:
+        listing.warnings.append(
+            f"{len(both)} classes are in both train and test ({', '.join(map(str, both[:3]))}{', …' * (len(both) > 3)}): "
+            "Recall@K is meant for classes that were not trained on"
+        )
+    paths = [entry.path for entry in listing.entries]
+    if len(set(paths)) < len(paths):
+        listing.warnings.append(f"{len(paths) - len(set(paths))} images are listed more than once")
+    for split in ("train", "test"):
+        num_images = sum(entry.split == split for entry in listing.entries)
+        found = (len(classes[split]), num_images)
+        if num_images == 0 and not listing.problems:
+            listing.problems.append(f"the {split} split has no images")
+        if name in PUBLISHED and found != PUBLISHED[name].counts[split]:
+            listing.warnings.append(
+                f"{split}: {found[0]:,} classes and {found[1]:,} images, published are {{:,}} and {{:,}}".format(
+                    *PUBLISHED[name].counts[split]
+                )
+            )
+    return listing
+
+
+def _first_existing(*paths: Path) -> Path | None:
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "cache_")))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
+
+
+def _utf8(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _reason(error: Exception) -> str:
+    """An exception as one short line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+# ------------------------------------------------------------------------------------------------ writing the cache
+
+
+def build_cache(
+    data_path: Path, name: str, image_size: int, num_workers: int, force: bool = False, skip_bad: bool = False
+) -> "Cache":
+    """Turns the raw data set data_path/name into its cache, unless a good one is there and `force` is not set.
+
+    The new cache is made under a temporary name and renamed when whole; until then an earlier one stays as it was.
+    Raises UnknownLayout if there is no data set, InputError with all problems found in it.
+    """
+    target = cache_folder(data_path, name, image_size)
+    old, new = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("old", "new"))
+    try:
+        with filelock.FileLock(target.with_name(f".{target.name}.lock"), timeout=0):
+            for leftover in target.parent.glob(f".{target.name}.*-*"):  # of a run that was killed
+                shutil.rmtree(leftover)
+            if not force and (target / "meta.json").exists():
+                try:
+                    cache = read_cache(data_path, name, image_size)
+                    print(f"{name}: {target} is there already (--force makes it again)")
+                    return cache
+                except InputError as error:
+                    print(f"{name}: making the cache again: {error}", file=sys.stderr)
+            listing = list_data_set(name, data_path / name)
+            try:
+                new.mkdir()
+                skipped = _write_cache(new, listing, name, data_path / name, image_size, num_workers, skip_bad)
+                if target.exists():
+                    os.rename(target, old)
+                os.rename(new, target)
+                flush_folder(target.parent)
+                _write_skipped(target.with_name(f"{target.name}_skipped.txt"), skipped)
+            finally:
+                for folder in (new, old):
+                    shutil.rmtree(folder, ignore_errors=True)
+    except filelock.Timeout:
+        raise InputError(f"{target} is being made by another process") from None
+    return read_cache(data_path, name, image_size)
+
+
+def _write_cache(
+    folder: Path, listing: Listing, name: str, source: Path, image_size: int, num_workers: int, skip_bad: bool
+) -> list[str]:
+    """Fills `folder` and returns the problems of the images that `skip_bad` left out. Memory: a few images a worker."""
+    entries = listing.entries
+    for split, (num_classes, num_images) in count(entries).items():
+        print(f"{name}: {split} lists {num_classes:,} classes, {num_images:,} images", flush=True)
+    for warning in listing.warnings:
+        print(f"{name}: warning: {warning}", file=sys.stderr)
+
+    num_bytes: dict[int, int] = {}  # number of the entry -> bytes of its pixels
+    bad: dict[int, str] = {}  # number of the entry -> what is wrong with its image
+    stored: dict[int, tuple] = {}  # number of the entry -> what _store_image returned
+    pool = ProcessPoolExecutor(num_workers, initializer=_end_with_parent)
+    try:
+        # The headers give every image its place before any is decoded, so that workers write in parallel. (A rotation
+        # by EXIF, applied later, swaps the sides and keeps the number of pixels.)
+        probe = functools.partial(_probe_image, source, image_size)
+        for number, result in enumerate(pool.map(probe, entries, chunksize=64)):
+            (bad if isinstance(result, str) else num_bytes)[number] = result
+        store = functools.partial(_store_image, source, image_size)
+        while True:
+            good = [number for number in range(len(entries)) if number not in bad]
+            files, offsets = _allocate(
+                folder, [(entries[number].split, num_bytes[number]) for number in good], image_size
+            )
+            results = pool.map(store, [entries[number] for number in good], files, offsets, chunksize=16)
+            for number, result in zip(good, tqdm(results, name, len(good), unit=" images", disable=None), strict=True):
+                (bad if isinstance(result, str) else stored)[number] = result
+            if not skip_bad or not any(number in bad for number in good):
+                break  # else once more, without those that turned out to be damaged
+    except BrokenProcessPool:
+        raise RunError("a worker process was killed, for lack of memory perhaps; try fewer --num_workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+    skipped = [bad[number] for number in sorted(bad)]
+    problems = listing.problems if skip_bad else listing.problems + skipped
+    if not problems:
+        counts = count(entries[number] for number in good)
+        problems = [f"no image is left in {split}" for split in counts if counts[split][1] == 0]
+    if problems:
+        remedy = "; --skip_bad goes on without bad images" if skipped and not skip_bad and not listing.problems else ""
+        shown = "".join(f"\n  {problem}" for problem in problems[:20]) + "\n  …" * (len(problems) > 20)
+        raise InputError(f"{name}: {len(problems):,} problems, nothing written{remedy}:{shown}")
+
+    train, test = ([number for number in good if entries[number].split == split] for split in ("train", "test"))
+    meta = {"version": CACHE_VERSION, "image_size": image_size, "resize": "crop"}
+    meta |= _channel_statistics(name, [stored[number] for number in train])
+    arrays = {
+        "train_sizes": np.array([stored[number][0] for number in train], np.int32),
+        "train_offsets": np.cumsum([0] + [num_bytes[number] for number in train], dtype=np.int64),
+        "test_is_query": np.ones(len(test), bool),
+        "test_is_gallery": np.ones(len(test), bool),
+    }
+    for split, numbers in (("train", train), ("test", test)):
+        classes = {
+            entries[number].class_key: entries[number].class_name for number in numbers
+        }  # sorted, as entries are
+        label_of = {key: label for label, key in enumerate(classes)}
+        meta[split] = {"classes": list(classes.values()), "paths": [entries[number].path for number in numbers]}
+        arrays[f"{split}_labels"] = np.array([label_of[entries[number].class_key] for number in numbers], np.int64)
+    for array_name, array in arrays.items():
+        np.save(folder / f"{array_name}.npy", array, allow_pickle=False)
+    meta["arrays"] = {}
+    for array_name in sorted([*arrays, "train_pixels", "test_images"]):
+        path = folder / f"{array_name}.npy"
+        with open(path, "r+b") as file:
+            flush_to_disk(file)
+        meta["arrays"][array_name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+    with atomic_open(folder / "meta.json") as file:
+        json.dump(meta, file, indent=1)
+    return skipped
+
+
+def _allocate(folder: Path, images: list[tuple[str, int]], image_size: int) -> tuple[list[Path], list[int]]:
+    """Makes the two pixel files in their full size for images given as (split, bytes), training images first.
+
+    Returns each image's file and byte offset.
+    """
+    needed, free = sum(num_bytes for _, num_bytes in images), shutil.disk_usage(folder).free
+    if needed + 2**24 > free:  # 16 MiB for all that is not pixels
+        raise InputError(f"{folder.parent}: the cache needs {size_text(needed)}, only {size_text(free)} are free")
+    files, offsets = [], []
+    for split, file_name in (("train", "train_pixels.npy"), ("test", "test_images.npy")):
+        sizes = [num_bytes for of_split, num_bytes in images if of_split == split]
+        shape = (sum(sizes),) if split == "train" else (len(sizes), image_size, image_size, 3)
+        with open(folder / file_name, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            *starts, end = itertools.accumulate(sizes, initial=file.tell())
+            file.truncate(end)
+        files += [folder / file_name] * len(sizes)
+        offsets += starts
+    return files, offsets
+
+
+def _probe_image(source: Path, image_size: int, entry: Entry) -> int | str:
+    """Reads one image's header: the bytes that its pixels will take, or what is wrong with it."""
+    try:
+        with _open_image(source / entry.path) as image:
+            width, height = resized(*image.size, train_size(image_size) if entry.split == "train" else image_size)
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
+        return _bad_image(source / entry.path, error)
+    if width * height > MAX_RESIZED_PIXELS:
+        return f"{source / entry.path}: {width} x {height} after the resize is over {MAX_RESIZED_PIXELS:,} pixels"
+    return (width * height if entry.split == "train" else image_size**2) * 3
+
+
+def _store_image(source: Path, image_size: int, entry: Entry, file: Path, offset: int) -> tuple | str:
+    """Decodes one image and writes its pixels to their place.
+
+    Returns ((height, width), sums, sums of squares of the channels), or what is wrong with the image.
+    """
+    try:
+        resize = resize_train if entry.split == "train" else resize_test
+        pixels = resize(load_rgb(source / entry.path), image_size)
+    except Exception as error:
+        return _bad_image(source / entry.path, error)
+    with open(file, "r+b") as target:  # not a memory map, whose writer dies of SIGBUS when the disk is full
+        target.seek(offset)
+        target.write(pixels.tobytes())
+    values = pixels.reshape(-1, 3).astype(np.int64)  # whole numbers: the sums do not depend on their order
+    return pixels.shape[:2], values.sum(0), (values**2).sum(0)
+
+
+def _bad_image(path: Path, error: Exception) -> str:
+    return f"{path}: " + ("missing image" if isinstance(error, FileNotFoundError) else f"unreadable ({_reason(error)})")
+
+
+def _end_with_parent() -> None:
+    """Starts a worker: Ctrl-C is the parent's affair, and a worker whose parent was killed ends too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _channel_statistics(name: str, stored: list[tuple]) -> dict[str, list[float]]:
+    """Mean and standard deviation of each channel, in 0..1: published, or over the pixels of all training images."""
+    if name in PUBLISHED:
+        return {"mean": list(PUBLISHED[name].mean), "std": list(PUBLISHED[name].std)}
+    num_pixels = sum(height * width for (height, width), _, _ in stored)
+    mean = sum(sums for _, sums, _ in stored) / num_pixels
+    variance = sum(squares for _, _, squares in stored) / num_pixels - mean**2
+    std = np.sqrt(np.maximum(variance, 1.0))  # at least one grey level: images of one colour do not divide by zero
+    return {"mean": (mean / 255).round(6).tolist(), "std": (std / 255).round(6).tolist()}
+
+
+def _write_skipped(path: Path, skipped: list[str]) -> None:
+    """Lists the images that --skip_bad left out of the cache beside it; no list where none was."""
+    path.unlink(missing_ok=True)
+    if skipped:
+        with atomic_open(path) as file:
+            file.write("\n".join(skipped) + "\n")
+        print(f"{len(skipped):,} bad images were left out; they are listed in {path}", file=sys.stderr)
+
+
+def _crc32(path: Path) -> int:
+    """The CRC-32 of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while piece := file.read(2**22):
+            crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def count(entries: Iterable[Entry]) -> dict[str, tuple[int, int]]:
+    """Split -> (number of classes, number of images)."""
+    keys = {"train": [], "test": []}
+    for entry in entries:
+        keys[entry.split].append(entry.class_key)
+    return {split: (len(set(of_split)), len(of_split)) for split, of_split in keys.items()}
+
+
+# ------------------------------------------------------------------------------------------------ reading the cache
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cached data set. The arrays are memory maps, opened where they are first used."""
+
+    folder: Path
+    meta: dict
+    fingerprint: str  # sha256 of meta.json, which holds the checksums of all arrays
+
+    def array(self, name: str) -> np.ndarray:
+        """One array of the cache, read-only.
+
+        `train_pixels (bytes,) uint8`, `train_offsets (N + 1,) int64`, `train_sizes (N, 2) int32` (height, width),
+        `train_labels (N,) int64`; `test_images (M, S, S, 3) uint8`, `test_labels (M,) int64`,
+        `test_is_query (M,) bool`, `test_is_gallery (M,) bool`. Labels count the split's classes from 0.
+        """
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+    @functools.cached_property
+    def _train(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.array("train_pixels"), self.array("train_offsets"), self.array("train_sizes").astype(np.int64)
+
+    @property
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Split -> (number of classes, number of images)."""
+        return {
+            split: (len(self.meta[split]["classes"]), len(self.meta[split]["paths"])) for split in ("train", "test")
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return sum(path.stat().st_size for path in self.folder.iterdir())
+
+    def train_crops(self, indices: np.ndarray, corners: np.ndarray) -> np.ndarray:
+        """Cuts one crop out of each of B training images.
+
+        `indices` `(B,)` says which, `corners` `(B, 2)` the (top, left) of each crop. Returns `(B, S, S, 3) uint8`.
+        """
+        pixels, offsets, sizes = self._train
+        side = self.meta["image_size"]
+        crops = np.empty((len(indices), side, side, 3), np.uint8)
+        for crop, index, (top, left) in zip(crops, indices, corners, strict=True):
+            image = pixels[offsets[index] : offsets[index + 1]].reshape(*sizes[index], 3)
+            crop[:] = image[top : top + side, left : left + side]
+        return crops
+
+
+def cache_folder(data_path: Path, name: str, image_size: int) -> Path:
+    """data/NAME/cache_256"""
+    return data_path / name / f"cache_{image_size}"
+
+
+def read_cache(data_path: Path, name: str, image_size: int) -> Cache:
+    """Opens the cache of a data set.
+
+    One that is missing, partial, damaged or of an older version is an InputError that names the command that makes it.
+    Sizes are checked here, contents by `verify_cache`.
+    """
+    folder = cache_folder(data_path, name, image_size)
+    remedy = f"make it with: python data_utils.py --data_name {name}"
+    if data_path != Path("data"):
+        remedy += f" --data_path {data_path}"
+    if image_size != 256:
+        remedy += f" --image_size {image_size}"
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        if (meta["version"], meta["image_size"], meta["resize"]) != (CACHE_VERSION, image_size, "crop"):
+            raise InputError(f"{folder} is of another version or has other settings; {remedy}")
+        for array_name, expected in meta["arrays"].items():
+            if (folder / f"{array_name}.npy").stat().st_size != expected["bytes"]:
+                raise InputError(f"{folder / array_name}.npy has the wrong size; {remedy}")
+    except FileNotFoundError as error:
+        raise InputError(f"no cache: {error.filename} is missing; {remedy}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"{folder / 'meta.json'} is damaged ({_reason(error)}); {remedy}") from None
+    return Cache(folder, meta, sha256(folder / "meta.json"))
+
+
+def verify_cache(cache: Cache) -> None:
+    """Reads every array and compares its checksum. Raises InputError naming those that changed."""
+    arrays = cache.meta["arrays"].items()
+    changed = [name for name, expected in arrays if _crc32(cache.folder / f"{name}.npy") != expected["crc32"]]
+    if changed:
+        raise InputError(f"{cache.folder}: damaged: {', '.join(changed)}; make the cache again with --force")
+
+
+# ------------------------------------------------------------------------------------------------ the demo data set
+
+
+def draw_demo(
+    folder: Path, num_classes: int = 100, images_per_class: int = 20, image_side: int = 64, seed: int = 0
+) -> None:
+    """Draws an image-folder data set of handwriting-like characters: `num_classes` to train on and as many unseen ones.
+
+    A character is a few random strokes. Each image is that character written anew: the strokes jitter, the whole is
+    turned, sheared, scaled and shifted a little, with another pen, ink and paper. The same arguments give the same
+    images. The folder appears when it is whole.
+    """
+    temporary = folder.with_name(f".{folder.name}.new-{os.getpid()}")
+    try:
+        for number in tqdm(range(2 * num_classes), f"drawing {folder.name}", unit=" classes", disable=None):
+            generator = np.random.default_rng((seed, number))
+            strokes = _new_character(generator)
+            class_folder = temporary / ("train" if number < num_classes else "test") / f"character_{number:03d}"
+            class_folder.mkdir(parents=True)
+            for image_number in range(images_per_class):
+                _write_character(strokes, image_side, generator).save(class_folder / f"{image_number:02d}.png")
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _new_character(generator: np.random.Generator) -> list[np.ndarray]:
+    """2 to 4 strokes, each `(4, 2) float`: the control points of a Bezier curve in [-1, 1] x [-1, 1]."""
+    return [generator.uniform(-0.9, 0.9, (4, 2)) for _ in range(generator.integers(2, 5))]
+
+
+def _write_character(strokes: list[np.ndarray], side: int, generator: np.random.Generator) -> Image.Image:
+    """One handwritten RGB image of a character, `side` x `side` pixels."""
+    angle, shear = generator.normal(0, 0.15, 2)
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    affine = turn @ np.array([[1, shear], [0, 1]]) * generator.uniform(0.75, 1.05, 2)
+    shift = generator.normal(0, 0.08, 2)
+    along = np.linspace(0, 1, 24)[:, None]
+    bezier = np.hstack([math.comb(3, k) * along**k * (1 - along) ** (3 - k) for k in range(4)])
+
+    large = 4 * side  # drawn large and reduced: Pillow's lines are not smooth
+    canvas = Image.new("L", (large, large))
+    draw = ImageDraw.Draw(canvas)
+    pen = generator.uniform(0.03, 0.07) * large
+    for stroke in strokes:
+        points = bezier @ (stroke + generator.normal(0, 0.1, stroke.shape)) @ affine.T + shift
+        points = (points * 0.45 + 0.5) * large
+        draw.line([tuple(point) for point in points], fill=255, width=round(pen), joint="curve")
+        for x, y in (points[0], points[-1]):
+            draw.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), fill=255)
+    ink_share = np.asarray(canvas.resize((side, side), Image.Resampling.BOX))[..., None] / 255
+    paper, ink = generator.uniform(170, 255, 3), generator.uniform(0, 110, 3)
+    return Image.fromarray((paper + (ink - paper) * ink_share).round().astype(np.uint8))
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="data_utils.py", description=__doc__)
+    add = parser.add_argument
+    add("--data_name", nargs="+", metavar="NAME", help="data sets to cache (default: all that are found)")
+    add("--data_path", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets (default: data)")
+    add("--image_size", type=natural_number, default=256, metavar="S", help="side of the crops, pixels (default: 256)")
+    add("--num_workers", type=natural_number, default=num_cores(), metavar="N", help="processes (default: all cores)")
+    add("--force", action="store_true", help="make a cache again that is there already")
+    add("--skip_bad", action="store_true", help="go on without bad images; their list is written beside the cache")
+    add("--verify", action="store_true", help="only compare the caches with their checksums")
+    args = parser.parse_args(argv)
+    for name in args.data_name or []:
+        check_data_name(name)
+    if args.image_size > 4096:
+        raise InputError(f"--image_size {args.image_size} is over 4096 pixels")
+    return args
+
+
+def check_data_name(name: str) -> None:
+    """Raises InputError unless `name` is the plain name of a folder."""
+    if not name or name.startswith(".") or re.search(r'[/\\:*?"<>|\0\n\r]', name) or not _utf8(name):
+        raise InputError(f"--data_name {name!a} is not the name of a folder under --data_path")
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.data_name:
+        names = list(dict.fromkeys(args.data_name))
+    elif args.data_path.is_dir():
+        names = [folder.name for folder in _subfolders(args.data_path)]
+    else:
+        names = []
+    if "demo" in names and not (args.data_path / "demo").exists() and not args.verify:
+        args.data_path.mkdir(parents=True, exist_ok=True)
+        draw_demo(args.data_path / "demo")
+
+    rows, refused = [], {}
+    for name in names:
+        start = time.perf_counter()
+        try:
+            if args.verify:
+                cache = read_cache(args.data_path, name, args.image_size)
+                verify_cache(cache)
+            elif (args.data_path / name).is_dir():
+                cache = build_cache(args.data_path, name, args.image_size, args.num_workers, args.force, args.skip_bad)
+            else:
+                raise UnknownLayout(f"{args.data_path / name}: no such folder; expected is one of\n{LAYOUTS}")
+        except UnknownLayout as error:
+            if args.data_name:
+                refused[name] = error
+            else:
+                print(f"{args.data_path / name}: no data set, passed over")
+        except InputError as error:
+            refused[name] = error
+        else:
+            rows.append((name, cache, time.perf_counter() - start))
+    if rows:
+        print(f"\n{'data set':<12}{'train':>26}{'test':>26}{'on disk':>10}{'seconds':>9}")
+    for name, cache, seconds in rows:
+        train, test = (f"{c:,} classes {n:,} images" for c, n in (cache.counts["train"], cache.counts["test"]))
+        print(f"{name:<12}{train:>26}{test:>26}{size_text(cache.num_bytes):>10}{seconds:>9.1f}")
+    if refused:
+        raise InputError("\n".join(str(error) for error in refused.values()))
+    if not rows:
+        raise InputError(f"no data set found in {args.data_path}/; expected is one of\n{LAYOUTS}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_main("data_utils.py", lambda: run(parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

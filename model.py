@@ -1,0 +1,167 @@
+"""One member of the ensemble: a ResNet with a meta-class head, and the embedding made from its logits."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from utils import InputError, member_file, sha256
+
+IMAGENET_WEIGHTS = "IMAGENET1K_V1"  # torchvision's first recipe for every ResNet, the one that the paper's time had
+
+# ------------------------------------------------------------------------------------------------ network
+
+
+def backbone_names() -> list[str]:
+    """Every ResNet, ResNeXt and Wide ResNet of torchvision."""
+    names = torchvision.models.list_models()
+    return [name for name in names if torchvision.models.get_model_builder(name).__module__.endswith("models.resnet")]
+
+
+def build_model(backbone: str, num_meta_classes: int, weights: dict[str, torch.Tensor] | None) -> nn.Module:
+    """A backbone whose last layer is one `Linear(features, num_meta_classes)` (METHOD.md: "One member", step 2).
+
+    Maps `(N, 3, S, S) float` to logits `(N, num_meta_classes)`. What `weights` (from `read_weights`) does not fill,
+    at least the head, is drawn from torch's global CPU generator by torchvision's own initialisation.
+    """
+    model = torchvision.models.get_model(backbone, weights=None, num_classes=num_meta_classes)
+    if weights is not None:
+        model.load_state_dict(weights | {f"fc.{name}": value for name, value in model.fc.state_dict().items()})
+    return model
+
+
+def read_weights(backbone: str, weights: str) -> tuple[dict[str, torch.Tensor] | None, str]:
+    """Reads the backbone's initial weights once, for all members.
+
+    Args:
+        weights: "imagenet" (torchvision's own download), "none", or the path of a state dict in torchvision's format,
+            which has to fit the backbone but for its head (`fc.*`).
+
+    Returns:
+        The state dict without `fc.*`, or None for "none"; and what identifies it: the name of torchvision's file,
+        "none", or "sha256:" and the checksum of the file.
+
+    Raises:
+        InputError: weights that cannot be had or do not fit. A file is read as data only: a pickle is not executed.
+    """
+    if weights == "none":
+        return None, "none"
+    if weights == "imagenet":
+        entry = torchvision.models.get_model_weights(backbone)[IMAGENET_WEIGHTS]
+        identity = Path(entry.url).name
+        try:
+            state = entry.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), no disk, a damaged download
+            raise InputError(
+                f"cannot download the ImageNet weights {entry.url} ({error}); give a copy of that file "
+                "with --weights PATH, or train from scratch with --weights none"
+            ) from None
+    else:
+        if not Path(weights).is_file():
+            raise InputError(f"--weights {weights}: no such file (imagenet, none, or the path of a state dict)")
+        identity = f"sha256:{sha256(Path(weights))}"
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged files raise a dozen kinds
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"--weights {weights}: not a readable state dict ({reason})") from None
+    return _checked_weights(backbone, weights, state), identity
+
+
+def _checked_weights(backbone: str, weights: str, state: object) -> dict[str, torch.Tensor]:
+    """The state dict without its head, if it fits the backbone in every other name and shape."""
+    with torch.device("meta"):
+        expected = torchvision.models.get_model(backbone, weights=None).state_dict()
+    expected = {name: value.shape for name, value in expected.items() if not name.startswith("fc.")}
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"--weights {weights}: not a state dict in torchvision's format (name -> tensor)")
+    state = {name: value for name, value in state.items() if not str(name).startswith("fc.")}
+    wrong = [f"{name} is missing" for name in expected if name not in state]
+    wrong += [f"{name} is unknown" for name in state if name not in expected]
+    wrong += [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in state and state[name].shape != shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 1} more differences" if len(wrong) > 1 else ""
+        raise InputError(f"--weights {weights} does not fit {backbone}: {wrong[0]}{more}")
+    return state
+
+
+# ------------------------------------------------------------------------------------------------ images and embedding
+
+
+def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """`(N, S, S, 3) uint8` -> `(N, 3, S, S) float32`, on the device of the arguments.
+
+    Equals torchvision's ToTensor and Normalize. `mean` and `std` are `(3,)`, for values in [0, 1].
+    """
+    pixels = images.permute(0, 3, 1, 2).float() / 255
+    return (pixels - mean[:, None, None]) / std[:, None, None]
+
+
+def embed(logits: torch.Tensor) -> torch.Tensor:
+    """The embedding by one member: its logits `(N, D)` scaled to length 1 (METHOD.md: "One member", step 7)."""
+    return F.normalize(logits, dim=1)
+
+
+@torch.inference_mode()
+def member_logits(
+    model: nn.Module, images: np.ndarray, mean: torch.Tensor, std: torch.Tensor, batch_size: int
+) -> torch.Tensor:
+    """One member's logits of all images, `(N, S, S, 3) uint8` (a memory map will do): `(N, D) float32` on its device."""
+    model.eval()
+    logits = None
+    for start in range(0, len(images), batch_size):
+        batch = torch.from_numpy(np.array(images[start : start + batch_size])).to(mean.device)
+        output = model(normalize(batch, mean, std)).float()
+        if logits is None:
+            logits = output.new_empty((len(images), output.shape[1]))
+        logits[start : start + len(batch)] = output
+    return logits
+
+
+class Ensemble(nn.Module):
+    """The trained members of a run; see `load_ensemble`."""
+
+    def __init__(self, members: Sequence[nn.Module], image_size: int, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.image_size = image_size
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("std", torch.tensor(std))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """`(N, S, S, 3) uint8`, as `data_utils.resize_test` makes them -> `(N, L * D) float32`.
+
+        The members' embeddings side by side, each of length 1: the dot product of two rows, divided by L, is the mean
+        of the members' cosines.
+        """
+        pixels = normalize(images, self.mean, self.std)
+        return torch.cat([embed(member(pixels)) for member in self.members], dim=1)
+
+
+def load_ensemble(run_folder: str | Path, device: str | torch.device = "cpu") -> Ensemble:
+    """Loads all finished members of a run folder (`results/...`), ready to embed images.
+
+    Raises InputError if the folder is no run or has no finished member.
+    """
+    run_folder = Path(run_folder)
+    if not (run_folder / "args.json").is_file():
+        raise InputError(f"{run_folder} is not a run folder: it has no args.json")
+    record = json.loads((run_folder / "args.json").read_text(encoding="utf-8"))
+    settings, members = record["settings"], []
+    for finished in sorted(run_folder.glob(member_file("*", "json"))):
+        model = build_model(settings["backbone"], settings["meta_class_size"], None)
+        model.load_state_dict(torch.load(finished.with_suffix(".pth"), map_location="cpu", weights_only=True))
+        members.append(model)
+    if not members:
+        raise InputError(f"{run_folder} has no finished member")
+    ensemble = Ensemble(members, settings["image_size"], record["data"]["mean"], record["data"]["std"])
+    return ensemble.to(device).eval()

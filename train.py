@@ -1,0 +1,514 @@
+"""Trains a deep randomized ensemble and logs its Recall@K for every ensemble size.
+
+    python train.py --data_name car --num_epochs 20 --ensemble_size 48     after python data_utils.py --data_name car
+    python train.py --data_name demo --image_size 32 --weights none --lr 1e-3 --no_flip      small enough for a CPU
+
+Each member is a classifier of its own random partition of the training classes into meta-classes. A rerun of the same
+command trains only what is missing; a larger --ensemble_size adds members to the same run folder.
+"""
+
+import argparse
+import collections
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from tqdm import tqdm
+
+from data_utils import Cache, check_data_name, read_cache
+from model import backbone_names, build_model, member_logits, normalize, read_weights
+from utils import (
+    InputError,
+    Parser,
+    RunError,
+    atomic_open,
+    draws,
+    member_file,
+    meta_class_partition,
+    natural_number,
+    recall_at_k,
+    run_main,
+    sha256,
+    size_text,
+)
+
+MAX_IMAGES_PER_CLASS = 300  # METHOD.md: a larger class is cut to a random 300 for each member
+SECONDS_BETWEEN_READINGS = 3  # reading the loss makes the host wait for the device
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="train.py", description=__doc__)
+    method = parser.add_argument_group("the method (these make another run folder)").add_argument
+    method("--data_name", required=True, metavar="NAME", help="car, cub, sop or another folder that has a cache")
+    method("--batch_size", type=natural_number, default=128, metavar="B", help="images a step (default: 128)")
+    method("--num_epochs", type=natural_number, default=12, metavar="E", help="epochs a member (default: 12)")
+    method("--meta_class_size", type=natural_number, default=12, metavar="D", help="meta-classes (default: 12)")
+    method("--image_size", type=natural_number, default=256, metavar="S", help="crops, pixels (default: 256)")
+    method("--backbone", default="resnet18", metavar="NAME", help="a ResNet of torchvision (default: resnet18)")
+    method("--weights", default="imagenet", metavar="W", help="imagenet (default), none, or the path of a state dict")
+    method("--lr", type=positive_float, default=1e-4, help="learning rate of Adam (default: 1e-4)")
+    method("--seed", type=seed_number, default=0, help="start of all random draws (default: 0)")
+    method("--no_flip", action="store_true", help="no mirroring, for images whose mirror image is another class")
+    rest = parser.add_argument_group("the rest").add_argument
+    rest("--ensemble_size", type=natural_number, default=12, metavar="L", help="members (default: 12)")
+    rest("--recalls", type=recall_list, default=[1, 2, 4, 8], metavar="K,K", help="Recall@K (default: 1,2,4,8)")
+    rest("--data_path", type=Path, default=Path("data"), metavar="DIR", help="data sets (default: data)")
+    rest("--results_path", type=Path, default=Path("results"), metavar="DIR", help="run folders (default: results)")
+    rest("--device", default="auto", help="auto (default: cuda, else mps, else cpu), cuda, cuda:1, mps or cpu")
+    args = parser.parse_args(argv)
+    check_data_name(args.data_name)
+    if args.batch_size < 2:
+        raise InputError("--batch_size has to be at least 2: BatchNorm needs more than one image")
+    if args.backbone not in backbone_names():
+        raise InputError(f"--backbone {args.backbone} is not one of {', '.join(backbone_names())}")
+    return args
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
+
+
+def seed_number(text: str) -> int:
+    """argparse type: an integer in 0..2**32-1."""
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer in 0..2**32-1")
+    return int(text)
+
+
+def recall_list(text: str) -> list[int]:
+    """argparse type: distinct positive integers, separated by commas."""
+    ks = [natural_number(k) for k in text.split(",")]
+    if len(set(ks)) < len(ks):
+        raise argparse.ArgumentTypeError(f"{text!r} names a K twice")
+    return ks
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for `auto`, `cuda`, `cuda:i`, `mps` or `cpu`. Raises InputError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if kind not in available or (index and not (kind == "cuda" and index.isascii() and index.isdigit())):
+        raise InputError(f"--device {name} is not one of auto, cuda, cuda:i, mps, cpu")
+    if int(index or 0) >= available[kind]:
+        raise InputError(f"--device {name} is not there: this machine offers {available[kind]} of the kind {kind}")
+    return torch.device(name)
+
+
+# ------------------------------------------------------------------------------------------------ one member
+
+
+def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
+    """The rate in an epoch, counted from 0: a tenth from int(0.5 E) and again from int(0.7 E), never in epoch 0."""
+    milestones = (int(0.5 * num_epochs), int(0.7 * num_epochs))
+    return initial * 0.1 ** sum(epoch >= max(milestone, 1) for milestone in milestones)
+
+
+def batch_spans(num_images: int, batch_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of each batch. A last batch of one image joins the one before it: BatchNorm needs two."""
+    starts = list(range(0, num_images, batch_size))
+    if num_images % batch_size == 1 and len(starts) > 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], num_images], strict=True))
+
+
+def member_images(labels: np.ndarray, seed: int, member: int) -> np.ndarray:
+    """The training images of a member, sorted `(n,) int64`: all, but of a class with more than 300 a random 300."""
+    shuffled = draws(seed, member, 0, "cut").permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    starts = np.searchsorted(labels[by_class], labels[by_class])  # where each image's class starts
+    return np.sort(by_class[np.arange(len(labels)) - starts < MAX_IMAGES_PER_CLASS])
+
+
+def train_batches(
+    cache: Cache, images: np.ndarray, targets: np.ndarray, args: argparse.Namespace, member: int, epoch: int, device
+) -> Iterator[list[torch.Tensor]]:
+    """The batches of one epoch on the device: crops `(B, S, S, 3) uint8`, targets `(B,) int64`, flips `(B,) bool`.
+
+    Order, crop corners and flips are functions of (seed, member, epoch). A thread prepares two batches ahead.
+    """
+    order = draws(args.seed, member, epoch, "order").permutation(images)
+    ranges = cache.array("train_sizes")[order] - args.image_size + 1
+    corners = draws(args.seed, member, epoch, "crop").integers(0, ranges)
+    flips = draws(args.seed, member, epoch, "flip").random(len(order)) < (0.0 if args.no_flip else 0.5)
+
+    def load(start: int, stop: int) -> list[torch.Tensor]:
+        chosen = order[start:stop]
+        arrays = (cache.train_crops(chosen, corners[start:stop]), targets[chosen], flips[start:stop])
+        tensors = [torch.from_numpy(array) for array in arrays]
+        return [tensor.pin_memory() for tensor in tensors] if device.type == "cuda" else tensors
+
+    with ThreadPoolExecutor(1) as loader:
+        spans = collections.deque(batch_spans(len(order), args.batch_size))
+        loading = collections.deque()
+        while spans or loading:
+            while spans and len(loading) < 2:
+                loading.append(loader.submit(load, *spans.popleft()))
+            yield [tensor.to(device, non_blocking=True) for tensor in loading.popleft().result()]
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: list[torch.Tensor],
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    loss_sum: torch.Tensor,
+    correct: torch.Tensor,
+) -> None:
+    """One step on a batch of `train_batches`. Adds to `loss_sum` and `correct` on the device; the host never waits."""
+    images, targets, flips = batch
+    images = torch.where(flips[:, None, None, None], images.flip(2), images)
+    logits = model(normalize(images, mean, std))
+    loss = F.cross_entropy(logits, targets)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    loss_sum += loss.detach() * len(targets)
+    correct += (logits.detach().argmax(1) == targets).sum()
+
+
+def train_member(
+    cache: Cache, weights: dict[str, torch.Tensor] | None, args: argparse.Namespace, member: int, device: torch.device
+) -> tuple[nn.Module, dict]:
+    """Trains one member (METHOD.md: "One member").
+
+    Returns the model, on the device, with the weights of the epoch of the best training accuracy (counted during the
+    epoch; the earlier one on a tie), and its record: partition, history and best epoch.
+    """
+    labels = cache.array("train_labels")
+    num_classes = cache.counts["train"][0]
+    partition = meta_class_partition(num_classes, args.meta_class_size, draws(args.seed, member, 0, "partition"))
+    targets, images = partition[labels], member_images(labels, args.seed, member)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(draws(args.seed, member, 0, "weights").integers(2**63)))
+        model = build_model(args.backbone, args.meta_class_size, weights).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    mean, std = (torch.tensor(cache.meta[name], device=device) for name in ("mean", "std"))
+
+    history, best_correct, best_state = [], -1, None
+    for epoch in range(args.num_epochs):
+        start = time.perf_counter()
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args.lr, epoch, args.num_epochs)
+        loss_sum = torch.zeros((), device=device)
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        title = f"member {member}/{args.ensemble_size} epoch {epoch}"
+        with tqdm(total=len(images), desc=title, unit=" images", leave=False, disable=None) as bar:
+            next_reading = start + SECONDS_BETWEEN_READINGS
+            for batch in train_batches(cache, images, targets, args, member, epoch, device):
+                train_step(model, optimizer, batch, mean, std, loss_sum, correct)
+                bar.update(len(batch[1]))
+                if not bar.disable and time.perf_counter() > next_reading:
+                    accuracy = correct.item() / bar.n
+                    bar.set_postfix(loss=f"{loss_sum.item() / bar.n:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
+                    next_reading = time.perf_counter() + SECONDS_BETWEEN_READINGS
+        loss, num_correct = loss_sum.item() / len(images), correct.item()
+        seconds = time.perf_counter() - start
+        if not math.isfinite(loss):
+            raise RunError(f"member {member}, epoch {epoch}: the loss is not finite; try a lower --lr than {args.lr:g}")
+        history.append(
+            {
+                "epoch": epoch,
+                "loss": loss,
+                "accuracy": 100 * num_correct / len(images),
+                "correct": num_correct,
+                "images": len(images),
+                "lr": learning_rate(args.lr, epoch, args.num_epochs),
+                "seconds": seconds,
+                "images_per_second": len(images) / seconds,
+            }
+        )
+        if not sys.stderr.isatty():
+            print(
+                f"{title}: loss {loss:.4f}, accuracy {num_correct / len(images):.2%}, "
+                f"{len(images) / seconds:,.0f} images/s",
+                flush=True,
+            )
+        if num_correct > best_correct:
+            best_correct = num_correct
+            best_state = {name: value.clone() for name, value in model.state_dict().items()}
+            best_epoch = epoch
+    model.load_state_dict(best_state)
+    return model, {"best_epoch": best_epoch, "history": history, "partition": partition.tolist()}
+
+
+# ------------------------------------------------------------------------------------------------ the run folder
+
+
+def run_name(args: argparse.Namespace, weights_identity: str) -> str:
+    """`<data>_<backbone>_D<D>_e<epochs>_s<seed>` and a tag for each other member-defining option not at its default."""
+    name = f"{args.data_name}_{args.backbone}_D{args.meta_class_size}_e{args.num_epochs}_s{args.seed}"
+    if args.image_size != 256:
+        name += f"_i{args.image_size}"
+    if args.batch_size != 128:
+        name += f"_b{args.batch_size}"
+    if args.lr != 1e-4:
+        name += f"_lr{args.lr!r}"
+    if args.weights != "imagenet":
+        name += f"_w{weights_identity.removeprefix('sha256:')[:8]}"
+    if args.no_flip:
+        name += "_noflip"
+    return name
+
+
+def environment(device: torch.device) -> dict[str, str | int | None]:
+    """What a number depends on beside the options: versions, hardware, and the commit of this code."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit, changed = "", ""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        "commit": commit + ("+changes" if changed else "") or None,
+    }
+
+
+def open_run_folder(
+    folder: Path, args: argparse.Namespace, cache: Cache, weights_identity: str, here: dict
+) -> str | None:
+    """Makes the run folder with `args.json` and `test.csv`, or checks that its members belong to the same settings.
+
+    Returns a warning if the run was begun in another environment. Raises InputError for other settings or data.
+    """
+    settings = {
+        "data_name": args.data_name,
+        "backbone": args.backbone,
+        "weights": weights_identity,
+        "meta_class_size": args.meta_class_size,
+        "num_epochs": args.num_epochs,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "image_size": args.image_size,
+        "flip": not args.no_flip,
+        "seed": args.seed,
+    }
+    data = {
+        "fingerprint": cache.fingerprint,
+        "mean": cache.meta["mean"],
+        "std": cache.meta["std"],
+        "counts": {split: {"classes": classes, "images": images} for split, (classes, images) in cache.counts.items()},
+    }
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    record = {"settings": settings, "data": data, "options": options, "environment": here}
+    warning = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "args.json").exists():
+            warning = _compare_records(folder, record)
+        elif any(folder.glob(member_file("*", "json"))):
+            raise InputError(f"{folder} has members but no args.json: move it away or give another --results_path")
+        with atomic_open(folder / "args.json") as file:
+            json.dump(record, file, indent=1)
+        test = {
+            "path": cache.meta["test"]["paths"],
+            "label": cache.array("test_labels"),
+            "is_query": cache.array("test_is_query"),
+            "is_gallery": cache.array("test_is_gallery"),
+            "class_name": np.array(cache.meta["test"]["classes"], dtype=object)[cache.array("test_labels")],
+        }
+        write_csv(folder / "test.csv", pd.DataFrame(test))
+    except OSError as error:
+        raise InputError(f"cannot write the results: {error}") from None
+    return warning
+
+
+def _compare_records(folder: Path, record: dict) -> str | None:
+    """Refuses another run's folder; keeps its first environment in `record`, and says what differs from it."""
+    try:
+        earlier = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        before = earlier["settings"] | {"data": earlier["data"]["fingerprint"]}
+        begun_in = dict(earlier["environment"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'args.json'} is damaged ({error}): move the folder away") from None
+    now = record["settings"] | {"data": record["data"]["fingerprint"]}
+    for key in now:
+        if before.get(key) != now[key]:
+            what = "another cache (fingerprint)" if key == "data" else key
+            raise InputError(
+                f"{folder} holds members of other settings: {what} {before.get(key)}, not {now[key]}; "
+                "move it away or give another --results_path"
+            )
+    here, record["environment"] = record["environment"], begun_in
+    changes = [f"{key} {begun_in.get(key)} (now {here[key]})" for key in here if begun_in.get(key) != here[key]]
+    return f"this run was begun with {', '.join(changes)}" if changes else None
+
+
+def finished_member(folder: Path, member: int) -> dict | None:
+    """The record of a finished member, or None. Files that do not match their checksums are named and not used."""
+    path = folder / member_file(member, "json")
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        damaged = [name for name, checksum in record["sha256"].items() if sha256(folder / name) != checksum]
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+        damaged = [f"{path.name} ({error})"]
+    if damaged:
+        print(f"warning: member {member} is trained again, damaged: {', '.join(damaged)}", file=sys.stderr)
+        return None
+    return record
+
+
+def save_member(folder: Path, member: int, model: nn.Module, logits: torch.Tensor, record: dict) -> None:
+    """Writes `member_007.pth`, `.npy` and, last, `.json`, which makes the member finished."""
+    weights, embedding = folder / member_file(member, "pth"), folder / member_file(member, "npy")
+    with atomic_open(weights, "wb") as file:
+        torch.save({name: value.cpu() for name, value in model.state_dict().items()}, file)
+    with atomic_open(embedding, "wb") as file:
+        np.save(file, logits.cpu().numpy(), allow_pickle=False)
+    record = record | {"sha256": {path.name: sha256(path) for path in (weights, embedding)}}
+    with atomic_open(folder / member_file(member, "json")) as file:
+        json.dump(record, file, indent=1)
+
+
+# ------------------------------------------------------------------------------------------------ logs
+
+
+def write_csv(path: Path, table: pd.DataFrame, **kwargs) -> None:
+    with atomic_open(path) as file:
+        table.to_csv(file, index=False, lineterminator="\n", **kwargs)
+
+
+def write_train_log(folder: Path, records: dict[int, dict]) -> None:
+    """train.csv: one row for each epoch of each finished member."""
+    rows = [{"member": member} | epoch for member in sorted(records) for epoch in records[member]["history"]]
+    columns = ["member", "epoch", "loss", "accuracy", "lr", "seconds", "images_per_second"]
+    digits = {"loss": 6, "accuracy": 4, "seconds": 3, "images_per_second": 1}
+    write_csv(folder / "train.csv", pd.DataFrame(rows)[columns].round(digits))
+
+
+def write_recall_log(
+    folder: Path, records: dict[int, dict], labels: torch.Tensor, ks: list[int], device: torch.device
+) -> tuple[pd.DataFrame, list[torch.Tensor]]:
+    """recall.csv: Recall@K in percent for every ensemble size from 1 to the first member that is missing.
+
+    Returns the table and the members' logits, `(M, D) float32` each, on the device.
+    """
+    parts = []
+    while len(parts) + 1 in records:
+        parts.append(torch.from_numpy(np.load(folder / member_file(len(parts) + 1, "npy"))).to(device))
+    table = pd.DataFrame({"ensemble_size": range(1, len(parts) + 1)})
+    recalls = recall_at_k(parts, labels, ks) if parts else torch.empty(0, len(ks))
+    for k, column in zip(ks, recalls.T.double().numpy(), strict=True):
+        table[f"R@{k}"] = 100 * column
+    write_csv(folder / "recall.csv", table, float_format="%.4f")
+    return table, parts
+
+
+# ------------------------------------------------------------------------------------------------ the ensemble
+
+
+def run(args: argparse.Namespace) -> None:
+    # 1. Data, device and weights: whatever can be wrong is found before any training
+    cache = read_cache(args.data_path, args.data_name, args.image_size)
+    num_classes, num_images = cache.counts["train"]
+    num_test = cache.counts["test"][1]
+    if not 2 <= args.meta_class_size <= num_classes:
+        raise InputError(f"--meta_class_size {args.meta_class_size} has to be in 2..{num_classes} (training classes)")
+    if max(args.recalls) >= num_test:
+        raise InputError(f"--recalls: {max(args.recalls)} is not below the number of test images, {num_test}")
+    device = pick_device(args.device)
+    weights, weights_identity = read_weights(args.backbone, args.weights)
+
+    # 2. The run folder and what it holds
+    folder = args.results_path / run_name(args, weights_identity)
+    here = environment(device)
+    warning = open_run_folder(folder, args, cache, weights_identity, here)
+    members = range(1, args.ensemble_size + 1)
+    found = {member: finished_member(folder, member) for member in members}
+    records = {member: record for member, record in found.items() if record is not None}
+    missing = [member for member in members if member not in records]
+    print(f"{folder}: {len(records)} of {args.ensemble_size} members are finished; device {here['device']}")
+    if missing and warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    class_sizes = np.bincount(cache.array("train_labels"))
+    too_large = class_sizes > MAX_IMAGES_PER_CLASS
+    if missing and too_large.any():
+        left_out = int((class_sizes[too_large] - MAX_IMAGES_PER_CLASS).sum())
+        print(
+            f"{too_large.sum()} classes have more than {MAX_IMAGES_PER_CLASS} images: each member trains on a random "
+            f"{MAX_IMAGES_PER_CLASS} of each and leaves out {left_out:,} of {num_images:,} images"
+        )
+
+    # 3. The members that are missing, one after the other; the logs are whole after each
+    test_labels = torch.from_numpy(np.array(cache.array("test_labels")))
+    mean, std = (torch.tensor(cache.meta[name], device=device) for name in ("mean", "std"))
+    for count, member in enumerate(missing, 1):
+        start = time.perf_counter()
+        model, record = train_member(cache, weights, args, member, device)
+        logits = member_logits(model, cache.array("test_images"), mean, std, args.batch_size)
+        if not torch.isfinite(logits).all():
+            raise RunError(f"member {member}: its embedding is not finite; try a lower --lr than {args.lr:g}")
+        record = {"member": member, **record, "environment": here}
+        save_member(folder, member, model, logits, record)
+        records[member] = record
+        seconds = time.perf_counter() - start
+        accuracy = record["history"][record["best_epoch"]]["accuracy"]
+        print(
+            f"member {member}/{args.ensemble_size}: best epoch {record['best_epoch']}, {accuracy:.2f} %, {seconds:.1f} s"
+        )
+        if count == 1 and len(missing) > 1:
+            print_outlook(folder, member, len(missing) - 1, seconds)
+        write_train_log(folder, records)
+        write_recall_log(folder, records, test_labels, args.recalls, device)
+
+    # 4. The final recall
+    write_train_log(folder, records)
+    table, parts = write_recall_log(folder, records, test_labels, args.recalls, device)
+    alone = [100 * recall_at_k(part, test_labels, args.recalls)[0, 0].item() for part in parts]
+    print("\n" + table.assign(alone=alone).round(2).to_string(index=False))
+    print(f"(alone: R@{args.recalls[0]} of the last member of the row by itself)")
+    final = ", ".join(f"{name} {value:.2f}" for name, value in table.iloc[-1, 1:].items())
+    print(f"{len(parts)} members: {final} in {folder / 'recall.csv'}")
+
+
+def print_outlook(folder: Path, member: int, remaining: int, seconds: float) -> None:
+    """Says what the remaining members will need, judged by the one that was just finished."""
+    needed = remaining * sum(path.stat().st_size for path in folder.glob(member_file(member, "*")))
+    free = shutil.disk_usage(folder).free
+    minutes, hours = remaining * seconds / 60, remaining * seconds / 3600
+    duration = f"{hours:.1f} hours" if hours >= 1.5 else f"{minutes:.1f} minutes"
+    print(f"the other {remaining} members need about {duration} and {size_text(needed)} ({size_text(free)} are free)")
+    if needed > free:
+        print("warning: the disk will be full before the ensemble is finished", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_main("train.py", lambda: run(parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

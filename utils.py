@@ -1,0 +1,281 @@
+"""What both scripts share: command-line manners, safe writing, seeded draws, the meta-class partition and Recall@K."""
+
+import argparse
+import contextlib
+import hashlib
+import os
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+TIE_TOLERANCE = 1e-6  # a member: below it, two summed cosines count as equal (float32 rounding decides nothing)
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+class InputError(Exception):
+    """Bad input or options. `run_main` prints it as one line and returns 2."""
+
+
+class RunError(Exception):
+    """A run that failed for a known reason. `run_main` prints it as one line and returns 1."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser without abbreviations whose errors are one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str):
+        raise InputError(f"{message} (see python {self.prog} --help)")
+
+
+def run_main(script: str, run: Callable[[], None]) -> int:
+    """Runs `run` and returns the exit code: 0 done, 2 refused input or options, 1 failed while running, 130 Ctrl-C."""
+    formatwarning = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        run()
+        return 0
+    except InputError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        return 2
+    except (RunError, OSError) as error:  # OSError: disk full, no permission, ...; its text names the file
+        print(f"{script}: failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    finally:
+        warnings.formatwarning = formatwarning
+
+
+def natural_number(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+@contextlib.contextmanager
+def atomic_open(path: Path, mode: str = "w") -> Iterator:
+    """Opens a temporary file beside `path` that takes its place, flushed to disk, when the block ends without an error.
+
+    So `path` is never half written, whenever the process dies.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+            yield file
+            flush_to_disk(file)
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush_to_disk(file) -> None:
+    """Returns when what was written to the open `file` would survive a power loss."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes renames inside `folder` durable. Windows cannot open folders and needs no such step."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def member_file(member: int | str, suffix: str) -> str:
+    """The name of a member's file in its run folder: `member_007.pth`; "*" for the pattern of all members'."""
+    return f"member_{member:03d}.{suffix}" if isinstance(member, int) else f"member_{member}.{suffix}"
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes for people, such as "1.5 GB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ randomness
+
+
+def draws(seed: int, member: int, epoch: int, purpose: str) -> np.random.Generator:
+    """The random generator of one purpose in one epoch of one member.
+
+    Nothing but the four arguments goes in, so that member 7 is the same whether or not members 1-6 were trained before
+    it, and an epoch can be repeated. `seed`, `member` and `epoch` are below 2**32.
+    """
+    return np.random.default_rng(np.random.SeedSequence((seed, member, epoch, zlib.crc32(purpose.encode()))))
+
+
+def meta_class_partition(num_classes: int, num_meta_classes: int, generator: np.random.Generator) -> np.ndarray:
+    """A random, balanced partition of the training classes into meta-classes (the paper's random "meta-classes").
+
+    Returns `(num_classes,) int64`: the meta-class, 0..num_meta_classes-1, of every class. Each meta-class gets
+    floor(N/D) or ceil(N/D) classes. Raises ValueError unless 2 <= num_meta_classes <= num_classes.
+    """
+    if not 2 <= num_meta_classes <= num_classes:
+        raise ValueError(f"cannot divide {num_classes} classes into {num_meta_classes} meta-classes")
+    rounds = -(-num_classes // num_meta_classes)
+    partition = np.concatenate([generator.permutation(num_meta_classes) for _ in range(rounds)])[:num_classes]
+    generator.shuffle(partition)
+    return partition.astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------------ Recall@K
+
+
+@torch.inference_mode()
+def recall_at_k(
+    embeddings: torch.Tensor | Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    ks: Sequence[int],
+    max_bytes: int = 2**30,
+) -> torch.Tensor:
+    """Recall@K of every ensemble size in one pass; every image is a query against all others.
+
+    The rank of a query is the number of images of *other* classes whose similarity (the cosines summed over the first
+    l parts) is at least its best own-class similarity, itself excluded by index, minus 1e-6 * l. It is a hit at K if
+    rank < K. So ties count against the query: a constant embedding scores 0, not 1. A query whose class has no other
+    image is a miss; a warning counts them.
+
+    Args:
+        embeddings: one `(N, d)` tensor, or a sequence of L tensors `(N, d_l)`, of any float dtype and on one device;
+            each row is scaled to length 1 here.
+        labels: `(N,)` integers.
+        ks: positive integers.
+        max_bytes: bound on the memory used beside the arguments, for any N and any class sizes. No N x N matrix and
+            no copy of an embedding is made: blocks of rows are gathered, cast to float32 and scaled when needed.
+
+    Returns:
+        `(L, len(ks)) float32` on the CPU, in [0, 1]; row l-1 is the ensemble of the first l parts.
+
+    Raises:
+        ValueError: shapes that do not fit, a K below 1, or embeddings that are not finite.
+
+    The images are sorted by class, so that pairs of one class lie near the diagonal. One pass over that band gives each
+    query's best own-class similarity; a second pass counts, computing each block of the symmetric similarity matrix
+    once and using it for its rows and for its columns. Members' similarities add up, so the sum after l parts gives
+    row l on the way.
+    """
+    parts = [embeddings] if isinstance(embeddings, torch.Tensor) else list(embeddings)
+    labels = torch.as_tensor(labels)
+    if not parts or any(part.ndim != 2 or len(part) != len(labels) for part in parts) or labels.ndim != 1:
+        raise ValueError("embeddings have to be (N, d) tensors and labels (N,), with the same N")
+    if len(labels) == 0 or labels.is_floating_point():
+        raise ValueError("labels have to be integers, at least one")
+    if any(k < 1 for k in ks):
+        raise ValueError(f"every K has to be a positive integer, not {list(ks)}")
+    device, num_images = parts[0].device, len(labels)
+
+    # Images in order of class; `first` and `last` bound each image's class in that order.
+    order = torch.argsort(labels.to(device), stable=True)
+    _, class_of, sizes = torch.unique_consecutive(labels.to(device)[order], return_inverse=True, return_counts=True)
+    last = sizes.cumsum(0)[class_of]
+    first = last - sizes[class_of]
+    has_match = sizes[class_of] > 1
+    if not has_match.all():
+        lone = num_images - int(has_match.sum())
+        warnings.warn(f"{lone} of {num_images} queries have no other image of their class: misses", stacklevel=2)
+
+    # Block edge: rows of all parts are held once (both kinds of rows: twice for one part), and three square blocks.
+    block, width, widest = 2048, sum(part.shape[1] for part in parts), max(part.shape[1] for part in parts)
+    while block > 16 and 4 * block * (width + 3 * widest + 4 * block) > max_bytes:
+        block //= 2
+    inverse_norms = torch.stack([_inverse_norms(part, order, block) for part in parts])  # (L, N)
+    best = torch.full((len(parts), num_images), -torch.inf, device=device)
+    ranks = torch.zeros((len(parts), num_images), dtype=torch.int32, device=device)
+
+    def rows(index: int, start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop, in order of class, of one part: `(stop - start, d) float32` of length 1."""
+        return parts[index][order[start:stop]].float() * inverse_norms[index, start:stop, None]
+
+    def add_parts(sums: torch.Tensor, queries: list[torch.Tensor], start: int, stop: int) -> Iterator[int]:
+        """Adds the parts' cosines to `sums`, one part after the other; yields the part's index after each.
+
+        Pairs to leave out start at -inf and so stay there.
+        """
+        for index, query_rows in enumerate(queries):
+            sums.addmm_(query_rows, rows(index, start, stop).T)
+            yield index
+
+    with _full_float32(device.type):
+        # 1. The best own-class similarity of each query.
+        for start, stop in _spans(0, num_images, min(block, 256)):
+            queries = [rows(index, start, stop) for index in range(len(parts))]
+            indices = torch.arange(start, stop, device=device)[:, None]
+            for left, right in _spans(int(first[start]), int(last[stop - 1]), block):
+                columns = torch.arange(left, right, device=device)
+                own = (class_of[start:stop, None] == class_of[left:right]) & (indices != columns)
+                sums = torch.zeros(own.shape, device=device).masked_fill_(~own, -torch.inf)
+                for index in add_parts(sums, queries, left, right):
+                    best[index, start:stop] = torch.maximum(best[index, start:stop], sums.amax(1))
+        allowed = TIE_TOLERANCE * torch.arange(1, len(parts) + 1, device=device)
+        thresholds = best.sub_(allowed[:, None])
+
+        # 2. How many images of other classes reach it.
+        for start, stop in _spans(0, num_images, block):
+            queries = [rows(index, start, stop) for index in range(len(parts))]
+            for left, right in _spans(start, num_images, block):
+                sums = torch.zeros((stop - start, right - left), device=device)
+                if left < last[stop - 1]:  # the only blocks in which pairs of one class can lie
+                    sums.masked_fill_(class_of[start:stop, None] == class_of[left:right], -torch.inf)
+                reached = torch.empty_like(sums)
+                for index in add_parts(sums, queries, left, right):
+                    # 0.0 and 1.0 in place of bool: on the CPU their sums took a twentieth of the time.
+                    torch.ge(sums, thresholds[index, start:stop, None], out=reached)
+                    ranks[index, start:stop] += reached.sum(1).int()
+                    if left > start:
+                        torch.ge(sums, thresholds[index, left:right], out=reached)
+                        ranks[index, left:right] += reached.sum(0).int()
+
+    hits = torch.stack([((ranks < k) & has_match).sum(1) for k in ks], dim=1)
+    return (hits.cpu().double() / num_images).float()
+
+
+def _spans(start: int, stop: int, step: int) -> list[tuple[int, int]]:
+    """start..stop in pieces of at most `step`."""
+    return [(left, min(left + step, stop)) for left in range(start, stop, step)]
+
+
+def _inverse_norms(part: torch.Tensor, order: torch.Tensor, block: int) -> torch.Tensor:
+    """1 / length of each row in the given order, `(N,) float32`; 0 for a row of zeros, which is similar to nothing."""
+    lengths = torch.cat([part[order[a:b]].float().norm(dim=1) for a, b in _spans(0, len(order), block)])
+    if not torch.isfinite(lengths).all():
+        raise ValueError(f"embeddings are not finite: {int((~torch.isfinite(lengths)).sum())} of {len(order)} rows")
+    return torch.where(lengths > 0, 1 / lengths, 0)
+
+
+@contextlib.contextmanager
+def _full_float32(device_type: str) -> Iterator[None]:
+    """Matrix products in full float32, without autocast, TF32 or bfloat16; the caller's settings return afterwards."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
