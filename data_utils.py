@@ -34,7 +34,7 @@ from typing import NamedTuple
 import filelock
 import numpy as np
 import scipy.io
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils import (
@@ -141,7 +141,7 @@ def resize_train(image: Image.Image, image_size: int) -> np.ndarray:
 def resize_test(image: Image.Image, image_size: int) -> np.ndarray:
     """`(image_size, image_size, 3) uint8`: the shorter side image_size, then the centre crop."""
     image = image.resize(resized(*image.size, image_size), Image.Resampling.BILINEAR)
-    left, top = (int(round((side - image_size) / 2.0)) for side in image.size)  # torchvision's rounding
+    left, top = (round((side - image_size) / 2) for side in image.size)  # torchvision's rounding
     return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
 
 
@@ -225,7 +225,10 @@ def list_car(root: Path, prefix: str) -> Listing | None:
 
 
 def read_car_annotations(path: Path, path_field: str = "fname") -> list[tuple[str, int]]:
-    """The (image path, class id) pairs of one of Cars196's annotation files. Raises InputError if it is no such file."""
+    """The (image path, class id) pairs of one of Cars196's annotation files.
+
+    Raises InputError if it cannot be read or has no labels.
+    """
     try:
         annotations = np.ravel(scipy.io.loadmat(path)["annotations"])
         fields = annotations.dtype.names
@@ -336,7 +339,7 @@ def _class_folders(folder: Path, name: str = "", above: tuple[str, ...] = ()) ->
 
 
 def _rows(path: Path, columns: int, listing: Listing) -> Iterator[tuple[str, list[str]]]:
-    """Yields ("file, line n", fields) of a text list; the last field may contain spaces. Blank lines are passed over."""
+    """Yields ("file, line n", fields) of a text list, blank lines left out. The last field may contain spaces."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
@@ -376,12 +379,13 @@ def _add(
 
 def _checked(listing: Listing, name: str) -> Listing:
     """Sorts the entries by split and class and adds the problems and warnings that only the whole list shows."""
-    listing.entries.sort(key=lambda entry: (entry.split, entry.class_key))  # stable: the list's order within a class
+    # Training images first, then by class; the sort is stable and keeps the list's order within a class.
+    listing.entries.sort(key=lambda entry: (entry.split != "train", entry.class_key))
     classes = {split: {e.class_key for e in listing.entries if e.split == split} for split in ("train", "test")}
     both = sorted(classes["train"] & classes["test"])
     if both:
         listing.warnings.append(
-            f"{len(both)} classes are in both train and test ({', '.join(map(str, both[:3]))}{', …' * (len(both) > 3)}): "
+            f"classes in both train and test: {len(both)} ({', '.join(map(str, both[:3]))}{', …' * (len(both) > 3)}); "
             "Recall@K is meant for classes that were not trained on"
         )
     paths = [entry.path for entry in listing.entries]
@@ -592,7 +596,11 @@ def _store_image(source: Path, image_size: int, entry: Entry, file: Path, offset
 
 
 def _bad_image(path: Path, error: Exception) -> str:
-    return f"{path}: " + ("missing image" if isinstance(error, FileNotFoundError) else f"unreadable ({_reason(error)})")
+    if isinstance(error, FileNotFoundError):
+        return f"{path}: missing image"
+    if isinstance(error, UnidentifiedImageError):
+        return f"{path}: unreadable (not an image of a known format)"
+    return f"{path}: unreadable ({_reason(error)})"
 
 
 def _end_with_parent() -> None:
@@ -765,7 +773,7 @@ def _new_character(generator: np.random.Generator) -> list[np.ndarray]:
 
 def _write_character(strokes: list[np.ndarray], side: int, generator: np.random.Generator) -> Image.Image:
     """One handwritten RGB image of a character, `side` x `side` pixels."""
-    angle, shear = generator.normal(0, 0.15, 2)
+    angle, shear = generator.normal(0, 0.1, 2)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     affine = turn @ np.array([[1, shear], [0, 1]]) * generator.uniform(0.75, 1.05, 2)
     shift = generator.normal(0, 0.08, 2)
@@ -777,7 +785,7 @@ def _write_character(strokes: list[np.ndarray], side: int, generator: np.random.
     draw = ImageDraw.Draw(canvas)
     pen = generator.uniform(0.03, 0.07) * large
     for stroke in strokes:
-        points = bezier @ (stroke + generator.normal(0, 0.1, stroke.shape)) @ affine.T + shift
+        points = bezier @ (stroke + generator.normal(0, 0.06, stroke.shape)) @ affine.T + shift
         points = (points * 0.45 + 0.5) * large
         draw.line([tuple(point) for point in points], fill=255, width=round(pen), joint="curve")
         for x, y in (points[0], points[-1]):

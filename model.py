@@ -115,7 +115,7 @@ def embed(logits: torch.Tensor) -> torch.Tensor:
 def member_logits(
     model: nn.Module, images: np.ndarray, mean: torch.Tensor, std: torch.Tensor, batch_size: int
 ) -> torch.Tensor:
-    """One member's logits of all images, `(N, S, S, 3) uint8` (a memory map will do): `(N, D) float32` on its device."""
+    """One member's logits: images `(N, S, S, 3) uint8`, memory-mapped or not -> `(N, D) float32` on its device."""
     model.eval()
     logits = None
     for start in range(0, len(images), batch_size):

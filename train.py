@@ -477,9 +477,8 @@ def run(args: argparse.Namespace) -> None:
         records[member] = record
         seconds = time.perf_counter() - start
         accuracy = record["history"][record["best_epoch"]]["accuracy"]
-        print(
-            f"member {member}/{args.ensemble_size}: best epoch {record['best_epoch']}, {accuracy:.2f} %, {seconds:.1f} s"
-        )
+        title = f"member {member}/{args.ensemble_size}"
+        print(f"{title}: training accuracy {accuracy:.2f} % in epoch {record['best_epoch']}, {seconds:.1f} s")
         if count == 1 and len(missing) > 1:
             print_outlook(folder, member, len(missing) - 1, seconds)
         write_train_log(folder, records)

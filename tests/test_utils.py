@@ -1,0 +1,231 @@
+"""The partition, the draws, safe writing, and Recall@K against an obvious implementation."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import utils
+from utils import InputError, RunError, atomic_open, draws, meta_class_partition, recall_at_k, run_main
+
+# ------------------------------------------------------------------------------------------------ partition and draws
+
+
+@pytest.mark.parametrize(("num_classes", "num_meta_classes"), [(98, 12), (100, 12), (11318, 500), (12, 12), (7, 2)])
+def test_partition_is_balanced(num_classes, num_meta_classes):
+    partition = meta_class_partition(num_classes, num_meta_classes, np.random.default_rng(0))
+    assert partition.shape == (num_classes,) and partition.dtype == np.int64
+    sizes = np.bincount(partition, minlength=num_meta_classes)
+    assert len(sizes) == num_meta_classes
+    assert set(sizes) <= {num_classes // num_meta_classes, -(-num_classes // num_meta_classes)}
+
+
+def test_partition_is_uniform_over_pairs():
+    """Every two classes share a meta-class equally often: 4 classes into 2 pairs, each of 3 pairings a third."""
+    generator = np.random.default_rng(0)
+    drawn = [meta_class_partition(4, 2, generator) for _ in range(3000)]
+    for other in (1, 2, 3):
+        share = np.mean([partition[0] == partition[other] for partition in drawn])
+        assert abs(share - 1 / 3) < 0.035  # four standard deviations
+
+
+@pytest.mark.parametrize(("num_classes", "num_meta_classes"), [(5, 6), (5, 1), (5, 0)])
+def test_partition_refuses(num_classes, num_meta_classes):
+    with pytest.raises(ValueError, match=f"{num_classes} classes into {num_meta_classes}"):
+        meta_class_partition(num_classes, num_meta_classes, np.random.default_rng(0))
+
+
+def test_draws_depend_on_each_argument_and_nothing_else():
+    def numbers(*key):
+        return tuple(draws(*key).integers(2**32, size=4))
+
+    base = numbers(0, 1, 2, "order")
+    assert numbers(0, 1, 2, "order") == base
+    others = [(1, 1, 2, "order"), (0, 2, 2, "order"), (0, 1, 3, "order"), (0, 1, 2, "crop"), (0, 2, 1, "order")]
+    assert len({base, *(numbers(*key) for key in others)}) == 6
+
+
+# ------------------------------------------------------------------------------------------------ Recall@K
+
+
+def slow_recall(parts: list[np.ndarray], labels: np.ndarray, ks: list[int]) -> np.ndarray:
+    """The definition of METHOD.md, one query at a time, in float64."""
+    rows = []
+    similarity = np.zeros((len(labels), len(labels)))
+    for size, part in enumerate(parts, 1):
+        lengths = np.linalg.norm(part.astype(np.float64), axis=1, keepdims=True)
+        unit = part / np.where(lengths > 0, lengths, 1)
+        similarity += unit @ unit.T
+        hits = np.zeros(len(ks))
+        for query in range(len(labels)):
+            own = [i for i in range(len(labels)) if labels[i] == labels[query] and i != query]
+            if own:
+                reach = max(similarity[query, i] for i in own) - 1e-6 * size
+                rank = sum(similarity[query, i] >= reach for i in range(len(labels)) if labels[i] != labels[query])
+                hits += [rank < k for k in ks]
+        rows.append(hits / len(labels))
+    return np.array(rows)
+
+
+def random_case(seed: int) -> tuple[list[np.ndarray], np.ndarray, list[int]]:
+    """Small cases full of ties (integer coordinates), zero rows, lone classes and classes of very different sizes."""
+    generator = np.random.default_rng(seed)
+    num_images = int(generator.integers(2, 90))
+    parts = []
+    for _ in range(generator.integers(1, 4)):
+        shape = (num_images, int(generator.integers(1, 6)))
+        ties = generator.random() < 0.6
+        parts.append((generator.integers(-1, 2, shape) if ties else generator.normal(size=shape)).astype(np.float32))
+    labels = generator.integers(0, generator.integers(1, num_images + 1), num_images)
+    if generator.random() < 0.3:
+        labels[generator.random(num_images) < 0.8] = -7  # one giant class
+    return parts, labels, [1, 2, 3, 8, 100]
+
+
+@pytest.mark.filterwarnings("ignore:.*no other image of their class")
+@pytest.mark.parametrize("max_bytes", [2**30, 1])  # 1: the smallest blocks, 16 rows
+@pytest.mark.parametrize("seed", range(60))
+def test_recall_equals_the_definition(seed, max_bytes):
+    parts, labels, ks = random_case(seed)
+    result = recall_at_k([torch.from_numpy(part) for part in parts], torch.from_numpy(labels), ks, max_bytes=max_bytes)
+    assert result.dtype == torch.float32 and result.shape == (len(parts), len(ks))
+    np.testing.assert_allclose(result.numpy(), slow_recall(parts, labels, ks), atol=1e-7)
+
+
+def test_recall_by_hand():
+    """On a circle: 0 and 10 degrees are class 0, 4 and 90 are class 1."""
+    angles = torch.deg2rad(torch.tensor([0.0, 4.0, 10.0, 90.0]))
+    points = torch.stack([angles.cos(), angles.sin()], dim=1)
+    # Ranks: 0 deg: 4 is nearer than 10 -> 1. 4 deg: 0 and 10 are nearer than 90 -> 2. 10 deg: 4 -> 1. 90 deg: 10 -> 1.
+    assert recall_at_k(points, torch.tensor([0, 1, 0, 1]), [1, 2, 3]).tolist() == [[0.0, 0.75, 1.0]]
+
+
+def test_recall_of_a_constant_embedding_is_zero():
+    labels = torch.arange(40) // 4
+    assert recall_at_k(torch.ones(40, 3), labels, [1, 36, 37]).tolist() == [[0, 0, 1]]
+    assert recall_at_k(torch.zeros(40, 3), labels, [1]).item() == 0
+
+
+def test_recall_excludes_the_query_by_index_not_by_value():
+    """Two copies of an image in one class find each other; copies in two classes are a tie, which counts against."""
+    points = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    assert recall_at_k(points, torch.tensor([0, 0, 1, 1]), [1]).item() == 1
+    assert recall_at_k(points, torch.tensor([0, 1, 0, 1]), [1]).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_recall_casts_to_float32_and_ignores_lengths(dtype):
+    parts, labels, ks = random_case(3)
+    part = torch.from_numpy(parts[0]).to(dtype)
+    scaled = part * torch.tensor([0.25, 4.0], dtype=dtype).repeat(len(part))[: len(part), None]
+    expected = slow_recall([part.double().numpy()], labels, ks)
+    for rows in (part, scaled):
+        np.testing.assert_allclose(recall_at_k(rows, torch.from_numpy(labels), ks), expected, atol=1e-7)
+
+
+def test_recall_ignores_reduced_precision_settings():
+    """TF32 or bfloat16 products and autocast around the call change nothing, and are as before afterwards."""
+    generator = torch.Generator().manual_seed(0)
+    points, labels = torch.randn(300, 64, generator=generator), torch.arange(300) % 30
+    expected = recall_at_k(points, labels, [1, 4])
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            result = recall_at_k(points, labels, [1, 4])
+            assert (points @ points.T).dtype == torch.bfloat16
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(result, expected)
+
+
+def test_lone_classes_are_misses_and_reported():
+    points = torch.eye(3)
+    with pytest.warns(UserWarning, match="1 of 3 queries have no other image"):
+        result = recall_at_k(points, torch.tensor([5, 5, 9]), [1, 100])
+    np.testing.assert_allclose(result, [[0, 2 / 3]], atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_recall_refuses_what_is_not_finite(value):
+    part = torch.randn(10, 4)
+    part[3, 2] = value
+    with pytest.raises(ValueError, match="not finite: 1 of 10 rows"):
+        recall_at_k([torch.randn(10, 4), part], torch.arange(10) // 2, [1])
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "labels", "ks"),
+    [
+        (torch.ones(4, 2), torch.ones(3, dtype=torch.int64), [1]),
+        (torch.ones(4), torch.ones(4, dtype=torch.int64), [1]),
+        ([], torch.ones(4, dtype=torch.int64), [1]),
+        (torch.ones(4, 2), torch.ones(4), [1]),
+        (torch.ones(0, 2), torch.ones(0, dtype=torch.int64), [1]),
+        (torch.ones(4, 2), torch.ones(4, dtype=torch.int64), [0]),
+    ],
+)
+def test_recall_refuses_wrong_arguments(embeddings, labels, ks):
+    with pytest.raises(ValueError):
+        recall_at_k(embeddings, labels, ks)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss counts kilobytes on Linux")
+def test_recall_needs_no_square_matrix():
+    """20,000 images: the full matrix would be 1.6 GB, the one giant class alone 0.9 GB."""
+    code = """
+import resource, torch
+from utils import recall_at_k
+labels = torch.cat([torch.zeros(15000, dtype=torch.int64), torch.arange(1, 2501).repeat(2)])
+points = torch.randn(20000, 32)
+recall_at_k(points[:500], labels[:500], [1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+recall_at_k(points, labels, [1], max_bytes=2**26)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    output = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert int(output.stdout) < 2 * 2**26, output.stderr
+
+
+# ------------------------------------------------------------------------------------------------ files and errors
+
+
+def test_atomic_open_replaces_only_when_all_went_well(tmp_path):
+    path = tmp_path / "log.csv"
+    with atomic_open(path) as file:
+        file.write("whole\n")
+        assert not path.exists()
+    assert path.read_text() == "whole\n"
+    with pytest.raises(RuntimeError), atomic_open(path) as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "whole\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(InputError("bad"), 2), (RunError("bad"), 1), (OSError(28, "bad"), 1), (KeyboardInterrupt(), 130), (None, 0)],
+)
+def test_exit_codes_and_single_lines(error, code, capsys):
+    def run():
+        if error is not None:
+            raise error
+
+    assert run_main("script.py", run) == code
+    message = capsys.readouterr().err
+    assert message == "" if error is None else re.fullmatch(r"script\.py: .*\n", message)
+
+
+def test_size_text():
+    assert [utils.size_text(n) for n in (999, 1500, 44_800_000, 17e9, 2e15)] == [
+        "999 bytes",
+        "1.5 kB",
+        "44.8 MB",
+        "17 GB",
+        "2e+03 TB",
+    ]
