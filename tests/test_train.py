@@ -1,0 +1,446 @@
+"""Options, one member, the run folder and the logs."""
+
+import copy
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import TINY
+from test_utils import slow_recall
+from torch import nn
+
+import data_utils
+import train
+from data_utils import read_cache
+from model import build_model, member_logits
+from train import batch_spans, learning_rate, member_images, train_batches, train_member, train_step
+from utils import draws, meta_class_partition
+
+CPU = torch.device("cpu")
+
+
+def run(data: Path, results: Path, *options: str) -> int:
+    """Later options override those of TINY."""
+    return train.main([*TINY, "--data_path", str(data), "--results_path", str(results), *options])
+
+
+def only_folder(results: Path) -> Path:
+    (folder,) = results.iterdir()
+    return folder
+
+
+def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob(pattern))}
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("nothing was to be trained")
+
+    monkeypatch.setattr(train, "train_member", refuse)
+
+
+# ------------------------------------------------------------------------------------------------ one member
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "tenths"),
+    [
+        (1, [0]),
+        (2, [0, 2]),
+        (3, [0, 1, 2]),
+        (12, [0] * 6 + [1] * 2 + [2] * 4),
+        (20, [0] * 10 + [1] * 4 + [2] * 6),
+        (50, [0] * 25 + [1] * 10 + [2] * 15),
+    ],
+)
+def test_learning_rate(num_epochs, tenths):
+    rates = [learning_rate(0.5, epoch, num_epochs) for epoch in range(num_epochs)]
+    np.testing.assert_allclose(rates, [0.5 * 10.0**-tenth for tenth in tenths])
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "expected"),
+    [(10, 4, [(0, 4), (4, 8), (8, 10)]), (9, 4, [(0, 4), (4, 9)]), (8, 4, [(0, 4), (4, 8)]), (3, 4, [(0, 3)])],
+)
+def test_a_last_batch_of_one_joins_the_one_before(num_images, batch_size, expected):
+    assert batch_spans(num_images, batch_size) == expected
+
+
+def test_large_classes_are_cut_to_a_random_300():
+    labels = np.repeat([0, 1, 2], [350, 20, 300])
+    first, again, other = (member_images(labels, 0, member) for member in (1, 1, 2))
+    assert np.bincount(labels[first]).tolist() == [300, 20, 300]
+    assert len(np.unique(first)) == len(first) and np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    large = [np.intersect1d(images, np.arange(350)) for images in (first, other)]
+    assert 240 < len(np.intersect1d(*large)) < 275  # two random 300 of 350 share 257 on average
+
+
+@pytest.fixture
+def tiny_args(tiny_data):
+    return train.parse_args([*TINY, "--data_path", str(tiny_data)])
+
+
+@pytest.fixture
+def tiny_cache(tiny_data):
+    return read_cache(tiny_data, "tiny", 32)
+
+
+def epoch_of(cache, args, member=1, epoch=0):
+    """The whole epoch in one batch: crops, targets (here the image's number), flips."""
+    images = np.arange(cache.counts["train"][1])
+    batches = list(train_batches(cache, images, images, args, member, epoch, CPU))
+    return [torch.cat(tensors).numpy() for tensors in zip(*batches, strict=True)]
+
+
+def test_batches_of_an_epoch(tiny_cache, tiny_args):
+    """Every image once, in random order; each crop is a window of its image; all depends on (seed, member, epoch)."""
+    crops, numbers, flips = epoch_of(tiny_cache, tiny_args)
+    assert sorted(numbers) == list(range(36)) and list(numbers) != list(range(36))
+    assert crops.dtype == np.uint8 and crops.shape == (36, 32, 32, 3) and flips.dtype == bool
+    corners = np.array([(top, left) for top in range(4) for left in range(4)])  # 35 -> 32
+    for crop, number in zip(crops, numbers, strict=True):
+        windows = tiny_cache.train_crops(np.full(16, number), corners)
+        assert (windows == crop).all((1, 2, 3)).any()
+    again = epoch_of(tiny_cache, tiny_args)
+    assert all(np.array_equal(a, b) for a, b in zip((crops, numbers, flips), again, strict=True))
+    for other in (epoch_of(tiny_cache, tiny_args, member=2), epoch_of(tiny_cache, tiny_args, epoch=1)):
+        assert not np.array_equal(numbers, other[1])
+        assert not np.array_equal(flips, other[2])
+
+
+def test_every_offset_and_both_mirrorings_are_reached(tiny_cache, tiny_args, monkeypatch):
+    """35 -> 32 leaves offsets 0..3 on both axes, independent and equally likely; half of the crops are mirrored."""
+    seen = []
+    original = data_utils.Cache.train_crops
+    monkeypatch.setattr(
+        data_utils.Cache, "train_crops", lambda self, i, corners: seen.append(corners) or original(self, i, corners)
+    )
+    flips = np.concatenate([epoch_of(tiny_cache, tiny_args, epoch=epoch)[2] for epoch in range(100)])
+    corners = np.concatenate(seen)
+    counts = np.zeros((4, 4))
+    np.add.at(counts, (corners[:, 0], corners[:, 1]), 1)  # 3,600 crops, 225 each, standard deviation 14.5
+    assert counts.sum() == 3600 and counts.min() > 165 and counts.max() < 285
+    assert abs(flips.mean() - 0.5) < 0.034  # four standard deviations
+    tiny_args.no_flip = True
+    assert not epoch_of(tiny_cache, tiny_args)[2].any()
+
+
+def test_train_step_equals_a_plain_step():
+    """One step on mirrored and unmirrored images, against the same step written out."""
+    torch.manual_seed(0)
+    # Small and smooth: in a ReLU network on few images, rounding alone moves gradients visibly.
+    layers = [nn.Conv2d(3, 4, 5), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)]
+    models = [nn.Sequential(*layers), copy.deepcopy(nn.Sequential(*layers))]
+    images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
+    targets, flips = torch.tensor([0, 2, 1, 1, 0, 2, 0, 1]), torch.arange(8) % 2 == 0
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    loss_sum, correct = torch.tensor(10.0), torch.tensor(10)
+    models[0][-1].weight.grad = torch.ones(3, 16)  # of an earlier step: must not count
+    train_step(models[0], optimizers[0], [images, targets, flips], mean, std, loss_sum, correct)
+
+    pixels = (images.permute(0, 3, 1, 2) / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    pixels = torch.stack([image.flip(-1) if flip else image for image, flip in zip(pixels, flips, strict=True)])
+    logits = models[1](pixels)
+    loss = -logits.log_softmax(1)[range(8), targets].mean()
+    loss.backward()
+    optimizers[1].step()
+    assert correct.item() == 10 + (logits.argmax(1) == targets).sum().item()
+    assert loss_sum.item() == pytest.approx(10 + 8 * loss.item(), rel=1e-5)
+    for parameter, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_train_and_embedding_steps_never_wait_for_the_device():
+    """The data-less device `meta` refuses .item(), copies to the host and mixed devices."""
+    meta = torch.device("meta")
+    model = build_model("resnet18", 12, None).to(meta)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    batch = [
+        torch.empty(4, 64, 64, 3, dtype=torch.uint8).to(meta, non_blocking=True),
+        torch.empty(4, dtype=torch.int64).to(meta),
+        torch.empty(4, dtype=torch.bool).to(meta),
+    ]
+    mean, std = torch.ones(3, device=meta), torch.ones(3, device=meta)
+    loss_sum, correct = torch.zeros((), device=meta), torch.zeros((), dtype=torch.int64, device=meta)
+    train_step(model, optimizer, batch, mean, std, loss_sum, correct)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    logits = member_logits(model, np.zeros((5, 64, 64, 3), np.uint8), mean, std, batch_size=2)
+    assert logits.device == meta and logits.shape == (5, 12)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        loss_sum.item()
+
+
+@pytest.mark.parametrize(("correct", "best"), [([3, 9, 7, 9], 1), ([5, 5, 5, 5], 0), ([1, 2, 3, 4], 3), ([0] * 4, 0)])
+def test_the_best_epoch_by_training_accuracy_is_kept(tiny_cache, tiny_args, monkeypatch, correct, best):
+    """With planned numbers of right answers; the weights of each epoch are marked with its number."""
+    tiny_args.num_epochs, tiny_args.batch_size = 4, 64  # one step an epoch
+    steps = iter(range(4))
+
+    def step(model, optimizer, batch, mean, std, loss_sum, counted):
+        epoch = next(steps)
+        model.fc.bias.data.fill_(epoch)
+        counted += correct[epoch]
+
+    monkeypatch.setattr(train, "train_step", step)
+    model, record = train_member(tiny_cache, None, tiny_args, 1, CPU)
+    assert record["best_epoch"] == best and model.fc.bias.tolist() == [best] * 3
+    assert [row["correct"] for row in record["history"]] == correct
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny_data, tmp_path, capsys, monkeypatch):
+    def step(model, optimizer, batch, mean, std, loss_sum, correct):
+        loss_sum += float("nan")
+
+    monkeypatch.setattr(train, "train_step", step)
+    assert run(tiny_data, tmp_path) == 1
+    assert "member 1, epoch 0: the loss is not finite; try a lower --lr than 0.001" in capsys.readouterr().err
+    assert not list(only_folder(tmp_path).glob("member_*"))
+
+
+def test_members_do_not_depend_on_each_other(tiny_run, tiny_cache, tiny_args):
+    """Member 2 trained alone is bit for bit member 2 of the run; member 1 and seed 1 are others."""
+    model, record = train_member(tiny_cache, None, tiny_args, 2, CPU)
+    saved = torch.load(tiny_run / "member_002.pth", weights_only=True)
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+    earlier = json.loads((tiny_run / "member_002.json").read_text())
+    assert record["partition"] == earlier["partition"]
+    assert record["partition"] == meta_class_partition(6, 3, draws(0, 2, 0, "partition")).tolist()
+    first = torch.load(tiny_run / "member_001.pth", weights_only=True)
+    tiny_args.seed = 1
+    reseeded = train_member(tiny_cache, None, tiny_args, 2, CPU)[0].state_dict()
+    for other in (first, reseeded):
+        assert not torch.equal(other["fc.weight"], saved["fc.weight"])
+
+
+# ------------------------------------------------------------------------------------------------ run folder and logs
+
+
+def test_run_folder(tiny_run, tiny_data, tiny_cache):
+    assert tiny_run.name == "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone"
+    names = {"args.json", "recall.csv", "test.csv", "train.csv"}
+    names |= {f"member_00{member}.{suffix}" for member in (1, 2) for suffix in ("json", "npy", "pth")}
+    assert {path.name for path in tiny_run.iterdir()} == names
+
+    record = json.loads((tiny_run / "args.json").read_text())
+    assert record["options"]["ensemble_size"] == 2 and record["settings"]["lr"] == 1e-3
+    assert record["data"]["fingerprint"] == tiny_cache.fingerprint
+    assert record["data"]["counts"]["train"] == {"classes": 6, "images": 36}
+    assert record["environment"]["torch"] == torch.__version__
+
+    test = pd.read_csv(tiny_run / "test.csv")
+    assert list(test.columns[:4]) == ["path", "label", "is_query", "is_gallery"]
+    assert test.label.tolist() == tiny_cache.array("test_labels").tolist() and test.is_query.all()
+    assert all((tiny_data / "tiny" / path).is_file() for path in test.path)
+
+    for member in (1, 2):
+        finished = json.loads((tiny_run / f"member_00{member}.json").read_text())
+        hashes = digests(tiny_run, f"member_00{member}.[np]*")
+        assert finished["sha256"] == hashes and finished["member"] == member
+        assert np.load(tiny_run / f"member_00{member}.npy").dtype == np.float32
+
+
+def test_train_log(tiny_run):
+    log = pd.read_csv(tiny_run / "train.csv")
+    assert ",".join(log.columns) == "member,epoch,loss,accuracy,lr,seconds,images_per_second"
+    assert log[["member", "epoch"]].values.tolist() == [[1, 0], [1, 1], [2, 0], [2, 1]]
+    np.testing.assert_allclose(log.lr, [1e-3, 1e-5, 1e-3, 1e-5])
+    history = json.loads((tiny_run / "member_002.json").read_text())["history"]
+    assert log.accuracy[3] == pytest.approx(100 * history[1]["correct"] / 36, abs=1e-4)
+    assert log.loss.between(0.1, 3).all() and (log.images_per_second > 0).all()
+
+
+def test_recall_log_equals_the_definition(tiny_run):
+    """From the files alone, by the slow implementation."""
+    labels = pd.read_csv(tiny_run / "test.csv").label.to_numpy()
+    parts = [np.load(tiny_run / f"member_00{member}.npy") for member in (1, 2)]
+    expected = 100 * slow_recall(parts, labels, [1, 4])
+    lines = (tiny_run / "recall.csv").read_text().splitlines()
+    assert lines[0] == "ensemble_size,R@1,R@4"
+    assert lines[1:] == [f"{size},{r1:.4f},{r4:.4f}" for size, (r1, r4) in enumerate(expected, 1)]
+    assert 20 < expected[1, 0] < 100  # chance is 14 %
+
+
+def test_growing_an_ensemble(tiny_data, tiny_run, tmp_path, capsys, monkeypatch):
+    """One member and then a second are the two members at once; asking for less again only rewrites the log."""
+    assert run(tiny_data, tmp_path, "--ensemble_size", "1") == 0
+    assert (only_folder(tmp_path) / "recall.csv").read_text().count("\n") == 2
+    first = digests(only_folder(tmp_path), "member_001.*")
+    capsys.readouterr()
+    assert run(tiny_data, tmp_path) == 0
+    assert "1 of 2 members are finished" in capsys.readouterr().out
+    assert digests(only_folder(tmp_path), "member_001.*") == first
+    for pattern in ("member_*.npy", "recall.csv", "test.csv"):
+        assert digests(only_folder(tmp_path), pattern) == digests(tiny_run, pattern)
+
+    monkeypatch.setattr(train, "train_member", None)  # would fail if called
+    assert run(tiny_data, tmp_path, "--ensemble_size", "1", "--recalls", "2,1") == 0
+    lines = (only_folder(tmp_path) / "recall.csv").read_text().splitlines()
+    assert lines[0] == "ensemble_size,R@2,R@1" and len(lines) == 2
+    assert lines[1].split(",")[2] == (tiny_run / "recall.csv").read_text().splitlines()[1].split(",")[1]
+
+
+def test_the_last_line_is_the_final_recall(tiny_data, tiny_run, tmp_path, capsys, no_training):
+    shutil.copytree(tiny_run, tmp_path / tiny_run.name)
+    assert run(tiny_data, tmp_path) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    r1, r4 = (tmp_path / tiny_run.name / "recall.csv").read_text().splitlines()[2].split(",")[1:]
+    csv = tmp_path / tiny_run.name / "recall.csv"
+    assert last == f"2 members: R@1 {float(r1):.2f}, R@4 {float(r4):.2f} in {csv}"
+
+
+def test_what_the_first_member_tells_of_the_rest(tiny_data, tmp_path, capsys):
+    assert run(tiny_data, tmp_path, "--num_epochs", "1") == 0
+    output = capsys.readouterr().out
+    assert re.search(r"the other 1 members need about [\d.]+ minutes and 44\.\d MB \([\d.]+ [GT]B are free\)", output)
+    assert re.search(r"member 1/2 epoch 0: loss \d\.\d+, accuracy [\d.]+%, [\d,]+ images/s", output)
+
+
+def test_a_cut_of_large_classes_is_said(tiny_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "MAX_IMAGES_PER_CLASS", 4)
+    assert run(tiny_data, tmp_path, "--ensemble_size", "1", "--num_epochs", "1") == 0
+    assert "a random 4 of each and leaves out 12 of 36 images" in capsys.readouterr().out
+    assert json.loads((only_folder(tmp_path) / "member_001.json").read_text())["history"][0]["images"] == 24
+
+
+def edited(folder: Path, *keys: str, value) -> None:
+    """Changes one entry of args.json."""
+    record = json.loads((folder / "args.json").read_text())
+    inner = record
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    (folder / "args.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: edited(folder, "settings", "lr", value=0.5), "other settings: lr 0.5, not 0.001"),
+        (lambda folder: edited(folder, "settings", "flip", value=False), "other settings: flip False, not True"),
+        (lambda folder: edited(folder, "data", "fingerprint", value="0"), r"another cache \(fingerprint\) 0, not"),
+        (lambda folder: (folder / "args.json").write_text("{"), "args.json is damaged"),
+        (lambda folder: (folder / "args.json").unlink(), "has members but no args.json"),
+    ],
+)
+def test_other_settings_under_the_same_name_are_refused(
+    tiny_data, tiny_run, tmp_path, capsys, no_training, change, message
+):
+    folder = tmp_path / tiny_run.name
+    shutil.copytree(tiny_run, folder)
+    change(folder)
+    before = digests(folder)
+    assert run(tiny_data, tmp_path, "--ensemble_size", "3") == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+    assert digests(folder) == before
+
+
+def test_another_environment_is_a_warning_and_recorded(tiny_data, tiny_run, tmp_path, capsys):
+    folder = tmp_path / tiny_run.name
+    shutil.copytree(tiny_run, folder)
+    edited(folder, "environment", "torch", value="1.0")
+    assert run(tiny_data, tmp_path) == 0 and "warning" not in capsys.readouterr().err  # nothing to train
+    assert run(tiny_data, tmp_path, "--ensemble_size", "3") == 0
+    assert f"warning: this run was begun with torch 1.0 (now {torch.__version__})\n" in capsys.readouterr().err
+    assert json.loads((folder / "args.json").read_text())["environment"]["torch"] == "1.0"
+    assert json.loads((folder / "member_003.json").read_text())["environment"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("suffix", ["pth", "npy", "json"])
+def test_a_damaged_member_is_named_and_trained_again(tiny_data, tiny_run, tmp_path, capsys, suffix):
+    folder = tmp_path / tiny_run.name
+    shutil.copytree(tiny_run, folder)
+    path = folder / f"member_001.{suffix}"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert run(tiny_data, tmp_path) == 0
+    output = capsys.readouterr()
+    assert re.search(rf"member 1 is trained again, damaged: {path.name}", output.err)
+    assert "1 of 2 members are finished" in output.out
+    for pattern in ("member_*.npy", "recall.csv"):
+        assert digests(folder, pattern) == digests(tiny_run, pattern)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ([], "tiny_resnet18_D12_e12_s0"),
+        (["--ensemble_size", "48", "--recalls", "1", "--device", "cpu"], "tiny_resnet18_D12_e12_s0"),
+        (["--backbone", "resnet50", "--meta_class_size", "5", "--num_epochs", "3"], "tiny_resnet50_D5_e3_s0"),
+        (["--seed", "7", "--batch_size", "64", "--image_size", "128"], "tiny_resnet18_D12_e12_s7_i128_b64"),
+        (["--lr", "3e-05", "--no_flip", "--weights", "none"], "tiny_resnet18_D12_e12_s0_lr3e-05_wnone_noflip"),
+        (["--weights", "w.pth"], "tiny_resnet18_D12_e12_s0_wabcdef01"),
+    ],
+)
+def test_run_name(options, name):
+    args = train.parse_args(["--data_name", "tiny", *options])
+    identity = "sha256:abcdef0123" if args.weights == "w.pth" else args.weights
+    assert train.run_name(args, identity) == name
+
+
+# ------------------------------------------------------------------------------------------------ wrong options
+
+
+def test_defaults_are_those_of_the_original_command_line():
+    args = train.parse_args(["--data_name", "car"])
+    assert (args.recalls, args.batch_size, args.num_epochs) == ([1, 2, 4, 8], 128, 12)
+    assert (args.ensemble_size, args.meta_class_size, args.lr, args.weights) == (12, 12, 1e-4, "imagenet")
+    assert train.parse_args("--data_name sop --recalls 1,10,100,1000".split()).recalls == [1, 10, 100, 1000]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--data_name", "other"],
+            r"no cache: .*python data_utils\.py --data_name other --data_path .* --image_size 32",
+        ),
+        (["--image_size", "64"], r"no cache: .*--data_name tiny --data_path .* --image_size 64"),
+        (["--data_name", "../tiny"], "is not the name of a folder"),
+        (["--meta_class_size", "7"], r"--meta_class_size 7 has to be in 2\.\.6"),
+        (["--meta_class_size", "1"], r"--meta_class_size 1 has to be in 2\.\.6"),
+        (["--recalls", "1,1"], "names a K twice"),
+        (["--recalls", "0,1"], "'0' is not a positive integer"),
+        (["--recalls", "1,,2"], "'' is not a positive integer"),
+        (["--recalls", "1,36"], "36 is not below the number of test images, 36"),
+        (["--batch_size", "1"], "at least 2"),
+        (["--num_epochs", "0"], "'0' is not a positive integer"),
+        (["--ensemble_size", "-3"], "'-3' is not a positive integer"),
+        (["--lr", "nan"], "'nan' is not a positive number"),
+        (["--seed", "-1"], "'-1' is not an integer"),
+        (["--seed", "4294967296"], "is not an integer in"),
+        (["--backbone", "vgg16"], "--backbone vgg16 is not one of .*resnet18"),
+        (["--weights", "nowhere.pth"], "--weights nowhere.pth: no such file"),
+        (["--device", "tpu"], "--device tpu is not one of auto, cuda, cuda:i, mps, cpu"),
+        (["--device", "cuda:99"], "--device cuda:99 is not there"),
+        (["--device", "cpu:0"], "--device cpu:0 is not one of"),
+        (["--ensemble", "3"], "unrecognized arguments: --ensemble 3"),
+        (["--lr"], "expected one argument"),
+    ],
+)
+def test_wrong_options_end_at_once_in_one_line(tiny_data, tmp_path, capsys, no_training, options, message):
+    assert run(tiny_data, tmp_path, *options) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1 and error.startswith("train.py: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_results_end_at_once(tiny_data, tmp_path, capsys, no_training):
+    (tmp_path / "results").write_text("a file, not a folder")
+    assert run(tiny_data, tmp_path / "results") == 2
+    error = capsys.readouterr().err
+    assert "cannot write the results" in error and error.count("\n") == 1
+
+
+def test_no_data_name(capsys):
+    assert train.main([]) == 2
+    assert "--data_name" in capsys.readouterr().err
