@@ -773,7 +773,7 @@ def _new_character(generator: np.random.Generator) -> list[np.ndarray]:
 
 def _write_character(strokes: list[np.ndarray], side: int, generator: np.random.Generator) -> Image.Image:
     """One handwritten RGB image of a character, `side` x `side` pixels."""
-    angle, shear = generator.normal(0, 0.1, 2)
+    angle, shear = generator.normal(0, 0.15, 2)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     affine = turn @ np.array([[1, shear], [0, 1]]) * generator.uniform(0.75, 1.05, 2)
     shift = generator.normal(0, 0.08, 2)
@@ -785,7 +785,7 @@ def _write_character(strokes: list[np.ndarray], side: int, generator: np.random.
     draw = ImageDraw.Draw(canvas)
     pen = generator.uniform(0.03, 0.07) * large
     for stroke in strokes:
-        points = bezier @ (stroke + generator.normal(0, 0.06, stroke.shape)) @ affine.T + shift
+        points = bezier @ (stroke + generator.normal(0, 0.1, stroke.shape)) @ affine.T + shift
         points = (points * 0.45 + 0.5) * large
         draw.line([tuple(point) for point in points], fill=255, width=round(pen), joint="curve")
         for x, y in (points[0], points[-1]):
