@@ -463,6 +463,8 @@ def build_cache(
                 flush_folder(target.parent)
                 _write_skipped(target.with_name(f"{target.name}_skipped.txt"), skipped)
             finally:
+                if old.exists() and not target.exists():
+                    os.rename(old, target)
                 for folder in (new, old):
                     shutil.rmtree(folder, ignore_errors=True)
     except filelock.Timeout:
@@ -488,7 +490,8 @@ def _write_cache(
         # The headers give every image its place before any is decoded, so that workers write in parallel. (A rotation
         # by EXIF, applied later, swaps the sides and keeps the number of pixels.)
         probe = functools.partial(_probe_image, source, image_size)
-        for number, result in enumerate(pool.map(probe, entries, chunksize=64)):
+        results = pool.map(probe, entries, chunksize=64)
+        for number, result in enumerate(_bar(results, f"{name}: headers", len(entries))):
             (bad if isinstance(result, str) else num_bytes)[number] = result
         store = functools.partial(_store_image, source, image_size)
         while True:
@@ -497,7 +500,7 @@ def _write_cache(
                 folder, [(entries[number].split, num_bytes[number]) for number in good], image_size
             )
             results = pool.map(store, [entries[number] for number in good], files, offsets, chunksize=16)
-            for number, result in zip(good, tqdm(results, name, len(good), unit=" images", disable=None), strict=True):
+            for number, result in zip(good, _bar(results, f"{name}: pixels", len(good)), strict=True):
                 (bad if isinstance(result, str) else stored)[number] = result
             if not skip_bad or not any(number in bad for number in good):
                 break  # else once more, without those that turned out to be damaged
@@ -614,6 +617,11 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _bar(items: Iterable, title: str, total: int, unit: str = " images") -> tqdm:
+    """A progress bar for what takes more than a second; none without a terminal."""
+    return tqdm(items, title, total, unit=unit, delay=1, disable=None)
+
+
 def _channel_statistics(name: str, stored: list[tuple]) -> dict[str, list[float]]:
     """Mean and standard deviation of each channel, in 0..1: published, or over the pixels of all training images."""
     if name in PUBLISHED:
@@ -636,10 +644,10 @@ def _write_skipped(path: Path, skipped: list[str]) -> None:
 
 def _crc32(path: Path) -> int:
     """The CRC-32 of a file."""
-    crc = 0
+    crc, num_bytes = 0, path.stat().st_size
     with open(path, "rb") as file:
-        while piece := file.read(2**22):
-            crc = zlib.crc32(piece, crc)
+        for _ in _bar(range(0, num_bytes, 2**22), f"checksum of {path.name}", -(-num_bytes // 2**22), " x 4 MiB"):
+            crc = zlib.crc32(file.read(2**22), crc)
     return crc
 
 
@@ -754,7 +762,7 @@ def draw_demo(
     """
     temporary = folder.with_name(f".{folder.name}.new-{os.getpid()}")
     try:
-        for number in tqdm(range(2 * num_classes), f"drawing {folder.name}", unit=" classes", disable=None):
+        for number in _bar(range(2 * num_classes), f"drawing {folder.name}", 2 * num_classes, " classes"):
             generator = np.random.default_rng((seed, number))
             strokes = _new_character(generator)
             class_folder = temporary / ("train" if number < num_classes else "test") / f"character_{number:03d}"
@@ -854,7 +862,7 @@ def run(args: argparse.Namespace) -> None:
                 refused[name] = error
             else:
                 print(f"{args.data_path / name}: no data set, passed over")
-        except InputError as error:
+        except (InputError, PermissionError) as error:
             refused[name] = error
         else:
             rows.append((name, cache, time.perf_counter() - start))

@@ -35,7 +35,18 @@ def build_model(backbone: str, num_meta_classes: int, weights: dict[str, torch.T
     return model
 
 
-def read_weights(backbone: str, weights: str) -> tuple[dict[str, torch.Tensor] | None, str]:
+def weights_identity(backbone: str, weights: str) -> str:
+    """What tells initial weights apart: "none", the name of torchvision's file, or "sha256:" and a file's checksum."""
+    if weights == "none":
+        return "none"
+    if weights == "imagenet":
+        return Path(torchvision.models.get_model_weights(backbone)[IMAGENET_WEIGHTS].url).name
+    if not Path(weights).is_file():
+        raise InputError(f"--weights {weights}: no such file (imagenet, none, or the path of a state dict)")
+    return f"sha256:{sha256(Path(weights))}"
+
+
+def read_weights(backbone: str, weights: str) -> dict[str, torch.Tensor] | None:
     """Reads the backbone's initial weights once, for all members.
 
     Args:
@@ -43,17 +54,15 @@ def read_weights(backbone: str, weights: str) -> tuple[dict[str, torch.Tensor] |
             which has to fit the backbone but for its head (`fc.*`).
 
     Returns:
-        The state dict without `fc.*`, or None for "none"; and what identifies it: the name of torchvision's file,
-        "none", or "sha256:" and the checksum of the file.
+        The state dict without `fc.*`, or None for "none".
 
     Raises:
         InputError: weights that cannot be had or do not fit. A file is read as data only: a pickle is not executed.
     """
     if weights == "none":
-        return None, "none"
+        return None
     if weights == "imagenet":
         entry = torchvision.models.get_model_weights(backbone)[IMAGENET_WEIGHTS]
-        identity = Path(entry.url).name
         try:
             state = entry.get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), no disk, a damaged download
@@ -62,15 +71,12 @@ def read_weights(backbone: str, weights: str) -> tuple[dict[str, torch.Tensor] |
                 "with --weights PATH, or train from scratch with --weights none"
             ) from None
     else:
-        if not Path(weights).is_file():
-            raise InputError(f"--weights {weights}: no such file (imagenet, none, or the path of a state dict)")
-        identity = f"sha256:{sha256(Path(weights))}"
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged files raise a dozen kinds
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"--weights {weights}: not a readable state dict ({reason})") from None
-    return _checked_weights(backbone, weights, state), identity
+    return _checked_weights(backbone, weights, state)
 
 
 def _checked_weights(backbone: str, weights: str, state: object) -> dict[str, torch.Tensor]:

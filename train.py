@@ -29,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data_utils import Cache, check_data_name, read_cache
-from model import backbone_names, build_model, member_logits, normalize, read_weights
+from model import backbone_names, build_model, member_logits, normalize, read_weights, weights_identity
 from utils import (
     InputError,
     Parser,
@@ -46,7 +46,7 @@ from utils import (
 )
 
 MAX_IMAGES_PER_CLASS = 300  # METHOD.md: a larger class is cut to a random 300 for each member
-SECONDS_BETWEEN_READINGS = 3  # reading the loss makes the host wait for the device
+SECONDS_BETWEEN_READINGS = 2  # reading the loss makes the host wait for the device
 
 # ------------------------------------------------------------------------------------------------ options
 
@@ -144,7 +144,13 @@ def member_images(labels: np.ndarray, seed: int, member: int) -> np.ndarray:
 
 
 def train_batches(
-    cache: Cache, images: np.ndarray, targets: np.ndarray, args: argparse.Namespace, member: int, epoch: int, device
+    cache: Cache,
+    images: np.ndarray,
+    targets: np.ndarray,
+    args: argparse.Namespace,
+    member: int,
+    epoch: int,
+    device: torch.device,
 ) -> Iterator[list[torch.Tensor]]:
     """The batches of one epoch on the device: crops `(B, S, S, 3) uint8`, targets `(B,) int64`, flips `(B,) bool`.
 
@@ -218,7 +224,14 @@ def train_member(
         loss_sum = torch.zeros((), device=device)
         correct = torch.zeros((), dtype=torch.int64, device=device)
         title = f"member {member}/{args.ensemble_size} epoch {epoch}"
-        with tqdm(total=len(images), desc=title, unit=" images", leave=False, disable=None) as bar:
+        with tqdm(
+            total=len(images),
+            desc=title,
+            unit=" images",
+            mininterval=SECONDS_BETWEEN_READINGS,
+            leave=False,
+            disable=None,  # without a terminal
+        ) as bar:
             next_reading = start + SECONDS_BETWEEN_READINGS
             for batch in train_batches(cache, images, targets, args, member, epoch, device):
                 train_step(model, optimizer, batch, mean, std, loss_sum, correct)
@@ -243,7 +256,7 @@ def train_member(
                 "images_per_second": len(images) / seconds,
             }
         )
-        if not sys.stderr.isatty():
+        if bar.disable:
             print(
                 f"{title}: loss {loss:.4f}, accuracy {num_correct / len(images):.2%}, "
                 f"{len(images) / seconds:,.0f} images/s",
@@ -260,7 +273,7 @@ def train_member(
 # ------------------------------------------------------------------------------------------------ the run folder
 
 
-def run_name(args: argparse.Namespace, weights_identity: str) -> str:
+def run_name(args: argparse.Namespace, weights: str) -> str:
     """`<data>_<backbone>_D<D>_e<epochs>_s<seed>` and a tag for each other member-defining option not at its default."""
     name = f"{args.data_name}_{args.backbone}_D{args.meta_class_size}_e{args.num_epochs}_s{args.seed}"
     if args.image_size != 256:
@@ -270,7 +283,7 @@ def run_name(args: argparse.Namespace, weights_identity: str) -> str:
     if args.lr != 1e-4:
         name += f"_lr{args.lr!r}"
     if args.weights != "imagenet":
-        name += f"_w{weights_identity.removeprefix('sha256:')[:8]}"
+        name += f"_w{weights.removeprefix('sha256:')[:8]}"
     if args.no_flip:
         name += "_noflip"
     return name
@@ -296,17 +309,12 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
     }
 
 
-def open_run_folder(
-    folder: Path, args: argparse.Namespace, cache: Cache, weights_identity: str, here: dict
-) -> str | None:
-    """Makes the run folder with `args.json` and `test.csv`, or checks that its members belong to the same settings.
-
-    Returns a warning if the run was begun in another environment. Raises InputError for other settings or data.
-    """
+def run_record(args: argparse.Namespace, cache: Cache, weights: str, here: dict) -> dict:
+    """What `args.json` holds: `settings` and `data` define the members, `options` are the last command's."""
     settings = {
         "data_name": args.data_name,
         "backbone": args.backbone,
-        "weights": weights_identity,
+        "weights": weights,
         "meta_class_size": args.meta_class_size,
         "num_epochs": args.num_epochs,
         "batch_size": args.batch_size,
@@ -319,51 +327,56 @@ def open_run_folder(
         "fingerprint": cache.fingerprint,
         "mean": cache.meta["mean"],
         "std": cache.meta["std"],
-        "counts": {split: {"classes": classes, "images": images} for split, (classes, images) in cache.counts.items()},
+        "counts": {split: {"classes": c, "images": n} for split, (c, n) in cache.counts.items()},
     }
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    record = {"settings": settings, "data": data, "options": options, "environment": here}
-    warning = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "args.json").exists():
-            warning = _compare_records(folder, record)
-        elif any(folder.glob(member_file("*", "json"))):
+    return {"settings": settings, "data": data, "options": options, "environment": here}
+
+
+def compare_with_earlier(folder: Path, record: dict) -> str | None:
+    """Refuses a run folder whose members belong to other settings or data, by InputError.
+
+    For one begun in another environment, keeps that in `record` and returns a warning.
+    """
+    if not (folder / "args.json").exists():
+        if any(folder.glob(member_file("*", "json"))):
             raise InputError(f"{folder} has members but no args.json: move it away or give another --results_path")
-        with atomic_open(folder / "args.json") as file:
-            json.dump(record, file, indent=1)
-        test = {
-            "path": cache.meta["test"]["paths"],
-            "label": cache.array("test_labels"),
-            "is_query": cache.array("test_is_query"),
-            "is_gallery": cache.array("test_is_gallery"),
-            "class_name": np.array(cache.meta["test"]["classes"], dtype=object)[cache.array("test_labels")],
-        }
-        write_csv(folder / "test.csv", pd.DataFrame(test))
-    except OSError as error:
-        raise InputError(f"cannot write the results: {error}") from None
-    return warning
-
-
-def _compare_records(folder: Path, record: dict) -> str | None:
-    """Refuses another run's folder; keeps its first environment in `record`, and says what differs from it."""
+        return None
     try:
         earlier = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        before = earlier["settings"] | {"data": earlier["data"]["fingerprint"]}
+        before = earlier["settings"] | {"cache (fingerprint)": earlier["data"]["fingerprint"]}
         begun_in = dict(earlier["environment"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / 'args.json'} is damaged ({error}): move the folder away") from None
-    now = record["settings"] | {"data": record["data"]["fingerprint"]}
+    now = record["settings"] | {"cache (fingerprint)": record["data"]["fingerprint"]}
     for key in now:
         if before.get(key) != now[key]:
-            what = "another cache (fingerprint)" if key == "data" else key
             raise InputError(
-                f"{folder} holds members of other settings: {what} {before.get(key)}, not {now[key]}; "
+                f"{folder} holds members of other settings: {key} {before.get(key)}, not {now[key]}; "
                 "move it away or give another --results_path"
             )
     here, record["environment"] = record["environment"], begun_in
     changes = [f"{key} {begun_in.get(key)} (now {here[key]})" for key in here if begun_in.get(key) != here[key]]
     return f"this run was begun with {', '.join(changes)}" if changes else None
+
+
+def write_run_record(folder: Path, record: dict, cache: Cache) -> None:
+    """Makes the run folder with `args.json` and `test.csv`. Raises InputError if it cannot be written."""
+    labels = cache.array("test_labels")
+    test = {
+        "path": cache.meta["test"]["paths"],
+        "label": labels,
+        "is_query": cache.array("test_is_query"),
+        "is_gallery": cache.array("test_is_gallery"),
+        "class_name": np.array(cache.meta["test"]["classes"], dtype=object)[labels],
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_open(folder / "args.json") as file:
+            json.dump(record, file, indent=1)
+        write_csv(folder / "test.csv", pd.DataFrame(test))
+    except OSError as error:
+        raise InputError(f"cannot write the results: {error}") from None
 
 
 def finished_member(folder: Path, member: int) -> dict | None:
@@ -432,7 +445,7 @@ def write_recall_log(
 
 
 def run(args: argparse.Namespace) -> None:
-    # 1. Data, device and weights: whatever can be wrong is found before any training
+    # 1. Options, data and device: whatever can be wrong is found before any training
     cache = read_cache(args.data_path, args.data_name, args.image_size)
     num_classes, num_images = cache.counts["train"]
     num_test = cache.counts["test"][1]
@@ -441,16 +454,19 @@ def run(args: argparse.Namespace) -> None:
     if max(args.recalls) >= num_test:
         raise InputError(f"--recalls: {max(args.recalls)} is not below the number of test images, {num_test}")
     device = pick_device(args.device)
-    weights, weights_identity = read_weights(args.backbone, args.weights)
+    here = environment(device)
 
     # 2. The run folder and what it holds
-    folder = args.results_path / run_name(args, weights_identity)
-    here = environment(device)
-    warning = open_run_folder(folder, args, cache, weights_identity, here)
+    identity = weights_identity(args.backbone, args.weights)
+    folder = args.results_path / run_name(args, identity)
+    record = run_record(args, cache, identity, here)
+    warning = compare_with_earlier(folder, record)
     members = range(1, args.ensemble_size + 1)
     found = {member: finished_member(folder, member) for member in members}
-    records = {member: record for member, record in found.items() if record is not None}
+    records = {member: finished for member, finished in found.items() if finished is not None}
     missing = [member for member in members if member not in records]
+    weights = read_weights(args.backbone, args.weights) if missing else None
+    write_run_record(folder, record, cache)
     print(f"{folder}: {len(records)} of {args.ensemble_size} members are finished; device {here['device']}")
     if missing and warning:
         print(f"warning: {warning}", file=sys.stderr)
@@ -472,9 +488,8 @@ def run(args: argparse.Namespace) -> None:
         logits = member_logits(model, cache.array("test_images"), mean, std, args.batch_size)
         if not torch.isfinite(logits).all():
             raise RunError(f"member {member}: its embedding is not finite; try a lower --lr than {args.lr:g}")
-        record = {"member": member, **record, "environment": here}
-        save_member(folder, member, model, logits, record)
-        records[member] = record
+        records[member] = {"member": member, **record, "environment": here}
+        save_member(folder, member, model, logits, records[member])
         seconds = time.perf_counter() - start
         accuracy = record["history"][record["best_epoch"]]["accuracy"]
         title = f"member {member}/{args.ensemble_size}"

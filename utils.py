@@ -195,11 +195,11 @@ def recall_at_k(
     order = torch.argsort(labels.to(device), stable=True)
     _, class_of, sizes = torch.unique_consecutive(labels.to(device)[order], return_inverse=True, return_counts=True)
     last = sizes.cumsum(0)[class_of]
-    first = last - sizes[class_of]
+    first, last = (last - sizes[class_of]).tolist(), last.tolist()
     has_match = sizes[class_of] > 1
     if not has_match.all():
         lone = num_images - int(has_match.sum())
-        warnings.warn(f"{lone} of {num_images} queries have no other image of their class: misses", stacklevel=2)
+        warnings.warn(f"{lone} of {num_images} queries have no other image of their class: misses", stacklevel=1)
 
     # Block edge: rows of all parts are held once (both kinds of rows: twice for one part), and three square blocks.
     block, width, widest = 2048, sum(part.shape[1] for part in parts), max(part.shape[1] for part in parts)
@@ -227,7 +227,7 @@ def recall_at_k(
         for start, stop in _spans(0, num_images, min(block, 256)):
             queries = [rows(index, start, stop) for index in range(len(parts))]
             indices = torch.arange(start, stop, device=device)[:, None]
-            for left, right in _spans(int(first[start]), int(last[stop - 1]), block):
+            for left, right in _spans(first[start], last[stop - 1], block):
                 columns = torch.arange(left, right, device=device)
                 own = (class_of[start:stop, None] == class_of[left:right]) & (indices != columns)
                 sums = torch.zeros(own.shape, device=device).masked_fill_(~own, -torch.inf)

@@ -327,7 +327,10 @@ def edited(folder: Path, *keys: str, value) -> None:
     [
         (lambda folder: edited(folder, "settings", "lr", value=0.5), "other settings: lr 0.5, not 0.001"),
         (lambda folder: edited(folder, "settings", "flip", value=False), "other settings: flip False, not True"),
-        (lambda folder: edited(folder, "data", "fingerprint", value="0"), r"another cache \(fingerprint\) 0, not"),
+        (
+            lambda folder: edited(folder, "data", "fingerprint", value="0"),
+            r"other settings: cache \(fingerprint\) 0, not",
+        ),
         (lambda folder: (folder / "args.json").write_text("{"), "args.json is damaged"),
         (lambda folder: (folder / "args.json").unlink(), "has members but no args.json"),
     ],
