@@ -516,7 +516,8 @@ def _write_cache(
         problems = [f"no image is left in {split}" for split in counts if counts[split][1] == 0]
     if problems:
         remedy = "; --skip_bad goes on without bad images" if skipped and not skip_bad and not listing.problems else ""
-        shown = "".join(f"\n  {problem}" for problem in problems[:20]) + "\n  …" * (len(problems) > 20)
+        shown = "".join(f"\n  {problem}" for problem in problems[:20])
+        shown += f"\n  … and {len(problems) - 20:,} more" if len(problems) > 20 else ""
         raise InputError(f"{name}: {len(problems):,} problems, nothing written{remedy}:{shown}")
 
     train, test = ([number for number in good if entries[number].split == split] for split in ("train", "test"))

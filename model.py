@@ -109,7 +109,7 @@ def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
     Equals torchvision's ToTensor and Normalize. `mean` and `std` are `(3,)`, for values in [0, 1].
     """
     pixels = images.permute(0, 3, 1, 2).float() / 255
-    return (pixels - mean[:, None, None]) / std[:, None, None]
+    return (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
 def embed(logits: torch.Tensor) -> torch.Tensor:

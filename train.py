@@ -124,7 +124,7 @@ def pick_device(name: str) -> torch.device:
 def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
     """The rate in an epoch, counted from 0: a tenth from int(0.5 E) and again from int(0.7 E), never in epoch 0."""
     milestones = (int(0.5 * num_epochs), int(0.7 * num_epochs))
-    return initial * 0.1 ** sum(epoch >= max(milestone, 1) for milestone in milestones)
+    return initial / 10 ** sum(epoch >= max(milestone, 1) for milestone in milestones)
 
 
 def batch_spans(num_images: int, batch_size: int) -> list[tuple[int, int]]:

@@ -172,9 +172,10 @@ def test_ensemble_from_a_run_folder(tiny_run, tiny_data, tmp_path):
 
 def test_forward_pass_on_a_cuda_device_without_one():
     """FakeTensorMode refuses tensors of mixed devices: nothing in the path is left on the CPU."""
-    with FakeTensorMode(), torch.device("cuda"):
-        model = build_model("resnet18", 12, None)
+    with FakeTensorMode():
+        model = build_model("resnet18", 12, None).eval()
+        state = {n: torch.empty(v.shape, dtype=v.dtype, device="cuda") for n, v in model.state_dict().items()}
         images = torch.empty(4, 64, 64, 3, dtype=torch.uint8, device="cuda")
         mean, std = torch.empty(3, device="cuda"), torch.empty(3, device="cuda")
-        embedding = embed(model(normalize(images, mean, std)))
+        embedding = embed(torch.func.functional_call(model, state, (normalize(images, mean, std),)))
     assert embedding.shape == (4, 12) and embedding.device.type == "cuda"
