@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -45,6 +46,7 @@ from utils import (
     flush_folder,
     flush_to_disk,
     natural_number,
+    one_line,
     run_main,
     sha256,
     size_text,
@@ -193,6 +195,8 @@ def list_car(root: Path, prefix: str) -> Listing | None:
         names_file = root / "cars_annos.mat"
     else:
         devkit = _first_existing(root / "devkit" / "cars_train_annos.mat", root / "cars_train_annos.mat")
+        if devkit is None and (root / "cars_train").is_dir():  # the devkit's archive may be unpacked one deeper too
+            devkit = _first_existing(*sorted(root.glob("*/devkit/cars_train_annos.mat")))
         if devkit is None:
             if not (root / "cars_annos.mat").is_file():
                 return None
@@ -233,13 +237,13 @@ def read_car_annotations(path: Path, path_field: str = "fname") -> list[tuple[st
         annotations = np.ravel(scipy.io.loadmat(path)["annotations"])
         fields = annotations.dtype.names
     except Exception as error:  # scipy raises a dozen kinds for a damaged, empty, HTML or version 7.3 file
-        raise InputError(f"{path}: not a readable Cars196 annotation file ({_reason(error)})") from None
+        raise InputError(f"{path}: not a readable Cars196 annotation file ({one_line(error)})") from None
     if fields and "class" not in fields:
         raise InputError(f"{path}: has no labels; the file needed is cars_test_annos_withlabels.mat")
     try:
         return [(str(row[path_field].item()), int(row["class"].item())) for row in annotations]
     except (ValueError, TypeError, IndexError, AttributeError) as error:
-        raise InputError(f"{path}: not a readable Cars196 annotation file ({_reason(error)})") from None
+        raise InputError(f"{path}: not a readable Cars196 annotation file ({one_line(error)})") from None
 
 
 def _car_names(path: Path) -> dict[int, str]:
@@ -345,8 +349,8 @@ def _rows(path: Path, columns: int, listing: Listing) -> Iterator[tuple[str, lis
     except FileNotFoundError:
         listing.problems.append(f"{path}: missing file")
         return
-    except UnicodeDecodeError:
-        listing.problems.append(f"{path}: not a text file in UTF-8")
+    except (OSError, UnicodeDecodeError) as error:
+        listing.problems.append(f"{path}: not a readable text file in UTF-8 ({one_line(error)})")
         return
     for number, line in enumerate(lines, 1):
         fields = line.split(maxsplit=columns - 1)
@@ -410,7 +414,7 @@ def _first_existing(*paths: Path) -> Path | None:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "cache_")))
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _is_number(text: str) -> bool:
@@ -422,11 +426,6 @@ def _utf8(text: str) -> bool:
         return bool(text.encode())
     except UnicodeEncodeError:
         return False
-
-
-def _reason(error: Exception) -> str:
-    """An exception as one short line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 # ------------------------------------------------------------------------------------------------ writing the cache
@@ -441,19 +440,22 @@ def build_cache(
     Raises UnknownLayout if there is no data set, InputError with all problems found in it.
     """
     target = cache_folder(data_path, name, image_size)
+    if not force and (target / "meta.json").exists():
+        try:
+            cache = read_cache(data_path, name, image_size)
+            print(f"{name}: {target} is there already (--force makes it again)")
+            return cache
+        except InputError as error:
+            print(f"{name}: making the cache again: {error}", file=sys.stderr)
+    listing = list_data_set(name, data_path / name)
     old, new = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("old", "new"))
     try:
         with filelock.FileLock(target.with_name(f".{target.name}.lock"), timeout=0):
             for leftover in target.parent.glob(f".{target.name}.*-*"):  # of a run that was killed
-                shutil.rmtree(leftover)
-            if not force and (target / "meta.json").exists():
-                try:
-                    cache = read_cache(data_path, name, image_size)
-                    print(f"{name}: {target} is there already (--force makes it again)")
-                    return cache
-                except InputError as error:
-                    print(f"{name}: making the cache again: {error}", file=sys.stderr)
-            listing = list_data_set(name, data_path / name)
+                if ".old-" in leftover.name and (leftover / "meta.json").exists() and not target.exists():
+                    os.rename(leftover, target)
+                else:
+                    shutil.rmtree(leftover)
             try:
                 new.mkdir()
                 skipped = _write_cache(new, listing, name, data_path / name, image_size, num_workers, skip_bad)
@@ -485,6 +487,7 @@ def _write_cache(
     num_bytes: dict[int, int] = {}  # number of the entry -> bytes of its pixels
     bad: dict[int, str] = {}  # number of the entry -> what is wrong with its image
     stored: dict[int, tuple] = {}  # number of the entry -> what _store_image returned
+    num_workers = max(1, min(num_workers, len(entries), 61))  # 61: the most that Windows can wait for
     pool = ProcessPoolExecutor(num_workers, initializer=_end_with_parent)
     try:
         # The headers give every image its place before any is decoded, so that workers write in parallel. (A rotation
@@ -554,18 +557,21 @@ def _allocate(folder: Path, images: list[tuple[str, int]], image_size: int) -> t
 
     Returns each image's file and byte offset.
     """
+    pixel_files = {"train": folder / "train_pixels.npy", "test": folder / "test_images.npy"}
+    for path in pixel_files.values():
+        path.unlink(missing_ok=True)  # of the first try, when --skip_bad found damaged images
     needed, free = sum(num_bytes for _, num_bytes in images), shutil.disk_usage(folder).free
     if needed + 2**24 > free:  # 16 MiB for all that is not pixels
         raise InputError(f"{folder.parent}: the cache needs {size_text(needed)}, only {size_text(free)} are free")
     files, offsets = [], []
-    for split, file_name in (("train", "train_pixels.npy"), ("test", "test_images.npy")):
+    for split, path in pixel_files.items():
         sizes = [num_bytes for of_split, num_bytes in images if of_split == split]
         shape = (sum(sizes),) if split == "train" else (len(sizes), image_size, image_size, 3)
-        with open(folder / file_name, "wb") as file:
+        with open(path, "wb") as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             *starts, end = itertools.accumulate(sizes, initial=file.tell())
             file.truncate(end)
-        files += [folder / file_name] * len(sizes)
+        files += [path] * len(sizes)
         offsets += starts
     return files, offsets
 
@@ -604,7 +610,7 @@ def _bad_image(path: Path, error: Exception) -> str:
         return f"{path}: missing image"
     if isinstance(error, UnidentifiedImageError):
         return f"{path}: unreadable (not an image of a known format)"
-    return f"{path}: unreadable ({_reason(error)})"
+    return f"{path}: unreadable ({one_line(error)})"
 
 
 def _end_with_parent() -> None:
@@ -722,9 +728,9 @@ def read_cache(data_path: Path, name: str, image_size: int) -> Cache:
     Sizes are checked here, contents by `verify_cache`.
     """
     folder = cache_folder(data_path, name, image_size)
-    remedy = f"make it with: python data_utils.py --data_name {name}"
+    remedy = f"make it with: python data_utils.py --data_name {shlex.quote(name)}"
     if data_path != Path("data"):
-        remedy += f" --data_path {data_path}"
+        remedy += f" --data_path {shlex.quote(str(data_path))}"
     if image_size != 256:
         remedy += f" --image_size {image_size}"
     try:
@@ -737,7 +743,7 @@ def read_cache(data_path: Path, name: str, image_size: int) -> Cache:
     except FileNotFoundError as error:
         raise InputError(f"no cache: {error.filename} is missing; {remedy}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{folder / 'meta.json'} is damaged ({_reason(error)}); {remedy}") from None
+        raise InputError(f"{folder / 'meta.json'} is damaged ({one_line(error)}); {remedy}") from None
     return Cache(folder, meta, sha256(folder / "meta.json"))
 
 
@@ -759,8 +765,16 @@ def draw_demo(
 
     A character is a few random strokes. Each image is that character written anew: the strokes jitter, the whole is
     turned, sheared, scaled and shifted a little, with another pen, ink and paper. The same arguments give the same
-    images. The folder appears when it is whole.
+    images. The folder appears when it is whole; one that is there is left as it is.
     """
+    with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.exists():
+            _draw_demo(folder, num_classes, images_per_class, image_side, seed)
+
+
+def _draw_demo(folder: Path, num_classes: int, images_per_class: int, image_side: int, seed: int) -> None:
+    for leftover in folder.parent.glob(f".{folder.name}.new-*"):  # of a run that was killed
+        shutil.rmtree(leftover)
     temporary = folder.with_name(f".{folder.name}.new-{os.getpid()}")
     try:
         for number in _bar(range(2 * num_classes), f"drawing {folder.name}", 2 * num_classes, " classes"):
@@ -820,8 +834,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in args.data_name or []:
         check_data_name(name)
-    if args.image_size > 4096:
-        raise InputError(f"--image_size {args.image_size} is over 4096 pixels")
+    if args.image_size > 2048:
+        raise InputError(f"--image_size {args.image_size} is over 2048 pixels")
+    if args.verify and (args.force or args.skip_bad):
+        raise InputError("--verify only reads: it does not go with --force or --skip_bad")
     return args
 
 
@@ -837,45 +853,52 @@ def num_cores() -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.data_name:
-        names = list(dict.fromkeys(args.data_name))
-    elif args.data_path.is_dir():
-        names = [folder.name for folder in _subfolders(args.data_path)]
-    else:
-        names = []
-    if "demo" in names and not (args.data_path / "demo").exists() and not args.verify:
-        args.data_path.mkdir(parents=True, exist_ok=True)
-        draw_demo(args.data_path / "demo")
-
-    rows, refused = [], {}
+    names = list(dict.fromkeys(args.data_name)) if args.data_name else _found_names(args)
+    rows, refused, failed = [], [], False
     for name in names:
         start = time.perf_counter()
         try:
             if args.verify:
                 cache = read_cache(args.data_path, name, args.image_size)
                 verify_cache(cache)
-            elif (args.data_path / name).is_dir():
-                cache = build_cache(args.data_path, name, args.image_size, args.num_workers, args.force, args.skip_bad)
             else:
-                raise UnknownLayout(f"{args.data_path / name}: no such folder; expected is one of\n{LAYOUTS}")
+                if name == "demo" and not (args.data_path / name).exists():
+                    args.data_path.mkdir(parents=True, exist_ok=True)
+                    draw_demo(args.data_path / name)
+                if not (args.data_path / name).is_dir():
+                    raise UnknownLayout(f"{args.data_path / name}: no such folder; expected is one of\n{LAYOUTS}")
+                cache = build_cache(args.data_path, name, args.image_size, args.num_workers, args.force, args.skip_bad)
+            rows.append((name, cache, time.perf_counter() - start))
         except UnknownLayout as error:
             if args.data_name:
-                refused[name] = error
+                refused.append(str(error))
             else:
                 print(f"{args.data_path / name}: no data set, passed over")
-        except (InputError, PermissionError) as error:
-            refused[name] = error
-        else:
-            rows.append((name, cache, time.perf_counter() - start))
+        except InputError as error:
+            refused.append(str(error))
+        except (RunError, OSError) as error:  # the other sets may still go well
+            refused.append(f"{name}: {error}")
+            failed = True
     if rows:
         print(f"\n{'data set':<12}{'train':>26}{'test':>26}{'on disk':>10}{'seconds':>9}")
     for name, cache, seconds in rows:
         train, test = (f"{c:,} classes {n:,} images" for c, n in (cache.counts["train"], cache.counts["test"]))
         print(f"{name:<12}{train:>26}{test:>26}{size_text(cache.num_bytes):>10}{seconds:>9.1f}")
     if refused:
-        raise InputError("\n".join(str(error) for error in refused.values()))
+        raise (RunError if failed else InputError)("\n".join(refused))
     if not rows:
         raise InputError(f"no data set found in {args.data_path}/; expected is one of\n{LAYOUTS}")
+
+
+def _found_names(args: argparse.Namespace) -> list[str]:
+    """The folders that may be data sets; for --verify, those that have a cache."""
+    names = []
+    for folder in _subfolders(args.data_path) if args.data_path.is_dir() else []:
+        if not _utf8(folder.name):
+            print(f"{str(folder)!a}: the name is not valid UTF-8, passed over")
+        elif not args.verify or cache_folder(args.data_path, folder.name, args.image_size).exists():
+            names.append(folder.name)
+    return names
 
 
 def main(argv: list[str] | None = None) -> int:

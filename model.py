@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from utils import InputError, member_file, sha256
+from utils import InputError, member_file, one_line, sha256
 
 IMAGENET_WEIGHTS = "IMAGENET1K_V1"  # torchvision's first recipe for every ResNet, the one that the paper's time had
 
@@ -42,7 +42,7 @@ def weights_identity(backbone: str, weights: str) -> str:
     if weights == "imagenet":
         return Path(torchvision.models.get_model_weights(backbone)[IMAGENET_WEIGHTS].url).name
     if not Path(weights).is_file():
-        raise InputError(f"--weights {weights}: no such file (imagenet, none, or the path of a state dict)")
+        raise InputError(f"--weights {weights!r}: no such file (imagenet, none, or the path of a state dict)")
     return f"sha256:{sha256(Path(weights))}"
 
 
@@ -64,30 +64,33 @@ def read_weights(backbone: str, weights: str) -> dict[str, torch.Tensor] | None:
     if weights == "imagenet":
         entry = torchvision.models.get_model_weights(backbone)[IMAGENET_WEIGHTS]
         try:
-            state = entry.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), no disk, a damaged download
+            state = entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        except Exception as error:  # no network, no disk, a damaged file among torch's downloads
             raise InputError(
-                f"cannot download the ImageNet weights {entry.url} ({error}); give a copy of that file "
-                "with --weights PATH, or train from scratch with --weights none"
+                f"cannot download or read the ImageNet weights {entry.url} into {torch.hub.get_dir()} "
+                f"({one_line(error)}); give a copy of that file with --weights PATH, or train from scratch with "
+                "--weights none"
             ) from None
     else:
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged files raise a dozen kinds
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"--weights {weights}: not a readable state dict ({reason})") from None
+            raise InputError(f"--weights {weights}: not a readable state dict ({one_line(error)})") from None
     return _checked_weights(backbone, weights, state)
 
 
 def _checked_weights(backbone: str, weights: str, state: object) -> dict[str, torch.Tensor]:
-    """The state dict without its head, if it fits the backbone in every other name and shape."""
+    """The state dict without its head, if it fits the backbone in every other name and shape.
+
+    The counters `num_batches_tracked`, which BatchNorm never uses here, are not in older files and may be missing.
+    """
     with torch.device("meta"):
         expected = torchvision.models.get_model(backbone, weights=None).state_dict()
     expected = {name: value.shape for name, value in expected.items() if not name.startswith("fc.")}
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"--weights {weights}: not a state dict in torchvision's format (name -> tensor)")
     state = {name: value for name, value in state.items() if not str(name).startswith("fc.")}
-    wrong = [f"{name} is missing" for name in expected if name not in state]
+    wrong = [f"{name} is missing" for name in expected if name not in state and not name.endswith("_tracked")]
     wrong += [f"{name} is unknown" for name in state if name not in expected]
     wrong += [
         f"{name} is {tuple(state[name].shape)}, not {tuple(shape)}"

@@ -9,6 +9,7 @@ command trains only what is missing; a larger --ensemble_size adds members to th
 
 import argparse
 import collections
+import io
 import json
 import math
 import platform
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,7 +56,7 @@ SECONDS_BETWEEN_READINGS = 2  # reading the loss makes the host wait for the dev
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="train.py", description=__doc__)
     method = parser.add_argument_group("the method (these make another run folder)").add_argument
-    method("--data_name", required=True, metavar="NAME", help="car, cub, sop or another folder that has a cache")
+    method("--data_name", default="car", metavar="NAME", help="car (default), cub, sop or another folder with a cache")
     method("--batch_size", type=natural_number, default=128, metavar="B", help="images a step (default: 128)")
     method("--num_epochs", type=natural_number, default=12, metavar="E", help="epochs a member (default: 12)")
     method("--meta_class_size", type=natural_number, default=12, metavar="D", help="meta-classes (default: 12)")
@@ -75,7 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.batch_size < 2:
         raise InputError("--batch_size has to be at least 2: BatchNorm needs more than one image")
     if args.backbone not in backbone_names():
-        raise InputError(f"--backbone {args.backbone} is not one of {', '.join(backbone_names())}")
+        raise InputError(f"--backbone {args.backbone!r} is not one of {', '.join(backbone_names())}")
     return args
 
 
@@ -386,8 +388,11 @@ def finished_member(folder: Path, member: int) -> dict | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        damaged = [name for name, checksum in record["sha256"].items() if sha256(folder / name) != checksum]
-    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+        files = [member_file(member, suffix) for suffix in ("pth", "npy")]
+        damaged = [name for name in files if sha256(folder / name) != record["sha256"][name]]
+        if record["member"] != member or not record["history"]:
+            damaged.append(path.name)
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         damaged = [f"{path.name} ({error})"]
     if damaged:
         print(f"warning: member {member} is trained again, damaged: {', '.join(damaged)}", file=sys.stderr)
@@ -398,8 +403,10 @@ def finished_member(folder: Path, member: int) -> dict | None:
 def save_member(folder: Path, member: int, model: nn.Module, logits: torch.Tensor, record: dict) -> None:
     """Writes `member_007.pth`, `.npy` and, last, `.json`, which makes the member finished."""
     weights, embedding = folder / member_file(member, "pth"), folder / member_file(member, "npy")
+    buffer = io.BytesIO()  # torch.save would report a full disk as a RuntimeError
+    torch.save({name: value.cpu() for name, value in model.state_dict().items()}, buffer)
     with atomic_open(weights, "wb") as file:
-        torch.save({name: value.cpu() for name, value in model.state_dict().items()}, file)
+        file.write(buffer.getbuffer())
     with atomic_open(embedding, "wb") as file:
         np.save(file, logits.cpu().numpy(), allow_pickle=False)
     record = record | {"sha256": {path.name: sha256(path) for path in (weights, embedding)}}
@@ -424,21 +431,29 @@ def write_train_log(folder: Path, records: dict[int, dict]) -> None:
 
 
 def write_recall_log(
-    folder: Path, records: dict[int, dict], labels: torch.Tensor, ks: list[int], device: torch.device
+    folder: Path, records: dict[int, dict], args: argparse.Namespace, labels: torch.Tensor, device: torch.device
 ) -> tuple[pd.DataFrame, list[torch.Tensor]]:
     """recall.csv: Recall@K in percent for every ensemble size from 1 to the first member that is missing.
 
     Returns the table and the members' logits, `(M, D) float32` each, on the device.
     """
     parts = []
-    while len(parts) + 1 in records:
+    while len(parts) < args.ensemble_size and len(parts) + 1 in records:
         parts.append(torch.from_numpy(np.load(folder / member_file(len(parts) + 1, "npy"))).to(device))
     table = pd.DataFrame({"ensemble_size": range(1, len(parts) + 1)})
-    recalls = recall_at_k(parts, labels, ks) if parts else torch.empty(0, len(ks))
-    for k, column in zip(ks, recalls.T.double().numpy(), strict=True):
-        table[f"R@{k}"] = 100 * column
+    recalls = recall_percent(parts, labels, args.recalls) if parts else np.empty((0, len(args.recalls)))
+    for k, column in zip(args.recalls, recalls.T, strict=True):
+        table[f"R@{k}"] = column
     write_csv(folder / "recall.csv", table, float_format="%.4f")
     return table, parts
+
+
+def recall_percent(parts: list[torch.Tensor], labels: torch.Tensor, ks: list[int]) -> np.ndarray:
+    """`recall_at_k` in percent, `(L, len(ks)) float64`: 100 * hits / M, exact to the last printed digit."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no other image of their class")  # `run` has said so once
+        recalls = recall_at_k(parts, labels, ks).double()
+    return (100 * (recalls * len(labels)).round() / len(labels)).numpy()
 
 
 # ------------------------------------------------------------------------------------------------ the ensemble
@@ -461,13 +476,14 @@ def run(args: argparse.Namespace) -> None:
     folder = args.results_path / run_name(args, identity)
     record = run_record(args, cache, identity, here)
     warning = compare_with_earlier(folder, record)
-    members = range(1, args.ensemble_size + 1)
-    found = {member: finished_member(folder, member) for member in members}
+    on_disk = {int(path.stem[7:]) for path in folder.glob(member_file("*", "json")) if path.stem[7:].isdigit()}
+    found = {member: finished_member(folder, member) for member in sorted(on_disk)}
     records = {member: finished for member, finished in found.items() if finished is not None}
-    missing = [member for member in members if member not in records]
+    missing = [member for member in range(1, args.ensemble_size + 1) if member not in records]
     weights = read_weights(args.backbone, args.weights) if missing else None
     write_run_record(folder, record, cache)
-    print(f"{folder}: {len(records)} of {args.ensemble_size} members are finished; device {here['device']}")
+    finished = args.ensemble_size - len(missing)
+    print(f"{folder}: {finished} of {args.ensemble_size} members are finished; device {here['device']}")
     if missing and warning:
         print(f"warning: {warning}", file=sys.stderr)
     class_sizes = np.bincount(cache.array("train_labels"))
@@ -479,9 +495,16 @@ def run(args: argparse.Namespace) -> None:
             f"{MAX_IMAGES_PER_CLASS} of each and leaves out {left_out:,} of {num_images:,} images"
         )
 
-    # 3. The members that are missing, one after the other; the logs are whole after each
     test_labels = torch.from_numpy(np.array(cache.array("test_labels")))
+    lone = int((np.bincount(test_labels) == 1).sum())
+    if lone:
+        print(f"{lone} test images have no other image of their class: they count as misses")
+
+    # 3. The members that are missing, one after the other; the logs are whole after each
     mean, std = (torch.tensor(cache.meta[name], device=device) for name in ("mean", "std"))
+    if records:
+        write_train_log(folder, records)
+    table, parts = write_recall_log(folder, records, args, test_labels, device)
     for count, member in enumerate(missing, 1):
         start = time.perf_counter()
         model, record = train_member(cache, weights, args, member, device)
@@ -497,12 +520,10 @@ def run(args: argparse.Namespace) -> None:
         if count == 1 and len(missing) > 1:
             print_outlook(folder, member, len(missing) - 1, seconds)
         write_train_log(folder, records)
-        write_recall_log(folder, records, test_labels, args.recalls, device)
+        table, parts = write_recall_log(folder, records, args, test_labels, device)
 
     # 4. The final recall
-    write_train_log(folder, records)
-    table, parts = write_recall_log(folder, records, test_labels, args.recalls, device)
-    alone = [100 * recall_at_k(part, test_labels, args.recalls)[0, 0].item() for part in parts]
+    alone = [recall_percent([part], test_labels, args.recalls[:1]).item() for part in parts]
     print("\n" + table.assign(alone=alone).round(2).to_string(index=False))
     print(f"(alone: R@{args.recalls[0]} of the last member of the row by itself)")
     final = ", ".join(f"{name} {value:.2f}" for name, value in table.iloc[-1, 1:].items())

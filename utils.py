@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str):
-        raise InputError(f"{message} (see python {self.prog} --help)")
+        raise InputError(f"{' '.join(message.split())} (see python {self.prog} --help)")
 
 
 def run_main(script: str, run: Callable[[], None]) -> int:
@@ -46,14 +46,25 @@ def run_main(script: str, run: Callable[[], None]) -> int:
     except InputError as error:
         print(f"{script}: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        print(
+            f"{script}: failed: the device is out of memory; try a smaller --batch_size or --image_size",
+            file=sys.stderr,
+        )
+        return 1
     except (RunError, OSError) as error:  # OSError: disk full, no permission, ...; its text names the file
         print(f"{script}: failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{script}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print(f"{script}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     finally:
         warnings.formatwarning = formatwarning
+
+
+def one_line(error: Exception) -> str:
+    """The kind and the text of an exception on one short line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def natural_number(text: str) -> int:
@@ -167,8 +178,9 @@ def recall_at_k(
             each row is scaled to length 1 here.
         labels: `(N,)` integers.
         ks: positive integers.
-        max_bytes: bound on the memory used beside the arguments, for any N and any class sizes. No N x N matrix and
-            no copy of an embedding is made: blocks of rows are gathered, cast to float32 and scaled when needed.
+        max_bytes: bound on the memory used beside the arguments, for any class sizes, but for 12 bytes an image and
+            part and some 100 bytes an image. No N x N matrix and no copy of an embedding is made: blocks of rows are
+            gathered, cast to float32 and scaled when needed.
 
     Returns:
         `(L, len(ks)) float32` on the CPU, in [0, 1]; row l-1 is the ensemble of the first l parts.
@@ -263,10 +275,13 @@ def _spans(start: int, stop: int, step: int) -> list[tuple[int, int]]:
 
 def _inverse_norms(part: torch.Tensor, order: torch.Tensor, block: int) -> torch.Tensor:
     """1 / length of each row in the given order, `(N,) float32`; 0 for a row of zeros, which is similar to nothing."""
-    lengths = torch.cat([part[order[a:b]].float().norm(dim=1) for a, b in _spans(0, len(order), block)])
+    # In float64, the squares of any finite float32 neither overflow nor vanish; mps has no float64.
+    dtype = torch.float32 if part.device.type == "mps" else torch.float64
+    blocks = (part[order[start:stop]].float() for start, stop in _spans(0, len(order), block))
+    lengths = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=dtype) for rows in blocks])
     if not torch.isfinite(lengths).all():
         raise ValueError(f"embeddings are not finite: {int((~torch.isfinite(lengths)).sum())} of {len(order)} rows")
-    return torch.where(lengths > 0, 1 / lengths, 0)
+    return torch.where(lengths > 0, 1 / lengths, 0).float()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import scipy.io
@@ -142,10 +143,19 @@ def test_crops_are_windows_of_the_cached_image(tiny_data):
 
 # ------------------------------------------------------------------------------------------------ raw layouts
 
+
+def write_car_mirror(root: Path) -> None:
+    """As mirrors pack it: every archive in a folder of its own name."""
+    write_car_devkit(root, nested=True)
+    (root / "car_devkit").mkdir()
+    (root / "devkit").rename(root / "car_devkit" / "devkit")
+
+
 LAYOUTS = {
     "car": ("car", write_car, "car_ims/"),
     "car devkit": ("car", write_car_devkit, "cars_"),
     "car devkit, nested": ("car", lambda root: write_car_devkit(root, nested=True), "cars_"),
+    "car devkit, mirror": ("car", write_car_mirror, "cars_"),
     "car devkit, labels beside": ("car", lambda root: write_car_devkit(root, labels_beside=True), "cars_"),
     "cub": ("cub", write_cub, "images/"),
     "sop": ("sop", write_sop, "bicycle_final/"),
@@ -266,7 +276,17 @@ DAMAGES = {
     "truncated image": ("cub", put(BIRD, jpeg_bytes()[:-200]), rf"{BIRD}: unreadable \(.*truncated"),
     "other format": ("cub", put(BIRD, b"%!PS-Adobe-3.0 EPSF-3.0\n"), rf"{BIRD}: unreadable"),
     "missing list": ("cub", put("image_class_labels.txt", None), "image_class_labels.txt: missing file"),
-    "binary list": ("cub", put("images.txt", b"\xff\xfe\x00"), "images.txt: not a text file in UTF-8"),
+    "list is a folder": (
+        "cub",
+        lambda root: [(root / "images.txt").rename(root / "old.txt"), (root / "images.txt").mkdir()],
+        "no data set found",
+    ),
+    "labels are a folder": (
+        "cub",
+        lambda root: [put("image_class_labels.txt", None)(root), (root / "image_class_labels.txt").mkdir()],
+        "image_class_labels.txt: not a readable text file",
+    ),
+    "binary list": ("cub", put("images.txt", b"\xff\xfe\x00"), "images.txt: not a readable text file in UTF-8"),
     "malformed line": ("cub", rewrite("images.txt", "1 001.Bird_1/", "1\n"), "images.txt, line 1: malformed line"),
     "no class id": ("cub", rewrite("image_class_labels.txt", "1 1\n", "1 x\n"), "'x' is no class id"),
     "unlabelled": ("cub", rewrite("image_class_labels.txt", "1 1\n", ""), "image 1 has no class"),
@@ -359,6 +379,21 @@ def test_skip_bad_leaves_them_out_and_lists_them(tmp_path, capsys):
     assert not (tmp_path / "clean" / "cache_32_skipped.txt").exists()
 
 
+def test_skip_bad_needs_no_second_place_on_the_disk(tmp_path, monkeypatch):
+    """The pixels of the first try are gone before the second, without the damaged image, is measured and written."""
+    write_image_folder(tmp_path / "mine")
+    path = tmp_path / "mine" / "train" / "train_0" / "0.png"
+    path.write_bytes(path.read_bytes()[:-60])
+    real = shutil.disk_usage(tmp_path)
+
+    def usage(folder):
+        used = sum(file.stat().st_size for file in folder.iterdir())
+        return real._replace(free=2**24 + 30_000 - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert build(tmp_path, "--skip_bad") == 0
+
+
 def test_skip_bad_does_not_excuse_an_empty_split(tmp_path, capsys):
     write_image_folder(tmp_path / "mine")
     for path in (tmp_path / "mine" / "test").rglob("*.png"):
@@ -418,7 +453,9 @@ def test_named_set_that_is_not_there(tmp_path, capsys):
     [
         (["--data_name", "../x"], "'../x' is not the name of a folder"),
         (["--image_size", "0"], "'0' is not a positive integer"),
-        (["--image_size", "5000"], "over 4096"),
+        (["--image_size", "5000"], "over 2048"),
+        (["--verify", "--force"], "--verify only reads"),
+        (["--a\nb"], "unrecognized arguments: --a b"),
         (["--num_workers", "many"], "'many' is not a positive integer"),
         (["--forc"], "unrecognized arguments: --forc"),
     ],
@@ -440,6 +477,41 @@ def test_a_good_cache_is_kept_and_force_makes_it_again(tmp_path, capsys):
     assert cache.stat().st_ino != first[0]
     assert tree(cache) == first[1]  # whatever the number of workers
     assert sorted(path.name for path in cache.parent.iterdir()) == [".cache_32.lock", "cache_32", "test", "train"]
+
+
+def test_a_cache_set_aside_by_a_killed_run_comes_back(tmp_path):
+    """Killed between its two renames, a run leaves the earlier cache under its temporary name only."""
+    write_image_folder(tmp_path / "mine")
+    assert build(tmp_path) == 0
+    cache = tmp_path / "mine" / "cache_32"
+    before = tree(cache)
+    cache.rename(cache.with_name(".cache_32.old-123"))
+    (tmp_path / "mine" / "test" / "test_0" / "0.png").write_bytes(b"")
+    assert build(tmp_path) == 2
+    assert tree(cache) == before
+
+
+def test_a_set_that_fails_while_running_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
+    for name in ("first", "second"):
+        write_image_folder(tmp_path / name)
+    original = data_utils.build_cache
+
+    def build_cache(data_path, name, *options):
+        if name == "first":
+            raise OSError(28, "No space left on device")
+        return original(data_path, name, *options)
+
+    monkeypatch.setattr(data_utils, "build_cache", build_cache)
+    assert build(tmp_path) == 1
+    output = capsys.readouterr()
+    assert "first: [Errno 28] No space left" in output.err and re.search(r"\nsecond +2 classes", output.out)
+
+
+def test_a_cache_in_the_making_is_not_disturbed(tmp_path, capsys):
+    write_image_folder(tmp_path / "mine")
+    with filelock.FileLock(tmp_path / "mine" / ".cache_32.lock"):
+        assert build(tmp_path) == 2
+    assert "is being made by another process" in capsys.readouterr().err
 
 
 def test_leftovers_of_a_killed_run_go(tmp_path):
@@ -484,6 +556,8 @@ def test_reader_refuses_a_bad_cache_and_names_the_command(tiny_data, tmp_path, d
 def test_verify_finds_a_flipped_bit(tmp_path, capsys):
     write_image_folder(tmp_path / "mine")
     assert build(tmp_path) == 0 and build(tmp_path, "--verify", "--data_name", "mine") == 0
+    (tmp_path / "papers").mkdir()
+    assert build(tmp_path, "--verify") == 0  # looks at what has a cache
     path = tmp_path / "mine" / "cache_32" / "test_images.npy"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1

@@ -76,6 +76,7 @@ def test_help_needs_no_data_and_fits_a_screen(tmp_path):
 def test_every_command_of_the_readme_is_accepted():
     """Option names and values; the demo and the benchmark commands are too long to run here."""
     commands = re.findall(r"python (data_utils|train)\.py( [^\n&|`#]*)?", README)
+    assert "@@" not in README
     assert {"data_utils", "train"} == {script for script, _ in commands} and len(commands) >= 7
     for script, options in commands:
         {"data_utils": data_utils, "train": train}[script].parse_args(shlex.split(options))

@@ -1,6 +1,7 @@
 """Network, initial weights, normalisation and embedding."""
 
 import pickle
+import re
 import urllib.error
 
 import numpy as np
@@ -66,6 +67,19 @@ def test_weights_from_a_file_fill_all_but_the_head(tmp_path, num_classes):
     assert heads[0].shape == (5, 512) and not torch.equal(*heads)
 
 
+def test_older_weights_lack_batchnorms_counter(tmp_path):
+    """torchvision's files of before 2018, which mirrors still carry, have 102 entries for resnet18, not 122."""
+
+    def drop(state):
+        for name in [name for name in state if name.endswith("num_batches_tracked")]:
+            del state[name]
+
+    saved = save_weights(tmp_path / "w.pth", change=drop)
+    assert len(saved) == 100
+    state = build_model("resnet18", 5, read_weights("resnet18", str(tmp_path / "w.pth"))).state_dict()
+    assert len(state) == 122 and torch.equal(state["layer4.1.bn2.weight"], saved["layer4.1.bn2.weight"])
+
+
 class Payload:
     """Unpickling it would make a file."""
 
@@ -118,6 +132,17 @@ def test_no_network_names_the_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.hub.urlopen", refuse)
     with pytest.raises(InputError, match=r"cannot download .*no route.* --weights PATH.* --weights none"):
         read_weights("resnet18", "imagenet")
+
+
+@pytest.mark.parametrize("payload", [False, True])
+def test_a_damaged_download_is_refused_and_not_executed(tmp_path, monkeypatch, payload):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / weights_identity("resnet18", "imagenet")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(pickle.dumps(Payload(str(tmp_path / "owned")), protocol=2) if payload else b"")
+    with pytest.raises(InputError, match=re.escape(f"into {tmp_path / 'hub'} ")) as error:
+        read_weights("resnet18", "imagenet")
+    assert "\n" not in str(error.value) and not (tmp_path / "owned").exists()
 
 
 def test_imagenet_weights_are_torchvisions_file(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from torch import nn
 
 import data_utils
 import train
+import utils
 from data_utils import read_cache
 from model import build_model, member_logits
 from train import batch_spans, learning_rate, member_images, train_batches, train_member, train_step
@@ -286,6 +287,7 @@ def test_growing_an_ensemble(tiny_data, tiny_run, tmp_path, capsys, monkeypatch)
     assert run(tiny_data, tmp_path, "--ensemble_size", "1", "--recalls", "2,1") == 0
     lines = (only_folder(tmp_path) / "recall.csv").read_text().splitlines()
     assert lines[0] == "ensemble_size,R@2,R@1" and len(lines) == 2
+    assert pd.read_csv(only_folder(tmp_path) / "train.csv").member.tolist() == [1, 1, 2, 2]  # all that are finished
     assert lines[1].split(",")[2] == (tiny_run / "recall.csv").read_text().splitlines()[1].split(",")[1]
 
 
@@ -296,6 +298,52 @@ def test_the_last_line_is_the_final_recall(tiny_data, tiny_run, tmp_path, capsys
     r1, r4 = (tmp_path / tiny_run.name / "recall.csv").read_text().splitlines()[2].split(",")[1:]
     csv = tmp_path / tiny_run.name / "recall.csv"
     assert last == f"2 members: R@1 {float(r1):.2f}, R@4 {float(r4):.2f} in {csv}"
+
+
+def test_percentages_are_exact(monkeypatch):
+    """Every share of 8,131 queries, through the float32 of recall_at_k, prints its four right decimals."""
+    shares = torch.arange(8132).double() / 8131
+    monkeypatch.setattr(train, "recall_at_k", lambda *_: shares.float()[None])
+    percent = train.recall_percent([], torch.zeros(8131, dtype=torch.int64), [])
+    assert [f"{value:.4f}" for value in percent[0]] == [f"{100 * hits / 8131:.4f}" for hits in range(8132)]
+
+
+def test_a_test_class_of_one_image_is_said_once(tmp_path, capfd):
+    """Its query is a miss in every log, and no more than one line says so."""
+    data_utils.draw_demo(tmp_path / "data" / "tiny", num_classes=3, images_per_class=3, image_side=40)
+    for path in sorted((tmp_path / "data" / "tiny" / "test" / "character_003").iterdir())[1:]:
+        path.unlink()
+    assert data_utils.main(["--data_path", str(tmp_path / "data"), "--image_size", "32"]) == 0
+    assert run(tmp_path / "data", tmp_path / "results", "--num_epochs", "1") == 0
+    output = capfd.readouterr()
+    assert (output.out + output.err).count("no other image of their class") == 1
+    last = pd.read_csv(only_folder(tmp_path / "results") / "recall.csv").iloc[-1]
+    assert last["R@4"] <= 100 * 6 / 7 + 1e-4
+
+
+def test_a_full_disk_costs_the_member_but_no_file(tiny_data, tiny_run, tmp_path, capsys, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / tiny_run.name)
+    before = digests(tmp_path / tiny_run.name, "member_*")
+
+    def full(file):
+        if "member" in file.name:
+            raise OSError(28, "No space left on device", file.name)
+
+    monkeypatch.setattr(utils, "flush_to_disk", full)
+    assert run(tiny_data, tmp_path, "--ensemble_size", "3") == 1
+    error = capsys.readouterr().err
+    assert "train.py: failed: [Errno 28] No space left on device" in error and error.count("\n") == 1
+    assert digests(tmp_path / tiny_run.name, "*member_*") == before
+
+
+def test_out_of_memory_names_the_options(tiny_data, tmp_path, capsys, monkeypatch):
+    def step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(train, "train_step", step)
+    assert run(tiny_data, tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "try a smaller --batch_size or --image_size" in error and error.count("\n") == 1
 
 
 def test_what_the_first_member_tells_of_the_rest(tiny_data, tmp_path, capsys):
@@ -394,7 +442,8 @@ def test_run_name(options, name):
 
 
 def test_defaults_are_those_of_the_original_command_line():
-    args = train.parse_args(["--data_name", "car"])
+    args = train.parse_args([])
+    assert args.data_name == "car"
     assert (args.recalls, args.batch_size, args.num_epochs) == ([1, 2, 4, 8], 128, 12)
     assert (args.ensemble_size, args.meta_class_size, args.lr, args.weights) == (12, 12, 1e-4, "imagenet")
     assert train.parse_args("--data_name sop --recalls 1,10,100,1000".split()).recalls == [1, 10, 100, 1000]
@@ -421,8 +470,8 @@ def test_defaults_are_those_of_the_original_command_line():
         (["--lr", "nan"], "'nan' is not a positive number"),
         (["--seed", "-1"], "'-1' is not an integer"),
         (["--seed", "4294967296"], "is not an integer in"),
-        (["--backbone", "vgg16"], "--backbone vgg16 is not one of .*resnet18"),
-        (["--weights", "nowhere.pth"], "--weights nowhere.pth: no such file"),
+        (["--backbone", "vgg16"], "--backbone 'vgg16' is not one of .*resnet18"),
+        (["--weights", "nowhere.pth"], "--weights 'nowhere.pth': no such file"),
         (["--device", "tpu"], "--device tpu is not one of auto, cuda, cuda:i, mps, cpu"),
         (["--device", "cuda:99"], "--device cuda:99 is not there"),
         (["--device", "cpu:0"], "--device cpu:0 is not one of"),
@@ -444,6 +493,17 @@ def test_unwritable_results_end_at_once(tiny_data, tmp_path, capsys, no_training
     assert "cannot write the results" in error and error.count("\n") == 1
 
 
-def test_no_data_name(capsys):
+def test_a_member_file_of_another_member_is_not_taken(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    for suffix in ("npy", "pth", "json"):
+        shutil.copy(tmp_path / "run" / f"member_001.{suffix}", tmp_path / "run" / f"member_003.{suffix}")
+    assert train.finished_member(tmp_path / "run", 2) is not None
+    assert train.finished_member(tmp_path / "run", 3) is None
+    (tmp_path / "run" / "member_002.json").write_text('{"sha256": {}}')
+    assert train.finished_member(tmp_path / "run", 2) is None
+
+
+def test_without_arguments_and_data_it_says_what_to_do_next(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert train.main([]) == 2
-    assert "--data_name" in capsys.readouterr().err
+    assert "make it with: python data_utils.py --data_name car" in capsys.readouterr().err

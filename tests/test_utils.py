@@ -127,6 +127,13 @@ def test_recall_casts_to_float32_and_ignores_lengths(dtype):
         np.testing.assert_allclose(recall_at_k(rows, torch.from_numpy(labels), ks), expected, atol=1e-7)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e20])
+def test_recall_of_very_small_and_very_large_rows(scale):
+    """Their squares are 0 or infinite in float32."""
+    points, labels = torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 12
+    assert torch.equal(recall_at_k(points * scale, labels, [1, 4]), recall_at_k(points, labels, [1, 4]))
+
+
 def test_recall_ignores_reduced_precision_settings():
     """TF32 or bfloat16 products and autocast around the call change nothing, and are as before afterwards."""
     generator = torch.Generator().manual_seed(0)
