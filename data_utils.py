@@ -401,11 +401,8 @@ def _checked(listing: Listing, name: str) -> Listing:
         if num_images == 0 and not listing.problems:
             listing.problems.append(f"the {split} split has no images")
         if name in PUBLISHED and found != PUBLISHED[name].counts[split]:
-            listing.warnings.append(
-                f"{split}: {found[0]:,} classes and {found[1]:,} images, published are {{:,}} and {{:,}}".format(
-                    *PUBLISHED[name].counts[split]
-                )
-            )
+            published = "{:,} and {:,}".format(*PUBLISHED[name].counts[split])
+            listing.warnings.append(f"{split}: {found[0]:,} classes and {found[1]:,} images, published are {published}")
     return listing
 
 
@@ -499,10 +496,9 @@ def _write_cache(
         store = functools.partial(_store_image, source, image_size)
         while True:
             good = [number for number in range(len(entries)) if number not in bad]
-            files, offsets = _allocate(
-                folder, [(entries[number].split, num_bytes[number]) for number in good], image_size
-            )
-            results = pool.map(store, [entries[number] for number in good], files, offsets, chunksize=16)
+            images, sizes = [entries[number] for number in good], [num_bytes[number] for number in good]
+            files, offsets = _allocate(folder, [entry.split for entry in images], sizes, image_size)
+            results = pool.map(store, images, sizes, files, offsets, chunksize=16)
             for number, result in zip(good, _bar(results, f"{name}: pixels", len(good)), strict=True):
                 (bad if isinstance(result, str) else stored)[number] = result
             if not skip_bad or not any(number in bad for number in good):
@@ -533,9 +529,8 @@ def _write_cache(
         "test_is_gallery": np.ones(len(test), bool),
     }
     for split, numbers in (("train", train), ("test", test)):
-        classes = {
-            entries[number].class_key: entries[number].class_name for number in numbers
-        }  # sorted, as entries are
+        # In the order of the entries, which are sorted by class.
+        classes = {entries[number].class_key: entries[number].class_name for number in numbers}
         label_of = {key: label for label, key in enumerate(classes)}
         meta[split] = {"classes": list(classes.values()), "paths": [entries[number].path for number in numbers]}
         arrays[f"{split}_labels"] = np.array([label_of[entries[number].class_key] for number in numbers], np.int64)
@@ -552,26 +547,26 @@ def _write_cache(
     return skipped
 
 
-def _allocate(folder: Path, images: list[tuple[str, int]], image_size: int) -> tuple[list[Path], list[int]]:
-    """Makes the two pixel files in their full size for images given as (split, bytes), training images first.
+def _allocate(folder: Path, splits: list[str], sizes: list[int], image_size: int) -> tuple[list[Path], list[int]]:
+    """Makes the two pixel files in their full size, for images of these splits and bytes, training images first.
 
     Returns each image's file and byte offset.
     """
     pixel_files = {"train": folder / "train_pixels.npy", "test": folder / "test_images.npy"}
     for path in pixel_files.values():
         path.unlink(missing_ok=True)  # of the first try, when --skip_bad found damaged images
-    needed, free = sum(num_bytes for _, num_bytes in images), shutil.disk_usage(folder).free
+    needed, free = sum(sizes), shutil.disk_usage(folder).free
     if needed + 2**24 > free:  # 16 MiB for all that is not pixels
         raise InputError(f"{folder.parent}: the cache needs {size_text(needed)}, only {size_text(free)} are free")
     files, offsets = [], []
     for split, path in pixel_files.items():
-        sizes = [num_bytes for of_split, num_bytes in images if of_split == split]
-        shape = (sum(sizes),) if split == "train" else (len(sizes), image_size, image_size, 3)
+        of_split = [size for size, its_split in zip(sizes, splits, strict=True) if its_split == split]
+        shape = (sum(of_split),) if split == "train" else (len(of_split), image_size, image_size, 3)
         with open(path, "wb") as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            *starts, end = itertools.accumulate(sizes, initial=file.tell())
+            *starts, end = itertools.accumulate(of_split, initial=file.tell())
             file.truncate(end)
-        files += [path] * len(sizes)
+        files += [path] * len(of_split)
         offsets += starts
     return files, offsets
 
@@ -588,8 +583,8 @@ def _probe_image(source: Path, image_size: int, entry: Entry) -> int | str:
     return (width * height if entry.split == "train" else image_size**2) * 3
 
 
-def _store_image(source: Path, image_size: int, entry: Entry, file: Path, offset: int) -> tuple | str:
-    """Decodes one image and writes its pixels to their place.
+def _store_image(source: Path, image_size: int, entry: Entry, num_bytes: int, file: Path, offset: int) -> tuple | str:
+    """Decodes one image and writes its pixels, which have to be `num_bytes`, to their place.
 
     Returns ((height, width), sums, sums of squares of the channels), or what is wrong with the image.
     """
@@ -598,6 +593,8 @@ def _store_image(source: Path, image_size: int, entry: Entry, file: Path, offset
         pixels = resize(load_rgb(source / entry.path), image_size)
     except Exception as error:
         return _bad_image(source / entry.path, error)
+    if pixels.nbytes != num_bytes:  # would overwrite the next image
+        return f"{source / entry.path}: unreadable (its header gives another size than its pixels)"
     with open(file, "r+b") as target:  # not a memory map, whose writer dies of SIGBUS when the disk is full
         target.seek(offset)
         target.write(pixels.tobytes())

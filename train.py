@@ -494,7 +494,6 @@ def run(args: argparse.Namespace) -> None:
             f"{too_large.sum()} classes have more than {MAX_IMAGES_PER_CLASS} images: each member trains on a random "
             f"{MAX_IMAGES_PER_CLASS} of each and leaves out {left_out:,} of {num_images:,} images"
         )
-
     test_labels = torch.from_numpy(np.array(cache.array("test_labels")))
     lone = int((np.bincount(test_labels) == 1).sum())
     if lone:
@@ -504,7 +503,7 @@ def run(args: argparse.Namespace) -> None:
     mean, std = (torch.tensor(cache.meta[name], device=device) for name in ("mean", "std"))
     if records:
         write_train_log(folder, records)
-    table, parts = write_recall_log(folder, records, args, test_labels, device)
+        table, parts = write_recall_log(folder, records, args, test_labels, device)
     for count, member in enumerate(missing, 1):
         start = time.perf_counter()
         model, record = train_member(cache, weights, args, member, device)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import multiprocessing
+import os
 import re
 import shutil
 from pathlib import Path
@@ -91,6 +93,11 @@ def odd_images(folder: Path) -> dict[str, np.ndarray]:
         exif[0x0112] = orientation
         add(f"rotated_{orientation}.png", Image.fromarray(rgb), turned, exif=exif)
     return expected
+
+
+@pytest.mark.parametrize(("image_size", "shorter"), [(256, 281), (128, 140), (32, 35)])
+def test_train_size(image_size, shorter):
+    assert data_utils.train_size(image_size) == shorter
 
 
 def test_load_rgb(tmp_path):
@@ -218,6 +225,14 @@ def test_a_class_in_both_splits_is_a_warning(tmp_path, capsys):
     assert "classes in both train and test: 1 (a)" in capsys.readouterr().err
 
 
+def test_an_image_listed_twice_is_a_warning(tmp_path, capsys):
+    write_sop(tmp_path / "sop")
+    path = tmp_path / "sop" / "Ebay_train.txt"
+    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
+    assert build(tmp_path) == 0
+    assert "1 images are listed more than once" in capsys.readouterr().err
+
+
 def test_lists_with_windows_line_ends_a_byte_order_mark_and_spaces(tmp_path):
     write_cub(tmp_path / "cub")
     old, new = "101.Bird_101/Bird_0005.jpg", "101.Bird_101/Vögel am See.jpg"
@@ -296,6 +311,7 @@ DAMAGES = {
     "absolute": ("cub", rewrite("images.txt", "1 001.Bird_1", "1 /etc"), "line 1: absolute path, '..' or"),
     "drive": ("cub", rewrite("images.txt", "1 001.Bird_1", "1 C:\\x"), "line 1: absolute path, '..' or"),
     "dots": ("cub", rewrite("images.txt", "1 001.Bird_1", "1 a/../../b"), "line 1: absolute path, '..' or"),
+    "other dots": ("cub", rewrite("images.txt", "1 001.Bird_1", "1 a\\..\\..\\b"), "line 1: absolute path, '..' or"),
     "missing folder": ("car", lambda root: shutil.rmtree(root / "car_ims"), "car_ims: missing folder"),
     "empty .mat": ("car", put("cars_annos.mat", b""), "cars_annos.mat: not a readable Cars196 annotation file"),
     "HTML .mat": ("car", put("cars_annos.mat", b"<html>" * 99), "cars_annos.mat: not a readable Cars196"),
@@ -379,6 +395,16 @@ def test_skip_bad_leaves_them_out_and_lists_them(tmp_path, capsys):
     assert not (tmp_path / "clean" / "cache_32_skipped.txt").exists()
 
 
+def test_the_list_of_skipped_images_goes_when_none_is_skipped(tmp_path):
+    write_image_folder(tmp_path / "mine")
+    bad, listed = tmp_path / "mine" / "train" / "train_0" / "0.png", tmp_path / "mine" / "cache_32_skipped.txt"
+    good = bad.read_bytes()
+    bad.write_bytes(b"")
+    assert build(tmp_path, "--skip_bad") == 0 and listed.exists()
+    bad.write_bytes(good)
+    assert build(tmp_path, "--force") == 0 and not listed.exists()
+
+
 def test_skip_bad_needs_no_second_place_on_the_disk(tmp_path, monkeypatch):
     """The pixels of the first try are gone before the second, without the damaged image, is measured and written."""
     write_image_folder(tmp_path / "mine")
@@ -400,6 +426,15 @@ def test_skip_bad_does_not_excuse_an_empty_split(tmp_path, capsys):
         path.write_bytes(b"")
     assert build(tmp_path, "--skip_bad") == 2
     assert "no image is left in test" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the patched function reaches forks only")
+def test_pixels_never_leave_their_place(tmp_path, capsys, monkeypatch):
+    """An image that decodes to another size than its header said is refused, not written over the next one."""
+    write_image_folder(tmp_path / "mine")
+    monkeypatch.setattr(data_utils, "load_rgb", lambda path: random_image(0, 40, 99))
+    assert build(tmp_path) == 2
+    assert "mine: 4 problems" in (error := capsys.readouterr().err) and "another size than its pixels" in error
 
 
 def test_decompression_bomb_is_refused(tmp_path, capsys, monkeypatch):
@@ -489,6 +524,33 @@ def test_a_cache_set_aside_by_a_killed_run_comes_back(tmp_path):
     (tmp_path / "mine" / "test" / "test_0" / "0.png").write_bytes(b"")
     assert build(tmp_path) == 2
     assert tree(cache) == before
+
+
+def test_the_old_cache_returns_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    write_image_folder(tmp_path / "mine")
+    assert build(tmp_path) == 0
+    before, rename = tree(tmp_path / "mine" / "cache_32"), os.rename
+
+    def refuse(source, target):
+        if ".new-" in str(source):
+            raise OSError("refused")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    assert build(tmp_path, "--force") == 1
+    assert before and tree(tmp_path / "mine" / "cache_32") == before
+
+
+def _die(*_):
+    os._exit(1)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the patched function reaches forks only")
+def test_a_killed_worker_is_named(tmp_path, capsys, monkeypatch):
+    write_image_folder(tmp_path / "mine")
+    monkeypatch.setattr(data_utils, "_store_image", _die)
+    assert build(tmp_path) == 1
+    assert "a worker process was killed" in capsys.readouterr().err
 
 
 def test_a_set_that_fails_while_running_does_not_stop_the_others(tmp_path, capsys, monkeypatch):

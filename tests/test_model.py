@@ -1,7 +1,10 @@
 """Network, initial weights, normalisation and embedding."""
 
+import email.message
+import io
 import pickle
 import re
+import shutil
 import urllib.error
 
 import numpy as np
@@ -134,6 +137,20 @@ def test_no_network_names_the_ways_out(tmp_path, monkeypatch):
         read_weights("resnet18", "imagenet")
 
 
+class Answer(io.BytesIO):
+    """What a server sends."""
+
+    def info(self):
+        return email.message.Message()
+
+
+def test_a_download_with_another_checksum_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: Answer(b"damaged"))
+    with pytest.raises(InputError, match=r"cannot download .*invalid hash value"):
+        read_weights("resnet18", "imagenet")
+
+
 @pytest.mark.parametrize("payload", [False, True])
 def test_a_damaged_download_is_refused_and_not_executed(tmp_path, monkeypatch, payload):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -193,6 +210,14 @@ def test_ensemble_from_a_run_folder(tiny_run, tiny_data, tmp_path):
     np.testing.assert_allclose(embedding.numpy(), expected, atol=1e-5)
     with pytest.raises(InputError, match="is not a run folder"):
         load_ensemble(tmp_path)
+
+
+def test_a_run_folder_is_read_as_data_only(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    torch.save({"conv1.weight": Payload(str(tmp_path / "owned"))}, tmp_path / "run" / "member_001.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        load_ensemble(tmp_path / "run")
+    assert not (tmp_path / "owned").exists()
 
 
 def test_forward_pass_on_a_cuda_device_without_one():

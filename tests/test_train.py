@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, save_image
 from test_utils import slow_recall
 from torch import nn
 
@@ -135,6 +135,28 @@ def test_every_offset_and_both_mirrorings_are_reached(tiny_cache, tiny_args, mon
     assert not epoch_of(tiny_cache, tiny_args)[2].any()
 
 
+def test_corners_fit_images_of_every_shape(tmp_path, tiny_args, monkeypatch):
+    """Portrait and landscape: a corner outside its own image would fail in train_crops, and all of it is reached."""
+    for number, (width, height) in enumerate([(40, 80), (80, 40), (40, 40), (120, 40)]):
+        for split in ("train", "test"):
+            save_image(tmp_path / "odd" / split / f"c{number}" / "0.png", number, width=width, height=height)
+    assert data_utils.main(["--data_path", str(tmp_path), "--image_size", "32"]) == 0
+    cache, seen, original = read_cache(tmp_path, "odd", 32), [], data_utils.Cache.train_crops
+    monkeypatch.setattr(data_utils.Cache, "train_crops", lambda self, i, c: seen.append((i, c)) or original(self, i, c))
+    for epoch in range(50):
+        epoch_of(cache, tiny_args, epoch=epoch)
+    images, corners = (np.concatenate(arrays) for arrays in zip(*seen, strict=True))
+    for image, last in enumerate(cache.array("train_sizes") - 32):
+        assert (corners[images == image].max(0) >= 0.8 * last).all()
+
+
+def test_batches_draw_their_own_corners_and_flips(tiny_cache, tiny_args, monkeypatch):
+    seen, original = [], data_utils.Cache.train_crops
+    monkeypatch.setattr(data_utils.Cache, "train_crops", lambda self, i, c: seen.append(c) or original(self, i, c))
+    flips = epoch_of(tiny_cache, tiny_args)[2]
+    assert not np.array_equal(seen[0], seen[1]) and not np.array_equal(flips[:16], flips[16:32])
+
+
 def test_train_step_equals_a_plain_step():
     """One step on mirrored and unmirrored images, against the same step written out."""
     torch.manual_seed(0)
@@ -185,10 +207,11 @@ def test_train_and_embedding_steps_never_wait_for_the_device():
 def test_the_best_epoch_by_training_accuracy_is_kept(tiny_cache, tiny_args, monkeypatch, correct, best):
     """With planned numbers of right answers; the weights of each epoch are marked with its number."""
     tiny_args.num_epochs, tiny_args.batch_size = 4, 64  # one step an epoch
-    steps = iter(range(4))
+    steps, rates = iter(range(4)), []
 
     def step(model, optimizer, batch, mean, std, loss_sum, counted):
         epoch = next(steps)
+        rates.append(optimizer.param_groups[0]["lr"])
         model.fc.bias.data.fill_(epoch)
         counted += correct[epoch]
 
@@ -196,6 +219,7 @@ def test_the_best_epoch_by_training_accuracy_is_kept(tiny_cache, tiny_args, monk
     model, record = train_member(tiny_cache, None, tiny_args, 1, CPU)
     assert record["best_epoch"] == best and model.fc.bias.tolist() == [best] * 3
     assert [row["correct"] for row in record["history"]] == correct
+    assert rates == [row["lr"] for row in record["history"]] == [1e-3, 1e-3, 1e-5, 1e-5]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny_data, tmp_path, capsys, monkeypatch):
@@ -206,6 +230,19 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_data, tmp_path, capsys, mon
     assert run(tiny_data, tmp_path) == 1
     assert "member 1, epoch 0: the loss is not finite; try a lower --lr than 0.001" in capsys.readouterr().err
     assert not list(only_folder(tmp_path).glob("member_*"))
+
+
+def test_an_embedding_that_is_not_finite_ends_the_run(tiny_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "train_step", lambda *_: None)
+    monkeypatch.setattr(train, "member_logits", lambda *_: torch.full((36, 3), float("nan")))
+    assert run(tiny_data, tmp_path) == 1
+    assert "member 1: its embedding is not finite; try a lower --lr" in capsys.readouterr().err
+    assert not list(only_folder(tmp_path).glob("member_*"))
+
+
+def test_each_member_starts_from_its_own_head(tiny_cache, tiny_args, monkeypatch):
+    monkeypatch.setattr(train, "train_step", lambda *_: None)
+    assert not torch.equal(*(train_member(tiny_cache, None, tiny_args, member, CPU)[0].fc.weight for member in (1, 2)))
 
 
 def test_members_do_not_depend_on_each_other(tiny_run, tiny_cache, tiny_args):
@@ -271,6 +308,23 @@ def test_recall_log_equals_the_definition(tiny_run):
     assert 20 < expected[1, 0] < 100  # chance is 14 %
 
 
+def test_the_json_of_a_member_is_written_last(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        train, "atomic_open", lambda path, *mode: written.append(path.suffix) or utils.atomic_open(path, *mode)
+    )
+    train.save_member(tmp_path, 1, nn.Linear(2, 2), torch.zeros(3, 2), {})
+    assert written == [".pth", ".npy", ".json"]
+
+
+def test_the_recall_log_ends_before_a_missing_member(tiny_run, tiny_args, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    shutil.copy(tiny_run / "member_002.npy", tmp_path / "run" / "member_003.npy")
+    tiny_args.ensemble_size = 3
+    table, parts = train.write_recall_log(tmp_path / "run", {1: {}, 3: {}}, tiny_args, torch.arange(36) // 6, CPU)
+    assert len(table) == len(parts) == 1
+
+
 def test_growing_an_ensemble(tiny_data, tiny_run, tmp_path, capsys, monkeypatch):
     """One member and then a second are the two members at once; asking for less again only rewrites the log."""
     assert run(tiny_data, tmp_path, "--ensemble_size", "1") == 0
@@ -298,6 +352,24 @@ def test_the_last_line_is_the_final_recall(tiny_data, tiny_run, tmp_path, capsys
     r1, r4 = (tmp_path / tiny_run.name / "recall.csv").read_text().splitlines()[2].split(",")[1:]
     csv = tmp_path / tiny_run.name / "recall.csv"
     assert last == f"2 members: R@1 {float(r1):.2f}, R@4 {float(r4):.2f} in {csv}"
+
+
+def test_the_column_alone(tiny_data, tiny_run, tmp_path, capsys, no_training):
+    shutil.copytree(tiny_run, tmp_path / tiny_run.name)
+    assert run(tiny_data, tmp_path) == 0
+    row = capsys.readouterr().out.splitlines()[-3].split()
+    labels = torch.from_numpy(pd.read_csv(tiny_run / "test.csv").label.to_numpy(copy=True))
+    second = torch.from_numpy(np.load(tiny_run / "member_002.npy"))
+    assert float(row[-1]) == pytest.approx(100 * utils.recall_at_k(second, labels, [1]).item(), abs=0.006)
+
+
+def test_a_disk_that_will_be_full_is_a_warning(tmp_path, capsys, monkeypatch):
+    (tmp_path / "member_001.pth").write_bytes(b"x" * 1000)
+    usage = shutil.disk_usage(tmp_path)
+    for free, warned in ((1999, True), (2000, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        train.print_outlook(tmp_path, 1, 2, 1.0)
+        assert ("the disk will be full" in capsys.readouterr().err) == warned
 
 
 def test_percentages_are_exact(monkeypatch):

@@ -1,5 +1,6 @@
 """The partition, the draws, safe writing, and Recall@K against an obvious implementation."""
 
+import os
 import re
 import subprocess
 import sys
@@ -104,6 +105,18 @@ def test_recall_by_hand():
     assert recall_at_k(points, torch.tensor([0, 1, 0, 1]), [1, 2, 3]).tolist() == [[0.0, 0.75, 1.0]]
 
 
+@pytest.mark.parametrize("first", [0, 2])  # whichever class lies first in the order
+def test_a_pair_exactly_at_the_tolerance_counts_against_the_query(first):
+    points = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1e-6, 1.0], *[[-1.0, 0.0]] * 15])
+    labels = torch.tensor([1 if first == 0 else 0] * 2 + [0 if first == 0 else 1] * 16)
+    assert recall_at_k(points, labels, [1], max_bytes=1).item() == pytest.approx(15 / 18)
+
+
+def test_the_tolerance_grows_with_the_number_of_parts():
+    part = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-0.75e-6, 1.0], [-1.0, 0.0]])
+    assert recall_at_k([part, part], torch.tensor([0, 0, 1, 1]), [1]).tolist() == [[0], [0]]
+
+
 def test_recall_of_a_constant_embedding_is_zero():
     labels = torch.arange(40) // 4
     assert recall_at_k(torch.ones(40, 3), labels, [1, 36, 37]).tolist() == [[0, 0, 1]]
@@ -148,6 +161,23 @@ def test_recall_ignores_reduced_precision_settings():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(result, expected)
+
+
+def test_products_run_in_full_float32():
+    """On the CPU of the tests reduced precision may not exist: what is asked for is checked."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with utils._full_float32("cpu"):
+            assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_max_bytes_bounds_the_blocks(monkeypatch):
+    steps, spans = [], utils._spans
+    monkeypatch.setattr(utils, "_spans", lambda start, stop, step: steps.append(step) or spans(start, stop, step))
+    recall_at_k(torch.randn(64, 8), torch.arange(64) // 2, [1], max_bytes=2**16)
+    assert 3 * 4 * max(steps) ** 2 <= 2**16
 
 
 def test_lone_classes_are_misses_and_reported():
@@ -212,6 +242,16 @@ def test_atomic_open_replaces_only_when_all_went_well(tmp_path):
         raise RuntimeError
     assert path.read_text() == "whole\n"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_open_flushes_before_the_rename(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, original=original: calls.append(name) or original(*a))
+    with atomic_open(tmp_path / "log.csv") as file:
+        file.write("whole")
+    assert calls[:2] == ["fsync", "replace"]
 
 
 @pytest.mark.parametrize(
