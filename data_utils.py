@@ -196,14 +196,16 @@ def list_car(root: Path, prefix: str) -> Listing | None:
     else:
         devkit = _first_existing(root / "devkit" / "cars_train_annos.mat", root / "cars_train_annos.mat")
         if devkit is None and (root / "cars_train").is_dir():  # the devkit's archive may be unpacked one deeper too
-            devkit = _first_existing(*sorted(root.glob("*/devkit/cars_train_annos.mat")))
+            devkit = _first_existing(
+                *sorted(root.glob("*/devkit/*_train_annos.mat")), *root.glob("*/*_train_annos.mat")
+            )
         if devkit is None:
             if not (root / "cars_annos.mat").is_file():
                 return None
             listing.problems.append(f"{root / 'car_ims'}: missing folder")
             return listing
         labelled = _first_existing(
-            devkit.with_name("cars_test_annos_withlabels.mat"), root / "cars_test_annos_withlabels.mat"
+            *(folder / "cars_test_annos_withlabels.mat" for folder in (devkit.parent, devkit.parent.parent, root))
         )
         if labelled is None:
             listing.problems.append(
@@ -307,7 +309,7 @@ def list_image_folder(root: Path, prefix: str) -> Listing | None:
         if not (root / split).is_dir():
             listing.problems.append(f"{root / split}: missing folder")
             continue
-        for class_name, files in _class_folders(root / split):
+        for class_name, files in _class_folders(root / split, listing.problems):
             if class_name == "":
                 listing.warnings.append(f"{root / split}: {len(files)} images outside any class folder are left out")
                 continue
@@ -323,11 +325,20 @@ def list_image_folder(root: Path, prefix: str) -> Listing | None:
 RAW_LAYOUTS: dict[str, Callable[[Path, str], Listing | None]] = {"car": list_car, "cub": list_cub, "sop": list_sop}
 
 
-def _class_folders(folder: Path, name: str = "", above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
-    """Yields (name, image files) of every folder that holds images, sorted. Links back to a folder above end there."""
+def _class_folders(
+    folder: Path, problems: list[str], name: str = "", above: tuple[str, ...] = ()
+) -> Iterator[tuple[str, list[str]]]:
+    """Yields (name, image files) of every folder that holds images, sorted. Links back to a folder above end there.
+
+    A folder that cannot be read is added to `problems`.
+    """
     above = (*above, os.path.realpath(folder))
     files, folders = [], []
-    with os.scandir(folder) as items:
+    try:
+        items = sorted(os.scandir(folder), key=lambda item: item.name)
+    except OSError as error:
+        problems.append(f"{folder}: unreadable folder ({one_line(error)})")
+    else:
         for item in items:
             if item.name.startswith("."):
                 continue
@@ -336,10 +347,10 @@ def _class_folders(folder: Path, name: str = "", above: tuple[str, ...] = ()) ->
             elif os.path.splitext(item.name)[1].lower() in IMAGE_SUFFIXES:
                 files.append(item.name)
     if files:
-        yield name, sorted(files)
-    for child in sorted(folders):
+        yield name, files
+    for child in folders:
         if os.path.realpath(folder / child) not in above:
-            yield from _class_folders(folder / child, f"{name}/{child}" if name else child, above)
+            yield from _class_folders(folder / child, problems, f"{name}/{child}" if name else child, above)
 
 
 def _rows(path: Path, columns: int, listing: Listing) -> Iterator[tuple[str, list[str]]]:
@@ -437,6 +448,9 @@ def build_cache(
     Raises UnknownLayout if there is no data set, InputError with all problems found in it.
     """
     target = cache_folder(data_path, name, image_size)
+    set_aside = sorted(target.parent.glob(f".{target.name}.old-*/meta.json"))
+    if set_aside and not target.exists():  # by a run that was killed between its two renames
+        os.rename(set_aside[0].parent, target)
     if not force and (target / "meta.json").exists():
         try:
             cache = read_cache(data_path, name, image_size)
@@ -449,10 +463,7 @@ def build_cache(
     try:
         with filelock.FileLock(target.with_name(f".{target.name}.lock"), timeout=0):
             for leftover in target.parent.glob(f".{target.name}.*-*"):  # of a run that was killed
-                if ".old-" in leftover.name and (leftover / "meta.json").exists() and not target.exists():
-                    os.rename(leftover, target)
-                else:
-                    shutil.rmtree(leftover)
+                shutil.rmtree(leftover)
             try:
                 new.mkdir()
                 skipped = _write_cache(new, listing, name, data_path / name, image_size, num_workers, skip_bad)
@@ -883,6 +894,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:<12}{train:>26}{test:>26}{size_text(cache.num_bytes):>10}{seconds:>9.1f}")
     if refused:
         raise (RunError if failed else InputError)("\n".join(refused))
+    if not rows and args.verify:
+        raise InputError(f"no cache_{args.image_size} found in {args.data_path}/; --image_size names another size")
     if not rows:
         raise InputError(f"no data set found in {args.data_path}/; expected is one of\n{LAYOUTS}")
 
@@ -893,7 +906,7 @@ def _found_names(args: argparse.Namespace) -> list[str]:
     for folder in _subfolders(args.data_path) if args.data_path.is_dir() else []:
         if not _utf8(folder.name):
             print(f"{str(folder)!a}: the name is not valid UTF-8, passed over")
-        elif not args.verify or cache_folder(args.data_path, folder.name, args.image_size).exists():
+        elif not args.verify or os.path.exists(cache_folder(args.data_path, folder.name, args.image_size)):
             names.append(folder.name)
     return names
 

@@ -113,7 +113,11 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
     available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if kind not in available or (index and not (kind == "cuda" and index.isascii() and index.isdigit())):
+    if (
+        kind not in available
+        or name.endswith(":")
+        or (index and not (kind == "cuda" and index.isascii() and index.isdigit()))
+    ):
         raise InputError(f"--device {name} is not one of auto, cuda, cuda:i, mps, cpu")
     if int(index or 0) >= available[kind]:
         raise InputError(f"--device {name} is not there: this machine offers {available[kind]} of the kind {kind}")
@@ -395,7 +399,7 @@ def finished_member(folder: Path, member: int) -> dict | None:
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         damaged = [f"{path.name} ({error})"]
     if damaged:
-        print(f"warning: member {member} is trained again, damaged: {', '.join(damaged)}", file=sys.stderr)
+        print(f"warning: member {member} counts as not trained, damaged: {', '.join(damaged)}", file=sys.stderr)
         return None
     return record
 

@@ -52,7 +52,7 @@ def run_main(script: str, run: Callable[[], None]) -> int:
             file=sys.stderr,
         )
         return 1
-    except (RunError, OSError) as error:  # OSError: disk full, no permission, ...; its text names the file
+    except (RunError, OSError) as error:  # OSError: disk full, no permission, ...
         print(f"{script}: failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -90,6 +90,9 @@ def atomic_open(path: Path, mode: str = "w") -> Iterator:
             flush_to_disk(file)
         os.replace(temporary, path)
         flush_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write does not know its file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -281,7 +284,8 @@ def _inverse_norms(part: torch.Tensor, order: torch.Tensor, block: int) -> torch
     lengths = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=dtype) for rows in blocks])
     if not torch.isfinite(lengths).all():
         raise ValueError(f"embeddings are not finite: {int((~torch.isfinite(lengths)).sum())} of {len(order)} rows")
-    return torch.where(lengths > 0, 1 / lengths, 0).float()
+    inverse = (1 / lengths).float()
+    return torch.where(inverse.isfinite(), inverse, 0)  # a row below float32's range counts as zeros
 
 
 @contextlib.contextmanager

@@ -158,11 +158,17 @@ def write_car_mirror(root: Path) -> None:
     (root / "devkit").rename(root / "car_devkit" / "devkit")
 
 
+def write_car_flat_mirror(root: Path) -> None:
+    write_car_devkit(root, nested=True)
+    (root / "devkit").rename(root / "car_devkit")
+
+
 LAYOUTS = {
     "car": ("car", write_car, "car_ims/"),
     "car devkit": ("car", write_car_devkit, "cars_"),
     "car devkit, nested": ("car", lambda root: write_car_devkit(root, nested=True), "cars_"),
     "car devkit, mirror": ("car", write_car_mirror, "cars_"),
+    "car devkit, flat mirror": ("car", write_car_flat_mirror, "cars_"),
     "car devkit, labels beside": ("car", lambda root: write_car_devkit(root, labels_beside=True), "cars_"),
     "cub": ("cub", write_cub, "images/"),
     "sop": ("sop", write_sop, "bicycle_final/"),
@@ -223,6 +229,20 @@ def test_a_class_in_both_splits_is_a_warning(tmp_path, capsys):
         save_image(tmp_path / "mine" / path)
     assert build(tmp_path) == 0
     assert "classes in both train and test: 1 (a)" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_read_is_listed(tmp_path, capsys, monkeypatch):
+    write_image_folder(tmp_path / "mine")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("train_1"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert build(tmp_path) == 2
+    assert re.search(r"mine: 1 problems.*\n.*train_1: unreadable folder", capsys.readouterr().err)
 
 
 def test_an_image_listed_twice_is_a_warning(tmp_path, capsys):
@@ -521,8 +541,8 @@ def test_a_cache_set_aside_by_a_killed_run_comes_back(tmp_path):
     cache = tmp_path / "mine" / "cache_32"
     before = tree(cache)
     cache.rename(cache.with_name(".cache_32.old-123"))
-    (tmp_path / "mine" / "test" / "test_0" / "0.png").write_bytes(b"")
-    assert build(tmp_path) == 2
+    shutil.rmtree(tmp_path / "mine" / "test")
+    assert build(tmp_path) == 0
     assert tree(cache) == before
 
 
@@ -620,6 +640,8 @@ def test_verify_finds_a_flipped_bit(tmp_path, capsys):
     assert build(tmp_path) == 0 and build(tmp_path, "--verify", "--data_name", "mine") == 0
     (tmp_path / "papers").mkdir()
     assert build(tmp_path, "--verify") == 0  # looks at what has a cache
+    assert build(tmp_path, "--verify", "--image_size", "64") == 2
+    assert "no cache_64 found" in capsys.readouterr().err
     path = tmp_path / "mine" / "cache_32" / "test_images.npy"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
@@ -647,6 +669,12 @@ def test_demo_is_drawn_once_and_never_over_another(tmp_path, monkeypatch):
     mine = tree(tmp_path / "mine" / "demo" / "train")
     assert build(tmp_path / "mine", "--data_name", "demo", "--force") == 0
     assert tree(tmp_path / "mine" / "demo" / "train") == mine
+
+
+def test_a_half_drawn_demo_goes(tmp_path):
+    (tmp_path / ".demo.new-123" / "train").mkdir(parents=True)
+    draw_demo(tmp_path / "demo", num_classes=1, images_per_class=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".demo.lock", "demo"]
 
 
 def test_demo_images_of_a_class_are_alike_but_never_the_same(tmp_path):

@@ -487,7 +487,7 @@ def test_a_damaged_member_is_named_and_trained_again(tiny_data, tiny_run, tmp_pa
     path.write_bytes(path.read_bytes()[:-9])
     assert run(tiny_data, tmp_path) == 0
     output = capsys.readouterr()
-    assert re.search(rf"member 1 is trained again, damaged: {path.name}", output.err)
+    assert re.search(rf"member 1 counts as not trained, damaged: {path.name}", output.err)
     assert "1 of 2 members are finished" in output.out
     for pattern in ("member_*.npy", "recall.csv"):
         assert digests(folder, pattern) == digests(tiny_run, pattern)
@@ -546,6 +546,7 @@ def test_defaults_are_those_of_the_original_command_line():
         (["--weights", "nowhere.pth"], "--weights 'nowhere.pth': no such file"),
         (["--device", "tpu"], "--device tpu is not one of auto, cuda, cuda:i, mps, cpu"),
         (["--device", "cuda:99"], "--device cuda:99 is not there"),
+        (["--device", "cpu:"], "--device cpu: is not one of"),
         (["--device", "cpu:0"], "--device cpu:0 is not one of"),
         (["--ensemble", "3"], "unrecognized arguments: --ensemble 3"),
         (["--lr"], "expected one argument"),

@@ -147,6 +147,16 @@ def test_recall_of_very_small_and_very_large_rows(scale):
     assert torch.equal(recall_at_k(points * scale, labels, [1, 4]), recall_at_k(points, labels, [1, 4]))
 
 
+def test_recall_of_rows_below_the_range_of_float32():
+    """They count as zeros: never a hit for anyone."""
+    points, labels = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) // 2
+    points[3] = torch.tensor([1e-40] + [0] * 7)
+    zeroed = points.clone()
+    zeroed[3] = 0
+    assert torch.equal(recall_at_k(points, labels, [1, 4]), recall_at_k(zeroed, labels, [1, 4]))
+    assert recall_at_k(torch.full((40, 8), 1e-40), labels, [1]).item() == 0
+
+
 def test_recall_ignores_reduced_precision_settings():
     """TF32 or bfloat16 products and autocast around the call change nothing, and are as before afterwards."""
     generator = torch.Generator().manual_seed(0)
