@@ -572,6 +572,10 @@ def test_a_member_file_of_another_member_is_not_taken(tiny_run, tmp_path):
         shutil.copy(tmp_path / "run" / f"member_001.{suffix}", tmp_path / "run" / f"member_003.{suffix}")
     assert train.finished_member(tmp_path / "run", 2) is not None
     assert train.finished_member(tmp_path / "run", 3) is None
+    record = json.loads((tmp_path / "run" / "member_002.json").read_text())
+    for wrong in (record | {"history": []}, record | {"member": 1}):
+        (tmp_path / "run" / "member_002.json").write_text(json.dumps(wrong))
+        assert train.finished_member(tmp_path / "run", 2) is None
     (tmp_path / "run" / "member_002.json").write_text('{"sha256": {}}')
     assert train.finished_member(tmp_path / "run", 2) is None
 
