@@ -710,18 +710,17 @@ class Cache:
         """Size on disk."""
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
-    def train_crops(self, indices: np.ndarray, corners: np.ndarray) -> np.ndarray:
-        """Cuts one crop out of each of B training images.
+    def train_crops(self, indices: np.ndarray, corners: np.ndarray, sides: np.ndarray, out: np.ndarray) -> None:
+        """Cuts one square window out of each of B training images.
 
-        `indices` `(B,)` says which, `corners` `(B, 2)` the (top, left) of each crop. Returns `(B, S, S, 3) uint8`.
+        `indices` `(B,)` says which, `corners` `(B, 2)` the (top, left) of each window, `sides` `(B,)` its side. Writes
+        the windows to the top left corners of `out`, `(B, S, S, 3) uint8`, and 0 elsewhere.
         """
         pixels, offsets, sizes = self._train
-        side = self.meta["image_size"]
-        crops = np.empty((len(indices), side, side, 3), np.uint8)
-        for crop, index, (top, left) in zip(crops, indices, corners, strict=True):
+        for crop, index, (top, left), side in zip(out, indices, corners, sides, strict=True):
             image = pixels[offsets[index] : offsets[index + 1]].reshape(*sizes[index], 3)
-            crop[:] = image[top : top + side, left : left + side]
-        return crops
+            crop[:side, :side] = image[top : top + side, left : left + side]
+            crop[side:], crop[:side, side:] = 0, 0
 
 
 def cache_folder(data_path: Path, name: str, image_size: int) -> Path:

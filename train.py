@@ -8,7 +8,6 @@ command trains only what is missing; a larger --ensemble_size adds members to th
 """
 
 import argparse
-import collections
 import io
 import json
 import math
@@ -19,8 +18,8 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,16 +30,29 @@ from torch import nn
 from tqdm import tqdm
 
 from data_utils import Cache, check_data_name, read_cache
-from model import backbone_names, build_model, member_logits, normalize, read_weights, weights_identity
+from model import (
+    PRECISIONS,
+    autocast,
+    backbone_names,
+    build_model,
+    member_logits,
+    normalize,
+    pick_precision,
+    read_weights,
+    resize_windows,
+    weights_identity,
+)
 from utils import (
     InputError,
     Parser,
     RunError,
     atomic_open,
     draws,
+    image_batches,
     member_file,
     meta_class_partition,
     natural_number,
+    one_line,
     recall_at_k,
     run_main,
     sha256,
@@ -66,6 +78,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     method("--lr", type=positive_float, default=1e-4, help="learning rate of Adam (default: 1e-4)")
     method("--seed", type=seed_number, default=0, help="start of all random draws (default: 0)")
     method("--no_flip", action="store_true", help="no mirroring, for images whose mirror image is another class")
+    scale_help = "random resize: crop windows of random side, from M * S to S, enlarged to S (default: 1.0, all S)"
+    method("--scale_min", type=scale, default=1.0, metavar="M", help=scale_help)
+    precision_help = "auto (default: bf16, or fp16, where the device is fast in it, else fp32), fp32, bf16 or fp16"
+    method("--precision", choices=["auto", *PRECISIONS], default="auto", metavar="P", help=precision_help)
     rest = parser.add_argument_group("the rest").add_argument
     rest("--ensemble_size", type=natural_number, default=12, metavar="L", help="members (default: 12)")
     rest("--recalls", type=recall_list, default=[1, 2, 4, 8], metavar="K,K", help="Recall@K (default: 1,2,4,8)")
@@ -89,6 +105,14 @@ def positive_float(text: str) -> float:
         number = 0.0
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
+
+
+def scale(text: str) -> float:
+    """argparse type: a number above 0 and at most 1."""
+    number = positive_float(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is above 1")
     return number
 
 
@@ -149,6 +173,15 @@ def member_images(labels: np.ndarray, seed: int, member: int) -> np.ndarray:
     return np.sort(by_class[np.arange(len(labels)) - starts < MAX_IMAGES_PER_CLASS])
 
 
+class Batch(NamedTuple):
+    """A batch of training images, on the device. See `prepared`."""
+
+    images: torch.Tensor  # (B, S, S, 3) uint8, each image's window in its top left corner
+    targets: torch.Tensor  # (B,) int64, meta-classes
+    num_mirrored: int  # the first so many images are to be mirrored
+    sides: torch.Tensor | None  # (B,) int64, the windows' sides; None: all S
+
+
 def train_batches(
     cache: Cache,
     images: np.ndarray,
@@ -157,54 +190,77 @@ def train_batches(
     member: int,
     epoch: int,
     device: torch.device,
-) -> Iterator[list[torch.Tensor]]:
-    """The batches of one epoch on the device: crops `(B, S, S, 3) uint8`, targets `(B,) int64`, flips `(B,) bool`.
-
-    Order, crop corners and flips are functions of (seed, member, epoch). A thread prepares two batches ahead.
-    """
+) -> Iterator[Batch]:
+    """The batches of one epoch. Order, windows and mirroring are functions of (seed, member, epoch)."""
+    size, smallest = args.image_size, max(1, round(args.scale_min * args.image_size))
     order = draws(args.seed, member, epoch, "order").permutation(images)
-    ranges = cache.array("train_sizes")[order] - args.image_size + 1
+    sides = draws(args.seed, member, epoch, "scale").integers(smallest, size + 1, len(order))
+    ranges = cache.array("train_sizes")[order] - sides[:, None] + 1
     corners = draws(args.seed, member, epoch, "crop").integers(0, ranges)
-    flips = draws(args.seed, member, epoch, "flip").random(len(order)) < (0.0 if args.no_flip else 0.5)
+    mirrored = draws(args.seed, member, epoch, "flip").random(len(order)) < (0.0 if args.no_flip else 0.5)
 
-    def load(start: int, stop: int) -> list[torch.Tensor]:
-        chosen = order[start:stop]
-        arrays = (cache.train_crops(chosen, corners[start:stop]), targets[chosen], flips[start:stop])
-        tensors = [torch.from_numpy(array) for array in arrays]
-        return [tensor.pin_memory() for tensor in tensors] if device.type == "cuda" else tensors
+    # Within a batch, images to be mirrored come first, so that mirroring is one slice: a mask took 30 times as long.
+    spans = batch_spans(len(order), args.batch_size)
+    batch_of = np.repeat(np.arange(len(spans)), [stop - start for start, stop in spans])
+    sorting = np.lexsort((~mirrored, batch_of))
+    order, sides, corners = order[sorting], sides[sorting], corners[sorting]
+    num_mirrored = np.bincount(batch_of, mirrored).astype(int).tolist()
 
-    with ThreadPoolExecutor(1) as loader:
-        spans = collections.deque(batch_spans(len(order), args.batch_size))
-        loading = collections.deque()
-        while spans or loading:
-            while spans and len(loading) < 2:
-                loading.append(loader.submit(load, *spans.popleft()))
-            yield [tensor.to(device, non_blocking=True) for tensor in loading.popleft().result()]
+    def fill(start: int, stop: int, out: np.ndarray) -> None:
+        cache.train_crops(order[start:stop], corners[start:stop], sides[start:stop], out)
+
+    epoch_targets = torch.from_numpy(targets[order]).to(device)
+    epoch_sides = torch.from_numpy(sides).to(device) if args.scale_min < 1 else None
+    loaded = image_batches(fill, spans, size, device)
+    for (start, stop), pixels, mirror in zip(spans, loaded, num_mirrored, strict=True):
+        batch_sides = None if epoch_sides is None else epoch_sides[start:stop]
+        yield Batch(pixels, epoch_targets[start:stop], mirror, batch_sides)
+
+
+def prepared(batch: Batch, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """The network's input, `(B, 3, S, S) float32`: enlarged, mirrored (in place) and normalised."""
+    images = batch.images if batch.sides is None else resize_windows(batch.images, batch.sides)
+    images[: batch.num_mirrored] = images[: batch.num_mirrored].flip(2)
+    return normalize(images, mean, std)
+
+
+def make_optimizer(model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:
+    """Adam; fused where PyTorch has it, which also reads fp16's gradient scale without a wait for the device."""
+    return torch.optim.Adam(model.parameters(), lr=lr, fused=device.type in ("cuda", "cpu"))
 
 
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batch: list[torch.Tensor],
-    mean: torch.Tensor,
-    std: torch.Tensor,
+    scaler: torch.amp.GradScaler,
+    precision: str,
+    pixels: torch.Tensor,
+    targets: torch.Tensor,
     loss_sum: torch.Tensor,
     correct: torch.Tensor,
 ) -> None:
-    """One step on a batch of `train_batches`. Adds to `loss_sum` and `correct` on the device; the host never waits."""
-    images, targets, flips = batch
-    images = torch.where(flips[:, None, None, None], images.flip(2), images)
-    logits = model(normalize(images, mean, std))
+    """One step. The backbone computes in `precision`, its head and the loss in fp32.
+
+    Adds to `loss_sum` and `correct` on the device; the host never waits.
+    """
+    with autocast(pixels.device, precision):
+        logits = model(pixels)
     loss = F.cross_entropy(logits, targets)
     optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
     loss_sum += loss.detach() * len(targets)
     correct += (logits.detach().argmax(1) == targets).sum()
 
 
 def train_member(
-    cache: Cache, weights: dict[str, torch.Tensor] | None, args: argparse.Namespace, member: int, device: torch.device
+    cache: Cache,
+    weights: dict[str, torch.Tensor] | None,
+    args: argparse.Namespace,
+    member: int,
+    device: torch.device,
+    precision: str,
 ) -> tuple[nn.Module, dict]:
     """Trains one member (METHOD.md: "One member").
 
@@ -218,7 +274,8 @@ def train_member(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(draws(args.seed, member, 0, "weights").integers(2**63)))
         model = build_model(args.backbone, args.meta_class_size, weights).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    optimizer = make_optimizer(model, args.lr, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")  # fp16 gradients would vanish
     mean, std = (torch.tensor(cache.meta[name], device=device) for name in ("mean", "std"))
 
     history, best_correct, best_state = [], -1, None
@@ -240,8 +297,9 @@ def train_member(
         ) as bar:
             next_reading = start + SECONDS_BETWEEN_READINGS
             for batch in train_batches(cache, images, targets, args, member, epoch, device):
-                train_step(model, optimizer, batch, mean, std, loss_sum, correct)
-                bar.update(len(batch[1]))
+                pixels = prepared(batch, mean, std)
+                train_step(model, optimizer, scaler, precision, pixels, batch.targets, loss_sum, correct)
+                bar.update(len(batch.targets))
                 if not bar.disable and time.perf_counter() > next_reading:
                     accuracy = correct.item() / bar.n
                     bar.set_postfix(loss=f"{loss_sum.item() / bar.n:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
@@ -249,7 +307,7 @@ def train_member(
         loss, num_correct = loss_sum.item() / len(images), correct.item()
         seconds = time.perf_counter() - start
         if not math.isfinite(loss):
-            raise RunError(f"member {member}, epoch {epoch}: the loss is not finite; try a lower --lr than {args.lr:g}")
+            raise RunError(f"member {member}, epoch {epoch}: the loss is not finite; {lower_rate(args, precision)}")
         history.append(
             {
                 "epoch": epoch,
@@ -276,6 +334,12 @@ def train_member(
     return model, {"best_epoch": best_epoch, "history": history, "partition": partition.tolist()}
 
 
+def lower_rate(args: argparse.Namespace, precision: str) -> str:
+    """What to try when numbers overflow."""
+    remedy = f"try a lower --lr than {args.lr:g}"
+    return remedy if precision == "fp32" else f"{remedy}, or --precision fp32 ({precision} was used)"
+
+
 # ------------------------------------------------------------------------------------------------ the run folder
 
 
@@ -292,6 +356,10 @@ def run_name(args: argparse.Namespace, weights: str) -> str:
         name += f"_w{weights.removeprefix('sha256:')[:8]}"
     if args.no_flip:
         name += "_noflip"
+    if args.scale_min != 1:
+        name += f"_scale{args.scale_min!r}"
+    if args.precision != "auto":
+        name += f"_{args.precision}"
     return name
 
 
@@ -315,7 +383,7 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
     }
 
 
-def run_record(args: argparse.Namespace, cache: Cache, weights: str, here: dict) -> dict:
+def run_record(args: argparse.Namespace, cache: Cache, weights: str, precision: str, here: dict) -> dict:
     """What `args.json` holds: `settings` and `data` define the members, `options` are the last command's."""
     settings = {
         "data_name": args.data_name,
@@ -327,6 +395,8 @@ def run_record(args: argparse.Namespace, cache: Cache, weights: str, here: dict)
         "lr": args.lr,
         "image_size": args.image_size,
         "flip": not args.no_flip,
+        "scale_min": args.scale_min,
+        "precision": precision,
         "seed": args.seed,
     }
     data = {
@@ -339,29 +409,45 @@ def run_record(args: argparse.Namespace, cache: Cache, weights: str, here: dict)
     return {"settings": settings, "data": data, "options": options, "environment": here}
 
 
-def compare_with_earlier(folder: Path, record: dict) -> str | None:
-    """Refuses a run folder whose members belong to other settings or data, by InputError.
-
-    For one begun in another environment, keeps that in `record` and returns a warning.
-    """
-    if not (folder / "args.json").exists():
+def read_run_record(folder: Path) -> dict | None:
+    """The `args.json` of a run folder, or None for a new one. Raises InputError if it is damaged or missing."""
+    path = folder / "args.json"
+    if not path.exists():
         if any(folder.glob(member_file("*", "json"))):
             raise InputError(f"{folder} has members but no args.json: move it away or give another --results_path")
         return None
     try:
-        earlier = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        before = earlier["settings"] | {"cache (fingerprint)": earlier["data"]["fingerprint"]}
-        begun_in = dict(earlier["environment"])
+        record = json.loads(path.read_text(encoding="utf-8"))
+        fingerprint, precision, _ = (
+            record["data"]["fingerprint"],
+            record["settings"]["precision"],
+            record["environment"],
+        )
+        if not isinstance(fingerprint, str) or precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r}, fingerprint {fingerprint!r}")
+        return record | {"environment": dict(record["environment"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'args.json'} is damaged ({error}): move the folder away") from None
-    now = record["settings"] | {"cache (fingerprint)": record["data"]["fingerprint"]}
+        raise InputError(
+            f"{path} is damaged or of an older version ({one_line(error)}): move the folder away"
+        ) from None
+
+
+def compare_with_earlier(folder: Path, earlier: dict | None, record: dict) -> str | None:
+    """Refuses a run folder whose members belong to other settings or data, by InputError.
+
+    For one begun in another environment, keeps that in `record` and returns a warning.
+    """
+    if earlier is None:
+        return None
+    before, now = (r["settings"] | {"cache (fingerprint)": r["data"]["fingerprint"]} for r in (earlier, record))
     for key in now:
         if before.get(key) != now[key]:
             raise InputError(
                 f"{folder} holds members of other settings: {key} {before.get(key)}, not {now[key]}; "
                 "move it away or give another --results_path"
             )
-    here, record["environment"] = record["environment"], begun_in
+    here, record["environment"] = record["environment"], earlier["environment"]
+    begun_in = earlier["environment"]
     changes = [f"{key} {begun_in.get(key)} (now {here[key]})" for key in here if begun_in.get(key) != here[key]]
     return f"this run was begun with {', '.join(changes)}" if changes else None
 
@@ -473,13 +559,18 @@ def run(args: argparse.Namespace) -> None:
     if max(args.recalls) >= num_test:
         raise InputError(f"--recalls: {max(args.recalls)} is not below the number of test images, {num_test}")
     device = pick_device(args.device)
+    torch.backends.cudnn.benchmark = True  # picks the fastest convolution for each of the few batch shapes
     here = environment(device)
 
     # 2. The run folder and what it holds
     identity = weights_identity(args.backbone, args.weights)
     folder = args.results_path / run_name(args, identity)
-    record = run_record(args, cache, identity, here)
-    warning = compare_with_earlier(folder, record)
+    earlier = read_run_record(folder)
+    precision = pick_precision(device) if args.precision == "auto" else args.precision
+    if args.precision == "auto" and earlier:  # a run goes on, or is scored, as it was begun, on any device
+        precision = earlier["settings"]["precision"]
+    record = run_record(args, cache, identity, precision, here)
+    warning = compare_with_earlier(folder, earlier, record)
     on_disk = {int(path.stem[7:]) for path in folder.glob(member_file("*", "json")) if path.stem[7:].isdigit()}
     found = {member: finished_member(folder, member) for member in sorted(on_disk)}
     records = {member: finished for member, finished in found.items() if finished is not None}
@@ -487,7 +578,7 @@ def run(args: argparse.Namespace) -> None:
     weights = read_weights(args.backbone, args.weights) if missing else None
     write_run_record(folder, record, cache)
     finished = args.ensemble_size - len(missing)
-    print(f"{folder}: {finished} of {args.ensemble_size} members are finished; device {here['device']}")
+    print(f"{folder}: {finished} of {args.ensemble_size} members are finished; device {here['device']}, {precision}")
     if missing and warning:
         print(f"warning: {warning}", file=sys.stderr)
     class_sizes = np.bincount(cache.array("train_labels"))
@@ -510,10 +601,10 @@ def run(args: argparse.Namespace) -> None:
         table, parts = write_recall_log(folder, records, args, test_labels, device)
     for count, member in enumerate(missing, 1):
         start = time.perf_counter()
-        model, record = train_member(cache, weights, args, member, device)
-        logits = member_logits(model, cache.array("test_images"), mean, std, args.batch_size)
+        model, record = train_member(cache, weights, args, member, device, precision)
+        logits = member_logits(model, cache.array("test_images"), mean, std, 4 * args.batch_size, precision)
         if not torch.isfinite(logits).all():
-            raise RunError(f"member {member}: its embedding is not finite; try a lower --lr than {args.lr:g}")
+            raise RunError(f"member {member}: its embedding is not finite; {lower_rate(args, precision)}")
         records[member] = {"member": member, **record, "environment": here}
         save_member(folder, member, model, logits, records[member])
         seconds = time.perf_counter() - start

@@ -1,13 +1,15 @@
-"""What both scripts share: command-line manners, safe writing, seeded draws, the meta-class partition and Recall@K."""
+"""What the scripts share: command-line manners, safe writing, seeded draws, batches, meta-classes and Recall@K."""
 
 import argparse
+import collections
 import contextlib
 import hashlib
 import os
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +161,41 @@ def meta_class_partition(num_classes: int, num_meta_classes: int, generator: np.
     return partition.astype(np.int64)
 
 
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def image_batches(
+    fill: Callable[[int, int, np.ndarray], None],
+    spans: Iterable[tuple[int, int]],
+    image_size: int,
+    device: torch.device,
+) -> Iterator[torch.Tensor]:
+    """Yields a batch `(stop - start, S, S, 3) uint8` on the device for each (start, stop) of `spans`.
+
+    `fill(start, stop, out)` writes its pixels. It runs in a thread, two batches ahead: copying rows from a memory map
+    releases Python's lock and needs no more than one core, where a DataLoader's processes would copy every batch twice.
+    """
+
+    def load(start: int, stop: int) -> torch.Tensor:
+        shape = (stop - start, image_size, image_size, 3)
+        # Pinned memory is copied while the device computes; PyTorch reuses it when the copy is done.
+        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        fill(start, stop, batch.numpy())
+        return batch
+
+    with ThreadPoolExecutor(1) as loader:
+        waiting, loading = collections.deque(spans), collections.deque()
+        while waiting or loading:
+            while waiting and len(loading) < 2:
+                loading.append(loader.submit(load, *waiting.popleft()))
+            yield loading.popleft().result().to(device, non_blocking=True)
+
+
+def spans(start: int, stop: int, step: int) -> list[tuple[int, int]]:
+    """start..stop in pieces of at most `step`."""
+    return [(left, min(left + step, stop)) for left in range(start, stop, step)]
+
+
 # ------------------------------------------------------------------------------------------------ Recall@K
 
 
@@ -239,10 +276,10 @@ def recall_at_k(
 
     with _full_float32(device.type):
         # 1. The best own-class similarity of each query.
-        for start, stop in _spans(0, num_images, min(block, 256)):
+        for start, stop in spans(0, num_images, min(block, 256)):
             queries = [rows(index, start, stop) for index in range(len(parts))]
             indices = torch.arange(start, stop, device=device)[:, None]
-            for left, right in _spans(first[start], last[stop - 1], block):
+            for left, right in spans(first[start], last[stop - 1], block):
                 columns = torch.arange(left, right, device=device)
                 own = (class_of[start:stop, None] == class_of[left:right]) & (indices != columns)
                 sums = torch.zeros(own.shape, device=device).masked_fill_(~own, -torch.inf)
@@ -252,9 +289,9 @@ def recall_at_k(
         thresholds = best.sub_(allowed[:, None])
 
         # 2. How many images of other classes reach it.
-        for start, stop in _spans(0, num_images, block):
+        for start, stop in spans(0, num_images, block):
             queries = [rows(index, start, stop) for index in range(len(parts))]
-            for left, right in _spans(start, num_images, block):
+            for left, right in spans(start, num_images, block):
                 sums = torch.zeros((stop - start, right - left), device=device)
                 if left < last[stop - 1]:  # the only blocks in which pairs of one class can lie
                     sums.masked_fill_(class_of[start:stop, None] == class_of[left:right], -torch.inf)
@@ -271,16 +308,11 @@ def recall_at_k(
     return (hits.cpu().double() / num_images).float()
 
 
-def _spans(start: int, stop: int, step: int) -> list[tuple[int, int]]:
-    """start..stop in pieces of at most `step`."""
-    return [(left, min(left + step, stop)) for left in range(start, stop, step)]
-
-
 def _inverse_norms(part: torch.Tensor, order: torch.Tensor, block: int) -> torch.Tensor:
     """1 / length of each row in the given order, `(N,) float32`; 0 for a row of zeros, which is similar to nothing."""
     # In float64, the squares of any finite float32 neither overflow nor vanish; mps has no float64.
     dtype = torch.float32 if part.device.type == "mps" else torch.float64
-    blocks = (part[order[start:stop]].float() for start, stop in _spans(0, len(order), block))
+    blocks = (part[order[start:stop]].float() for start, stop in spans(0, len(order), block))
     lengths = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=dtype) for rows in blocks])
     if not torch.isfinite(lengths).all():
         raise ValueError(f"embeddings are not finite: {int((~torch.isfinite(lengths)).sum())} of {len(order)} rows")

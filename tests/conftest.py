@@ -25,6 +25,8 @@ TINY += [
     "2",
     "--recalls",
     "1,4",
+    "--precision",  # the same on every machine
+    "fp32",
 ]
 
 

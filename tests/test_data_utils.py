@@ -141,11 +141,14 @@ def test_cache_equals_the_torchvision_pipeline(tmp_path, size):
 
 def test_crops_are_windows_of_the_cached_image(tiny_data):
     cache = read_cache(tiny_data, "tiny", SIZE)
-    corners = np.array([[0, 0], [3, 1], [0, 3]])
-    crops = cache.train_crops(np.array([5, 0, 5]), corners)
-    for crop, index, (top, left) in zip(crops, (5, 0, 5), corners, strict=True):
+    corners, sides = np.array([[0, 0], [3, 1], [0, 3], [10, 14]]), np.array([SIZE, SIZE, SIZE, 20])
+    crops = np.full((4, SIZE, SIZE, 3), 99, np.uint8)
+    cache.train_crops(np.array([5, 0, 5, 7]), corners, sides, crops)
+    for crop, index, (top, left), side in zip(crops, (5, 0, 5, 7), corners, sides, strict=True):
         image = TF.resize(load_rgb(tiny_data / "tiny" / cache.meta["train"]["paths"][index]), int(1.1 * SIZE))
-        np.testing.assert_array_equal(crop, np.asarray(image)[top : top + SIZE, left : left + SIZE])
+        expected = np.zeros((SIZE, SIZE, 3), np.uint8)
+        expected[:side, :side] = np.asarray(image)[top : top + side, left : left + side]
+        np.testing.assert_array_equal(crop, expected)
 
 
 # ------------------------------------------------------------------------------------------------ raw layouts

@@ -1,5 +1,6 @@
 """Network, initial weights, normalisation and embedding."""
 
+import contextlib
 import email.message
 import io
 import pickle
@@ -10,6 +11,7 @@ import urllib.error
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image
@@ -17,13 +19,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data_utils import read_cache
 from model import (
+    autocast,
     backbone_names,
     build_model,
     embed,
     load_ensemble,
     member_logits,
     normalize,
+    pick_precision,
     read_weights,
+    resize_windows,
     weights_identity,
 )
 from utils import InputError
@@ -187,11 +192,74 @@ def test_member_logits_fill_by_index_in_eval_mode():
     images = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
     mean, std = torch.tensor([0.5] * 3), torch.tensor([0.25] * 3)
     model.train()
-    logits = member_logits(model, images, mean, std, batch_size=3)
+    logits = member_logits(model, images, mean, std, batch_size=3, precision="fp32")
     assert logits.shape == (7, 4) and logits.dtype == torch.float32
     with torch.no_grad():
         alone = [model(normalize(torch.from_numpy(image[None]), mean, std))[0] for image in images]
     torch.testing.assert_close(logits, torch.stack(alone))
+
+
+@pytest.mark.parametrize(("precision", "digits"), [("bf16", 8), ("fp16", 11)])
+def test_the_backbone_computes_in_the_precision_and_the_head_in_fp32(precision, digits):
+    """Logits near those of fp32, but not equal; the head's product is exact in float32, which the features show."""
+    torch.manual_seed(0)
+    model = build_model("resnet18", 4, None).eval()
+    pixels, seen = torch.randn(3, 3, 32, 32), {}
+    model.conv1.register_forward_hook(lambda module, inputs, output: seen.update(conv1=output))
+    model.fc.register_forward_hook(lambda module, inputs, output: seen.update(features=inputs[0], logits=output))
+    with torch.no_grad():
+        exact = model(pixels)
+        assert seen["conv1"].dtype == torch.float32
+        with autocast(pixels.device, precision):
+            logits = model(pixels)
+        assert seen["conv1"].dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        expected = seen["features"].double() @ model.fc.weight.double().T + model.fc.bias.double()
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-6)
+    assert 0 < (logits - exact).abs().max() < 20 * exact.abs().max() * 2**-digits
+
+
+def test_fp32_switches_an_outer_autocast_off():
+    model = build_model("resnet18", 4, None).eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), autocast(pixels.device, "fp32"):
+        assert model.layer1(model.conv1(pixels)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "bf16", "capability", "expected"),
+    [
+        ("cuda", True, (9, 0), "bf16"),
+        ("cuda", False, (7, 0), "fp16"),  # V100
+        ("cuda", False, (6, 1), "fp32"),
+        ("mps", False, None, "fp32"),
+        ("cpu", True, None, "bf16"),
+        ("cpu", False, None, "fp32"),
+    ],
+)
+def test_the_precision_that_a_device_is_fast_in(monkeypatch, kind, bf16, capability, expected):
+    def is_bf16_supported(including_emulation=True):
+        return bf16 or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert pick_precision(torch.device(kind)) == expected
+
+
+def test_windows_are_enlarged_as_one_by_one():
+    """What lies outside a window must not leak in."""
+    torch.manual_seed(0)
+    images, sides = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8), torch.tensor([16, 15, 9, 2, 1])
+    resized = resize_windows(images, sides)
+    assert resized.dtype == torch.float32 and resized.shape == images.shape
+    for result, image, side in zip(resized, images, sides.tolist(), strict=True):
+        window = image[:side, :side].permute(2, 0, 1)[None].float()
+        expected = F.interpolate(window, (16, 16), mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+        torch.testing.assert_close(result, expected, rtol=0, atol=0.01)  # of 255
+    assert torch.equal(resized[0].round().byte(), images[0])
 
 
 def test_embedding_is_the_logits_with_length_1():
@@ -220,12 +288,19 @@ def test_a_run_folder_is_read_as_data_only(tiny_run, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_forward_pass_on_a_cuda_device_without_one():
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])  # bf16: torch 2.6 asks a real device for it
+def test_forward_pass_on_a_cuda_device_without_one(precision, monkeypatch):
     """FakeTensorMode refuses tensors of mixed devices: nothing in the path is left on the CPU."""
-    with FakeTensorMode():
-        model = build_model("resnet18", 12, None).eval()
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    model = build_model("resnet18", 12, None).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True):
         state = {n: torch.empty(v.shape, dtype=v.dtype, device="cuda") for n, v in model.state_dict().items()}
         images = torch.empty(4, 64, 64, 3, dtype=torch.uint8, device="cuda")
         mean, std = torch.empty(3, device="cuda"), torch.empty(3, device="cuda")
-        embedding = embed(torch.func.functional_call(model, state, (normalize(images, mean, std),)))
-    assert embedding.shape == (4, 12) and embedding.device.type == "cuda"
+        pixels, dtypes = normalize(images, mean, std), []
+        model.layer4.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        with autocast(images.device, precision):
+            logits = torch.func.functional_call(model, state, (pixels,))
+        embedding = embed(logits)
+    assert dtypes == [{"fp32": torch.float32, "fp16": torch.float16}[precision]]
+    assert embedding.shape == (4, 12) and embedding.device.type == "cuda" and embedding.dtype == torch.float32

@@ -19,8 +19,18 @@ import data_utils
 import train
 import utils
 from data_utils import read_cache
-from model import build_model, member_logits
-from train import batch_spans, learning_rate, member_images, train_batches, train_member, train_step
+from model import Head, build_model, member_logits, resize_windows
+from train import (
+    Batch,
+    batch_spans,
+    learning_rate,
+    make_optimizer,
+    member_images,
+    prepared,
+    train_batches,
+    train_member,
+    train_step,
+)
 from utils import draws, meta_class_partition
 
 CPU = torch.device("cpu")
@@ -96,37 +106,55 @@ def tiny_cache(tiny_data):
 
 
 def epoch_of(cache, args, member=1, epoch=0):
-    """The whole epoch in one batch: crops, targets (here the image's number), flips."""
+    """The whole epoch in one batch: windows, targets (here the image's number), flips, sides."""
     images = np.arange(cache.counts["train"][1])
     batches = list(train_batches(cache, images, images, args, member, epoch, CPU))
-    return [torch.cat(tensors).numpy() for tensors in zip(*batches, strict=True)]
+    flips = [np.arange(len(batch.targets)) < batch.num_mirrored for batch in batches]
+    sides = [np.full(len(b.targets), args.image_size) if b.sides is None else b.sides.numpy() for b in batches]
+    windows, targets = (torch.cat([batch[place] for batch in batches]).numpy() for place in (0, 1))
+    return windows, targets, np.concatenate(flips), np.concatenate(sides)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The (images, corners, sides) of every batch that is cut from a cache from now on."""
+    cuts, original = [], data_utils.Cache.train_crops
+
+    def train_crops(self, images, corners, sides, out):
+        cuts.append((images, corners, sides))
+        original(self, images, corners, sides, out)
+
+    monkeypatch.setattr(data_utils.Cache, "train_crops", train_crops)
+    return cuts
+
+
+def all_windows(cache, number, side):
+    """Every window of this side of one cached training image, by brute force."""
+    offsets, (height, width) = cache.array("train_offsets"), cache.array("train_sizes")[number]
+    image = cache.array("train_pixels")[offsets[number] : offsets[number + 1]].reshape(height, width, 3)
+    corners = [(top, left) for top in range(height - side + 1) for left in range(width - side + 1)]
+    return np.array([image[top : top + side, left : left + side] for top, left in corners])
 
 
 def test_batches_of_an_epoch(tiny_cache, tiny_args):
     """Every image once, in random order; each crop is a window of its image; all depends on (seed, member, epoch)."""
-    crops, numbers, flips = epoch_of(tiny_cache, tiny_args)
+    crops, numbers, flips, _ = epoch_of(tiny_cache, tiny_args)
     assert sorted(numbers) == list(range(36)) and list(numbers) != list(range(36))
     assert crops.dtype == np.uint8 and crops.shape == (36, 32, 32, 3) and flips.dtype == bool
-    corners = np.array([(top, left) for top in range(4) for left in range(4)])  # 35 -> 32
     for crop, number in zip(crops, numbers, strict=True):
-        windows = tiny_cache.train_crops(np.full(16, number), corners)
-        assert (windows == crop).all((1, 2, 3)).any()
+        windows = all_windows(tiny_cache, number, 32)
+        assert len(windows) == 16 and (windows == crop).all((1, 2, 3)).any()  # 35 -> 32
     again = epoch_of(tiny_cache, tiny_args)
-    assert all(np.array_equal(a, b) for a, b in zip((crops, numbers, flips), again, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip((crops, numbers, flips), again, strict=False))
     for other in (epoch_of(tiny_cache, tiny_args, member=2), epoch_of(tiny_cache, tiny_args, epoch=1)):
         assert not np.array_equal(numbers, other[1])
-        assert not np.array_equal(flips, other[2])
+        assert set(numbers[flips]) != set(other[1][other[2]])
 
 
-def test_every_offset_and_both_mirrorings_are_reached(tiny_cache, tiny_args, monkeypatch):
+def test_every_offset_and_both_mirrorings_are_reached(tiny_cache, tiny_args, seen):
     """35 -> 32 leaves offsets 0..3 on both axes, independent and equally likely; half of the crops are mirrored."""
-    seen = []
-    original = data_utils.Cache.train_crops
-    monkeypatch.setattr(
-        data_utils.Cache, "train_crops", lambda self, i, corners: seen.append(corners) or original(self, i, corners)
-    )
     flips = np.concatenate([epoch_of(tiny_cache, tiny_args, epoch=epoch)[2] for epoch in range(100)])
-    corners = np.concatenate(seen)
+    corners = np.concatenate([corners for _, corners, _ in seen])
     counts = np.zeros((4, 4))
     np.add.at(counts, (corners[:, 0], corners[:, 1]), 1)  # 3,600 crops, 225 each, standard deviation 14.5
     assert counts.sum() == 3600 and counts.min() > 165 and counts.max() < 285
@@ -135,44 +163,84 @@ def test_every_offset_and_both_mirrorings_are_reached(tiny_cache, tiny_args, mon
     assert not epoch_of(tiny_cache, tiny_args)[2].any()
 
 
-def test_corners_fit_images_of_every_shape(tmp_path, tiny_args, monkeypatch):
+def test_random_resize_draws_sides_and_then_corners(tiny_cache, tiny_args, seen):
+    """--scale_min 0.75: sides 24..32 equally likely; whatever the side, each window of the image can come."""
+    tiny_args.scale_min = 0.75
+    windows, numbers, _, sides = epoch_of(tiny_cache, tiny_args)
+    for window, number, side in zip(windows, numbers, sides, strict=True):
+        assert (all_windows(tiny_cache, number, side) == window[:side, :side]).all((1, 2, 3)).any()
+        assert not window[side:].any() and not window[:, side:].any()
+    for epoch in range(1, 200):
+        epoch_of(tiny_cache, tiny_args, epoch=epoch)
+    corners, sides = (np.concatenate(arrays) for arrays in list(zip(*seen, strict=True))[1:])
+    counts = np.bincount(sides)
+    assert counts[:24].sum() == 0 and len(counts) == 33  # 7,200 windows, 800 of each side, standard deviation 27
+    assert counts[24:].min() > 690 and counts[24:].max() < 910
+    for side in range(24, 33):
+        reached = corners[sides == side]
+        assert (reached.min(0) == 0).all() and (reached.max(0) == 35 - side).all()
+        assert abs(np.corrcoef(reached.T)[0, 1]) < 0.15  # both axes independent: four standard deviations
+    again = epoch_of(tiny_cache, tiny_args)
+    assert np.array_equal(windows, again[0])
+
+
+def test_corners_fit_images_of_every_shape(tmp_path, tiny_args, seen):
     """Portrait and landscape: a corner outside its own image would fail in train_crops, and all of it is reached."""
     for number, (width, height) in enumerate([(40, 80), (80, 40), (40, 40), (120, 40)]):
         for split in ("train", "test"):
             save_image(tmp_path / "odd" / split / f"c{number}" / "0.png", number, width=width, height=height)
     assert data_utils.main(["--data_path", str(tmp_path), "--image_size", "32"]) == 0
-    cache, seen, original = read_cache(tmp_path, "odd", 32), [], data_utils.Cache.train_crops
-    monkeypatch.setattr(data_utils.Cache, "train_crops", lambda self, i, c: seen.append((i, c)) or original(self, i, c))
+    cache = read_cache(tmp_path, "odd", 32)
     for epoch in range(50):
         epoch_of(cache, tiny_args, epoch=epoch)
-    images, corners = (np.concatenate(arrays) for arrays in zip(*seen, strict=True))
+    images, corners, _ = (np.concatenate(arrays) for arrays in zip(*seen, strict=True))
     for image, last in enumerate(cache.array("train_sizes") - 32):
         assert (corners[images == image].max(0) >= 0.8 * last).all()
 
 
-def test_batches_draw_their_own_corners_and_flips(tiny_cache, tiny_args, monkeypatch):
-    seen, original = [], data_utils.Cache.train_crops
-    monkeypatch.setattr(data_utils.Cache, "train_crops", lambda self, i, c: seen.append(c) or original(self, i, c))
-    flips = epoch_of(tiny_cache, tiny_args)[2]
-    assert not np.array_equal(seen[0], seen[1]) and not np.array_equal(flips[:16], flips[16:32])
+def test_batches_draw_their_own_corners_and_flips(tiny_cache, tiny_args, seen):
+    """The images mirrored are first in each batch; how many varies."""
+    images = np.arange(36)
+    mirrored = [
+        b.num_mirrored
+        for epoch in range(5)
+        for b in train_batches(tiny_cache, images, images, tiny_args, 1, epoch, CPU)
+    ]
+    assert not np.array_equal(seen[0][1], seen[1][1]) and len(set(mirrored)) > 4
+
+
+def test_prepared_mirrors_enlarges_and_normalises():
+    torch.manual_seed(0)
+    images, mean, std = (
+        torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8),
+        torch.tensor([0.5, 0.4, 0.3]),
+        torch.tensor([0.2, 0.3, 0.4]),
+    )
+    for sides in (None, torch.tensor([8, 5, 6, 3])):
+        whole = images if sides is None else resize_windows(images, sides)
+        expected = (whole.permute(0, 3, 1, 2) / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        expected = torch.cat([expected[:3].flip(-1), expected[3:]])
+        pixels = prepared(Batch(images.clone(), torch.zeros(4), 3, sides), mean, std)
+        torch.testing.assert_close(pixels, expected)
+        assert pixels.is_contiguous(memory_format=torch.channels_last)
+
+
+def no_scaling():
+    return torch.amp.GradScaler("cpu", enabled=False)
 
 
 def test_train_step_equals_a_plain_step():
-    """One step on mirrored and unmirrored images, against the same step written out."""
+    """Against the same step written out."""
     torch.manual_seed(0)
     # Small and smooth: in a ReLU network on few images, rounding alone moves gradients visibly.
     layers = [nn.Conv2d(3, 4, 5), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)]
     models = [nn.Sequential(*layers), copy.deepcopy(nn.Sequential(*layers))]
-    images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
-    targets, flips = torch.tensor([0, 2, 1, 1, 0, 2, 0, 1]), torch.arange(8) % 2 == 0
-    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+    pixels, targets = torch.randn(8, 3, 32, 32), torch.tensor([0, 2, 1, 1, 0, 2, 0, 1])
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
     loss_sum, correct = torch.tensor(10.0), torch.tensor(10)
     models[0][-1].weight.grad = torch.ones(3, 16)  # of an earlier step: must not count
-    train_step(models[0], optimizers[0], [images, targets, flips], mean, std, loss_sum, correct)
+    train_step(models[0], optimizers[0], no_scaling(), "fp32", pixels, targets, loss_sum, correct)
 
-    pixels = (images.permute(0, 3, 1, 2) / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    pixels = torch.stack([image.flip(-1) if flip else image for image, flip in zip(pixels, flips, strict=True)])
     logits = models[1](pixels)
     loss = -logits.log_softmax(1)[range(8), targets].mean()
     loss.backward()
@@ -183,21 +251,78 @@ def test_train_step_equals_a_plain_step():
         torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_fp16_gradients_are_scaled_and_an_overflow_skips_the_step():
+    """A loss so small that its gradients vanish in fp16 unless they are scaled; then a scale that overflows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Head(4, 2))
+    model[3].weight.data = torch.tensor([[1e-7, 0, 0, 0], [0, 0, 0, 1e-7]])
+    pixels, targets = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 1])
+    loss_sum, correct = torch.zeros(()), torch.zeros((), dtype=torch.int64)
+    gradients = {}
+    for scale in (1.0, 2.0**16, 2.0**100):
+        trained = copy.deepcopy(model)
+        optimizer, scaler = make_optimizer(trained, 0.1, CPU), torch.amp.GradScaler("cpu", init_scale=scale)
+        train_step(trained, optimizer, scaler, "fp16", pixels, targets, loss_sum, correct)
+        gradients[scale] = trained[0].weight.grad.abs().max().item()
+        moved = [
+            not torch.equal(new.weight, old.weight) for new, old in ((trained[0], model[0]), (trained[3], model[3]))
+        ]
+        assert moved == {1.0: [False, True], 2.0**16: [True, True], 2.0**100: [False, False]}[scale]
+        assert scaler.get_scale() == (scale / 2 if scale == 2.0**100 else scale)
+    assert gradients[1.0] == 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_run_in_another_precision(tiny_data, tmp_path, precision, monkeypatch):
+    """Backbone in that precision in training and in embedding, gradient scaling for fp16 only; all of it recorded."""
+    seen, scaling, original = [], [], train.train_step
+
+    def step(model, optimizer, scaler, *rest):
+        scaling.append(scaler.is_enabled())
+        hook = model.conv1.register_forward_hook(
+            lambda module, inputs, output: seen.append((model.training, output.dtype))
+        )
+        original(model, optimizer, scaler, *rest)
+        if len(scaling) < 6:
+            hook.remove()  # the last one stays for the embedding
+
+    monkeypatch.setattr(train, "train_step", step)
+    assert run(tiny_data, tmp_path, "--precision", precision, "--ensemble_size", "1") == 0
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert set(seen) == {(True, dtype), (False, dtype)} and set(scaling) == {precision == "fp16"}
+    folder = only_folder(tmp_path)
+    assert folder.name.endswith(f"_wnone_{precision}")
+    assert json.loads((folder / "args.json").read_text())["settings"]["precision"] == precision
+    assert 10 < pd.read_csv(folder / "recall.csv")["R@1"][0] < 100
+
+
+def test_auto_goes_on_in_the_precision_of_the_run(tiny_data, tmp_path, monkeypatch, capsys):
+    """Begun on a device that is fast in bf16, gone on with on one that is not."""
+    monkeypatch.setattr(train, "pick_precision", lambda device: "bf16")
+    assert run(tiny_data, tmp_path, "--precision", "auto", "--ensemble_size", "1") == 0
+    monkeypatch.setattr(train, "pick_precision", lambda device: "fp32")
+    capsys.readouterr()
+    assert run(tiny_data, tmp_path, "--precision", "auto", "--ensemble_size", "2") == 0
+    assert "1 of 2 members are finished; device cpu" in (out := capsys.readouterr().out) and ", bf16\n" in out
+    assert run(tiny_data, tmp_path / "new", "--precision", "auto", "--ensemble_size", "1") == 0
+    both = only_folder(tmp_path / "new").parents[1]
+    records = {path.parent.parent.name: json.loads(path.read_text()) for path in both.rglob("args.json")}
+    assert [records[name]["settings"]["precision"] for name in (tmp_path.name, "new")] == ["bf16", "fp32"]
+    assert records["new"]["options"]["precision"] == "auto"
+
+
 def test_train_and_embedding_steps_never_wait_for_the_device():
     """The data-less device `meta` refuses .item(), copies to the host and mixed devices."""
     meta = torch.device("meta")
     model = build_model("resnet18", 12, None).to(meta)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    batch = [
-        torch.empty(4, 64, 64, 3, dtype=torch.uint8).to(meta, non_blocking=True),
-        torch.empty(4, dtype=torch.int64).to(meta),
-        torch.empty(4, dtype=torch.bool).to(meta),
-    ]
+    optimizer = make_optimizer(model, 1e-4, meta)
+    images, targets, sides = torch.empty(4, 64, 64, 3, dtype=torch.uint8), torch.zeros(4).long(), torch.ones(4).long()
     mean, std = torch.ones(3, device=meta), torch.ones(3, device=meta)
     loss_sum, correct = torch.zeros((), device=meta), torch.zeros((), dtype=torch.int64, device=meta)
-    train_step(model, optimizer, batch, mean, std, loss_sum, correct)
+    for batch in (Batch(images.to(meta), targets.to(meta), 2, s) for s in (None, sides.to(meta))):
+        train_step(model, optimizer, no_scaling(), "fp32", prepared(batch, mean, std), batch.targets, loss_sum, correct)
     assert all(parameter.grad is not None for parameter in model.parameters())
-    logits = member_logits(model, np.zeros((5, 64, 64, 3), np.uint8), mean, std, batch_size=2)
+    logits = member_logits(model, np.zeros((5, 64, 64, 3), np.uint8), mean, std, batch_size=2, precision="fp32")
     assert logits.device == meta and logits.shape == (5, 12)
     with pytest.raises((RuntimeError, NotImplementedError)):
         loss_sum.item()
@@ -209,27 +334,30 @@ def test_the_best_epoch_by_training_accuracy_is_kept(tiny_cache, tiny_args, monk
     tiny_args.num_epochs, tiny_args.batch_size = 4, 64  # one step an epoch
     steps, rates = iter(range(4)), []
 
-    def step(model, optimizer, batch, mean, std, loss_sum, counted):
+    def step(model, optimizer, scaler, precision, pixels, targets, loss_sum, counted):
         epoch = next(steps)
         rates.append(optimizer.param_groups[0]["lr"])
         model.fc.bias.data.fill_(epoch)
         counted += correct[epoch]
 
     monkeypatch.setattr(train, "train_step", step)
-    model, record = train_member(tiny_cache, None, tiny_args, 1, CPU)
+    model, record = train_member(tiny_cache, None, tiny_args, 1, CPU, "fp32")
     assert record["best_epoch"] == best and model.fc.bias.tolist() == [best] * 3
     assert [row["correct"] for row in record["history"]] == correct
     assert rates == [row["lr"] for row in record["history"]] == [1e-3, 1e-3, 1e-5, 1e-5]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny_data, tmp_path, capsys, monkeypatch):
-    def step(model, optimizer, batch, mean, std, loss_sum, correct):
+    def step(model, optimizer, scaler, precision, pixels, targets, loss_sum, correct):
         loss_sum += float("nan")
 
     monkeypatch.setattr(train, "train_step", step)
     assert run(tiny_data, tmp_path) == 1
-    assert "member 1, epoch 0: the loss is not finite; try a lower --lr than 0.001" in capsys.readouterr().err
+    message = "member 1, epoch 0: the loss is not finite; try a lower --lr than 0.001"
+    assert capsys.readouterr().err.endswith(f"{message}\n")
     assert not list(only_folder(tmp_path).glob("member_*"))
+    assert run(tiny_data, tmp_path, "--precision", "fp16") == 1
+    assert f"{message}, or --precision fp32 (fp16 was used)" in capsys.readouterr().err
 
 
 def test_an_embedding_that_is_not_finite_ends_the_run(tiny_data, tmp_path, capsys, monkeypatch):
@@ -242,12 +370,12 @@ def test_an_embedding_that_is_not_finite_ends_the_run(tiny_data, tmp_path, capsy
 
 def test_each_member_starts_from_its_own_head(tiny_cache, tiny_args, monkeypatch):
     monkeypatch.setattr(train, "train_step", lambda *_: None)
-    assert not torch.equal(*(train_member(tiny_cache, None, tiny_args, member, CPU)[0].fc.weight for member in (1, 2)))
+    assert not torch.equal(*(train_member(tiny_cache, None, tiny_args, m, CPU, "fp32")[0].fc.weight for m in (1, 2)))
 
 
 def test_members_do_not_depend_on_each_other(tiny_run, tiny_cache, tiny_args):
     """Member 2 trained alone is bit for bit member 2 of the run; member 1 and seed 1 are others."""
-    model, record = train_member(tiny_cache, None, tiny_args, 2, CPU)
+    model, record = train_member(tiny_cache, None, tiny_args, 2, CPU, "fp32")
     saved = torch.load(tiny_run / "member_002.pth", weights_only=True)
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
     earlier = json.loads((tiny_run / "member_002.json").read_text())
@@ -255,7 +383,7 @@ def test_members_do_not_depend_on_each_other(tiny_run, tiny_cache, tiny_args):
     assert record["partition"] == meta_class_partition(6, 3, draws(0, 2, 0, "partition")).tolist()
     first = torch.load(tiny_run / "member_001.pth", weights_only=True)
     tiny_args.seed = 1
-    reseeded = train_member(tiny_cache, None, tiny_args, 2, CPU)[0].state_dict()
+    reseeded = train_member(tiny_cache, None, tiny_args, 2, CPU, "fp32")[0].state_dict()
     for other in (first, reseeded):
         assert not torch.equal(other["fc.weight"], saved["fc.weight"])
 
@@ -264,7 +392,7 @@ def test_members_do_not_depend_on_each_other(tiny_run, tiny_cache, tiny_args):
 
 
 def test_run_folder(tiny_run, tiny_data, tiny_cache):
-    assert tiny_run.name == "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone"
+    assert tiny_run.name == "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
     names = {"args.json", "recall.csv", "test.csv", "train.csv"}
     names |= {f"member_00{member}.{suffix}" for member in (1, 2) for suffix in ("json", "npy", "pth")}
     assert {path.name for path in tiny_run.iterdir()} == names

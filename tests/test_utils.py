@@ -184,8 +184,8 @@ def test_products_run_in_full_float32():
 
 
 def test_max_bytes_bounds_the_blocks(monkeypatch):
-    steps, spans = [], utils._spans
-    monkeypatch.setattr(utils, "_spans", lambda start, stop, step: steps.append(step) or spans(start, stop, step))
+    steps, spans = [], utils.spans
+    monkeypatch.setattr(utils, "spans", lambda start, stop, step: steps.append(step) or spans(start, stop, step))
     recall_at_k(torch.randn(64, 8), torch.arange(64) // 2, [1], max_bytes=2**16)
     assert 3 * 4 * max(steps) ** 2 <= 2**16
 
