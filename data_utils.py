@@ -609,8 +609,8 @@ def _store_image(source: Path, image_size: int, entry: Entry, num_bytes: int, fi
     with open(file, "r+b") as target:  # not a memory map, whose writer dies of SIGBUS when the disk is full
         target.seek(offset)
         target.write(pixels.tobytes())
-    values = pixels.reshape(-1, 3).astype(np.int64)  # whole numbers: the sums do not depend on their order
-    return pixels.shape[:2], values.sum(0), (values**2).sum(0)
+    counts, values = np.reshape(Image.fromarray(pixels).histogram(), (3, 256)), np.arange(256)
+    return pixels.shape[:2], counts @ values, counts @ values**2  # whole numbers: their sums depend on no order
 
 
 def _bad_image(path: Path, error: Exception) -> str:

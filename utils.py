@@ -219,8 +219,8 @@ def recall_at_k(
         labels: `(N,)` integers.
         ks: positive integers.
         max_bytes: bound on the memory used beside the arguments, for any class sizes, but for 12 bytes an image and
-            part and some 100 bytes an image. No N x N matrix and no copy of an embedding is made: blocks of rows are
-            gathered, cast to float32 and scaled when needed.
+            part and some 100 bytes an image. No N x N matrix is made; a sorted, scaled copy of the embeddings only
+            where it fits into half of the bound, else blocks of rows are gathered, cast and scaled when needed.
 
     Returns:
         `(L, len(ks)) float32` on the CPU, in [0, 1]; row l-1 is the ensemble of the first l parts.
@@ -253,16 +253,22 @@ def recall_at_k(
         lone = num_images - int(has_match.sum())
         warnings.warn(f"{lone} of {num_images} queries have no other image of their class: misses", stacklevel=1)
 
-    # Block edge: rows of all parts are held once (both kinds of rows: twice for one part), and three square blocks.
-    block, width, widest = 2048, sum(part.shape[1] for part in parts), max(part.shape[1] for part in parts)
-    while block > 16 and 4 * block * (width + 3 * widest + 4 * block) > max_bytes:
+    # Similarities are computed in blocks of `block` x `4 * block`, of which three are held, with the rows of all parts
+    # and the columns of one. Narrow blocks waste little on the diagonal, wide ones feed the matrix product.
+    block, width, widest = 1024, sum(part.shape[1] for part in parts), max(part.shape[1] for part in parts)
+    while block > 16 and 4 * block * (2 * width + 9 * widest + 12 * block) > max_bytes / 2:
         block //= 2
     inverse_norms = torch.stack([_inverse_norms(part, order, block) for part in parts])  # (L, N)
+    if 4 * num_images * (width + widest) <= max_bytes / 2:  # else rows are gathered and scaled again for every block
+        parts = [part[order].float() * inverse_norms[index, :, None] for index, part in enumerate(parts)]
+        order, inverse_norms = None, None
     best = torch.full((len(parts), num_images), -torch.inf, device=device)
     ranks = torch.zeros((len(parts), num_images), dtype=torch.int32, device=device)
 
     def rows(index: int, start: int, stop: int) -> torch.Tensor:
         """Rows start:stop, in order of class, of one part: `(stop - start, d) float32` of length 1."""
+        if order is None:
+            return parts[index][start:stop]
         return parts[index][order[start:stop]].float() * inverse_norms[index, start:stop, None]
 
     def add_parts(sums: torch.Tensor, queries: list[torch.Tensor], start: int, stop: int) -> Iterator[int]:
@@ -291,7 +297,7 @@ def recall_at_k(
         # 2. How many images of other classes reach it.
         for start, stop in spans(0, num_images, block):
             queries = [rows(index, start, stop) for index in range(len(parts))]
-            for left, right in spans(start, num_images, block):
+            for left, right in spans(start, num_images, 4 * block):
                 sums = torch.zeros((stop - start, right - left), device=device)
                 if left < last[stop - 1]:  # the only blocks in which pairs of one class can lie
                     sums.masked_fill_(class_of[start:stop, None] == class_of[left:right], -torch.inf)
@@ -300,9 +306,11 @@ def recall_at_k(
                     # 0.0 and 1.0 in place of bool: on the CPU their sums took a twentieth of the time.
                     torch.ge(sums, thresholds[index, start:stop, None], out=reached)
                     ranks[index, start:stop] += reached.sum(1).int()
-                    if left > start:
+                    # Of the square on the diagonal, both halves have been counted; all else counts the other way too.
+                    rest = max(stop, left)
+                    if rest < right:
                         torch.ge(sums, thresholds[index, left:right], out=reached)
-                        ranks[index, left:right] += reached.sum(0).int()
+                        ranks[index, rest:right] += reached[:, rest - left :].sum(0).int()
 
     hits = torch.stack([((ranks < k) & has_match).sum(1) for k in ks], dim=1)
     return (hits.cpu().double() / num_images).float()

@@ -88,7 +88,7 @@ def random_case(seed: int) -> tuple[list[np.ndarray], np.ndarray, list[int]]:
 
 
 @pytest.mark.filterwarnings("ignore:.*no other image of their class")
-@pytest.mark.parametrize("max_bytes", [2**30, 1])  # 1: the smallest blocks, 16 rows
+@pytest.mark.parametrize("max_bytes", [2**30, 2**15, 1])  # whole; small blocks of a copy; smallest, gathered, 16 rows
 @pytest.mark.parametrize("seed", range(60))
 def test_recall_equals_the_definition(seed, max_bytes):
     parts, labels, ks = random_case(seed)

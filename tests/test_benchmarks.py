@@ -1,0 +1,59 @@
+"""The benchmarks run and print their tables, and the baseline that they compare with is right."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from test_utils import slow_recall
+
+from benchmarks import plain, recall, training
+
+
+def table(output: str) -> dict[str, float]:
+    """What -> ratio."""
+    return {what: float(ratio) for what, ratio in re.findall(r"^\| (.+?) \|.*\| ([\d.]+) \|$", output, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_plain_recall_is_recall(seed):
+    generator = np.random.default_rng(seed)
+    embedding, labels = generator.normal(size=(60, 4)).astype(np.float32), generator.integers(0, 12, 60)
+    unit = torch.nn.functional.normalize(torch.from_numpy(embedding))
+    expected = slow_recall([embedding], labels, [1, 2, 8])[0]
+    np.testing.assert_allclose(plain.plain_recall(unit, torch.from_numpy(labels), [1, 2, 8]), expected, atol=1e-6)
+
+
+def test_the_stopwatch_takes_medians_in_turns(monkeypatch):
+    """By a clock that the runs turn on; the first call of each warms up and does not count."""
+    clock, calls = [0.0], []
+    monkeypatch.setattr(plain.time, "perf_counter", lambda: clock[0])
+    durations = {"a": iter([90.0, 5.0, 1.0, 3.0]), "b": iter([90.0, 2.0, 8.0, 7.0])}
+
+    def run(name):
+        calls.append(name)
+        clock[0] += next(durations[name])
+
+    medians = plain.compare({name: lambda name=name: run(name) for name in "ab"}, 3, torch.device("cpu"))
+    assert calls == ["a", "b"] * 4 and medians == {"a": 3.0, "b": 7.0}
+
+
+def test_benchmark_of_training(tiny_data, capsys):
+    options = ["--image_size", "32", "--device", "cpu", "--repeats", "1"]
+    training.main([str(tiny_data / "tiny"), *options, "--batch_size", "8", "--num_images", "30", "--num_steps", "2"])
+    ratios = table(capsys.readouterr().out)
+    parts = ["preprocessing", "input: uint8", "input: float", "step", "embedding", "epoch"]
+    assert [what.startswith(part) for what, part in zip(ratios, parts, strict=True)] == [True] * 6
+    assert all(ratio > 0 for ratio in ratios.values())
+    training.main([str(tiny_data / "tiny"), *options, "--job"])
+    ratios = table(capsys.readouterr().out)
+    assert len(ratios) == 1 and "a whole job, tiny, 32 px" in next(iter(ratios))
+
+
+def test_benchmark_of_recall(capsys):
+    recall.main(["--scale", "0.01", "--repeats", "1", "--big", "--device", "cpu"])
+    output = capsys.readouterr().out
+    ratios = table(output)
+    assert {"N=200 d=1,024: recall_at_k / bare product", "N=81 d=576: recall_at_k / argsort"} <= set(ratios)
+    assert sum("concatenation" in what for what in ratios) == 1
+    assert re.search(r"N=605 d=8,000: [\d.]+ s, [\d.]+ GiB beside", output) and output.count("| 100 | 48 | 12 |") == 1
