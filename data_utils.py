@@ -26,7 +26,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +110,7 @@ def load_rgb(path: str | Path) -> Image.Image:
     decompression bombs (`Image.MAX_IMAGE_PIXELS`, 89 megapixels) is an error too.
     """
     with _open_image(path) as image:
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
             grey = np.asarray(image).astype(np.int64).clip(0, 65535)
             image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
@@ -509,7 +509,7 @@ def _write_cache(
             good = [number for number in range(len(entries)) if number not in bad]
             images, sizes = [entries[number] for number in good], [num_bytes[number] for number in good]
             files, offsets = _allocate(folder, [entry.split for entry in images], sizes, image_size)
-            results = pool.map(store, images, sizes, files, offsets, chunksize=16)
+            results = pool.map(store, images, sizes, files, offsets, chunksize=32)
             for number, result in zip(good, _bar(results, f"{name}: pixels", len(good)), strict=True):
                 (bad if isinstance(result, str) else stored)[number] = result
             if not skip_bad or not any(number in bad for number in good):
@@ -547,12 +547,10 @@ def _write_cache(
         arrays[f"{split}_labels"] = np.array([label_of[entries[number].class_key] for number in numbers], np.int64)
     for array_name, array in arrays.items():
         np.save(folder / f"{array_name}.npy", array, allow_pickle=False)
-    meta["arrays"] = {}
-    for array_name in sorted([*arrays, "train_pixels", "test_images"]):
-        path = folder / f"{array_name}.npy"
-        with open(path, "r+b") as file:
-            flush_to_disk(file)
-        meta["arrays"][array_name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+    names = sorted([*arrays, "train_pixels", "test_images"])
+    with ThreadPoolExecutor(2) as threads:  # the two large files at once
+        sealed = threads.map(_seal, [folder / f"{array_name}.npy" for array_name in names])
+        meta["arrays"] = dict(zip(names, sealed, strict=True))
     with atomic_open(folder / "meta.json") as file:
         json.dump(meta, file, indent=1)
     return skipped
@@ -597,7 +595,8 @@ def _probe_image(source: Path, image_size: int, entry: Entry) -> int | str:
 def _store_image(source: Path, image_size: int, entry: Entry, num_bytes: int, file: Path, offset: int) -> tuple | str:
     """Decodes one image and writes its pixels, which have to be `num_bytes`, to their place.
 
-    Returns ((height, width), sums, sums of squares of the channels), or what is wrong with the image.
+    Returns ((height, width), sums, sums of squares of the channels), the sums for training images only, or what is
+    wrong with the image.
     """
     try:
         resize = resize_train if entry.split == "train" else resize_test
@@ -608,9 +607,12 @@ def _store_image(source: Path, image_size: int, entry: Entry, num_bytes: int, fi
         return f"{source / entry.path}: unreadable (its header gives another size than its pixels)"
     with open(file, "r+b") as target:  # not a memory map, whose writer dies of SIGBUS when the disk is full
         target.seek(offset)
-        target.write(pixels.tobytes())
-    counts, values = np.reshape(Image.fromarray(pixels).histogram(), (3, 256)), np.arange(256)
-    return pixels.shape[:2], counts @ values, counts @ values**2  # whole numbers: their sums depend on no order
+        target.write(np.ascontiguousarray(pixels))
+    if entry.split == "test":
+        return pixels.shape[:2], 0, 0
+    rows = pixels.reshape(len(pixels), -1)  # columns first, then channels: six times as fast as over three channels
+    sums, squares = rows.sum(0, dtype=np.int64), np.einsum("ij,ij->j", rows, rows, dtype=np.int64)
+    return pixels.shape[:2], sums.reshape(-1, 3).sum(0), squares.reshape(-1, 3).sum(0)  # whole numbers: exact
 
 
 def _bad_image(path: Path, error: Exception) -> str:
@@ -655,6 +657,13 @@ def _write_skipped(path: Path, skipped: list[str]) -> None:
         with atomic_open(path) as file:
             file.write("\n".join(skipped) + "\n")
         print(f"{len(skipped):,} bad images were left out; they are listed in {path}", file=sys.stderr)
+
+
+def _seal(path: Path) -> dict[str, int]:
+    """Flushes a finished array to disk and returns its size and checksum."""
+    with open(path, "r+b") as file:
+        flush_to_disk(file)
+    return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
 
 
 def _crc32(path: Path) -> int:
@@ -756,8 +765,10 @@ def read_cache(data_path: Path, name: str, image_size: int) -> Cache:
 
 def verify_cache(cache: Cache) -> None:
     """Reads every array and compares its checksum. Raises InputError naming those that changed."""
-    arrays = cache.meta["arrays"].items()
-    changed = [name for name, expected in arrays if _crc32(cache.folder / f"{name}.npy") != expected["crc32"]]
+    arrays = cache.meta["arrays"]
+    with ThreadPoolExecutor(2) as threads:
+        sums = threads.map(_crc32, [cache.folder / f"{name}.npy" for name in arrays])
+    changed = [name for name, crc32 in zip(arrays, sums, strict=True) if crc32 != arrays[name]["crc32"]]
     if changed:
         raise InputError(f"{cache.folder}: damaged: {', '.join(changed)}; make the cache again with --force")
 

@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks.plain import PlainImages, compare, hardware, plain_step, plain_transforms, row, seconds
-from data_utils import Cache, build_cache, list_data_set, load_rgb, num_cores, read_cache, resize_test, resize_train
+from data_utils import Cache, build_cache, list_data_set, num_cores, read_cache, resized, train_size
 from model import build_model, member_logits, pick_precision
 from train import make_optimizer, pick_device, prepared, train_batches, train_member, train_step
 from train import parse_args as train_args
@@ -51,21 +52,26 @@ def rates(text: str, runs: dict[str, Callable], num_images: int, repeats: int, d
         row(f"{text}{name} / {plain}", f"{ours:,.1f} images/s", f"{other:,.1f} images/s", ours / other)
 
 
-def preprocessing(data: Path, size: int, repeats: int) -> Cache:
-    """data_utils.py with all cores against decoding and resizing alone on one core."""
-    entries = list_data_set("images", data / "images").entries
+def preprocessing(source: Path, folder: Path, num_images: int, size: int, repeats: int) -> Path:
+    """data_utils.py with all cores against decoding and resizing alone on one core. Returns the last data folder."""
+    folders = [folder / f"run{number}" for number in range(repeats + 1)]  # each time a new cache
+    for data in folders:
+        repeated(source, data / "images", num_images)
+    data = folders[-1]
+    entries, waiting = list_data_set("images", data / "images").entries, iter(folders)
 
     def bare() -> None:
         for entry in entries:
-            resize = resize_train if entry.split == "train" else resize_test
-            resize(load_rgb(data / "images" / entry.path), size)
+            image = Image.open(data / "images" / entry.path).convert("RGB")
+            shorter = train_size(size) if entry.split == "train" else size
+            np.asarray(image.resize(resized(*image.size, shorter), Image.Resampling.BILINEAR))
 
     def ours() -> None:
-        build_cache(data, "images", size, num_cores(), force=True)
+        build_cache(next(waiting), "images", size, num_cores())
 
     runs = {f"{num_cores()} processes": ours, "bare decode and resize on one core": bare}
     rates("preprocessing: ", runs, len(entries), repeats, torch.device("cpu"))
-    return read_cache(data, "images", size)
+    return data
 
 
 def inputs(cache: Cache, data: Path, args: argparse.Namespace, repeats: int, device: torch.device) -> None:
@@ -198,9 +204,8 @@ def main(argv: list[str] | None = None) -> None:
         job(options.source, size, repeats, device)
         return
     with tempfile.TemporaryDirectory() as folder:
-        repeated(options.source, Path(folder, "input", "images"), options.num_images)
-        cache = preprocessing(Path(folder, "input"), size, repeats)
-        inputs(cache, Path(folder, "input"), args, repeats, device)
+        data = preprocessing(options.source, Path(folder), options.num_images, size, repeats)
+        inputs(read_cache(data, "images", size), data, args, repeats, device)
         repeated(options.source, Path(folder, "epoch", "images"), options.num_steps * options.batch_size)
         with contextlib.redirect_stdout(io.StringIO()):
             cache = build_cache(Path(folder, "epoch"), "images", size, num_cores())
