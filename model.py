@@ -146,7 +146,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """`(N, S, S, 3) uint8` or float in 0..255 -> `(N, 3, S, S) float32` in the memory format channels_last.
 
-    Equals torchvision's ToTensor and Normalize bit for bit. `mean` and `std` are `(3,)`, for values in [0, 1].
+    Equals torchvision's ToTensor and Normalize, on the CPU bit for bit. `mean` and `std` `(3,)`: of values in [0, 1].
     """
     num_images, height, width, _ = images.shape
     # Whole rows against the tiled statistics: broadcasting over three channels took five times as long on a CPU.
@@ -167,7 +167,7 @@ def resize_windows(images: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
     places = places * (2 / max(size - 1, 1)) - 1  # grid_sample counts from -1 to 1
     rows, columns = places[:, :, None].expand(-1, -1, size), places[:, None, :].expand(-1, size, -1)
     grid = torch.stack([columns, rows], dim=3)
-    resized = F.grid_sample(images.permute(0, 3, 1, 2).float(), grid, padding_mode="border", align_corners=True)
+    resized = F.grid_sample(images.permute(0, 3, 1, 2).float(), grid, align_corners=True)
     return resized.permute(0, 2, 3, 1)
 
 
@@ -242,5 +242,5 @@ def load_ensemble(run_folder: str | Path, device: str | torch.device = "cpu") ->
     if not members:
         raise InputError(f"{run_folder} has no finished member")
     data = record["data"]
-    ensemble = Ensemble(members, settings["image_size"], data["mean"], data["std"], settings["precision"])
+    ensemble = Ensemble(members, settings["image_size"], data["mean"], data["std"], settings.get("precision", "fp32"))
     return ensemble.to(device).eval()

@@ -166,29 +166,30 @@ def meta_class_partition(num_classes: int, num_meta_classes: int, generator: np.
 
 def image_batches(
     fill: Callable[[int, int, np.ndarray], None],
-    spans: Iterable[tuple[int, int]],
+    batches: Iterable[tuple[int, int]],
     image_size: int,
     device: torch.device,
 ) -> Iterator[torch.Tensor]:
-    """Yields a batch `(stop - start, S, S, 3) uint8` on the device for each (start, stop) of `spans`.
+    """Yields a batch `(stop - start, S, S, 3) uint8` on the device for each (start, stop) of `batches`.
 
     `fill(start, stop, out)` writes its pixels. It runs in a thread, two batches ahead: copying rows from a memory map
-    releases Python's lock and needs no more than one core, where a DataLoader's processes would copy every batch twice.
+    releases Python's lock, and a DataLoader's processes, which pass every batch on through shared memory, were slower
+    (benchmarks/training.py).
     """
 
     def load(start: int, stop: int) -> torch.Tensor:
         shape = (stop - start, image_size, image_size, 3)
-        # Pinned memory is copied while the device computes; PyTorch reuses it when the copy is done.
+        # Nobody waits for a copy from pinned memory; PyTorch reuses it when the copy is done.
         batch = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
         fill(start, stop, batch.numpy())
         return batch
 
     with ThreadPoolExecutor(1) as loader:
-        waiting, loading = collections.deque(spans), collections.deque()
+        waiting, loading = collections.deque(batches), collections.deque()
         while waiting or loading:
-            while waiting and len(loading) < 2:
+            while waiting and len(loading) < 3:  # the one to yield and two ahead
                 loading.append(loader.submit(load, *waiting.popleft()))
-            yield loading.popleft().result().to(device, non_blocking=True)
+            yield loading.popleft().result().to(device, non_blocking=device.type == "cuda")
 
 
 def spans(start: int, stop: int, step: int) -> list[tuple[int, int]]:
@@ -219,8 +220,9 @@ def recall_at_k(
         labels: `(N,)` integers.
         ks: positive integers.
         max_bytes: bound on the memory used beside the arguments, for any class sizes, but for 12 bytes an image and
-            part and some 100 bytes an image. No N x N matrix is made; a sorted, scaled copy of the embeddings only
-            where it fits into half of the bound, else blocks of rows are gathered, cast and scaled when needed.
+            part, some 100 bytes an image, and blocks of at least 16 rows. No N x N matrix is made; a sorted, scaled
+            copy of the embeddings only where it fits into half of the bound, else blocks of rows are gathered, cast
+            and scaled when needed.
 
     Returns:
         `(L, len(ks)) float32` on the CPU, in [0, 1]; row l-1 is the ensemble of the first l parts.

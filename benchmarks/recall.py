@@ -7,7 +7,6 @@ Compares with the bare matrix product (the ceiling of every method that computes
 and, where they are installed, with faiss (IndexFlatIP) and pytorch-metric-learning (AccuracyCalculator).
 """
 
-import argparse
 import importlib.util
 import sys
 
@@ -15,8 +14,8 @@ import numpy as np
 import torch
 
 from benchmarks.plain import compare, hardware, plain_recall, row, seconds
-from train import pick_device
-from utils import recall_at_k, spans
+from train import pick_device, scale
+from utils import InputError, Parser, natural_number, recall_at_k, run_main, spans
 
 KS = [1, 10, 100, 1000]
 
@@ -52,7 +51,7 @@ def accuracy_calculator(embedding: torch.Tensor, labels: torch.Tensor) -> dict[s
     """pytorch-metric-learning's evaluation, at its cheapest: the first neighbour only."""
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
-    calculator = AccuracyCalculator(include=("precision_at_1",), k=1)
+    calculator = AccuracyCalculator(include=("precision_at_1",), k=1, device=embedding.device)
     return calculator.get_accuracy(embedding, labels)
 
 
@@ -66,7 +65,7 @@ def against_others(num_images: int, width: int, repeats: int, device: torch.devi
         runs |= {f"faiss k={k}": (lambda k=k: faiss_search(embedding, k)) for k in (1001, 9) if k < num_images}
     if 3 * 12 * num_images**2 < 10e9:  # the sorted indices are int64
         runs["argsort"] = lambda: plain_recall(embedding, labels.to(device), KS)
-    if importlib.util.find_spec("pytorch_metric_learning"):
+    if importlib.util.find_spec("pytorch_metric_learning") and importlib.util.find_spec("faiss"):  # it needs both
         runs["AccuracyCalculator, R@1 only"] = lambda: accuracy_calculator(embedding, labels.to(device))
     if "argsort" in runs:
         plain, ours = runs["argsort"](), runs["recall_at_k"]()[0].tolist()
@@ -122,9 +121,11 @@ def big(num_images: int, width: int, device: torch.device) -> None:
     """The size of sop's gallery: has to fit."""
     labels = random_labels(num_images)
     embedding = torch.empty(num_images, width, device=device)
-    for start, stop in spans(0, num_images, 1000):  # without a second copy, which would hide the peak
+    for start, stop in spans(0, num_images, 100):  # a peak before the call would hide that of the call
         embedding[start:stop] = torch.randn(stop - start, width, device=device)
-    recall_at_k(embedding[:3000], labels[:3000], [1])
+    recall_at_k(embedding[:100], labels[:100], [1])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     before = peak_bytes(device)
     elapsed = seconds(lambda: recall_at_k(embedding, labels, KS), device)
     held = embedding.nbytes / 2**30
@@ -132,13 +133,15 @@ def big(num_images: int, width: int, device: torch.device) -> None:
     print(f"\nN={num_images:,} d={width:,}: {elapsed:.1f} s, {extra:.2f} GiB beside the embedding's {held:.2f} GiB")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(argv: list[str] | None) -> None:
+    parser = Parser(prog="benchmarks.recall", description=__doc__)
     parser.add_argument("--device", default="auto", help="as for train.py (default: auto)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each, taking turns; medians are printed")
-    parser.add_argument("--scale", type=float, default=1.0, help="another number of images: this times as many")
+    parser.add_argument("--repeats", type=natural_number, default=3, help="runs of each, in turns (default: 3)")
+    parser.add_argument("--scale", type=scale, default=1.0, help="fewer images: this share of them (default: 1.0)")
     parser.add_argument("--big", action="store_true", help="also 60,502 x 8,000: 2 GB, minutes on a CPU")
     args = parser.parse_args(argv)
+    if args.scale < 0.01:
+        raise InputError("--scale has to be at least 0.01")
     device = pick_device(args.device)
     torch.manual_seed(0)
     print(f"{hardware(device)}; medians of {args.repeats}")
@@ -151,5 +154,9 @@ def main(argv: list[str] | None = None) -> None:
     growth(round(20_000 * args.scale), args.repeats, device)
 
 
+def main(argv: list[str] | None = None) -> int:
+    return run_main("benchmarks.recall", lambda: run(argv))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

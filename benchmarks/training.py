@@ -1,7 +1,7 @@
 """How fast are preprocessing, input, training step, epoch, embedding and a whole small job?
 
     python -m benchmarks.training data/cub --image_size 256 --batch_size 32     a data set as data_utils.py reads it
-    python -m benchmarks.training data/demo --image_size 32 --job               one whole job
+    python -m benchmarks.training data/demo --image_size 32 --batch_size 128 --job      one whole job
 
 The images of the folder, both splits, are repeated as links in a temporary data set until there are --num_images of
 each split. Compares with the plain way, benchmarks/plain.py, and with the ceiling: the same step on one resident batch.
@@ -22,13 +22,14 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.plain import PlainImages, compare, hardware, plain_step, plain_transforms, row, seconds
 from data_utils import Cache, build_cache, list_data_set, num_cores, read_cache, resized, train_size
 from model import build_model, member_logits, pick_precision
-from train import make_optimizer, pick_device, prepared, train_batches, train_member, train_step
+from train import batch_spans, make_optimizer, pick_device, prepared, train_batches, train_member, train_step
 from train import parse_args as train_args
+from utils import InputError, Parser, RunError, natural_number, run_main
 
 
 def repeated(source: Path, target: Path, num_images: int) -> None:
@@ -81,8 +82,15 @@ def inputs(cache: Cache, data: Path, args: argparse.Namespace, repeats: int, dev
     mean, std = (torch.tensor(cache.meta[name], device=device) for name in ("mean", "std"))
     plain_set = PlainImages(paths, targets.tolist(), plain_transforms(args.image_size, True, True))
 
+    workers = num_cores()
+
     def plain() -> None:
-        for batch, _ in DataLoader(plain_set, batch_size=args.batch_size, shuffle=True, num_workers=2):
+        for batch, _ in DataLoader(plain_set, batch_size=args.batch_size, shuffle=True, num_workers=workers):
+            batch.to(device)
+
+    def loader() -> None:  # each process cuts whole batches out of the cache, as our thread does
+        spans = batch_spans(len(paths), args.batch_size)
+        for batch in DataLoader(CachedBatches(cache, spans), batch_size=None, num_workers=workers):
             batch.to(device)
 
     def pixels() -> None:
@@ -93,8 +101,26 @@ def inputs(cache: Cache, data: Path, args: argparse.Namespace, repeats: int, dev
         for batch in train_batches(cache, np.arange(len(paths)), targets, args, 1, 0, device):
             prepared(batch, mean, std)
 
-    runs = {"uint8 on the device": pixels, "float, mirrored and normalised": floats, "PIL in 2 workers": plain}
-    rates("input: ", runs, len(paths), repeats, device)
+    runs = {"uint8 on the device": pixels, "the same by a DataLoader": loader, "float, mirrored, normalised": floats}
+    rates("input: ", {**runs, f"PIL to float in {workers} workers": plain}, len(paths), repeats, device)
+
+
+class CachedBatches(Dataset):
+    """Whole uint8 batches from the cache, each a random crop of the images in order."""
+
+    def __init__(self, cache: Cache, spans: list[tuple[int, int]]):
+        self.cache, self.spans = cache, spans
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        images = np.arange(*self.spans[index])
+        size = self.cache.meta["image_size"]
+        corners = np.random.default_rng(index).integers(0, self.cache.array("train_sizes")[images] - size + 1)
+        batch = np.empty((len(images), size, size, 3), np.uint8)
+        self.cache.train_crops(images, corners, np.full(len(images), size), batch)
+        return torch.from_numpy(batch)
 
 
 class ResidentStep:
@@ -131,7 +157,7 @@ def steps(resident: ResidentStep, args: argparse.Namespace, repeats: int, device
     statistics_of_channels = resident.mean, resident.std
 
     def embed_ours() -> None:
-        member_logits(resident.model, test_images, *statistics_of_channels, 4 * batch_size, precision)
+        member_logits(resident.model, test_images, *statistics_of_channels, 2 * batch_size, precision)
 
     @torch.no_grad()
     def embed_plain() -> None:
@@ -159,14 +185,16 @@ def epoch(resident: ResidentStep, cache: Cache, args: argparse.Namespace, repeat
     row(text, f"{ours:,.1f} images/s", f"{ceiling:,.1f} images/s", ours / ceiling)
 
 
-def job(source: Path, size: int, repeats: int, device: torch.device) -> None:
+def job(source: Path, size: int, batch_size: int, repeats: int, device: torch.device) -> None:
     """Two members of three epochs with their evaluation, imports included: train.py from its cache, and plain.py."""
     num_meta_classes = min(12, read_cache(source.parent, source.name, size).counts["train"][0])
     shared = ["--image_size", str(size), "--num_epochs", "3", "--ensemble_size", "2", "--lr", "1e-3", "--no_flip"]
-    shared += ["--meta_class_size", str(num_meta_classes), "--device", str(device)]
+    shared += ["--meta_class_size", str(num_meta_classes), "--batch_size", str(batch_size), "--device", str(device)]
 
     def call(*command: str | Path) -> None:
-        subprocess.run([sys.executable, *command, *shared], check=True, capture_output=True)
+        done = subprocess.run([sys.executable, *command, *shared], capture_output=True, text=True)
+        if done.returncode:
+            raise RunError(done.stderr.strip().splitlines()[-1])
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as results:
@@ -174,26 +202,29 @@ def job(source: Path, size: int, repeats: int, device: torch.device) -> None:
             call("train.py", *data, "--weights", "none")
 
     def plain() -> None:
-        call("-m", "benchmarks.plain", source)
+        call("-m", "benchmarks.plain", source, "--num_workers", str(num_cores()))
 
     medians = compare({"ours": ours, "plain": plain}, repeats, torch.device("cpu"), warm_up=False)
-    text = f"a whole job, {source.name}, {size} px, 2 members, 3 epochs: plain.py / train.py"
+    text = f"a whole job from its cache, {source.name}, {size} px, 2 members, 3 epochs: plain.py / train.py"
     row(text, f"{medians['ours']:.1f} s", f"{medians['plain']:.1f} s", medians["plain"] / medians["ours"])
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(argv: list[str] | None) -> None:
+    parser = Parser(prog="benchmarks.training", description=__doc__)
     parser.add_argument("source", type=Path, help="folder of a data set, such as data/cub")
-    parser.add_argument("--image_size", type=int, default=256, help="pixels (default: 256)")
-    parser.add_argument("--batch_size", type=int, default=32, help="images (default: 32)")
-    parser.add_argument("--num_images", type=int, default=1600, help="of each split, repeated (default: 1600)")
-    parser.add_argument("--num_steps", type=int, default=10, help="of the epoch that is timed (default: 10)")
+    parser.add_argument("--image_size", type=natural_number, default=256, help="pixels (default: 256)")
+    parser.add_argument("--batch_size", type=natural_number, default=32, help="images (default: 32)")
+    parser.add_argument("--num_images", type=natural_number, help="of each split, repeated (default: 1600)")
+    parser.add_argument("--num_steps", type=natural_number, help="of the epoch that is timed (default: 10)")
     parser.add_argument("--device", default="auto", help="as for train.py (default: auto)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each, taking turns; medians are printed")
-    parser.add_argument(
-        "--job", action="store_true", help="only a whole job on the folder, whose cache has to be there"
-    )
+    parser.add_argument("--repeats", type=natural_number, default=3, help="runs of each, in turns (default: 3)")
+    parser.add_argument("--job", action="store_true", help="only a whole job on an image folder that has its cache")
     options = parser.parse_args(argv)
+    if options.job and (options.num_images or options.num_steps):
+        raise InputError("--job takes the whole data set: it does not go with --num_images or --num_steps")
+    if not options.source.is_dir():
+        raise InputError(f"{options.source}: no such folder")
+    num_images, num_steps = options.num_images or 1600, options.num_steps or 10
     device, size, repeats = pick_device(options.device), options.image_size, options.repeats
     torch.backends.cudnn.benchmark = True
     args = train_args(["--data_name", "images", "--image_size", str(size), "--batch_size", str(options.batch_size)])
@@ -201,12 +232,12 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{hardware(device)}; {options.source.name}, medians of {repeats}")
     print("\n| what | ours | other | ratio |\n|---|---|---|---|")
     if options.job:
-        job(options.source, size, repeats, device)
+        job(options.source, size, options.batch_size, repeats, device)
         return
     with tempfile.TemporaryDirectory() as folder:
-        data = preprocessing(options.source, Path(folder), options.num_images, size, repeats)
+        data = preprocessing(options.source, Path(folder), num_images, size, repeats)
         inputs(read_cache(data, "images", size), data, args, repeats, device)
-        repeated(options.source, Path(folder, "epoch", "images"), options.num_steps * options.batch_size)
+        repeated(options.source, Path(folder, "epoch", "images"), num_steps * options.batch_size)
         with contextlib.redirect_stdout(io.StringIO()):
             cache = build_cache(Path(folder, "epoch"), "images", size, num_cores())
         args.meta_class_size = min(args.meta_class_size, cache.counts["train"][0])
@@ -215,5 +246,9 @@ def main(argv: list[str] | None = None) -> None:
         epoch(resident, cache, args, repeats, device)
 
 
+def main(argv: list[str] | None = None) -> int:
+    return run_main("benchmarks.training", lambda: run(argv))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -42,12 +42,28 @@ def test_benchmark_of_training(tiny_data, capsys):
     options = ["--image_size", "32", "--device", "cpu", "--repeats", "1"]
     training.main([str(tiny_data / "tiny"), *options, "--batch_size", "8", "--num_images", "30", "--num_steps", "2"])
     ratios = table(capsys.readouterr().out)
-    parts = ["preprocessing", "input: uint8", "input: float", "step", "embedding", "epoch"]
-    assert [what.startswith(part) for what, part in zip(ratios, parts, strict=True)] == [True] * 6
-    assert all(ratio > 0 for ratio in ratios.values())
+    parts = ["preprocessing", "input: uint8", "input: the same", "input: float", "step", "embedding", "epoch"]
+    assert [what.startswith(part) for what, part in zip(ratios, parts, strict=True)] == [True] * 7
     training.main([str(tiny_data / "tiny"), *options, "--job"])
     ratios = table(capsys.readouterr().out)
-    assert len(ratios) == 1 and "a whole job, tiny, 32 px" in next(iter(ratios))
+    assert len(ratios) == 1 and "a whole job from its cache, tiny, 32 px" in next(iter(ratios))
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "options", "message"),
+    [
+        (recall, ["--repeats", "0"], "not a positive integer"),
+        (recall, ["--scale", "0.001"], "at least 0.01"),
+        (recall, ["--device", "cuda:99"], "is not there"),
+        (training, ["nowhere"], "nowhere: no such folder"),
+        (training, [".", "--job", "--num_steps", "3"], "does not go with --num_images"),
+        (training, [".", "--job", "--image_size", "7"], "no cache"),
+    ],
+)
+def test_benchmarks_refuse_in_one_line(benchmark, options, message, capsys):
+    assert benchmark.main(options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_benchmark_of_recall(capsys):

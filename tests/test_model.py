@@ -3,6 +3,7 @@
 import contextlib
 import email.message
 import io
+import json
 import pickle
 import re
 import shutil
@@ -46,6 +47,7 @@ def test_every_backbone_gets_a_meta_class_head(backbone):
         model = build_model(backbone, 12, None)
         logits = model(torch.empty(2, 3, 64, 64))
     assert logits.shape == (2, 12) and isinstance(model.fc, torch.nn.Linear) and model.fc.bias is not None
+    assert model.layer1[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
     weights = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
     assert weights.url.startswith("https://")
 
@@ -278,6 +280,18 @@ def test_ensemble_from_a_run_folder(tiny_run, tiny_data, tmp_path):
     np.testing.assert_allclose(embedding.numpy(), expected, atol=1e-5)
     with pytest.raises(InputError, match="is not a run folder"):
         load_ensemble(tmp_path)
+
+
+def test_an_ensemble_embeds_in_the_precision_of_its_run(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    record["settings"]["precision"] = "bf16"
+    (tmp_path / "run" / "args.json").write_text(json.dumps(record))
+    for folder, expected in ((tiny_run, torch.float32), (tmp_path / "run", torch.bfloat16)):
+        ensemble, seen = load_ensemble(folder), []
+        ensemble.members[1].conv1.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
+        assert ensemble(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).dtype == torch.float32
+        assert [output.dtype for output in seen] == [expected]
 
 
 def test_a_run_folder_is_read_as_data_only(tiny_run, tmp_path):

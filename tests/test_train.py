@@ -184,6 +184,25 @@ def test_random_resize_draws_sides_and_then_corners(tiny_cache, tiny_args, seen)
     assert np.array_equal(windows, again[0])
 
 
+def test_random_resize_never_draws_an_empty_window(tiny_cache, tiny_args, seen):
+    tiny_args.scale_min = 1e-9
+    epoch_of(tiny_cache, tiny_args)
+    assert min(sides.min() for _, _, sides in seen) >= 1
+
+
+def test_without_random_resize_nothing_is_resized(tiny_cache, tiny_args):
+    images = np.arange(36)
+    assert all(batch.sides is None for batch in train_batches(tiny_cache, images, images, tiny_args, 1, 0, CPU))
+
+
+def test_the_optimizer_is_one_kernel():
+    parameters = nn.Linear(2, 2)
+    assert make_optimizer(parameters, 0.1, CPU).defaults["fused"] and make_optimizer(
+        parameters, 0.1, torch.device("cuda")
+    )
+    assert not make_optimizer(parameters, 0.1, torch.device("mps")).defaults["fused"]
+
+
 def test_corners_fit_images_of_every_shape(tmp_path, tiny_args, seen):
     """Portrait and landscape: a corner outside its own image would fail in train_crops, and all of it is reached."""
     for number, (width, height) in enumerate([(40, 80), (80, 40), (40, 40), (120, 40)]):
@@ -296,6 +315,21 @@ def test_a_run_in_another_precision(tiny_data, tmp_path, precision, monkeypatch)
     assert 10 < pd.read_csv(folder / "recall.csv")["R@1"][0] < 100
 
 
+def test_random_resize_makes_another_run(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    assert run(tiny_data, tmp_path, "--ensemble_size", "1", "--scale_min", "0.5") == 0
+    folder = only_folder(tmp_path)
+    assert folder.name.endswith("_scale0.5_fp32") and torch.backends.cudnn.benchmark
+    assert json.loads((folder / "args.json").read_text())["settings"]["scale_min"] == 0.5
+
+
+@pytest.mark.parametrize("value", ["0", "1.01", "-1", "nan", "x"])
+def test_a_scale_outside_0_to_1_is_refused(tiny_data, tmp_path, capsys, value):
+    assert run(tiny_data, tmp_path, "--scale_min", value) == 2
+    error = capsys.readouterr().err
+    assert "--scale_min" in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 def test_auto_goes_on_in_the_precision_of_the_run(tiny_data, tmp_path, monkeypatch, capsys):
     """Begun on a device that is fast in bf16, gone on with on one that is not."""
     monkeypatch.setattr(train, "pick_precision", lambda device: "bf16")
@@ -312,7 +346,10 @@ def test_auto_goes_on_in_the_precision_of_the_run(tiny_data, tmp_path, monkeypat
 
 
 def test_train_and_embedding_steps_never_wait_for_the_device():
-    """The data-less device `meta` refuses .item(), copies to the host and mixed devices."""
+    """The data-less device `meta` refuses .item(), copies to the host and mixed devices.
+
+    It has no fused optimiser and no autocast: both are tested on the CPU.
+    """
     meta = torch.device("meta")
     model = build_model("resnet18", 12, None).to(meta)
     optimizer = make_optimizer(model, 1e-4, meta)

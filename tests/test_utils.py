@@ -4,14 +4,16 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
-from utils import InputError, RunError, atomic_open, draws, meta_class_partition, recall_at_k, run_main
+from utils import InputError, RunError, atomic_open, draws, meta_class_partition, recall_at_k, run_main, spans
 
 # ------------------------------------------------------------------------------------------------ partition and draws
 
@@ -188,6 +190,51 @@ def test_max_bytes_bounds_the_blocks(monkeypatch):
     monkeypatch.setattr(utils, "spans", lambda start, stop, step: steps.append(step) or spans(start, stop, step))
     recall_at_k(torch.randn(64, 8), torch.arange(64) // 2, [1], max_bytes=2**16)
     assert 3 * 4 * max(steps) ** 2 <= 2**16
+
+
+@pytest.mark.parametrize("max_bytes", [2**20, 2**22, 2**26])
+def test_no_tensor_of_recall_is_over_max_bytes(max_bytes):
+    """3,000 images of 800 dimensions are 9.6 MB: copied as a whole only where that fits into half of the bound."""
+    points, labels = torch.randn(3000, 800), torch.arange(3000) // 10
+
+    class Largest(TorchDispatchMode):
+        num_bytes = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() != points.data_ptr():
+                self.num_bytes = max(self.num_bytes, result.untyped_storage().nbytes())
+            return result
+
+    with Largest() as largest:
+        recall_at_k(points, labels, [1], max_bytes)
+    assert largest.num_bytes <= max_bytes / 2
+    assert (largest.num_bytes >= points.nbytes) == (max_bytes == 2**26)
+
+
+def test_batches_are_prepared_two_ahead():
+    """And no more, for the sake of memory. An error while filling reaches the consumer."""
+    filled = []
+    batches = utils.image_batches(
+        lambda start, stop, out: filled.append(start) or out.fill(1 // (5 - start)),
+        spans(0, 6, 1),
+        4,
+        torch.device("cpu"),
+    )
+    for number in range(3):
+        batch = next(batches)
+        wait_until(lambda number=number: len(filled) >= number + 3)
+        time.sleep(0.05)
+        assert filled == list(range(number + 3)) and batch.shape == (1, 4, 4, 3)
+    with pytest.raises(ZeroDivisionError):
+        list(batches)
+
+
+def wait_until(condition) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.01)
 
 
 def test_lone_classes_are_misses_and_reported():
