@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -542,8 +542,19 @@ def recall_percent(parts: list[torch.Tensor], labels: torch.Tensor, ks: list[int
     """`recall_at_k` in percent, `(L, len(ks)) float64`: 100 * hits / M, exact to the last printed digit."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no other image of their class")  # `run` has said so once
-        recalls = recall_at_k(parts, labels, ks).double()
+        recalls = with_less_memory(lambda max_bytes: recall_at_k(parts, labels, ks, max_bytes), 2**30).double()
     return (100 * (recalls * len(labels)).round() / len(labels)).numpy()
+
+
+def with_less_memory(call: Callable[[int], torch.Tensor], size: int) -> torch.Tensor:
+    """call(size), or of half of it, and so on, while the device is out of memory: no trained member is to be lost."""
+    while True:
+        try:
+            return call(size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        size //= 2  # outside the handler, where what the failed call held is free again
 
 
 # ------------------------------------------------------------------------------------------------ the ensemble
@@ -595,14 +606,13 @@ def run(args: argparse.Namespace) -> None:
         print(f"{lone} test images have no other image of their class: they count as misses")
 
     # 3. The members that are missing, one after the other; the logs are whole after each
-    mean, std = (torch.tensor(cache.meta[name], device=device) for name in ("mean", "std"))
     if records:
         write_train_log(folder, records)
         table, parts = write_recall_log(folder, records, args, test_labels, device)
     for count, member in enumerate(missing, 1):
         start = time.perf_counter()
         model, record = train_member(cache, weights, args, member, device, precision)
-        logits = member_logits(model, cache.array("test_images"), mean, std, 2 * args.batch_size, precision)
+        logits = embedded(model, cache, args, device, precision)
         if not torch.isfinite(logits).all():
             raise RunError(f"member {member}: its embedding is not finite; {lower_rate(args, precision)}")
         records[member] = {"member": member, **record, "environment": here}
@@ -622,6 +632,19 @@ def run(args: argparse.Namespace) -> None:
     print(f"(alone: R@{args.recalls[0]} of the last member of the row by itself)")
     final = ", ".join(f"{name} {value:.2f}" for name, value in table.iloc[-1, 1:].items())
     print(f"{len(parts)} members: {final} in {folder / 'recall.csv'}")
+
+
+def embedded(
+    model: nn.Module, cache: Cache, args: argparse.Namespace, device: torch.device, precision: str
+) -> torch.Tensor:
+    """The logits of all test images, `(M, D) float32`, in batches twice as large as in training if they fit."""
+    images = cache.array("test_images")
+    mean, std = (torch.tensor(cache.meta[name], device=device) for name in ("mean", "std"))
+
+    def logits(batch_size: int) -> torch.Tensor:
+        return member_logits(model, images, mean, std, batch_size, precision)
+
+    return with_less_memory(logits, 2 * args.batch_size)
 
 
 def print_outlook(folder: Path, member: int, remaining: int, seconds: float) -> None:

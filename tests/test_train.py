@@ -573,6 +573,44 @@ def test_a_full_disk_costs_the_member_but_no_file(tiny_data, tiny_run, tmp_path,
     assert digests(tmp_path / tiny_run.name, "*member_*") == before
 
 
+def test_out_of_memory_in_the_evaluation_costs_time_only(tiny_data, tiny_run, tmp_path, monkeypatch):
+    """Batches of 32 and 16 do not fit, nor blocks of 1 GiB and 512 MiB: the same results come of less."""
+    sizes = {"member_logits": [], "recall_at_k": []}
+
+    def limited(name, largest):
+        original = getattr(train, name)
+
+        def call(*arguments):
+            size = next(a for a in arguments[::-1] if isinstance(a, int))
+            sizes[name].append(size)
+            if size > largest:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return original(*arguments)
+
+        monkeypatch.setattr(train, name, call)
+
+    limited("member_logits", 8)
+    limited("recall_at_k", 2**28)
+    assert run(tiny_data, tmp_path, "--ensemble_size", "1") == 0
+    assert sizes["member_logits"] == [32, 16, 8] and sizes["recall_at_k"][:3] == [2**30, 2**29, 2**28]
+    logits = [np.load(folder / "member_001.npy") for folder in (only_folder(tmp_path), tiny_run)]
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
+    first_two = [(folder / "recall.csv").read_text().splitlines()[:2] for folder in (only_folder(tmp_path), tiny_run)]
+    assert first_two[0] == first_two[1]
+
+
+def test_what_never_fits_is_an_error():
+    tried = []
+
+    def call(size):
+        tried.append(size)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        train.with_less_memory(call, 5)
+    assert tried == [5, 2, 1]
+
+
 def test_out_of_memory_names_the_options(tiny_data, tmp_path, capsys, monkeypatch):
     def step(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
