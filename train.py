@@ -418,11 +418,7 @@ def read_run_record(folder: Path) -> dict | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        fingerprint, precision, _ = (
-            record["data"]["fingerprint"],
-            record["settings"]["precision"],
-            record["environment"],
-        )
+        fingerprint, precision = record["data"]["fingerprint"], record["settings"]["precision"]
         if not isinstance(fingerprint, str) or precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r}, fingerprint {fingerprint!r}")
         return record | {"environment": dict(record["environment"])}
