@@ -10,9 +10,9 @@ torchvision's Resize and CenterCrop bit for bit. Random crops, flips and normali
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -32,7 +32,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import filelock
 import numpy as np
 import scipy.io
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
@@ -42,19 +41,26 @@ from utils import (
     InputError,
     Parser,
     RunError,
+    Terminated,
     atomic_open,
     flush_folder,
     flush_to_disk,
     natural_number,
     one_line,
+    read_record,
+    remove_leftovers,
     run_main,
     sha256,
     size_text,
+    stop_here,
+    take_lock,
+    write_record,
 )
 
 CACHE_VERSION = 1
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")  # no other decoder of Pillow sees a downloaded file
+SECONDS_FOR_A_LOCK = 10  # the workers of a run that was just killed hold it until they notice
 MAX_RESIZED_PIXELS = 16_000_000  # a 1 x 10,000 image would grow to 281 x 2,810,000
 
 
@@ -218,16 +224,36 @@ def list_car(root: Path, prefix: str) -> Listing | None:
             if table is not None:
                 tables.append((table, "fname", f"{prefix}{nested}/"))
         names_file = devkit.with_name("cars_meta.mat")
-    names = _car_names(names_file)
+    names = {}
+    try:
+        names = _apart(_car_names, names_file)
+    except InputError as error:
+        listing.problems.append(str(error))
     for table, path_field, folder in tables:
         try:
-            rows = read_car_annotations(table, path_field)
+            rows = _apart(read_car_annotations, table, path_field)
         except InputError as error:
             listing.problems.append(str(error))
             continue
         for number, (path, class_id) in enumerate(rows, 1):
             _add(listing, "car", f"{table}, entry {number}", class_id, folder, path, names.get(class_id))
     return listing
+
+
+def _apart(read: Callable, path: Path, *args: object) -> object:
+    """read(path, *args) in a process of its own: a damaged .mat file can crash scipy 1.17's reader."""
+    try:
+        with ProcessPoolExecutor(1, initializer=_end_with_parent) as pool:
+            return pool.submit(read, path, *args).result()
+    except BrokenProcessPool:
+        _stop_if_told()
+        raise InputError(f"{path}: not a readable Cars196 annotation file (it crashes scipy's reader)") from None
+
+
+def _stop_if_told() -> None:
+    """For a worker that died: a SIGTERM to the whole group reaches this process at about the same time."""
+    time.sleep(0.1)
+    stop_here()
 
 
 def read_car_annotations(path: Path, path_field: str = "fname") -> list[tuple[str, int]]:
@@ -448,9 +474,8 @@ def build_cache(
     Raises UnknownLayout if there is no data set, InputError with all problems found in it.
     """
     target = cache_folder(data_path, name, image_size)
-    set_aside = sorted(target.parent.glob(f".{target.name}.old-*/meta.json"))
-    if set_aside and not target.exists():  # by a run that was killed between its two renames
-        os.rename(set_aside[0].parent, target)
+    lock = target.with_name(f".{target.name}.lock")
+    _bring_back(target, lock)
     if not force and (target / "meta.json").exists():
         try:
             cache = read_cache(data_path, name, image_size)
@@ -460,26 +485,39 @@ def build_cache(
             print(f"{name}: making the cache again: {error}", file=sys.stderr)
     listing = list_data_set(name, data_path / name)
     old, new = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("old", "new"))
-    try:
-        with filelock.FileLock(target.with_name(f".{target.name}.lock"), timeout=0):
-            for leftover in target.parent.glob(f".{target.name}.*-*"):  # of a run that was killed
-                shutil.rmtree(leftover)
-            try:
-                new.mkdir()
-                skipped = _write_cache(new, listing, name, data_path / name, image_size, num_workers, skip_bad)
-                if target.exists():
-                    os.rename(target, old)
-                os.rename(new, target)
-                flush_folder(target.parent)
-                _write_skipped(target.with_name(f"{target.name}_skipped.txt"), skipped)
-            finally:
-                if old.exists() and not target.exists():
-                    os.rename(old, target)
-                for folder in (new, old):
-                    shutil.rmtree(folder, ignore_errors=True)
-    except filelock.Timeout:
-        raise InputError(f"{target} is being made by another process") from None
+    skipped_list = target.with_name(f"{target.name}_skipped.txt")
+    held = take_lock(lock, SECONDS_FOR_A_LOCK)
+    if held is None:
+        raise InputError(f"{target} is being made by another process")
+    with held:
+        for leftover in target.parent.glob(f".{target.name}.*-*"):  # of a run that was killed
+            shutil.rmtree(leftover)
+        remove_leftovers(target.parent, skipped_list.name)
+        try:
+            new.mkdir()
+            skipped = _write_cache(new, listing, name, data_path / name, image_size, num_workers, skip_bad)
+            _write_skipped(skipped_list, skipped)
+            if target.exists():
+                os.rename(target, old)
+            os.rename(new, target)
+            flush_folder(target.parent)
+        finally:
+            if old.exists() and not target.exists():
+                os.rename(old, target)
+            for folder in (new, old):
+                shutil.rmtree(folder, ignore_errors=True)
     return read_cache(data_path, name, image_size)
+
+
+def _bring_back(target: Path, lock: Path) -> None:
+    """Renames an earlier cache back that a run was killed in replacing, between its two renames."""
+    if target.exists() or not any(target.parent.glob(f".{target.name}.old-*/meta.json")):
+        return
+    held = take_lock(lock, SECONDS_FOR_A_LOCK)
+    with held or contextlib.nullcontext():
+        for earlier in target.parent.glob(f".{target.name}.old-*/meta.json"):
+            if held and not target.exists():
+                os.rename(earlier.parent, target)
 
 
 def _write_cache(
@@ -515,6 +553,7 @@ def _write_cache(
             if not skip_bad or not any(number in bad for number in good):
                 break  # else once more, without those that turned out to be damaged
     except BrokenProcessPool:
+        _stop_if_told()
         raise RunError("a worker process was killed, for lack of memory perhaps; try fewer --num_workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -547,12 +586,10 @@ def _write_cache(
         arrays[f"{split}_labels"] = np.array([label_of[entries[number].class_key] for number in numbers], np.int64)
     for array_name, array in arrays.items():
         np.save(folder / f"{array_name}.npy", array, allow_pickle=False)
-    names = sorted([*arrays, "train_pixels", "test_images"])
     with ThreadPoolExecutor(2) as threads:  # the two large files at once
-        sealed = threads.map(_seal, [folder / f"{array_name}.npy" for array_name in names])
-        meta["arrays"] = dict(zip(names, sealed, strict=True))
-    with atomic_open(folder / "meta.json") as file:
-        json.dump(meta, file, indent=1)
+        sealed = threads.map(_seal, [folder / f"{array_name}.npy" for array_name in sorted(ARRAYS)])
+        meta["arrays"] = dict(zip(sorted(ARRAYS), sealed, strict=True))
+    write_record(folder / "meta.json", meta)
     return skipped
 
 
@@ -626,6 +663,7 @@ def _bad_image(path: Path, error: Exception) -> str:
 def _end_with_parent() -> None:
     """Starts a worker: Ctrl-C is the parent's affair, and a worker whose parent was killed ends too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by it, a pool of which one worker died ends the others
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -634,9 +672,11 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _bar(items: Iterable, title: str, total: int, unit: str = " images") -> tqdm:
-    """A progress bar for what takes more than a second; none without a terminal."""
-    return tqdm(items, title, total, unit=unit, delay=1, disable=None)
+def _bar(items: Iterable, title: str, total: int, unit: str = " images") -> Iterator:
+    """The items, with a progress bar if they take more than a second; none without a terminal. Stops at signals."""
+    for item in tqdm(items, title, total, unit=unit, delay=1, disable=None):
+        stop_here()
+        yield item
 
 
 def _channel_statistics(name: str, stored: list[tuple]) -> dict[str, list[float]]:
@@ -684,6 +724,20 @@ def count(entries: Iterable[Entry]) -> dict[str, tuple[int, int]]:
 
 
 # ------------------------------------------------------------------------------------------------ reading the cache
+
+
+ARRAYS = ["train_pixels", "train_offsets", "train_sizes", "train_labels"]
+ARRAYS += ["test_images", "test_labels", "test_is_query", "test_is_gallery"]
+META = {  # meta.json
+    "version": int,
+    "image_size": int,
+    "resize": str,
+    "mean": [float],
+    "std": [float],
+    "train": {"classes": [str], "paths": [str]},
+    "test": {"classes": [str], "paths": [str]},
+    "arrays": {name: {"bytes": int, "crc32": int} for name in ARRAYS},
+}
 
 
 @dataclass(frozen=True)
@@ -744,33 +798,56 @@ def read_cache(data_path: Path, name: str, image_size: int) -> Cache:
     Sizes are checked here, contents by `verify_cache`.
     """
     folder = cache_folder(data_path, name, image_size)
-    remedy = f"make it with: python data_utils.py --data_name {shlex.quote(name)}"
-    if data_path != Path("data"):
-        remedy += f" --data_path {shlex.quote(str(data_path))}"
-    if image_size != 256:
-        remedy += f" --image_size {image_size}"
+    remedy = f"make it with: {_command(data_path, name, image_size)}"
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
+        meta = read_record(folder / "meta.json", META)
         if (meta["version"], meta["image_size"], meta["resize"]) != (CACHE_VERSION, image_size, "crop"):
             raise InputError(f"{folder} is of another version or has other settings; {remedy}")
         for array_name, expected in meta["arrays"].items():
             if (folder / f"{array_name}.npy").stat().st_size != expected["bytes"]:
                 raise InputError(f"{folder / array_name}.npy has the wrong size; {remedy}")
+        cache = Cache(folder, meta, sha256(folder / "meta.json"))
+        if not len(meta["mean"]) == len(meta["std"]) == 3:
+            raise ValueError("mean and std have to be of three channels")
+        for split, (_, num_images) in cache.counts.items():
+            if len(cache.array(f"{split}_labels")) != num_images:
+                raise ValueError(f"it does not fit {split}_labels.npy")
+        return cache
     except FileNotFoundError as error:
         raise InputError(f"no cache: {error.filename} is missing; {remedy}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{folder / 'meta.json'} is damaged ({one_line(error)}); {remedy}") from None
-    return Cache(folder, meta, sha256(folder / "meta.json"))
+    except InputError:
+        raise
+    except Exception as error:  # for the damaged header of an array, numpy raises whatever Python's parser does
+        raise InputError(f"{folder} is damaged ({one_line(error)}); {remedy}") from None
+
+
+def _command(data_path: Path, name: str, image_size: int) -> str:
+    """The command that makes a cache."""
+    command = f"python data_utils.py --data_name {shlex.quote(name)}"
+    if data_path != Path("data"):
+        command += f" --data_path {shlex.quote(str(data_path))}"
+    return command if image_size == 256 else f"{command} --image_size {image_size}"
+
+
+def check_unchanged(cache: Cache) -> None:
+    """Raises RunError if the cache has been made anew, from other data, since it was opened."""
+    try:
+        changed = sha256(cache.folder / "meta.json") != cache.fingerprint
+    except OSError:
+        changed = True
+    if changed:
+        raise RunError(f"{cache.folder} has been changed during the run; what was finished before is kept")
 
 
 def verify_cache(cache: Cache) -> None:
     """Reads every array and compares its checksum. Raises InputError naming those that changed."""
     arrays = cache.meta["arrays"]
     with ThreadPoolExecutor(2) as threads:
-        sums = threads.map(_crc32, [cache.folder / f"{name}.npy" for name in arrays])
+        sums = list(threads.map(_crc32, [cache.folder / f"{name}.npy" for name in arrays]))
     changed = [name for name, crc32 in zip(arrays, sums, strict=True) if crc32 != arrays[name]["crc32"]]
     if changed:
-        raise InputError(f"{cache.folder}: damaged: {', '.join(changed)}; make the cache again with --force")
+        remedy = _command(cache.folder.parents[1], cache.folder.parent.name, cache.meta["image_size"])
+        raise InputError(f"{cache.folder}: damaged: {', '.join(changed)}; make it again with: {remedy} --force")
 
 
 # ------------------------------------------------------------------------------------------------ the demo data set
@@ -785,7 +862,7 @@ def draw_demo(
     turned, sheared, scaled and shifted a little, with another pen, ink and paper. The same arguments give the same
     images. The folder appears when it is whole; one that is there is left as it is.
     """
-    with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
+    with take_lock(folder.with_name(f".{folder.name}.lock")):
         if not folder.exists():
             _draw_demo(folder, num_classes, images_per_class, image_side, seed)
 
@@ -802,7 +879,10 @@ def _draw_demo(folder: Path, num_classes: int, images_per_class: int, image_side
             class_folder.mkdir(parents=True)
             for image_number in range(images_per_class):
                 _write_character(strokes, image_side, generator).save(class_folder / f"{image_number:02d}.png")
+        if hasattr(os, "sync"):
+            os.sync()  # a flush of each of thousands of files would take longer
         os.rename(temporary, folder)
+        flush_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -897,6 +977,9 @@ def run(args: argparse.Namespace) -> None:
         except (RunError, OSError) as error:  # the other sets may still go well
             refused.append(f"{name}: {error}")
             failed = True
+        except (KeyboardInterrupt, Terminated) as stop:
+            stop.add_note(name)
+            raise
     if rows:
         print(f"\n{'data set':<12}{'train':>26}{'test':>26}{'on disk':>10}{'seconds':>9}")
     for name, cache, seconds in rows:
@@ -922,7 +1005,7 @@ def _found_names(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_main("data_utils.py", lambda: run(parse_args(argv)))
+    return run_main("data_utils.py", lambda: run(parse_args(argv)), "fewer --num_workers or a smaller --image_size")
 
 
 if __name__ == "__main__":

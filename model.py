@@ -1,7 +1,6 @@
 """One member of the ensemble: a ResNet with a meta-class head, its precision, and the embedding from its logits."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,19 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from utils import InputError, image_batches, member_file, one_line, sha256, spans
+from utils import (
+    MEMBER_RECORD,
+    RUN_RECORD,
+    InputError,
+    image_batches,
+    member_file,
+    one_line,
+    out_of_memory,
+    read_record,
+    run_identity,
+    sha256,
+    spans,
+)
 
 IMAGENET_WEIGHTS = "IMAGENET1K_V1"  # torchvision's first recipe for every ResNet, the one that the paper's time had
 
@@ -228,19 +239,30 @@ class Ensemble(nn.Module):
 def load_ensemble(run_folder: str | Path, device: str | torch.device = "cpu") -> Ensemble:
     """Loads all finished members of a run folder (`results/...`), ready to embed images in the run's precision.
 
-    Raises InputError if the folder is no run or has no finished member.
+    Raises InputError if the folder is no run, has no finished member, or a file does not match its checksum.
     """
     run_folder = Path(run_folder)
     if not (run_folder / "args.json").is_file():
         raise InputError(f"{run_folder} is not a run folder: it has no args.json")
-    record = json.loads((run_folder / "args.json").read_text(encoding="utf-8"))
-    settings, members = record["settings"], []
-    for finished in sorted(run_folder.glob(member_file("*", "json"))):
-        model = build_model(settings["backbone"], settings["meta_class_size"], None)
-        model.load_state_dict(torch.load(finished.with_suffix(".pth"), map_location="cpu", weights_only=True))
-        members.append(model)
+    members = []
+    try:
+        path = run_folder / "args.json"
+        record = read_record(path, RUN_RECORD)
+        settings, data = record["settings"], record["data"]
+        for path in sorted(run_folder.glob(member_file("*", "json"))):
+            weights, member = path.with_suffix(".pth"), read_record(path, MEMBER_RECORD)
+            if (member["run"], member_file(member["member"], "json")) != (run_identity(record), path.name):
+                raise ValueError("of another run or member")
+            if sha256(weights) != member["sha256"][weights.name]:
+                raise ValueError(f"the checksum of {weights.name} does not fit")
+            model = build_model(settings["backbone"], settings["meta_class_size"], None)
+            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            members.append(model)
+    except Exception as error:  # damaged files raise a dozen kinds
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{path} is damaged ({one_line(error)}); train.py makes it again") from None
     if not members:
         raise InputError(f"{run_folder} has no finished member")
-    data = record["data"]
-    ensemble = Ensemble(members, settings["image_size"], data["mean"], data["std"], settings.get("precision", "fp32"))
+    ensemble = Ensemble(members, settings["image_size"], data["mean"], data["std"], settings["precision"])
     return ensemble.to(device).eval()

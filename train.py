@@ -8,16 +8,22 @@ command trains only what is missing; a larger --ensemble_size adds members to th
 """
 
 import argparse
+import contextlib
+import hashlib
 import io
 import json
 import math
+import os
+import pickle
 import platform
 import shutil
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +35,7 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
-from data_utils import Cache, check_data_name, read_cache
+from data_utils import Cache, check_data_name, check_unchanged, read_cache, verify_cache
 from model import (
     PRECISIONS,
     autocast,
@@ -43,22 +49,33 @@ from model import (
     weights_identity,
 )
 from utils import (
+    MEMBER_RECORD,
+    RUN_RECORD,
     InputError,
     Parser,
     RunError,
+    Terminated,
     atomic_open,
     draws,
+    flush_folder,
     image_batches,
     member_file,
     meta_class_partition,
     natural_number,
     one_line,
+    out_of_memory,
+    read_record,
     recall_at_k,
+    remove_leftovers,
+    run_identity,
     run_main,
     sha256,
     size_text,
+    take_lock,
+    write_record,
 )
 
+MAX_ENSEMBLE_SIZE = 10_000  # a typing error is found before its range is listed
 MAX_IMAGES_PER_CLASS = 300  # METHOD.md: a larger class is cut to a random 300 for each member
 SECONDS_BETWEEN_READINGS = 2  # reading the loss makes the host wait for the device
 
@@ -84,12 +101,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     method("--precision", choices=["auto", *PRECISIONS], default="auto", metavar="P", help=precision_help)
     rest = parser.add_argument_group("the rest").add_argument
     rest("--ensemble_size", type=natural_number, default=12, metavar="L", help="members (default: 12)")
+    rest("--members", type=member_list, metavar="I-J", help="train only these of them, such as 13-24 (default: all)")
     rest("--recalls", type=recall_list, default=[1, 2, 4, 8], metavar="K,K", help="Recall@K (default: 1,2,4,8)")
     rest("--data_path", type=Path, default=Path("data"), metavar="DIR", help="data sets (default: data)")
     rest("--results_path", type=Path, default=Path("results"), metavar="DIR", help="run folders (default: results)")
     rest("--device", default="auto", help="auto (default: cuda, else mps, else cpu), cuda, cuda:1, mps or cpu")
+    rest("--deterministic", action="store_true", help="the same bits each time on CUDA too, where it can; slower")
     args = parser.parse_args(argv)
     check_data_name(args.data_name)
+    if args.ensemble_size > MAX_ENSEMBLE_SIZE:
+        raise InputError(f"--ensemble_size {args.ensemble_size} is over {MAX_ENSEMBLE_SIZE:,}")
+    if args.members and args.members[-1] > args.ensemble_size:
+        raise InputError(f"--members {args.members[-1]} is above --ensemble_size {args.ensemble_size}")
     if args.batch_size < 2:
         raise InputError("--batch_size has to be at least 2: BatchNorm needs more than one image")
     if args.backbone not in backbone_names():
@@ -123,6 +146,18 @@ def seed_number(text: str) -> int:
     return int(text)
 
 
+def member_list(text: str) -> list[int]:
+    """argparse type: members such as "13-24" or "1,5,7-9", sorted."""
+    members = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        bounds = natural_number(first), natural_number(last if dash else first)
+        if not bounds[0] <= bounds[1] <= MAX_ENSEMBLE_SIZE:
+            raise argparse.ArgumentTypeError(f"{part!r} is no range of members")
+        members.update(range(bounds[0], bounds[1] + 1))
+    return sorted(members)
+
+
 def recall_list(text: str) -> list[int]:
     """argparse type: distinct positive integers, separated by commas."""
     ks = [natural_number(k) for k in text.split(",")]
@@ -132,9 +167,15 @@ def recall_list(text: str) -> list[int]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device for `auto`, `cuda`, `cuda:i`, `mps` or `cpu`. Raises InputError for one that is not there."""
+    """The device for `auto`, `cuda`, `cuda:i`, `mps` or `cpu`. Raises InputError for one that is not there.
+
+    Under torchrun, `auto` and `cuda` are each process's own GPU.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    local_rank = os.environ.get("LOCAL_RANK", "")
+    if name == "cuda" and local_rank.isdecimal() and torch.cuda.device_count():
+        name = f"cuda:{int(local_rank) % torch.cuda.device_count()}"  # some launchers show each process its GPU only
     kind, _, index = name.partition(":")
     available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if (
@@ -229,6 +270,21 @@ def make_optimizer(model: nn.Module, lr: float, device: torch.device) -> torch.o
     return torch.optim.Adam(model.parameters(), lr=lr, fused=device.type in ("cuda", "cpu"))
 
 
+@dataclass
+class Sums:
+    """What an epoch adds up, on the device."""
+
+    loss: torch.Tensor  # () float32, over the images
+    correct: torch.Tensor  # () int64, images
+    finite_steps: torch.Tensor  # () int64, steps before the first whose loss is not finite
+    steps: int = 0
+
+    @classmethod
+    def zeros(cls, device: torch.device) -> "Sums":
+        whole = {"dtype": torch.int64, "device": device}
+        return cls(torch.zeros((), device=device), torch.zeros((), **whole), torch.zeros((), **whole))
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -236,13 +292,9 @@ def train_step(
     precision: str,
     pixels: torch.Tensor,
     targets: torch.Tensor,
-    loss_sum: torch.Tensor,
-    correct: torch.Tensor,
+    sums: Sums,
 ) -> None:
-    """One step. The backbone computes in `precision`, its head and the loss in fp32.
-
-    Adds to `loss_sum` and `correct` on the device; the host never waits.
-    """
+    """One step. The backbone computes in `precision`, its head and the loss in fp32. The host never waits."""
     with autocast(pixels.device, precision):
         logits = model(pixels)
     loss = F.cross_entropy(logits, targets)
@@ -250,8 +302,11 @@ def train_step(
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
-    loss_sum += loss.detach() * len(targets)
-    correct += (logits.detach().argmax(1) == targets).sum()
+    loss = loss.detach()
+    sums.loss += loss * len(targets)
+    sums.correct += (logits.detach().argmax(1) == targets).sum()
+    sums.finite_steps += torch.isfinite(loss) & (sums.finite_steps == sums.steps)
+    sums.steps += 1
 
 
 def train_member(
@@ -261,8 +316,9 @@ def train_member(
     member: int,
     device: torch.device,
     precision: str,
+    progress: "Progress | None" = None,
 ) -> tuple[nn.Module, dict]:
-    """Trains one member (METHOD.md: "One member").
+    """Trains one member (METHOD.md: "One member"), from where `progress` stands.
 
     Returns the model, on the device, with the weights of the epoch of the best training accuracy (counted during the
     epoch; the earlier one on a tie), and its record: partition, history and best epoch.
@@ -278,36 +334,30 @@ def train_member(
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")  # fp16 gradients would vanish
     mean, std = (torch.tensor(cache.meta[name], device=device) for name in ("mean", "std"))
 
-    history, best_correct, best_state = [], -1, None
-    for epoch in range(args.num_epochs):
-        start = time.perf_counter()
-        model.train()
+    history, best_epoch, best_state = [], -1, None
+    earlier = progress.read() if progress else None
+    if earlier:
+        for module, name in ((model, "model"), (optimizer, "optimizer"), (scaler, "scaler")):
+            module.load_state_dict(earlier[name])
+        history, best_epoch = earlier["history"], earlier["best_epoch"]
+        best_state = earlier["best_model"] or snapshot(model.state_dict(), device)
+        print(f"member {member}/{args.ensemble_size}: goes on after epoch {len(history) - 1}", flush=True)
+    for epoch in range(len(history), args.num_epochs):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args.lr, epoch, args.num_epochs)
-        loss_sum = torch.zeros((), device=device)
-        correct = torch.zeros((), dtype=torch.int64, device=device)
-        title = f"member {member}/{args.ensemble_size} epoch {epoch}"
-        with tqdm(
-            total=len(images),
-            desc=title,
-            unit=" images",
-            mininterval=SECONDS_BETWEEN_READINGS,
-            leave=False,
-            disable=None,  # without a terminal
-        ) as bar:
-            next_reading = start + SECONDS_BETWEEN_READINGS
-            for batch in train_batches(cache, images, targets, args, member, epoch, device):
-                pixels = prepared(batch, mean, std)
-                train_step(model, optimizer, scaler, precision, pixels, batch.targets, loss_sum, correct)
-                bar.update(len(batch.targets))
-                if not bar.disable and time.perf_counter() > next_reading:
-                    accuracy = correct.item() / bar.n
-                    bar.set_postfix(loss=f"{loss_sum.item() / bar.n:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
-                    next_reading = time.perf_counter() + SECONDS_BETWEEN_READINGS
-        loss, num_correct = loss_sum.item() / len(images), correct.item()
-        seconds = time.perf_counter() - start
-        if not math.isfinite(loss):
-            raise RunError(f"member {member}, epoch {epoch}: the loss is not finite; {lower_rate(args, precision)}")
+        try:
+            sums, seconds = train_epoch(
+                cache, images, targets, args, member, epoch, model, optimizer, scaler, precision, mean, std
+            )
+        except (KeyboardInterrupt, Terminated) as stop:
+            stop.add_note(f"epoch {epoch}")
+            raise
+        loss, num_correct, finite_steps = sums.loss.item() / len(images), sums.correct.item(), sums.finite_steps.item()
+        if finite_steps < sums.steps:
+            raise RunError(
+                f"member {member}, epoch {epoch}, batch {finite_steps}: the loss is not finite; "
+                + lower_rate(args, precision)
+            )
         history.append(
             {
                 "epoch": epoch,
@@ -320,18 +370,126 @@ def train_member(
                 "images_per_second": len(images) / seconds,
             }
         )
-        if bar.disable:
-            print(
-                f"{title}: loss {loss:.4f}, accuracy {num_correct / len(images):.2%}, "
-                f"{len(images) / seconds:,.0f} images/s",
-                flush=True,
+        if best_epoch < 0 or num_correct > history[best_epoch]["correct"]:
+            best_epoch, best_state = epoch, snapshot(model.state_dict(), device)
+        if progress:
+            progress.write(
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(),
+                history=history,
+                best_epoch=best_epoch,
+                best_model=None if best_epoch == epoch else best_state,  # None: the same as `model`
             )
-        if num_correct > best_correct:
-            best_correct = num_correct
-            best_state = {name: value.clone() for name, value in model.state_dict().items()}
-            best_epoch = epoch
     model.load_state_dict(best_state)
     return model, {"best_epoch": best_epoch, "history": history, "partition": partition.tolist()}
+
+
+def train_epoch(
+    cache: Cache,
+    images: np.ndarray,
+    targets: np.ndarray,
+    args: argparse.Namespace,
+    member: int,
+    epoch: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    precision: str,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+) -> tuple[Sums, float]:
+    """One epoch. Returns its sums and its seconds."""
+    start, sums = time.perf_counter(), Sums.zeros(mean.device)
+    model.train()
+    title = f"member {member}/{args.ensemble_size} epoch {epoch}"
+    with tqdm(
+        total=len(images),
+        desc=title,
+        unit=" images",
+        mininterval=SECONDS_BETWEEN_READINGS,
+        leave=False,
+        disable=True if "WORLD_SIZE" in os.environ else None,  # None: without a terminal
+    ) as bar:
+        next_reading = start + SECONDS_BETWEEN_READINGS
+        for batch in train_batches(cache, images, targets, args, member, epoch, mean.device):
+            train_step(model, optimizer, scaler, precision, prepared(batch, mean, std), batch.targets, sums)
+            bar.update(len(batch.targets))
+            if not bar.disable and time.perf_counter() > next_reading:
+                accuracy = sums.correct.item() / bar.n
+                bar.set_postfix(loss=f"{sums.loss.item() / bar.n:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
+                next_reading = time.perf_counter() + SECONDS_BETWEEN_READINGS
+    loss, accuracy = sums.loss.item() / len(images), sums.correct.item() / len(images)  # waits for the device
+    seconds = time.perf_counter() - start
+    if bar.disable:
+        rate = f"{len(images) / seconds:,.0f} images/s"
+        print(f"{title}: loss {loss:.4f}, accuracy {accuracy:.2%}, {rate}", flush=True)
+    return sums, seconds
+
+
+def snapshot(value: object, device: torch.device | str) -> object:
+    """A copy of nested dicts and lists whose tensors lie on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(item, device) for key, item in value.items()}
+    return [snapshot(item, device) for item in value] if isinstance(value, list) else value
+
+
+def progress_file(folder: Path, member: int) -> Path:
+    """The file of `Progress`."""
+    return folder / f"progress_{member:03d}.pt"
+
+
+class Progress:
+    """`progress_007.pt`: what the training of a member needs to go on after its last finished epoch.
+
+    A SHA-256 of 32 bytes, then a torch.save of plain tensors, numbers and lists. It is written in a thread, while the
+    next epoch is trained; leaving the context waits for that.
+    """
+
+    def __init__(self, folder: Path, member: int, identity: str):
+        self.path, self.identity = progress_file(folder, member), f"{identity}, member {member}"
+        self.writer, self.writing = ThreadPoolExecutor(1), None
+        self.buffer = io.BytesIO()  # kept: new memory of this size costs as much as filling it
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.writer.shutdown()
+
+    def read(self) -> dict | None:
+        """What was written last, or None. A file that is damaged or of another run is named and not used."""
+        if not self.path.exists():
+            return None
+        content = self.path.read_bytes()
+        if hashlib.sha256(content[32:]).digest() == content[:32]:
+            with contextlib.suppress(pickle.UnpicklingError, AttributeError, KeyError):  # somebody else's
+                state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+                if state.pop("identity") == self.identity:
+                    return state
+        print(f"warning: {self.path} is damaged or of another run: the member is begun anew", file=sys.stderr)
+        return None
+
+    def write(self, **state: object) -> None:
+        """Starts to write. Raises OSError if the earlier write failed."""
+        if self.writing:
+            self.writing.result()
+        self.writing = self.writer.submit(self._write, snapshot({"identity": self.identity, **state}, "cpu"))
+
+    def _write(self, state: dict) -> None:
+        self.buffer.seek(0)
+        torch.save(state, self.buffer)
+        self.buffer.truncate()
+        with self.buffer.getbuffer() as content, atomic_open(self.path, "wb") as file:
+            file.write(hashlib.sha256(content).digest())
+            file.write(content)
+
+    def remove(self) -> None:
+        """The member is finished; whether the last write went well matters no more."""
+        self.writer.shutdown()
+        self.path.unlink(missing_ok=True)
 
 
 def lower_rate(args: argparse.Namespace, precision: str) -> str:
@@ -384,7 +542,7 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
 
 
 def run_record(args: argparse.Namespace, cache: Cache, weights: str, precision: str, here: dict) -> dict:
-    """What `args.json` holds: `settings` and `data` define the members, `options` are the last command's."""
+    """What `args.json` holds, see `utils.RUN_RECORD`."""
     settings = {
         "data_name": args.data_name,
         "backbone": args.backbone,
@@ -409,23 +567,54 @@ def run_record(args: argparse.Namespace, cache: Cache, weights: str, precision: 
     return {"settings": settings, "data": data, "options": options, "environment": here}
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder for results. Raises InputError if that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        flush_folder(folder.parent)
+    except OSError as error:
+        raise InputError(f"cannot write the results: {error}") from None
+
+
+def run_lock(folder: Path) -> contextlib.AbstractContextManager:
+    """Held by the one process that writes the logs and what the whole run shares."""
+    path = folder.with_name(f".{folder.name}.lock")  # outside: a refused run makes no folder
+    held = take_lock(path, timeout=2)
+    if held is None:
+        print(f"{folder}: waiting for another process of this run", flush=True)
+        held = take_lock(path)
+    return held
+
+
+def verify_once(folder: Path, cache: Cache) -> None:
+    """Compares the cache with its checksums, once for each size and time of change of its files.
+
+    Raises InputError if it is damaged. What was compared is remembered in the run folder.
+    """
+    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(cache.folder.glob("*.npy"))}
+    compared, memory = {"cache": cache.fingerprint, "files": files}, folder / "cache_compared.json"
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if json.loads(memory.read_text(encoding="utf-8")) == compared:
+            return
+    verify_cache(cache)
+    make_folder(folder)
+    with atomic_open(memory) as file:
+        json.dump(compared, file)
+
+
 def read_run_record(folder: Path) -> dict | None:
-    """The `args.json` of a run folder, or None for a new one. Raises InputError if it is damaged or missing."""
+    """The `args.json` of a run folder, or None if it is missing or damaged: the members know their run themselves."""
     path = folder / "args.json"
     if not path.exists():
-        if any(folder.glob(member_file("*", "json"))):
-            raise InputError(f"{folder} has members but no args.json: move it away or give another --results_path")
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        fingerprint, precision = record["data"]["fingerprint"], record["settings"]["precision"]
-        if not isinstance(fingerprint, str) or precision not in PRECISIONS:
-            raise ValueError(f"precision {precision!r}, fingerprint {fingerprint!r}")
-        return record | {"environment": dict(record["environment"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is damaged or of an older version ({one_line(error)}): move the folder away"
-        ) from None
+        record = read_record(path, RUN_RECORD)
+        if record["settings"]["precision"] not in PRECISIONS:
+            raise ValueError("unknown precision")
+        return record
+    except (ValueError, OSError) as error:
+        print(f"warning: {path} is damaged ({one_line(error)}) and is written anew", file=sys.stderr)
+        return None
 
 
 def compare_with_earlier(folder: Path, earlier: dict | None, record: dict) -> str | None:
@@ -449,7 +638,7 @@ def compare_with_earlier(folder: Path, earlier: dict | None, record: dict) -> st
 
 
 def write_run_record(folder: Path, record: dict, cache: Cache) -> None:
-    """Makes the run folder with `args.json` and `test.csv`. Raises InputError if it cannot be written."""
+    """Writes `args.json` and `test.csv`. Raises InputError if that cannot be done."""
     labels = cache.array("test_labels")
     test = {
         "path": cache.meta["test"]["paths"],
@@ -458,32 +647,84 @@ def write_run_record(folder: Path, record: dict, cache: Cache) -> None:
         "is_gallery": cache.array("test_is_gallery"),
         "class_name": np.array(cache.meta["test"]["classes"], dtype=object)[labels],
     }
+    for name in ("args.json", "cache_compared.json", "*.csv"):
+        remove_leftovers(folder, name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_open(folder / "args.json") as file:
-            json.dump(record, file, indent=1)
+        write_record(folder / "args.json", record)
         write_csv(folder / "test.csv", pd.DataFrame(test))
     except OSError as error:
         raise InputError(f"cannot write the results: {error}") from None
 
 
-def finished_member(folder: Path, member: int) -> dict | None:
-    """The record of a finished member, or None. Files that do not match their checksums are named and not used."""
-    path = folder / member_file(member, "json")
-    if not path.exists():
+@dataclass
+class Members:
+    """The finished members of a run folder, as far as this process has looked."""
+
+    folder: Path
+    identity: str
+    records: dict[int, dict] = field(default_factory=dict)
+    damaged: dict[int, int] = field(default_factory=dict)  # member -> time of change of its record
+    not_embedded: dict[int, dict] = field(default_factory=dict)  # records of those whose weights alone are good
+
+    def look(self) -> None:
+        """Adds those that have been finished since. Damaged ones and those of other runs are named and not added.
+
+        Removes the progress of finished ones, in case that a process was killed before it could.
+        """
+        found = (path.stem[7:] for path in sorted(self.folder.glob(member_file("*", "json"))))
+        for member in (int(number) for number in found if number.isascii() and number.isdigit()):
+            path = self.folder / member_file(member, "json")
+            if member in self.records or not path.exists() or self.damaged.get(member) == path.stat().st_mtime_ns:
+                continue
+            self.not_embedded.pop(member, None)
+            changed = path.stat().st_mtime_ns
+            record, damaged = self.read(member, path)
+            if not damaged:
+                self.records[member] = record
+                progress = progress_file(self.folder, member)
+                progress.unlink(missing_ok=True)
+                remove_leftovers(self.folder, progress.name)
+                continue
+            self.damaged[member], names = changed, ", ".join(damaged)
+            if damaged == [member_file(member, "npy")]:
+                self.not_embedded[member] = record
+                print(f"warning: the embedding of member {member} is damaged ({names}): made again", file=sys.stderr)
+            else:
+                print(f"warning: member {member} counts as not trained, damaged: {names}", file=sys.stderr)
+
+    def read(self, member: int, path: Path) -> tuple[dict, list[str]]:
+        """A member's record, and which of its files do not match their checksums or are of another run."""
+        try:
+            record = read_record(path, MEMBER_RECORD)
+            if not 0 <= record["best_epoch"] < len(record["history"]):
+                raise ValueError("no such best epoch")
+            if record["member"] != member or record["run"] != self.identity:
+                return record, [f"{path.name} (of another run or member)"]
+        except (ValueError, OSError) as error:
+            return {}, [f"{path.name} ({one_line(error)})"]
+        damaged = []
+        for name in (member_file(member, "pth"), member_file(member, "npy")):
+            file = self.folder / name
+            if not file.exists() or sha256(file) != record["sha256"].get(name):
+                damaged.append(name)
+        return record, damaged
+
+    def missing(self, wanted: Iterable[int]) -> list[int]:
+        """Those of the wanted members that are not finished."""
+        return [member for member in wanted if member not in self.records]
+
+    def claim(self, wanted: Iterable[int]) -> tuple[int, contextlib.AbstractContextManager] | None:
+        """The first of the wanted members that is neither finished nor being trained, with its lock held, or None."""
+        for member in self.missing(wanted):
+            lock = take_lock(self.folder / f".member_{member:03d}.lock", timeout=0)
+            if lock is None:  # another process trains it
+                continue
+            self.look()
+            if member not in self.records:
+                return member, lock
+            with lock:  # it was finished in the meantime
+                pass
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        files = [member_file(member, suffix) for suffix in ("pth", "npy")]
-        damaged = [name for name in files if sha256(folder / name) != record["sha256"][name]]
-        if record["member"] != member or not record["history"]:
-            damaged.append(path.name)
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        damaged = [f"{path.name} ({error})"]
-    if damaged:
-        print(f"warning: member {member} counts as not trained, damaged: {', '.join(damaged)}", file=sys.stderr)
-        return None
-    return record
 
 
 def save_member(folder: Path, member: int, model: nn.Module, logits: torch.Tensor, record: dict) -> None:
@@ -496,8 +737,7 @@ def save_member(folder: Path, member: int, model: nn.Module, logits: torch.Tenso
     with atomic_open(embedding, "wb") as file:
         np.save(file, logits.cpu().numpy(), allow_pickle=False)
     record = record | {"sha256": {path.name: sha256(path) for path in (weights, embedding)}}
-    with atomic_open(folder / member_file(member, "json")) as file:
-        json.dump(record, file, indent=1)
+    write_record(folder / member_file(member, "json"), record)
 
 
 # ------------------------------------------------------------------------------------------------ logs
@@ -534,6 +774,16 @@ def write_recall_log(
     return table, parts
 
 
+def write_logs(
+    members: Members, args: argparse.Namespace, labels: torch.Tensor, device: torch.device
+) -> tuple[pd.DataFrame, list[torch.Tensor]]:
+    """Both logs, by one process at a time, of all members that are finished by then."""
+    with run_lock(members.folder):
+        members.look()
+        write_train_log(members.folder, members.records)
+        return write_recall_log(members.folder, members.records, args, labels, device)
+
+
 def recall_percent(parts: list[torch.Tensor], labels: torch.Tensor, ks: list[int]) -> np.ndarray:
     """`recall_at_k` in percent, `(L, len(ks)) float64`: 100 * hits / M, exact to the last printed digit."""
     with warnings.catch_warnings():
@@ -547,8 +797,8 @@ def with_less_memory(call: Callable[[int], torch.Tensor], size: int) -> torch.Te
     while True:
         try:
             return call(size)
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except RuntimeError as error:
+            if size == 1 or not out_of_memory(error):
                 raise
         size //= 2  # outside the handler, where what the failed call held is free again
 
@@ -566,25 +816,40 @@ def run(args: argparse.Namespace) -> None:
     if max(args.recalls) >= num_test:
         raise InputError(f"--recalls: {max(args.recalls)} is not below the number of test images, {num_test}")
     device = pick_device(args.device)
-    torch.backends.cudnn.benchmark = True  # picks the fastest convolution for each of the few batch shapes
-    here = environment(device)
+    torch.backends.cudnn.benchmark = not args.deterministic  # picks the fastest convolution for each batch shape
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and changes no result
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    here = environment(device) | {"deterministic": args.deterministic}
 
     # 2. The run folder and what it holds
     identity = weights_identity(args.backbone, args.weights)
     folder = args.results_path / run_name(args, identity)
-    earlier = read_run_record(folder)
-    precision = pick_precision(device) if args.precision == "auto" else args.precision
-    if args.precision == "auto" and earlier:  # a run goes on, or is scored, as it was begun, on any device
-        precision = earlier["settings"]["precision"]
-    record = run_record(args, cache, identity, precision, here)
-    warning = compare_with_earlier(folder, earlier, record)
-    on_disk = {int(path.stem[7:]) for path in folder.glob(member_file("*", "json")) if path.stem[7:].isdigit()}
-    found = {member: finished_member(folder, member) for member in sorted(on_disk)}
-    records = {member: finished for member, finished in found.items() if finished is not None}
-    missing = [member for member in range(1, args.ensemble_size + 1) if member not in records]
-    weights = read_weights(args.backbone, args.weights) if missing else None
-    write_run_record(folder, record, cache)
-    finished = args.ensemble_size - len(missing)
+    make_folder(args.results_path)
+    with run_lock(folder):
+        earlier = read_run_record(folder)
+        precision = pick_precision(device) if args.precision == "auto" else args.precision
+        if args.precision == "auto" and earlier:  # a run goes on, or is scored, as it was begun, on any device
+            precision = earlier["settings"]["precision"]
+        record = run_record(args, cache, identity, precision, here)
+        warning = compare_with_earlier(folder, earlier, record)
+        members = Members(folder, run_identity(record))
+        members.look()
+        if earlier is None and members.damaged and not members.records:
+            raise InputError(
+                f"{folder} has no sound args.json and no member of these settings and data: move it away or give "
+                "another --results_path"
+            )
+        whole = range(1, args.ensemble_size + 1)
+        wanted = args.members or whole
+        missing = members.missing(wanted)
+        weights = read_weights(args.backbone, args.weights) if missing else None
+        verify_once(folder, cache)
+        write_run_record(folder, record, cache)
+    finished = args.ensemble_size - len(members.missing(whole))
     print(f"{folder}: {finished} of {args.ensemble_size} members are finished; device {here['device']}, {precision}")
     if missing and warning:
         print(f"warning: {warning}", file=sys.stderr)
@@ -597,37 +862,77 @@ def run(args: argparse.Namespace) -> None:
             f"{MAX_IMAGES_PER_CLASS} of each and leaves out {left_out:,} of {num_images:,} images"
         )
     test_labels = torch.from_numpy(np.array(cache.array("test_labels")))
+    check_unchanged(cache)
     lone = int((np.bincount(test_labels) == 1).sum())
     if lone:
         print(f"{lone} test images have no other image of their class: they count as misses")
 
-    # 3. The members that are missing, one after the other; the logs are whole after each
-    if records:
-        write_train_log(folder, records)
-        table, parts = write_recall_log(folder, records, args, test_labels, device)
-    for count, member in enumerate(missing, 1):
+    # 3. The members that are missing, one after the other; other processes may train others of them at the same time
+    if members.records:
+        write_logs(members, args, test_labels, device)
+    trained = 0
+    while (claimed := members.claim(wanted)) is not None:
         start = time.perf_counter()
-        model, record = train_member(cache, weights, args, member, device, precision)
-        logits = embedded(model, cache, args, device, precision)
-        if not torch.isfinite(logits).all():
-            raise RunError(f"member {member}: its embedding is not finite; {lower_rate(args, precision)}")
-        records[member] = {"member": member, **record, "environment": here}
-        save_member(folder, member, model, logits, records[member])
+        member, lock = claimed
+        with lock:
+            record = finish_member(members, member, cache, weights, args, device, precision, here)
         seconds = time.perf_counter() - start
+        trained += 1
         accuracy = record["history"][record["best_epoch"]]["accuracy"]
         title = f"member {member}/{args.ensemble_size}"
         print(f"{title}: training accuracy {accuracy:.2f} % in epoch {record['best_epoch']}, {seconds:.1f} s")
-        if count == 1 and len(missing) > 1:
-            print_outlook(folder, member, len(missing) - 1, seconds)
-        write_train_log(folder, records)
-        table, parts = write_recall_log(folder, records, args, test_labels, device)
+        write_logs(members, args, test_labels, device)
+        if member not in members.records:
+            raise RunError(f"member {member} was finished, but its files read back otherwise: is the disk sound?")
+        if trained == 1 and members.missing(wanted):
+            print_outlook(folder, member, len(members.missing(wanted)), seconds)
 
-    # 4. The final recall
+    # 4. The final recall, by whoever finds all members finished
+    missing = members.missing(whole)
+    if missing:
+        print(f"not finished: member {', '.join(map(str, missing))}; the process that finishes the last one scores")
+        return
+    table, parts = write_logs(members, args, test_labels, device)
     alone = [recall_percent([part], test_labels, args.recalls[:1]).item() for part in parts]
     print("\n" + table.assign(alone=alone).round(2).to_string(index=False))
     print(f"(alone: R@{args.recalls[0]} of the last member of the row by itself)")
     final = ", ".join(f"{name} {value:.2f}" for name, value in table.iloc[-1, 1:].items())
     print(f"{len(parts)} members: {final} in {folder / 'recall.csv'}")
+
+
+def finish_member(
+    members: Members,
+    member: int,
+    cache: Cache,
+    weights: dict[str, torch.Tensor] | None,
+    args: argparse.Namespace,
+    device: torch.device,
+    precision: str,
+    here: dict,
+) -> dict:
+    """Trains, embeds and saves one member, whose lock is held. Returns its record."""
+    with Progress(members.folder, member, members.identity) as progress:
+        for name in (member_file(member, "*"), progress.path.name):
+            remove_leftovers(members.folder, name)
+        try:
+            if member in members.not_embedded:
+                record = members.not_embedded[member]
+                model = build_model(args.backbone, args.meta_class_size, None).to(device)
+                path = members.folder / member_file(member, "pth")
+                model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            else:
+                model, record = train_member(cache, weights, args, member, device, precision, progress)
+                record = {"member": member, "run": members.identity, **record, "environment": here}
+            logits = embedded(model, cache, args, device, precision)
+            if not torch.isfinite(logits).all():
+                raise RunError(f"member {member}: its embedding is not finite; {lower_rate(args, precision)}")
+            check_unchanged(cache)
+            save_member(members.folder, member, model, logits, record)
+            progress.remove()
+        except (KeyboardInterrupt, Terminated) as stop:
+            stop.add_note(f"member {member}/{args.ensemble_size}")
+            raise
+    return record
 
 
 def embedded(
@@ -655,7 +960,8 @@ def print_outlook(folder: Path, member: int, remaining: int, seconds: float) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_main("train.py", lambda: run(parse_args(argv)))
+    remedy = "a smaller --batch_size or --image_size, or another --precision"
+    return run_main("train.py", lambda: run(parse_args(argv)), remedy)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,21 @@ import argparse
 import collections
 import contextlib
 import hashlib
+import json
+import math
 import os
+import re
+import signal
 import sys
+import threading
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 
@@ -28,6 +35,10 @@ class RunError(Exception):
     """A run that failed for a known reason. `run_main` prints it as one line and returns 1."""
 
 
+class Terminated(BaseException):
+    """SIGTERM: what a scheduler sends before it takes the machine away. `run_main` returns 143."""
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviations whose errors are one line."""
 
@@ -35,33 +46,86 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str):
-        raise InputError(f"{' '.join(message.split())} (see python {self.prog} --help)")
+        message = re.sub(r"(\S{60})\S{60,}", r"\1…", " ".join(message.split()))
+        raise InputError(f"{message} (see python {self.prog} --help)")
 
 
-def run_main(script: str, run: Callable[[], None]) -> int:
-    """Runs `run` and returns the exit code: 0 done, 2 refused input or options, 1 failed while running, 130 Ctrl-C."""
-    formatwarning = warnings.formatwarning
+def run_main(script: str, run: Callable[[], None], with_less_memory: str) -> int:
+    """Runs `run` and returns the exit code. `with_less_memory` names the options to change when memory runs out.
+
+    0 done, 2 refused input or options, 1 failed while running, 130 Ctrl-C, 143 SIGTERM. The notes of what ended the
+    run (`add_note`) say in what it was, the innermost first.
+    """
+    formatwarning, handlers = warnings.formatwarning, {}
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    _signals.clear()
+    if threading.current_thread() is threading.main_thread():  # only there signals can be handled
+        names = ("SIGINT", "SIGTERM", "SIGALRM")  # Windows has no SIGALRM
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        handlers = {number: signal.signal(number, _notice) for number in numbers}
     try:
         run()
         return 0
     except InputError as error:
         print(f"{script}: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print(
-            f"{script}: failed: the device is out of memory; try a smaller --batch_size or --image_size",
-            file=sys.stderr,
-        )
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"{script}: failed: out of memory; try {with_less_memory}", file=sys.stderr)
         return 1
     except (RunError, OSError) as error:  # OSError: disk full, no permission, ...
         print(f"{script}: failed: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"{script}: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Terminated) as stop:
+        for number in handlers:
+            signal.signal(number, signal.SIG_IGN)  # it has been heard
+        where = ", ".join(reversed(getattr(stop, "__notes__", [])))
+        what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        print(f"{script}: {what}{' in ' * bool(where)}{where}; run the same command again to go on", file=sys.stderr)
+        return code
     finally:
         warnings.formatwarning = formatwarning
+        _set_alarm(0)
+        _signals.clear()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+_signals: list[int] = []  # Ctrl-C and SIGTERM that have come since the run began
+
+
+def stop_here() -> None:
+    """Ends the run if Ctrl-C or SIGTERM has come, by KeyboardInterrupt or Terminated. Long loops call it.
+
+    An exception right out of the signal's handler could hit a library between two steps that belong together.
+    """
+    if _signals:
+        _set_alarm(0)
+        raise Terminated if _signals[0] == signal.SIGTERM else KeyboardInterrupt
+
+
+def _notice(signum: int, frame: object) -> None:
+    """Handles a signal. Without a `stop_here` within 3 seconds, or at a second Ctrl-C, the run ends where it is."""
+    first = not _signals
+    if signum in (signal.SIGINT, signal.SIGTERM):
+        _signals.append(signum)
+    if first:
+        _set_alarm(3)
+    elif signum != signal.SIGTERM:  # schedulers send it twice
+        stop_here()
+
+
+def _set_alarm(seconds: float) -> None:
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again: Python drops what a destructor raises
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the machine or the device had too little memory; cpu and mps say so by a plain RuntimeError."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    texts = ("allocate memory", "out of memory", "ALLOC_FAILED")  # the last: cuBLAS and cuDNN
+    return isinstance(error, kinds) or any(text in str(error) for text in texts)
 
 
 def one_line(error: Exception) -> str:
@@ -70,9 +134,9 @@ def one_line(error: Exception) -> str:
 
 
 def natural_number(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    """argparse type: an integer in 1..999,999,999."""
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer below 10^9")
     return int(text)
 
 
@@ -97,6 +161,39 @@ def atomic_open(path: Path, mode: str = "w") -> Iterator:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Removes what killed processes left of writing the files that match `name`. Call it while none can be writing."""
+    for leftover in folder.glob(f".{name}.tmp-*"):
+        leftover.unlink(missing_ok=True)
+
+
+def take_lock(path: Path, timeout: float = -1) -> contextlib.AbstractContextManager | None:
+    """Takes an advisory file lock, which the kernel frees when its holder dies; leaving the context frees it.
+
+    Waits `timeout` seconds for another process that holds it, -1: without end. Returns None if it is still held then.
+    """
+    no_locks = f"{path.parent} is on a file system without file locks (flock): use another one"
+    end = time.monotonic() + timeout if timeout >= 0 else math.inf
+    lock = filelock.FileLock(path)
+    try:
+        while True:
+            stop_here()
+            try:
+                held = lock.acquire(timeout=max(0, min(1, end - time.monotonic())))
+                break
+            except filelock.Timeout:
+                if time.monotonic() >= end:
+                    return None
+        if isinstance(lock, filelock.SoftFileLock):  # a mere file, which stays when its holder dies
+            lock.release()
+            raise InputError(no_locks)
+        return held
+    except NotImplementedError:
+        raise InputError(no_locks) from None
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from None
 
 
 def flush_to_disk(file) -> None:
@@ -133,6 +230,65 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+RUN_RECORD = {  # args.json: `settings` and `data` define the members, `options` are the last command's
+    "settings": {"backbone": str, "meta_class_size": int, "image_size": int, "precision": str},
+    "data": {"fingerprint": str, "mean": [float], "std": [float], "counts": dict},
+    "options": dict,
+    "environment": dict,
+}
+MEMBER_RECORD = {  # member_007.json
+    "member": int,
+    "run": str,
+    "best_epoch": int,
+    "history": [
+        {"epoch": int, "loss": float, "accuracy": float, "lr": float, "seconds": float, "images_per_second": float}
+    ],
+    "partition": [int],
+    "environment": dict,
+    "sha256": dict,
+}
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Writes a JSON file with a checksum of its own. Plain dicts, lists, strings and finite numbers only."""
+    with atomic_open(path) as file:
+        json.dump(record | {"checksum": text_sha256(record)}, file, indent=1)
+
+
+def read_record(path: Path, pattern: dict) -> dict:
+    """Reads what `write_record` wrote. Raises ValueError for a damaged file, or one that does not fit the pattern.
+
+    A pattern is a type, `[pattern]` for a list, or `{key: pattern}` for a dict that has these keys among others.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("too deeply nested") from None
+    if not isinstance(record, dict) or record.pop("checksum", None) != text_sha256(record):
+        raise ValueError("its checksum does not fit")
+    if not _fits(record, pattern):
+        raise ValueError("its entries are those of another version")
+    return record
+
+
+def _fits(value: object, pattern: type | list | dict) -> bool:
+    if isinstance(pattern, dict):
+        return isinstance(value, dict) and all(key in value and _fits(value[key], pattern[key]) for key in pattern)
+    if isinstance(pattern, list):
+        return isinstance(value, list) and all(_fits(item, pattern[0]) for item in value)
+    return type(value) is pattern
+
+
+def run_identity(record: dict) -> str:
+    """What the members of a run must share: a checksum of all in its `args.json` that defines them."""
+    return text_sha256({"settings": record["settings"], "fingerprint": record["data"]["fingerprint"]})
+
+
+def text_sha256(value: object) -> str:
+    """The SHA-256 of a value of plain dicts, lists, strings and numbers."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ randomness
@@ -187,6 +343,7 @@ def image_batches(
     with ThreadPoolExecutor(1) as loader:
         waiting, loading = collections.deque(batches), collections.deque()
         while waiting or loading:
+            stop_here()
             while waiting and len(loading) < 3:  # the one to yield and two ahead
                 loading.append(loader.submit(load, *waiting.popleft()))
             yield loading.popleft().result().to(device, non_blocking=device.type == "cuda")

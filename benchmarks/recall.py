@@ -155,7 +155,7 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_main("benchmarks.recall", lambda: run(argv))
+    return run_main("benchmarks.recall", lambda: run(argv), "it without --big")
 
 
 if __name__ == "__main__":

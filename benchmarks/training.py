@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.plain import PlainImages, compare, hardware, plain_step, plain_transforms, row, seconds
 from data_utils import Cache, build_cache, list_data_set, num_cores, read_cache, resized, train_size
 from model import build_model, member_logits, pick_precision
-from train import batch_spans, make_optimizer, pick_device, prepared, train_batches, train_member, train_step
+from train import Sums, batch_spans, make_optimizer, pick_device, prepared, train_batches, train_member, train_step
 from train import parse_args as train_args
 from utils import InputError, Parser, RunError, natural_number, run_main
 
@@ -133,11 +133,11 @@ class ResidentStep:
         self.optimizer, self.precision = make_optimizer(self.model, args.lr, device), precision
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.mean, self.std = (torch.tensor(cache.meta[name], device=device) for name in ("mean", "std"))
-        self.sums = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+        self.sums = Sums.zeros(device)
 
     def __call__(self) -> None:
         pixels, targets = prepared(self.batch, self.mean, self.std), self.batch.targets
-        train_step(self.model, self.optimizer, self.scaler, self.precision, pixels, targets, *self.sums)
+        train_step(self.model, self.optimizer, self.scaler, self.precision, pixels, targets, self.sums)
 
 
 def steps(resident: ResidentStep, args: argparse.Namespace, repeats: int, device: torch.device) -> None:
@@ -247,7 +247,7 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_main("benchmarks.training", lambda: run(argv))
+    return run_main("benchmarks.training", lambda: run(argv), "a smaller --batch_size or --image_size")
 
 
 if __name__ == "__main__":

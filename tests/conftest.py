@@ -49,7 +49,7 @@ def tiny_run(tiny_data, tmp_path_factory) -> Path:
     """The run folder of two members trained on `tiny`. Not to be changed."""
     results = tmp_path_factory.mktemp("results")
     assert train.main([*TINY, "--data_path", str(tiny_data), "--results_path", str(results)]) == 0
-    (folder,) = results.iterdir()
+    (folder,) = (path for path in results.iterdir() if path.is_dir())
     return folder
 
 

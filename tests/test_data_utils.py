@@ -1,11 +1,11 @@
 """Raw layouts, pixels, the cache and its refusals."""
 
 import hashlib
-import json
 import multiprocessing
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import filelock
@@ -30,6 +30,7 @@ from PIL import Image
 
 import data_utils
 from data_utils import draw_demo, list_data_set, load_rgb, read_cache
+from utils import read_record, write_record
 
 SIZE = 32
 
@@ -592,26 +593,38 @@ def test_a_set_that_fails_while_running_does_not_stop_the_others(tmp_path, capsy
     assert "first: [Errno 28] No space left" in output.err and re.search(r"\nsecond +2 classes", output.out)
 
 
-def test_a_cache_in_the_making_is_not_disturbed(tmp_path, capsys):
+def test_a_cache_in_the_making_is_not_disturbed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data_utils, "SECONDS_FOR_A_LOCK", 0.1)
     write_image_folder(tmp_path / "mine")
     with filelock.FileLock(tmp_path / "mine" / ".cache_32.lock"):
         assert build(tmp_path) == 2
     assert "is being made by another process" in capsys.readouterr().err
 
 
+def test_annotations_that_crash_their_reader_are_refused(tmp_path, capsys, monkeypatch):
+    """As scipy's does on some damaged files, which the generated ones of test_inputs.py contain."""
+    write_car(tmp_path / "car")
+    monkeypatch.setattr(scipy.io, "loadmat", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    assert build(tmp_path) == 2
+    message = "cars_annos.mat: not a readable Cars196 annotation file (it crashes scipy's reader)"
+    assert message in capsys.readouterr().err
+
+
 def test_leftovers_of_a_killed_run_go(tmp_path):
     write_image_folder(tmp_path / "mine")
+    (tmp_path / "mine" / ".cache_32_skipped.txt.tmp-123").write_text("half")
     (tmp_path / "mine" / ".cache_32.new-123").mkdir()
     (tmp_path / "mine" / ".cache_32.new-123" / "train_pixels.npy").write_bytes(b"half")
     assert build(tmp_path) == 0
-    assert not (tmp_path / "mine" / ".cache_32.new-123").exists()
+    names = {path.name for path in (tmp_path / "mine").iterdir()}
+    assert names == {"train", "test", "cache_32", ".cache_32.lock"}
 
 
 def damage_meta(change):
     def damage(folder: Path) -> None:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_record(folder / "meta.json", {})
         change(meta)
-        (folder / "meta.json").write_text(json.dumps(meta))
+        write_record(folder / "meta.json", meta)
 
     return damage
 
@@ -622,6 +635,13 @@ CACHE_DAMAGES = {
     "truncated meta.json": (lambda folder: (folder / "meta.json").write_text('{"version": 1'), "is damaged"),
     "older version": (damage_meta(lambda meta: meta.update(version=0)), "another version"),
     "other size": (damage_meta(lambda meta: meta.update(image_size=64)), "other settings"),
+    "changed entry": (
+        lambda folder: (folder / "meta.json").write_text((folder / "meta.json").read_text().replace("train/", "test/")),
+        "its checksum does not fit",
+    ),
+    "entry of another kind": (damage_meta(lambda meta: meta.update(mean="grey")), "of another version"),
+    "two channels": (damage_meta(lambda meta: meta.update(std=[0.1, 0.1])), "three channels"),
+    "other number of images": (damage_meta(lambda meta: meta["test"]["paths"].pop()), "does not fit test_labels.npy"),
     "missing array": (lambda folder: (folder / "test_labels.npy").unlink(), "test_labels.npy is missing"),
     "truncated array": (lambda folder: (folder / "test_images.npy").write_bytes(b"x"), "has the wrong size"),
 }

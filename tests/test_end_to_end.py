@@ -37,7 +37,7 @@ def test_from_raw_folders_to_the_recall_log(tmp_path):
 
     options = "--image_size 32 --weights none --meta_class_size 2 --num_epochs 2 --ensemble_size 2 --recalls 1,2"
     done = call(tmp_path, "train.py", "--data_name", "cub", "--device", "cpu", *options.split())
-    (folder,) = (tmp_path / "results").iterdir()
+    (folder,) = (path for path in (tmp_path / "results").iterdir() if path.is_dir())
     assert folder.name == "cub_resnet18_D2_e2_s0_i32_wnone"
     assert re.fullmatch(
         r"2 members: R@1 [\d.]+, R@2 [\d.]+ in results/cub_\w+/recall\.csv", done.stdout.splitlines()[-1]

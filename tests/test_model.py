@@ -3,7 +3,6 @@
 import contextlib
 import email.message
 import io
-import json
 import pickle
 import re
 import shutil
@@ -32,7 +31,7 @@ from model import (
     resize_windows,
     weights_identity,
 )
-from utils import InputError
+from utils import InputError, read_record, run_identity, sha256, write_record
 
 
 def test_backbones_are_all_of_torchvisions_resnets():
@@ -284,9 +283,11 @@ def test_ensemble_from_a_run_folder(tiny_run, tiny_data, tmp_path):
 
 def test_an_ensemble_embeds_in_the_precision_of_its_run(tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "run")
-    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    record = read_record(tmp_path / "run" / "args.json", {})
     record["settings"]["precision"] = "bf16"
-    (tmp_path / "run" / "args.json").write_text(json.dumps(record))
+    write_record(tmp_path / "run" / "args.json", record)
+    for path in (tmp_path / "run").glob("member_*.json"):
+        write_record(path, read_record(path, {}) | {"run": run_identity(record)})
     for folder, expected in ((tiny_run, torch.float32), (tmp_path / "run", torch.bfloat16)):
         ensemble, seen = load_ensemble(folder), []
         ensemble.members[1].conv1.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
@@ -296,10 +297,25 @@ def test_an_ensemble_embeds_in_the_precision_of_its_run(tiny_run, tmp_path):
 
 def test_a_run_folder_is_read_as_data_only(tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "run")
-    torch.save({"conv1.weight": Payload(str(tmp_path / "owned"))}, tmp_path / "run" / "member_001.pth")
-    with pytest.raises(pickle.UnpicklingError):
+    weights, path = tmp_path / "run" / "member_001.pth", tmp_path / "run" / "member_001.json"
+    torch.save({"conv1.weight": Payload(str(tmp_path / "owned"))}, weights)
+    with pytest.raises(InputError, match=r"member_001.json is damaged .*checksum of member_001.pth does not fit"):
+        load_ensemble(tmp_path / "run")
+    record = read_record(path, {})
+    record["sha256"][weights.name] = sha256(weights)
+    write_record(path, record)
+    with pytest.raises(InputError, match=r"member_001.json is damaged .*UnpicklingError"):
         load_ensemble(tmp_path / "run")
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("change", [{"run": "another"}, {"member": 2}])
+def test_members_of_another_run_are_no_part_of_an_ensemble(tiny_run, tmp_path, change):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    path = tmp_path / "run" / "member_001.json"
+    write_record(path, read_record(path, {}) | change)
+    with pytest.raises(InputError, match="of another run or member"):
+        load_ensemble(tmp_path / "run")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])  # bf16: torch 2.6 asks a real device for it

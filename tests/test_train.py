@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -22,6 +23,8 @@ from data_utils import read_cache
 from model import Head, build_model, member_logits, resize_windows
 from train import (
     Batch,
+    Members,
+    Sums,
     batch_spans,
     learning_rate,
     make_optimizer,
@@ -31,7 +34,7 @@ from train import (
     train_member,
     train_step,
 )
-from utils import draws, meta_class_partition
+from utils import draws, meta_class_partition, read_record, write_record
 
 CPU = torch.device("cpu")
 
@@ -42,7 +45,7 @@ def run(data: Path, results: Path, *options: str) -> int:
 
 
 def only_folder(results: Path) -> Path:
-    (folder,) = results.iterdir()
+    (folder,) = (path for path in results.iterdir() if path.is_dir())
     return folder
 
 
@@ -256,16 +259,17 @@ def test_train_step_equals_a_plain_step():
     models = [nn.Sequential(*layers), copy.deepcopy(nn.Sequential(*layers))]
     pixels, targets = torch.randn(8, 3, 32, 32), torch.tensor([0, 2, 1, 1, 0, 2, 0, 1])
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
-    loss_sum, correct = torch.tensor(10.0), torch.tensor(10)
+    sums = Sums(torch.tensor(10.0), torch.tensor(10), torch.tensor(3), 3)
     models[0][-1].weight.grad = torch.ones(3, 16)  # of an earlier step: must not count
-    train_step(models[0], optimizers[0], no_scaling(), "fp32", pixels, targets, loss_sum, correct)
+    train_step(models[0], optimizers[0], no_scaling(), "fp32", pixels, targets, sums)
 
     logits = models[1](pixels)
     loss = -logits.log_softmax(1)[range(8), targets].mean()
     loss.backward()
     optimizers[1].step()
-    assert correct.item() == 10 + (logits.argmax(1) == targets).sum().item()
-    assert loss_sum.item() == pytest.approx(10 + 8 * loss.item(), rel=1e-5)
+    assert (sums.steps, sums.finite_steps.item()) == (4, 4)
+    assert sums.correct.item() == 10 + (logits.argmax(1) == targets).sum().item()
+    assert sums.loss.item() == pytest.approx(10 + 8 * loss.item(), rel=1e-5)
     for parameter, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
 
@@ -276,12 +280,11 @@ def test_fp16_gradients_are_scaled_and_an_overflow_skips_the_step():
     model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Head(4, 2))
     model[3].weight.data = torch.tensor([[1e-7, 0, 0, 0], [0, 0, 0, 1e-7]])
     pixels, targets = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 1])
-    loss_sum, correct = torch.zeros(()), torch.zeros((), dtype=torch.int64)
     gradients = {}
     for scale in (1.0, 2.0**16, 2.0**100):
         trained = copy.deepcopy(model)
         optimizer, scaler = make_optimizer(trained, 0.1, CPU), torch.amp.GradScaler("cpu", init_scale=scale)
-        train_step(trained, optimizer, scaler, "fp16", pixels, targets, loss_sum, correct)
+        train_step(trained, optimizer, scaler, "fp16", pixels, targets, Sums.zeros(CPU))
         gradients[scale] = trained[0].weight.grad.abs().max().item()
         moved = [
             not torch.equal(new.weight, old.weight) for new, old in ((trained[0], model[0]), (trained[3], model[3]))
@@ -355,14 +358,14 @@ def test_train_and_embedding_steps_never_wait_for_the_device():
     optimizer = make_optimizer(model, 1e-4, meta)
     images, targets, sides = torch.empty(4, 64, 64, 3, dtype=torch.uint8), torch.zeros(4).long(), torch.ones(4).long()
     mean, std = torch.ones(3, device=meta), torch.ones(3, device=meta)
-    loss_sum, correct = torch.zeros((), device=meta), torch.zeros((), dtype=torch.int64, device=meta)
+    sums = Sums.zeros(meta)
     for batch in (Batch(images.to(meta), targets.to(meta), 2, s) for s in (None, sides.to(meta))):
-        train_step(model, optimizer, no_scaling(), "fp32", prepared(batch, mean, std), batch.targets, loss_sum, correct)
+        train_step(model, optimizer, no_scaling(), "fp32", prepared(batch, mean, std), batch.targets, sums)
     assert all(parameter.grad is not None for parameter in model.parameters())
     logits = member_logits(model, np.zeros((5, 64, 64, 3), np.uint8), mean, std, batch_size=2, precision="fp32")
     assert logits.device == meta and logits.shape == (5, 12)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        loss_sum.item()
+        sums.loss.item()
 
 
 @pytest.mark.parametrize(("correct", "best"), [([3, 9, 7, 9], 1), ([5, 5, 5, 5], 0), ([1, 2, 3, 4], 3), ([0] * 4, 0)])
@@ -371,11 +374,11 @@ def test_the_best_epoch_by_training_accuracy_is_kept(tiny_cache, tiny_args, monk
     tiny_args.num_epochs, tiny_args.batch_size = 4, 64  # one step an epoch
     steps, rates = iter(range(4)), []
 
-    def step(model, optimizer, scaler, precision, pixels, targets, loss_sum, counted):
+    def step(model, optimizer, scaler, precision, pixels, targets, sums):
         epoch = next(steps)
         rates.append(optimizer.param_groups[0]["lr"])
         model.fc.bias.data.fill_(epoch)
-        counted += correct[epoch]
+        sums.correct += correct[epoch]
 
     monkeypatch.setattr(train, "train_step", step)
     model, record = train_member(tiny_cache, None, tiny_args, 1, CPU, "fp32")
@@ -384,13 +387,23 @@ def test_the_best_epoch_by_training_accuracy_is_kept(tiny_cache, tiny_args, monk
     assert rates == [row["lr"] for row in record["history"]] == [1e-3, 1e-3, 1e-5, 1e-5]
 
 
+def test_the_first_loss_that_is_not_finite_is_remembered():
+    sums, targets = Sums.zeros(CPU), torch.tensor([0, 1])
+    for value in (1.0, float("inf"), 1.0, float("nan")):  # a new model each time: one that saw inf never recovers
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train_step(model, optimizer, no_scaling(), "fp32", torch.full((2, 3, 2, 2), value), targets, sums)
+    assert (sums.steps, sums.finite_steps.item()) == (4, 1)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tiny_data, tmp_path, capsys, monkeypatch):
-    def step(model, optimizer, scaler, precision, pixels, targets, loss_sum, correct):
-        loss_sum += float("nan")
+    def step(model, optimizer, scaler, precision, pixels, targets, sums):
+        sums.steps += 1
+        sums.finite_steps += sums.steps < 3
 
     monkeypatch.setattr(train, "train_step", step)
     assert run(tiny_data, tmp_path) == 1
-    message = "member 1, epoch 0: the loss is not finite; try a lower --lr than 0.001"
+    message = "member 1, epoch 0, batch 2: the loss is not finite; try a lower --lr than 0.001"
     assert capsys.readouterr().err.endswith(f"{message}\n")
     assert not list(only_folder(tmp_path).glob("member_*"))
     assert run(tiny_data, tmp_path, "--precision", "fp16") == 1
@@ -430,9 +443,9 @@ def test_members_do_not_depend_on_each_other(tiny_run, tiny_cache, tiny_args):
 
 def test_run_folder(tiny_run, tiny_data, tiny_cache):
     assert tiny_run.name == "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
-    names = {"args.json", "recall.csv", "test.csv", "train.csv"}
+    names = {"args.json", "cache_compared.json", "recall.csv", "test.csv", "train.csv"}
     names |= {f"member_00{member}.{suffix}" for member in (1, 2) for suffix in ("json", "npy", "pth")}
-    assert {path.name for path in tiny_run.iterdir()} == names
+    assert {path.name for path in tiny_run.iterdir() if not path.name.endswith(".lock")} == names
 
     record = json.loads((tiny_run / "args.json").read_text())
     assert record["options"]["ensemble_size"] == 2 and record["settings"]["lr"] == 1e-3
@@ -475,9 +488,11 @@ def test_recall_log_equals_the_definition(tiny_run):
 
 def test_the_json_of_a_member_is_written_last(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(
-        train, "atomic_open", lambda path, *mode: written.append(path.suffix) or utils.atomic_open(path, *mode)
-    )
+    original = utils.atomic_open
+    for module in (train, utils):
+        monkeypatch.setattr(
+            module, "atomic_open", lambda path, *mode: written.append(path.suffix) or original(path, *mode)
+        )
     train.save_member(tmp_path, 1, nn.Linear(2, 2), torch.zeros(3, 2), {})
     assert written == [".pth", ".npy", ".json"]
 
@@ -570,7 +585,7 @@ def test_a_full_disk_costs_the_member_but_no_file(tiny_data, tiny_run, tmp_path,
     assert run(tiny_data, tmp_path, "--ensemble_size", "3") == 1
     error = capsys.readouterr().err
     assert "train.py: failed: [Errno 28] No space left on device" in error and error.count("\n") == 1
-    assert digests(tmp_path / tiny_run.name, "*member_*") == before
+    assert digests(tmp_path / tiny_run.name, "*member_*[!k]") == before
 
 
 def test_out_of_memory_in_the_evaluation_costs_time_only(tiny_data, tiny_run, tmp_path, monkeypatch):
@@ -621,6 +636,26 @@ def test_out_of_memory_names_the_options(tiny_data, tmp_path, capsys, monkeypatc
     assert "try a smaller --batch_size or --image_size" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(("meta_classes", "batch_size"), [(2, 2), (2, 3), (3, 128)])
+def test_odd_data_sets_are_trained_on(tmp_path, meta_classes, batch_size):
+    """Images smaller than the crop or 1 pixel wide, one class more than D or as many, batches of one image."""
+    sizes = {"ä b": (1, 50), "c,d": (50, 1), "ﬁn": (2, 2)}
+    for name, (width, height) in sizes.items():
+        save_image(tmp_path / "odd" / "train" / name / "é 1.png", width=width, height=height)
+    save_image(tmp_path / "odd" / "train" / "c,d" / "2.png")
+    for name in ("x y", "x y/deeper", "ü"):
+        save_image(tmp_path / "odd" / "test" / name / "1 ö.png", width=1, height=7)
+    save_image(tmp_path / "odd" / "test" / "x y" / "2.png")
+    assert data_utils.main(["--data_path", str(tmp_path), "--data_name", "odd", "--image_size", "32"]) == 0
+    options = ["--data_name", "odd", "--meta_class_size", str(meta_classes), "--batch_size", str(batch_size)]
+    assert run(tmp_path, tmp_path / "results", *options, "--recalls", "1", "--num_epochs", "1") == 0
+    folder = only_folder(tmp_path / "results")
+    assert pd.read_csv(folder / "test.csv").class_name.tolist() == ["x y", "x y", "x y/deeper", "ü"]
+    table = pd.read_csv(folder / "recall.csv")
+    assert len(table) == 2 and table["R@1"].between(0, 50).all()  # two of the four have no other of their class
+    assert read_record(folder / "member_001.json", {})["history"][0]["images"] == 4
+
+
 def test_what_the_first_member_tells_of_the_rest(tiny_data, tmp_path, capsys):
     assert run(tiny_data, tmp_path, "--num_epochs", "1") == 0
     output = capsys.readouterr().out
@@ -637,12 +672,12 @@ def test_a_cut_of_large_classes_is_said(tiny_data, tmp_path, capsys, monkeypatch
 
 def edited(folder: Path, *keys: str, value) -> None:
     """Changes one entry of args.json."""
-    record = json.loads((folder / "args.json").read_text())
+    record = read_record(folder / "args.json", {})
     inner = record
     for key in keys[:-1]:
         inner = inner[key]
     inner[keys[-1]] = value
-    (folder / "args.json").write_text(json.dumps(record))
+    write_record(folder / "args.json", record)
 
 
 @pytest.mark.parametrize(
@@ -654,8 +689,6 @@ def edited(folder: Path, *keys: str, value) -> None:
             lambda folder: edited(folder, "data", "fingerprint", value="0"),
             r"other settings: cache \(fingerprint\) 0, not",
         ),
-        (lambda folder: (folder / "args.json").write_text("{"), "args.json is damaged"),
-        (lambda folder: (folder / "args.json").unlink(), "has members but no args.json"),
     ],
 )
 def test_other_settings_under_the_same_name_are_refused(
@@ -671,6 +704,29 @@ def test_other_settings_under_the_same_name_are_refused(
     assert digests(folder) == before
 
 
+@pytest.mark.parametrize("change", ["missing", "damaged"])
+def test_the_members_stand_in_for_a_lost_run_record(tiny_data, tiny_run, tmp_path, capsys, no_training, change):
+    """It is written anew for members that fit the command, and never for members of something else."""
+    folder = tmp_path / tiny_run.name
+    shutil.copytree(tiny_run, folder)
+    path = folder / "args.json"
+    lines = path.read_text().replace('"flip": true', '"flip": false')
+    path.unlink() if change == "missing" else path.write_text(lines)
+    assert run(tiny_data, tmp_path) == 0
+    assert ("args.json is damaged" in capsys.readouterr().err) == (change == "damaged")
+    records = [read_record(run_folder / "args.json", {}) for run_folder in (folder, tiny_run)]
+    assert records[0]["settings"] == records[1]["settings"]
+
+    path.unlink()
+    for member in (1, 2):
+        record = read_record(folder / f"member_00{member}.json", {}) | {"run": "another"}
+        write_record(folder / f"member_00{member}.json", record)
+    before = digests(folder)
+    assert run(tiny_data, tmp_path) == 2
+    assert "no sound args.json and no member of these settings and data" in capsys.readouterr().err
+    assert digests(folder) == before
+
+
 def test_another_environment_is_a_warning_and_recorded(tiny_data, tiny_run, tmp_path, capsys):
     folder = tmp_path / tiny_run.name
     shutil.copytree(tiny_run, folder)
@@ -678,11 +734,11 @@ def test_another_environment_is_a_warning_and_recorded(tiny_data, tiny_run, tmp_
     assert run(tiny_data, tmp_path) == 0 and "warning" not in capsys.readouterr().err  # nothing to train
     assert run(tiny_data, tmp_path, "--ensemble_size", "3") == 0
     assert f"warning: this run was begun with torch 1.0 (now {torch.__version__})\n" in capsys.readouterr().err
-    assert json.loads((folder / "args.json").read_text())["environment"]["torch"] == "1.0"
+    assert read_record(folder / "args.json", {})["environment"]["torch"] == "1.0"
     assert json.loads((folder / "member_003.json").read_text())["environment"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("suffix", ["pth", "npy", "json"])
+@pytest.mark.parametrize("suffix", ["pth", "json"])
 def test_a_damaged_member_is_named_and_trained_again(tiny_data, tiny_run, tmp_path, capsys, suffix):
     folder = tmp_path / tiny_run.name
     shutil.copytree(tiny_run, folder)
@@ -693,6 +749,18 @@ def test_a_damaged_member_is_named_and_trained_again(tiny_data, tiny_run, tmp_pa
     assert re.search(rf"member 1 counts as not trained, damaged: {path.name}", output.err)
     assert "1 of 2 members are finished" in output.out
     for pattern in ("member_*.npy", "recall.csv"):
+        assert digests(folder, pattern) == digests(tiny_run, pattern)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_embedding_is_made_again_without_training(tiny_data, tiny_run, tmp_path, capsys, no_training, damage):
+    folder = tmp_path / tiny_run.name
+    shutil.copytree(tiny_run, folder)
+    path = folder / "member_001.npy"
+    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:-9])
+    assert run(tiny_data, tmp_path) == 0
+    assert "the embedding of member 1 is damaged (member_001.npy): made again" in capsys.readouterr().err
+    for pattern in ("member_*", "recall.csv", "train.csv"):
         assert digests(folder, pattern) == digests(tiny_run, pattern)
 
 
@@ -714,6 +782,73 @@ def test_run_name(options, name):
 
 
 # ------------------------------------------------------------------------------------------------ wrong options
+
+
+def test_members_are_ranges_and_numbers():
+    assert train.member_list("13-15") == [13, 14, 15]
+    assert train.member_list("9,1-3,2") == [1, 2, 3, 9]
+
+
+@pytest.mark.parametrize(
+    ("option", "local_rank", "gpus", "device"),
+    [
+        ("auto", "2", 4, "cuda:2"),
+        ("cuda", "3", 4, "cuda:3"),
+        ("cuda", "3", 1, "cuda:0"),  # a launcher that shows each process its own GPU
+        ("cuda:1", "2", 4, "cuda:1"),
+        ("auto", None, 4, "cuda"),
+        ("auto", "1", 0, "cpu"),
+    ],
+)
+def test_each_process_of_torchrun_takes_its_gpu(monkeypatch, option, local_rank, gpus, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setenv("LOCAL_RANK", local_rank) if local_rank else monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert train.pick_device(option) == torch.device(device)
+
+
+def test_deterministic(tiny_data, tiny_run, tmp_path, monkeypatch, no_training, capsys):
+    """It asks PyTorch for deterministic algorithms, is recorded, and a run without it asks for none."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    shutil.copytree(tiny_run, tmp_path / tiny_run.name)
+    monkeypatch.setattr(train, "finish_member", lambda *_: pytest.fail("deterministic" if asked() else "not"))
+    for options, message in ((["--deterministic"], "deterministic"), ([], "not")):
+        with pytest.raises(pytest.fail.Exception, match=f"^{message}$"):
+            run(tiny_data, tmp_path, "--ensemble_size", "3", *options)
+        warned = "begun with deterministic False (now True)" in capsys.readouterr().err
+        assert warned == bool(options)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def asked() -> bool:
+    algorithms = torch.are_deterministic_algorithms_enabled(), not torch.backends.cudnn.benchmark
+    assert algorithms[0] == algorithms[1]
+    return algorithms[0]
+
+
+def test_the_content_of_a_cache_is_compared_once(tiny_data, tiny_run, tmp_path, monkeypatch, capsys, no_training):
+    shutil.copytree(tiny_run, tmp_path / "results" / tiny_run.name)
+    shutil.copytree(tiny_data, tmp_path / "data", copy_function=shutil.copy)  # the same content of another time
+    compared = []
+    verify_cache = train.verify_cache
+    monkeypatch.setattr(train, "verify_cache", lambda cache: compared.append(1) or verify_cache(cache))
+    for expected in (1, 1):
+        assert run(tmp_path / "data", tmp_path / "results") == 0 and len(compared) == expected
+    path = tmp_path / "data" / "tiny" / "cache_32" / "test_images.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for expected in (2, 3):  # a damaged one is not remembered
+        assert run(tmp_path / "data", tmp_path / "results") == 2 and len(compared) == expected
+        error = capsys.readouterr().err
+        assert re.search(r"damaged: test_images; make it again with: python data_utils\.py .*--force\n$", error)
+    assert (
+        data_utils.main(["--data_path", str(tmp_path / "data"), *"--data_name tiny --image_size 32 --force".split()])
+        == 0
+    )
+    assert run(tmp_path / "data", tmp_path / "results") == 0 and len(compared) == 4
 
 
 def test_defaults_are_those_of_the_original_command_line():
@@ -742,6 +877,12 @@ def test_defaults_are_those_of_the_original_command_line():
         (["--batch_size", "1"], "at least 2"),
         (["--num_epochs", "0"], "'0' is not a positive integer"),
         (["--ensemble_size", "-3"], "'-3' is not a positive integer"),
+        (["--ensemble_size", "10001"], "--ensemble_size 10001 is over 10,000"),
+        (["--ensemble_size", "1" * 5000], "is not a positive integer below 10"),
+        (["--members", "3-1"], "'3-1' is no range of members"),
+        (["--members", "1-99999"], "'1-99999' is no range of members"),
+        (["--members", "1-"], "'' is not a positive integer"),
+        (["--members", "2,5"], "--members 5 is above --ensemble_size 2"),
         (["--lr", "nan"], "'nan' is not a positive number"),
         (["--seed", "-1"], "'-1' is not an integer"),
         (["--seed", "4294967296"], "is not an integer in"),
@@ -773,14 +914,22 @@ def test_a_member_file_of_another_member_is_not_taken(tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "run")
     for suffix in ("npy", "pth", "json"):
         shutil.copy(tmp_path / "run" / f"member_001.{suffix}", tmp_path / "run" / f"member_003.{suffix}")
-    assert train.finished_member(tmp_path / "run", 2) is not None
-    assert train.finished_member(tmp_path / "run", 3) is None
-    record = json.loads((tmp_path / "run" / "member_002.json").read_text())
-    for wrong in (record | {"history": []}, record | {"member": 1}):
-        (tmp_path / "run" / "member_002.json").write_text(json.dumps(wrong))
-        assert train.finished_member(tmp_path / "run", 2) is None
-    (tmp_path / "run" / "member_002.json").write_text('{"sha256": {}}')
-    assert train.finished_member(tmp_path / "run", 2) is None
+    record = read_record(tmp_path / "run" / "member_002.json", {})
+
+    def finished(identity=record["run"]):
+        members = Members(tmp_path / "run", identity)
+        members.look()
+        return sorted(members.records)
+
+    assert finished() == [1, 2] and finished("another run") == []
+    path = tmp_path / "run" / "member_002.json"
+    for change in ({"member": 1}, {"run": "another run"}):
+        write_record(path, record | change)
+        assert finished() == [1]
+    path.write_text(json.dumps(record | {"checksum": "0"}))
+    assert finished() == [1]
+    write_record(path, record)
+    assert finished() == [1, 2]
 
 
 def test_without_arguments_and_data_it_says_what_to_do_next(capsys, tmp_path, monkeypatch):

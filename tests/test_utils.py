@@ -1,7 +1,9 @@
 """The partition, the draws, safe writing, and Recall@K against an obvious implementation."""
 
+import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +15,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
-from utils import InputError, RunError, atomic_open, draws, meta_class_partition, recall_at_k, run_main, spans
+from utils import (
+    InputError,
+    RunError,
+    atomic_open,
+    draws,
+    meta_class_partition,
+    read_record,
+    recall_at_k,
+    run_main,
+    spans,
+    write_record,
+)
 
 # ------------------------------------------------------------------------------------------------ partition and draws
 
@@ -320,9 +333,164 @@ def test_exit_codes_and_single_lines(error, code, capsys):
         if error is not None:
             raise error
 
-    assert run_main("script.py", run) == code
+    assert run_main("script.py", run, "less") == code
     message = capsys.readouterr().err
     assert message == "" if error is None else re.fullmatch(r"script\.py: .*\n", message)
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [("SIGTERM", 143, "terminated"), ("SIGINT", 130, "interrupted")])
+def test_signals_stop_at_the_next_safe_place(capsys, number, code, word):
+    reached = []
+
+    def run():
+        for step in range(3):
+            utils.stop_here()
+            os.kill(os.getpid(), getattr(signal, number))
+            if number == "SIGTERM":
+                os.kill(os.getpid(), signal.SIGTERM)  # schedulers send it twice
+            reached.append(step)
+
+    def noted():
+        try:
+            run()
+        except BaseException as stop:
+            stop.add_note("step 1")
+            stop.add_note("the test")
+            raise
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    assert run_main("script.py", noted, "less") == code and reached == [0]
+    message = f"script.py: {word} in the test, step 1; run the same command again to go on\n"
+    assert capsys.readouterr().err == message
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert run_main("script.py", utils.stop_here, "less") == 0  # it is forgotten
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_signals_stop_soon_where_there_is_no_safe_place(capsys, monkeypatch):
+    seconds = []
+    monkeypatch.setattr(
+        utils, "_set_alarm", lambda s: seconds.append(s) or signal.setitimer(signal.ITIMER_REAL, s / 30)
+    )
+
+    def run():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+
+    assert run_main("script.py", run, "less") == 143 and max(seconds) == 3
+    assert "script.py: terminated; run the same command again" in capsys.readouterr().err
+
+
+def test_a_second_interrupt_stops_at_once():
+    def run():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("not at once")
+
+    assert run_main("script.py", run, "less") == 130
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ],
+)
+def test_every_kind_of_out_of_memory_is_one_line(capsys, error):
+    def run():
+        raise error
+
+    assert run_main("script.py", run, "less") == 1
+    assert capsys.readouterr().err == "script.py: failed: out of memory; try less\n"
+    with pytest.raises(RuntimeError, match="another one"):
+        error = RuntimeError("another one")
+        run_main("script.py", run, "less")
+
+
+def test_a_lock_is_held_by_one_and_freed_by_its_holders_death(tmp_path):
+    held = utils.take_lock(tmp_path / ".lock")
+    with held:
+        assert utils.take_lock(tmp_path / ".lock", timeout=0) is None
+    code = "import sys, utils; held = utils.take_lock(utils.Path(sys.argv[1])); print(1, flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(utils.__file__).parent,
+    )
+    assert process.stdout.readline() == b"1\n"
+    assert utils.take_lock(tmp_path / ".lock", timeout=0) is None
+    process.kill()
+    process.wait()
+    with utils.take_lock(tmp_path / ".lock", timeout=5):
+        pass
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", flock)
+        with pytest.raises(InputError, match="is on a file system without file locks"):
+            utils.take_lock(tmp_path / ".lock")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(InputError, match="cannot write"):
+        utils.take_lock(tmp_path / "file" / ".lock")
+
+
+def test_waiting_for_a_lock_ends_at_a_signal(tmp_path):
+    def run():
+        os.kill(os.getpid(), signal.SIGTERM)
+        utils.take_lock(tmp_path / ".lock")
+
+    with utils.take_lock(tmp_path / ".lock"):
+        assert run_main("script.py", run, "less") == 143
+
+
+RECORD = {"a": 1, "b": [{"c": 1.5}], "more": None}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits"),
+    [
+        ({}, True),
+        ({"a": int, "b": [{"c": float}]}, True),
+        ({"a": float}, False),
+        ({"d": int}, False),
+        ({"b": [int]}, False),
+        ({"b": {"c": float}}, False),
+        ({"b": [{"c": float, "d": int}]}, False),
+        ({"a": [int]}, False),
+    ],
+)
+def test_records_have_a_pattern(tmp_path, pattern, fits):
+    write_record(tmp_path / "record.json", RECORD)
+    if fits:
+        assert read_record(tmp_path / "record.json", pattern) == RECORD
+    else:
+        with pytest.raises(ValueError, match="of another version"):
+            read_record(tmp_path / "record.json", pattern)
+
+
+def test_a_changed_record_is_noticed(tmp_path):
+    path = tmp_path / "record.json"
+    write_record(path, RECORD)
+    for text in (path.read_text().replace("1.5", "2.5"), "[]", '{"a": 1}', "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"its checksum does not fit|too deeply nested"):
+            read_record(path, {})
+
+
+def test_leftovers_of_one_name_go(tmp_path):
+    for name in (".log.csv.tmp-1", ".log.csv.tmp-2", ".other.csv.tmp-1", "log.csv"):
+        (tmp_path / name).write_text("x")
+    utils.remove_leftovers(tmp_path, "log.csv")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.csv.tmp-1", "log.csv"]
 
 
 def test_size_text():
