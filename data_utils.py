@@ -7,15 +7,20 @@
 The cache data/NAME/cache_256/ holds pixels after the last deterministic step of the input pipeline, as uint8: training
 images with their shorter side at int(1.1 * 256), test images resized and centre-cropped to 256 x 256. They equal
 torchvision's Resize and CenterCrop bit for bit. Random crops, flips and normalisation are left to training.
+With --resize squash, cache_256_squash/ has both sides at int(1.1 * 256), or 256: nothing is cut off a wide image.
 """
 
 import argparse
+import collections
 import contextlib
+import csv
 import functools
+import io
 import itertools
 import math
 import multiprocessing
 import os
+import posixpath
 import re
 import shlex
 import shutil
@@ -23,7 +28,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -62,14 +66,15 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".ti
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")  # no other decoder of Pillow sees a downloaded file
 SECONDS_FOR_A_LOCK = 10  # the workers of a run that was just killed hold it until they notice
 MAX_RESIZED_PIXELS = 16_000_000  # a 1 x 10,000 image would grow to 281 x 2,810,000
+RESIZES = ("crop", "squash")
 
 
 class Published(NamedTuple):
     """What is known of a data set: class ids and split, counts, and the channel statistics of METHOD.md."""
 
     last_train_class: int | None  # classes 1..this train, the others test; None: the lists say
-    num_classes: int
-    counts: dict[str, tuple[int, int]]  # split -> classes, images
+    num_classes: int | None  # class ids are 1..this; None: they are names
+    counts: dict[str, tuple[int, int]]  # split, or part of the test split -> classes, images
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -96,6 +101,13 @@ PUBLISHED = {
         mean=(0.5807, 0.5396, 0.5044),
         std=(0.2901, 0.2974, 0.3095),
     ),
+    "isc": Published(
+        last_train_class=None,
+        num_classes=None,
+        counts={"train": (3997, 25882), "test": (3985, 26830), "query": (3985, 14218), "gallery": (3985, 12612)},
+        mean=(0.8324, 0.8109, 0.8041),
+        std=(0.2206, 0.2378, 0.2444),
+    ),
 }
 
 LAYOUTS = """\
@@ -103,6 +115,9 @@ LAYOUTS = """\
               cars_test_annos_withlabels.mat
   data/cub/   images.txt, image_class_labels.txt and images/   (CUB-200-2011)
   data/sop/   Ebay_train.txt, Ebay_test.txt and *_final/       (Stanford Online Products)
+  data/isc/   list_eval_partition.txt and img/                 (In-Shop Clothes Retrieval of DeepFashion)
+or, with any other NAME:
+  data/NAME/  images.csv with the columns path,label,split     (and is_query,is_gallery)
   data/NAME/  train/ and test/, with a folder of images for each class
 The README says where to get them. Without any: python data_utils.py --data_name demo"""
 
@@ -124,9 +139,11 @@ def load_rgb(path: str | Path) -> Image.Image:
 
 
 def _open_image(path: str | Path) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(path, formats=IMAGE_FORMATS)
+    image = Image.open(path, formats=IMAGE_FORMATS)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow only warns of up to twice as many
+        image.close()
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are over Pillow's limit")
+    return image
 
 
 def train_size(image_size: int) -> int:
@@ -134,21 +151,26 @@ def train_size(image_size: int) -> int:
     return int(1.1 * image_size)
 
 
-def resized(width: int, height: int, shorter: int) -> tuple[int, int]:
-    """The (width, height) that torchvision's `Resize(shorter)` gives."""
+def resized(width: int, height: int, shorter: int, resize: str = "crop") -> tuple[int, int]:
+    """The (width, height) that torchvision's `Resize(shorter)` gives; for squash, `Resize((shorter, shorter))`."""
+    if resize not in RESIZES:
+        raise ValueError(f"resize has to be one of {', '.join(RESIZES)}, not {resize!r}")
+    if resize == "squash":
+        return shorter, shorter
     if width <= height:
         return shorter, int(shorter * height / width)
     return int(shorter * width / height), shorter
 
 
-def resize_train(image: Image.Image, image_size: int) -> np.ndarray:
-    """`(H, W, 3) uint8`, the shorter side int(1.1 * image_size)."""
-    return np.asarray(image.resize(resized(*image.size, train_size(image_size)), Image.Resampling.BILINEAR))
+def resize_train(image: Image.Image, image_size: int, resize: str = "crop") -> np.ndarray:
+    """`(H, W, 3) uint8`, the shorter side int(1.1 * image_size); for squash, both sides."""
+    size = resized(*image.size, train_size(image_size), resize)
+    return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
 
 
-def resize_test(image: Image.Image, image_size: int) -> np.ndarray:
-    """`(image_size, image_size, 3) uint8`: the shorter side image_size, then the centre crop."""
-    image = image.resize(resized(*image.size, image_size), Image.Resampling.BILINEAR)
+def resize_test(image: Image.Image, image_size: int, resize: str = "crop") -> np.ndarray:
+    """`(image_size, image_size, 3) uint8`: the shorter side image_size, then the centre crop; squash: no crop."""
+    image = image.resize(resized(*image.size, image_size, resize), Image.Resampling.BILINEAR)
     left, top = (round((side - image_size) / 2) for side in image.size)  # torchvision's rounding
     return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
 
@@ -167,6 +189,8 @@ class Entry(NamedTuple):
     class_key: int | str  # sorts the classes
     class_name: str
     path: str  # relative to data/NAME, with forward slashes
+    is_query: bool = True  # of a test image: whether it is searched for,
+    is_gallery: bool = True  # and whether it is searched among
 
 
 @dataclass
@@ -184,9 +208,11 @@ def list_data_set(name: str, folder: Path) -> Listing:
     Raises InputError if the layout is not there. Problems with single lines and paths are collected in the listing;
     that the images exist is checked when they are opened.
     """
-    parser = RAW_LAYOUTS.get(name, list_image_folder)
-    roots = [folder] if parser is list_image_folder else [folder, *_subfolders(folder)]  # archives unpack one deeper
-    for root in roots:
+    if name in RAW_LAYOUTS:
+        parsers, roots = [RAW_LAYOUTS[name]], [folder, *_subfolders(folder)]  # archives unpack one deeper
+    else:  # images.csv comes first: somebody wrote it for this, while train/ and test/ may just be where images lie
+        parsers, roots = [list_csv, list_image_folder], [folder]
+    for root, parser in itertools.product(roots, parsers):
         listing = parser(root, f"{root.relative_to(folder).as_posix()}/" if root != folder else "")
         if listing is not None:
             return _checked(listing, name)
@@ -236,7 +262,7 @@ def list_car(root: Path, prefix: str) -> Listing | None:
             listing.problems.append(str(error))
             continue
         for number, (path, class_id) in enumerate(rows, 1):
-            _add(listing, "car", f"{table}, entry {number}", class_id, folder, path, names.get(class_id))
+            _add_numbered(listing, "car", f"{table}, entry {number}", class_id, folder, path, names.get(class_id))
     return listing
 
 
@@ -303,7 +329,7 @@ def list_cub(root: Path, prefix: str) -> Listing | None:
         elif image_id not in classes:
             listing.problems.append(f"{where}: image {image_id} has no class in image_class_labels.txt")
         else:
-            _add(listing, "cub", where, classes[image_id], f"{prefix}images/", path, path.split("/")[0])
+            _add_numbered(listing, "cub", where, classes[image_id], f"{prefix}images/", path, path.split("/")[0])
         seen.add(image_id)
     return listing
 
@@ -320,9 +346,67 @@ def list_sop(root: Path, prefix: str) -> Listing | None:
             listing.problems.append(f"{header[0]}: the header 'image_id class_id super_class_id path' is missing")
         for where, (_, class_id, _, path) in rows:
             if _is_number(class_id):
-                _add(listing, "sop", where, int(class_id), prefix, path, class_id, split)
+                _add_numbered(listing, "sop", where, int(class_id), prefix, path, class_id, split)
             else:
                 listing.problems.append(f"{where}: malformed line: {class_id!r} is no class id")
+    return listing
+
+
+def list_isc(root: Path, prefix: str) -> Listing | None:
+    """In-Shop Clothes: `list_eval_partition.txt`, a count, a header, then "image item status", and `img/`."""
+    name = "list_eval_partition.txt"
+    path = _first_existing(root / name, root / "Eval" / name, root / "Anno" / name)
+    if path is None:
+        return None
+    listing = Listing()
+    prefix += "Img/" if (root / "Img" / "img").is_dir() else ""  # where the original archives put them
+    rows = _rows(path, 3, listing, skip=1)
+    header = next(rows, None)
+    first_line = _text(path, Listing()).partition("\n")[0].strip()
+    if header is not None and header[1][0] != "image_name":
+        listing.problems.append(f"{header[0]}: the header 'image_name item_id evaluation_status' is missing")
+    for where, (image, item, status) in rows:
+        if status in ("train", "query", "gallery"):
+            split = "train" if status == "train" else "test"
+            entry = Entry(split, item, item, prefix + image, status != "gallery", status != "query")
+            _add(listing, where, entry, image)
+        else:
+            listing.problems.append(f"{where}: {status!r} is not one of train, query, gallery")
+    if _is_number(first_line) and int(first_line) != len(listing.entries) and not listing.problems:
+        listing.warnings.append(f"{path}: {first_line} images by its first line, {len(listing.entries)} by its rows")
+    return listing
+
+
+def list_csv(root: Path, prefix: str) -> Listing | None:
+    """`images.csv`: path, label and split, for test images also is_query and is_gallery (default: both true).
+
+    Spaces around a field do not count; other columns are left alone. The test split may be called "validation", as in
+    other libraries' lists, but a list that has both is refused.
+    """
+    if not (root / "images.csv").is_file():
+        return None
+    listing, test_names = Listing(), set()
+    for where, row in _csv_rows(root / "images.csv", ("path", "label", "split"), ("is_query", "is_gallery"), listing):
+        split, label, path = row["split"].lower(), row["label"], row["path"]
+        roles = [TRUTH_VALUES.get(row.get(column, "true").lower()) for column in ("is_query", "is_gallery")]
+        if split == "train":
+            roles = [True, True]  # whatever stands there
+        elif split in ("test", "validation"):
+            test_names.add(split)
+            split = "test"
+        if split not in ("train", "test"):
+            listing.problems.append(f"{where}: the split {split!r} is neither train nor test")
+        elif len(test_names) > 1:
+            listing.problems.append(f"{where}: the list has both test and validation images; only one can be the test")
+            break
+        elif not label:
+            listing.problems.append(f"{where}: the label is empty")
+        elif None in roles:
+            listing.problems.append(f"{where}: is_query and is_gallery have to be 0, 1, true or false")
+        elif not any(roles):
+            listing.problems.append(f"{where}: a test image has to be a query, in the gallery, or both")
+        else:
+            _add(listing, where, Entry(split, label, label, prefix + path, *roles), path)
     return listing
 
 
@@ -335,23 +419,29 @@ def list_image_folder(root: Path, prefix: str) -> Listing | None:
         if not (root / split).is_dir():
             listing.problems.append(f"{root / split}: missing folder")
             continue
-        for class_name, files in _class_folders(root / split, listing.problems):
+        for class_name, files in class_folders(root / split, listing.problems):
             if class_name == "":
                 listing.warnings.append(f"{root / split}: {len(files)} images outside any class folder are left out")
                 continue
             folder = f"{prefix}{split}/{class_name}/"
             for file in files:
-                if _utf8(folder + file):
+                if is_utf8(folder + file):
                     listing.entries.append(Entry(split, class_name, class_name, folder + file))
                 else:
                     listing.problems.append(f"{folder + file!a}: the name is not valid UTF-8")
     return listing
 
 
-RAW_LAYOUTS: dict[str, Callable[[Path, str], Listing | None]] = {"car": list_car, "cub": list_cub, "sop": list_sop}
+RAW_LAYOUTS: dict[str, Callable[[Path, str], Listing | None]] = {
+    "car": list_car,
+    "cub": list_cub,
+    "sop": list_sop,
+    "isc": list_isc,
+}
+TRUTH_VALUES = {"0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True}  # the last: pandas
 
 
-def _class_folders(
+def class_folders(
     folder: Path, problems: list[str], name: str = "", above: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, list[str]]]:
     """Yields (name, image files) of every folder that holds images, sorted. Links back to a folder above end there.
@@ -376,28 +466,74 @@ def _class_folders(
         yield name, files
     for child in folders:
         if os.path.realpath(folder / child) not in above:
-            yield from _class_folders(folder / child, problems, f"{name}/{child}" if name else child, above)
+            yield from class_folders(folder / child, problems, f"{name}/{child}" if name else child, above)
 
 
-def _rows(path: Path, columns: int, listing: Listing) -> Iterator[tuple[str, list[str]]]:
-    """Yields ("file, line n", fields) of a text list, blank lines left out. The last field may contain spaces."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        listing.problems.append(f"{path}: missing file")
-        return
-    except (OSError, UnicodeDecodeError) as error:
-        listing.problems.append(f"{path}: not a readable text file in UTF-8 ({one_line(error)})")
-        return
-    for number, line in enumerate(lines, 1):
+def _rows(path: Path, columns: int, listing: Listing, skip: int = 0) -> Iterator[tuple[str, list[str]]]:
+    """Yields ("file, line n", fields) of a text list after the first `skip` lines, blank lines left out.
+
+    The last field may contain spaces.
+    """
+    for number, line in enumerate(_text(path, listing).splitlines(), 1):
         fields = line.split(maxsplit=columns - 1)
+        if number <= skip:
+            continue
         if len(fields) == columns:
             yield f"{path}, line {number}", [field.strip() for field in fields]
         elif fields:
             listing.problems.append(f"{path}, line {number}: malformed line: {columns} fields expected: {line[:80]!r}")
 
 
-def _add(
+def _csv_rows(
+    path: Path, needed: tuple[str, ...], optional: tuple[str, ...], listing: Listing
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields ("file, line n", column -> field) of a CSV file with a header, blank lines left out."""
+    text = _text(path, listing)
+    if "\0" in text:
+        line = len(text[: text.index("\0") + 1].encode().splitlines())
+        listing.problems.append(f"{path}, line {line}: a NUL byte")
+        return
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header, line = None, 1
+    try:
+        for row in rows:
+            where, line = f"{path}, line {line}", rows.line_num + 1  # a quoted field may go over several lines
+            fields = [field.strip() for field in row]
+            if not any(fields):
+                continue
+            if header is None:
+                header = [name.lower() for name in fields]
+                faults = [f"no column {name!r}" for name in needed if name not in header]
+                faults += [f"two columns {name!r}" for name in (*needed, *optional) if header.count(name) > 1]
+                if faults:
+                    listing.problems.append(f"{where}: {', '.join(faults)} in the header {','.join(header)[:80]!r}")
+                    return
+            elif len(fields) == len(header):
+                yield where, dict(zip(header, fields, strict=True))
+            else:
+                listing.problems.append(f"{where}: malformed line: {len(fields)} fields, the header has {len(header)}")
+    except csv.Error as error:
+        listing.problems.append(f"{path}, line {line}: not valid CSV, read no further ({error})")
+    if header is None and not listing.problems:
+        listing.problems.append(f"{path}: empty; its first line has to be {','.join(needed)}")
+
+
+def _text(path: Path, listing: Listing) -> str:
+    """The text of a list in UTF-8, without its byte order mark; what is wrong with it is a problem of the listing."""
+    try:
+        content = path.read_bytes()
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        listing.problems.append(f"{path}: missing file")
+    except UnicodeDecodeError as error:
+        line = len(content[: error.start + 1].splitlines())
+        listing.problems.append(f"{path}: not a readable text file in UTF-8 (line {line}: {one_line(error)})")
+    except OSError as error:
+        listing.problems.append(f"{path}: not a readable text file in UTF-8 ({one_line(error)})")
+    return ""
+
+
+def _add_numbered(
     listing: Listing,
     data_set: str,
     where: str,
@@ -407,15 +543,21 @@ def _add(
     class_name: str | None,
     split: str | None = None,
 ) -> None:
-    """Adds one listed image, or the problem with it. The path is judged on its text: links on the disk are fine."""
+    """Adds one listed image of a data set whose classes are numbers, or the problem with it."""
     known = PUBLISHED[data_set]
-    if not 1 <= class_id <= known.num_classes:
+    if 1 <= class_id <= known.num_classes:
+        split = split or ("train" if class_id <= known.last_train_class else "test")
+        _add(listing, where, Entry(split, class_id, class_name or str(class_id), folder + path), path)
+    else:
         listing.problems.append(f"{where}: class id {class_id} is out of range 1..{known.num_classes}")
-    elif re.match(r"[/\\]|[A-Za-z]:", path) or ".." in re.split(r"[/\\]", path) or "\0" in path or not _utf8(path):
+
+
+def _add(listing: Listing, where: str, entry: Entry, path: str) -> None:
+    """Adds one listed image, or the problem with the path in the list, judged on its text: links on disk are fine."""
+    if re.match(r"[/\\]|[A-Za-z]:", path) or ".." in re.split(r"[/\\]", path) or "\0" in path or not is_utf8(path):
         listing.problems.append(f"{where}: absolute path, '..' or unusable characters in {path!r}")
     else:
-        split = split or ("train" if class_id <= known.last_train_class else "test")
-        listing.entries.append(Entry(split, class_id, class_name or str(class_id), folder + path))
+        listing.entries.append(entry)
 
 
 def _checked(listing: Listing, name: str) -> Listing:
@@ -429,17 +571,17 @@ def _checked(listing: Listing, name: str) -> Listing:
             f"classes in both train and test: {len(both)} ({', '.join(map(str, both[:3]))}{', …' * (len(both) > 3)}); "
             "Recall@K is meant for classes that were not trained on"
         )
-    paths = [entry.path for entry in listing.entries]
-    if len(set(paths)) < len(paths):
-        listing.warnings.append(f"{len(paths) - len(set(paths))} images are listed more than once")
-    for split in ("train", "test"):
-        num_images = sum(entry.split == split for entry in listing.entries)
-        found = (len(classes[split]), num_images)
-        if num_images == 0 and not listing.problems:
-            listing.problems.append(f"the {split} split has no images")
-        if name in PUBLISHED and found != PUBLISHED[name].counts[split]:
-            published = "{:,} and {:,}".format(*PUBLISHED[name].counts[split])
-            listing.warnings.append(f"{split}: {found[0]:,} classes and {found[1]:,} images, published are {published}")
+    for split, reports in (("train", listing.warnings), ("test", listing.problems)):  # a test image would find itself
+        times = collections.Counter(posixpath.normpath(entry.path) for entry in listing.entries if entry.split == split)
+        repeated = [path for path, number in times.items() if number > 1]
+        if repeated:
+            reports.append(f"{len(repeated)} {split} images are listed more than once, such as {repeated[0]}")
+    for part, found in count(listing.entries).items():
+        if found[1] == 0 and not listing.problems:
+            listing.problems.append(f"the {part} split has no images")
+        if name in PUBLISHED and found != PUBLISHED[name].counts[part]:
+            published = "{:,} and {:,}".format(*PUBLISHED[name].counts[part])
+            listing.warnings.append(f"{part}: {found[0]:,} classes and {found[1]:,} images, published are {published}")
     return listing
 
 
@@ -455,7 +597,7 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 10
 
 
-def _utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
     try:
         return bool(text.encode())
     except UnicodeEncodeError:
@@ -466,19 +608,25 @@ def _utf8(text: str) -> bool:
 
 
 def build_cache(
-    data_path: Path, name: str, image_size: int, num_workers: int, force: bool = False, skip_bad: bool = False
+    data_path: Path,
+    name: str,
+    image_size: int,
+    num_workers: int,
+    force: bool = False,
+    skip_bad: bool = False,
+    resize: str = "crop",
 ) -> "Cache":
     """Turns the raw data set data_path/name into its cache, unless a good one is there and `force` is not set.
 
     The new cache is made under a temporary name and renamed when whole; until then an earlier one stays as it was.
     Raises UnknownLayout if there is no data set, InputError with all problems found in it.
     """
-    target = cache_folder(data_path, name, image_size)
+    target = cache_folder(data_path, name, image_size, resize)
     lock = target.with_name(f".{target.name}.lock")
     _bring_back(target, lock)
     if not force and (target / "meta.json").exists():
         try:
-            cache = read_cache(data_path, name, image_size)
+            cache = read_cache(data_path, name, image_size, resize)
             print(f"{name}: {target} is there already (--force makes it again)")
             return cache
         except InputError as error:
@@ -495,7 +643,7 @@ def build_cache(
         remove_leftovers(target.parent, skipped_list.name)
         try:
             new.mkdir()
-            skipped = _write_cache(new, listing, name, data_path / name, image_size, num_workers, skip_bad)
+            skipped = _write_cache(new, listing, name, data_path / name, image_size, resize, num_workers, skip_bad)
             _write_skipped(skipped_list, skipped)
             if target.exists():
                 os.rename(target, old)
@@ -506,7 +654,7 @@ def build_cache(
                 os.rename(old, target)
             for folder in (new, old):
                 shutil.rmtree(folder, ignore_errors=True)
-    return read_cache(data_path, name, image_size)
+    return read_cache(data_path, name, image_size, resize)
 
 
 def _bring_back(target: Path, lock: Path) -> None:
@@ -521,7 +669,14 @@ def _bring_back(target: Path, lock: Path) -> None:
 
 
 def _write_cache(
-    folder: Path, listing: Listing, name: str, source: Path, image_size: int, num_workers: int, skip_bad: bool
+    folder: Path,
+    listing: Listing,
+    name: str,
+    source: Path,
+    image_size: int,
+    resize: str,
+    num_workers: int,
+    skip_bad: bool,
 ) -> list[str]:
     """Fills `folder` and returns the problems of the images that `skip_bad` left out. Memory: a few images a worker."""
     entries = listing.entries
@@ -538,11 +693,11 @@ def _write_cache(
     try:
         # The headers give every image its place before any is decoded, so that workers write in parallel. (A rotation
         # by EXIF, applied later, swaps the sides and keeps the number of pixels.)
-        probe = functools.partial(_probe_image, source, image_size)
+        probe = functools.partial(_probe_image, source, image_size, resize)
         results = pool.map(probe, entries, chunksize=64)
         for number, result in enumerate(_bar(results, f"{name}: headers", len(entries))):
             (bad if isinstance(result, str) else num_bytes)[number] = result
-        store = functools.partial(_store_image, source, image_size)
+        store = functools.partial(_store_image, source, image_size, resize)
         while True:
             good = [number for number in range(len(entries)) if number not in bad]
             images, sizes = [entries[number] for number in good], [num_bytes[number] for number in good]
@@ -565,18 +720,16 @@ def _write_cache(
         problems = [f"no image is left in {split}" for split in counts if counts[split][1] == 0]
     if problems:
         remedy = "; --skip_bad goes on without bad images" if skipped and not skip_bad and not listing.problems else ""
-        shown = "".join(f"\n  {problem}" for problem in problems[:20])
-        shown += f"\n  … and {len(problems) - 20:,} more" if len(problems) > 20 else ""
-        raise InputError(f"{name}: {len(problems):,} problems, nothing written{remedy}:{shown}")
+        raise InputError(f"{name}: {len(problems):,} problems, nothing written{remedy}:{listed(problems)}")
 
     train, test = ([number for number in good if entries[number].split == split] for split in ("train", "test"))
-    meta = {"version": CACHE_VERSION, "image_size": image_size, "resize": "crop"}
+    meta = {"version": CACHE_VERSION, "image_size": image_size, "resize": resize}
     meta |= _channel_statistics(name, [stored[number] for number in train])
     arrays = {
         "train_sizes": np.array([stored[number][0] for number in train], np.int32),
         "train_offsets": np.cumsum([0] + [num_bytes[number] for number in train], dtype=np.int64),
-        "test_is_query": np.ones(len(test), bool),
-        "test_is_gallery": np.ones(len(test), bool),
+        "test_is_query": np.array([entries[number].is_query for number in test], bool),
+        "test_is_gallery": np.array([entries[number].is_gallery for number in test], bool),
     }
     for split, numbers in (("train", train), ("test", test)):
         # In the order of the entries, which are sorted by class.
@@ -617,27 +770,30 @@ def _allocate(folder: Path, splits: list[str], sizes: list[int], image_size: int
     return files, offsets
 
 
-def _probe_image(source: Path, image_size: int, entry: Entry) -> int | str:
+def _probe_image(source: Path, image_size: int, resize: str, entry: Entry) -> int | str:
     """Reads one image's header: the bytes that its pixels will take, or what is wrong with it."""
     try:
         with _open_image(source / entry.path) as image:
-            width, height = resized(*image.size, train_size(image_size) if entry.split == "train" else image_size)
+            shorter = train_size(image_size) if entry.split == "train" else image_size
+            width, height = resized(*image.size, shorter, resize)
     except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
         return _bad_image(source / entry.path, error)
     if width * height > MAX_RESIZED_PIXELS:
-        return f"{source / entry.path}: {width} x {height} after the resize is over {MAX_RESIZED_PIXELS:,} pixels"
+        return _too_large(source / entry.path, width, height)
     return (width * height if entry.split == "train" else image_size**2) * 3
 
 
-def _store_image(source: Path, image_size: int, entry: Entry, num_bytes: int, file: Path, offset: int) -> tuple | str:
+def _store_image(
+    source: Path, image_size: int, resize: str, entry: Entry, num_bytes: int, file: Path, offset: int
+) -> tuple | str:
     """Decodes one image and writes its pixels, which have to be `num_bytes`, to their place.
 
     Returns ((height, width), sums, sums of squares of the channels), the sums for training images only, or what is
     wrong with the image.
     """
     try:
-        resize = resize_train if entry.split == "train" else resize_test
-        pixels = resize(load_rgb(source / entry.path), image_size)
+        to_size = resize_train if entry.split == "train" else resize_test
+        pixels = to_size(load_rgb(source / entry.path), image_size, resize)
     except Exception as error:
         return _bad_image(source / entry.path, error)
     if pixels.nbytes != num_bytes:  # would overwrite the next image
@@ -652,7 +808,31 @@ def _store_image(source: Path, image_size: int, entry: Entry, num_bytes: int, fi
     return pixels.shape[:2], sums.reshape(-1, 3).sum(0), squares.reshape(-1, 3).sum(0)  # whole numbers: exact
 
 
+def listed(problems: list[str]) -> str:
+    """The first 20 of them, a line each, and how many more there are."""
+    shown = "".join(f"\n  {problem}" for problem in problems[:20])
+    return shown + (f"\n  … and {len(problems) - 20:,} more" if len(problems) > 20 else "")
+
+
+def read_test_image(path: Path, image_size: int, resize: str = "crop") -> np.ndarray | str:
+    """An image file as the network sees it (`resize_test`), or what is wrong with it."""
+    try:
+        image = load_rgb(path)
+        width, height = resized(*image.size, image_size, resize)
+        if width * height > MAX_RESIZED_PIXELS:
+            return _too_large(path, width, height)
+        return resize_test(image, image_size, resize)
+    except Exception as error:  # as in _probe_image
+        return _bad_image(path, error)
+
+
+def _too_large(path: Path, width: int, height: int) -> str:
+    """What is wrong with an image that would be so large after the resize."""
+    return f"{path}: {width} x {height} after the resize is over {MAX_RESIZED_PIXELS:,} pixels"
+
+
 def _bad_image(path: Path, error: Exception) -> str:
+    """What is wrong with an image that raised `error` when it was opened or decoded."""
     if isinstance(error, FileNotFoundError):
         return f"{path}: missing image"
     if isinstance(error, UnidentifiedImageError):
@@ -716,11 +896,17 @@ def _crc32(path: Path) -> int:
 
 
 def count(entries: Iterable[Entry]) -> dict[str, tuple[int, int]]:
-    """Split -> (number of classes, number of images)."""
-    keys = {"train": [], "test": []}
+    """Split -> (number of classes, number of images); "query" and "gallery" too, unless all test images are both."""
+    keys = {"train": [], "test": [], "query": [], "gallery": []}
     for entry in entries:
         keys[entry.split].append(entry.class_key)
-    return {split: (len(set(of_split)), len(of_split)) for split, of_split in keys.items()}
+        if entry.split == "test" and entry.is_query:
+            keys["query"].append(entry.class_key)
+        if entry.split == "test" and entry.is_gallery:
+            keys["gallery"].append(entry.class_key)
+    if keys["test"] == keys["query"] == keys["gallery"]:
+        del keys["query"], keys["gallery"]
+    return {part: (len(set(of_part)), len(of_part)) for part, of_part in keys.items()}
 
 
 # ------------------------------------------------------------------------------------------------ reading the cache
@@ -786,22 +972,27 @@ class Cache:
             crop[side:], crop[:side, side:] = 0, 0
 
 
-def cache_folder(data_path: Path, name: str, image_size: int) -> Path:
-    """data/NAME/cache_256"""
-    return data_path / name / f"cache_{image_size}"
+def cache_folder(data_path: Path, name: str, image_size: int, resize: str = "crop") -> Path:
+    """data/NAME/cache_256, or cache_256_squash"""
+    return data_path / name / (f"cache_{image_size}" if resize == "crop" else f"cache_{image_size}_{resize}")
 
 
-def read_cache(data_path: Path, name: str, image_size: int) -> Cache:
+def read_cache(data_path: Path, name: str, image_size: int, resize: str = "crop") -> Cache:
     """Opens the cache of a data set.
 
     One that is missing, partial, damaged or of an older version is an InputError that names the command that makes it.
     Sizes are checked here, contents by `verify_cache`.
     """
-    folder = cache_folder(data_path, name, image_size)
-    remedy = f"make it with: {_command(data_path, name, image_size)}"
+    folder, command = cache_folder(data_path, name, image_size, resize), _command(data_path, name, image_size, resize)
+    if not folder.parent.is_dir() and name != "demo":
+        raise InputError(
+            f"{folder.parent}: no such folder; put the data set there (README, Data), then: {command}; to try it "
+            f"without one: {_command(data_path, 'demo', 32, 'crop')}"
+        )
+    remedy = f"make it with: {command}"
     try:
         meta = read_record(folder / "meta.json", META)
-        if (meta["version"], meta["image_size"], meta["resize"]) != (CACHE_VERSION, image_size, "crop"):
+        if (meta["version"], meta["image_size"], meta["resize"]) != (CACHE_VERSION, image_size, resize):
             raise InputError(f"{folder} is of another version or has other settings; {remedy}")
         for array_name, expected in meta["arrays"].items():
             if (folder / f"{array_name}.npy").stat().st_size != expected["bytes"]:
@@ -809,9 +1000,9 @@ def read_cache(data_path: Path, name: str, image_size: int) -> Cache:
         cache = Cache(folder, meta, sha256(folder / "meta.json"))
         if not len(meta["mean"]) == len(meta["std"]) == 3:
             raise ValueError("mean and std have to be of three channels")
-        for split, (_, num_images) in cache.counts.items():
-            if len(cache.array(f"{split}_labels")) != num_images:
-                raise ValueError(f"it does not fit {split}_labels.npy")
+        for array_name in ("train_labels", "test_labels", "test_is_query", "test_is_gallery"):
+            if len(cache.array(array_name)) != cache.counts[array_name.split("_")[0]][1]:
+                raise ValueError(f"it does not fit {array_name}.npy")
         return cache
     except FileNotFoundError as error:
         raise InputError(f"no cache: {error.filename} is missing; {remedy}") from None
@@ -821,12 +1012,14 @@ def read_cache(data_path: Path, name: str, image_size: int) -> Cache:
         raise InputError(f"{folder} is damaged ({one_line(error)}); {remedy}") from None
 
 
-def _command(data_path: Path, name: str, image_size: int) -> str:
+def _command(data_path: Path, name: str, image_size: int, resize: str) -> str:
     """The command that makes a cache."""
     command = f"python data_utils.py --data_name {shlex.quote(name)}"
     if data_path != Path("data"):
         command += f" --data_path {shlex.quote(str(data_path))}"
-    return command if image_size == 256 else f"{command} --image_size {image_size}"
+    if image_size != 256:
+        command += f" --image_size {image_size}"
+    return command if resize == "crop" else f"{command} --resize {resize}"
 
 
 def check_unchanged(cache: Cache) -> None:
@@ -846,7 +1039,8 @@ def verify_cache(cache: Cache) -> None:
         sums = list(threads.map(_crc32, [cache.folder / f"{name}.npy" for name in arrays]))
     changed = [name for name, crc32 in zip(arrays, sums, strict=True) if crc32 != arrays[name]["crc32"]]
     if changed:
-        remedy = _command(cache.folder.parents[1], cache.folder.parent.name, cache.meta["image_size"])
+        meta = cache.meta
+        remedy = _command(cache.folder.parents[1], cache.folder.parent.name, meta["image_size"], meta["resize"])
         raise InputError(f"{cache.folder}: damaged: {', '.join(changed)}; make it again with: {remedy} --force")
 
 
@@ -925,6 +1119,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data_name", nargs="+", metavar="NAME", help="data sets to cache (default: all that are found)")
     add("--data_path", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets (default: data)")
     add("--image_size", type=natural_number, default=256, metavar="S", help="side of the crops, pixels (default: 256)")
+    resize_help = "crop (default): the shorter side to S, then a crop; squash: all of the image to S x S"
+    add("--resize", choices=RESIZES, default="crop", metavar="R", help=resize_help)
     add("--num_workers", type=natural_number, default=num_cores(), metavar="N", help="processes (default: all cores)")
     add("--force", action="store_true", help="make a cache again that is there already")
     add("--skip_bad", action="store_true", help="go on without bad images; their list is written beside the cache")
@@ -941,7 +1137,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def check_data_name(name: str) -> None:
     """Raises InputError unless `name` is the plain name of a folder."""
-    if not name or name.startswith(".") or re.search(r'[/\\:*?"<>|\0\n\r]', name) or not _utf8(name):
+    if not name or name.startswith(".") or re.search(r'[/\\:*?"<>|\0\n\r]', name) or not is_utf8(name):
         raise InputError(f"--data_name {name!a} is not the name of a folder under --data_path")
 
 
@@ -957,7 +1153,7 @@ def run(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         try:
             if args.verify:
-                cache = read_cache(args.data_path, name, args.image_size)
+                cache = read_cache(args.data_path, name, args.image_size, args.resize)
                 verify_cache(cache)
             else:
                 if name == "demo" and not (args.data_path / name).exists():
@@ -965,7 +1161,9 @@ def run(args: argparse.Namespace) -> None:
                     draw_demo(args.data_path / name)
                 if not (args.data_path / name).is_dir():
                     raise UnknownLayout(f"{args.data_path / name}: no such folder; expected is one of\n{LAYOUTS}")
-                cache = build_cache(args.data_path, name, args.image_size, args.num_workers, args.force, args.skip_bad)
+                cache = build_cache(
+                    args.data_path, name, args.image_size, args.num_workers, args.force, args.skip_bad, args.resize
+                )
             rows.append((name, cache, time.perf_counter() - start))
         except UnknownLayout as error:
             if args.data_name:
@@ -985,21 +1183,30 @@ def run(args: argparse.Namespace) -> None:
     for name, cache, seconds in rows:
         train, test = (f"{c:,} classes {n:,} images" for c, n in (cache.counts["train"], cache.counts["test"]))
         print(f"{name:<12}{train:>26}{test:>26}{size_text(cache.num_bytes):>10}{seconds:>9.1f}")
+    if rows and not args.verify:
+        print(f"\ntrain on it with: {_training_command(args, rows[0][0])}")
     if refused:
         raise (RunError if failed else InputError)("\n".join(refused))
     if not rows and args.verify:
-        raise InputError(f"no cache_{args.image_size} found in {args.data_path}/; --image_size names another size")
+        wanted = cache_folder(args.data_path, "", args.image_size, args.resize).name
+        raise InputError(f"no {wanted} found in {args.data_path}/; --image_size and --resize name another one")
     if not rows:
         raise InputError(f"no data set found in {args.data_path}/; expected is one of\n{LAYOUTS}")
+
+
+def _training_command(args: argparse.Namespace, name: str) -> str:
+    """What to run next; for the demo, with options for a CPU."""
+    options = _command(args.data_path, name, args.image_size, args.resize).partition(".py")[2]
+    return f"python train.py{options}" + " --weights none --no_flip --lr 1e-3" * (name == "demo")
 
 
 def _found_names(args: argparse.Namespace) -> list[str]:
     """The folders that may be data sets; for --verify, those that have a cache."""
     names = []
     for folder in _subfolders(args.data_path) if args.data_path.is_dir() else []:
-        if not _utf8(folder.name):
+        if not is_utf8(folder.name):
             print(f"{str(folder)!a}: the name is not valid UTF-8, passed over")
-        elif not args.verify or os.path.exists(cache_folder(args.data_path, folder.name, args.image_size)):
+        elif not args.verify or os.path.exists(cache_folder(args.data_path, folder.name, args.image_size, args.resize)):
             names.append(folder.name)
     return names
 

@@ -1,4 +1,4 @@
-"""What the scripts share: command-line manners, safe writing, seeded draws, batches, meta-classes and Recall@K."""
+"""What the scripts share: command-line manners, safe writing, seeded draws, batches, meta-classes, Recall@K, mAP@R."""
 
 import argparse
 import collections
@@ -16,6 +16,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
@@ -50,8 +51,9 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see python {self.prog} --help)")
 
 
-def run_main(script: str, run: Callable[[], None], with_less_memory: str) -> int:
-    """Runs `run` and returns the exit code. `with_less_memory` names the options to change when memory runs out.
+def run_main(script: str, run: Callable[[], None], with_less_memory: str, goes_on: bool = True) -> int:
+    """Runs `run` and returns the exit code. `with_less_memory` names the options to change when memory runs out;
+    `goes_on` says that the same command, after an interruption, does.
 
     0 done, 2 refused input or options, 1 failed while running, 130 Ctrl-C, 143 SIGTERM. The notes of what ended the
     run (`add_note`) say in what it was, the innermost first.
@@ -81,8 +83,9 @@ def run_main(script: str, run: Callable[[], None], with_less_memory: str) -> int
         for number in handlers:
             signal.signal(number, signal.SIG_IGN)  # it has been heard
         where = ", ".join(reversed(getattr(stop, "__notes__", [])))
+        remedy = "; run the same command again to go on" * goes_on
         what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        print(f"{script}: {what}{' in ' * bool(where)}{where}; run the same command again to go on", file=sys.stderr)
+        print(f"{script}: {what}{' in ' * bool(where)}{where}{remedy}", file=sys.stderr)
         return code
     finally:
         warnings.formatwarning = formatwarning
@@ -212,9 +215,16 @@ def flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def member_file(member: int | str, suffix: str) -> str:
+def member_file(member: int | str, suffix: str, kind: str = "member") -> str:
     """The name of a member's file in its run folder: `member_007.pth`; "*" for the pattern of all members'."""
-    return f"member_{member:03d}.{suffix}" if isinstance(member, int) else f"member_{member}.{suffix}"
+    return f"{kind}_{member:03d}.{suffix}" if isinstance(member, int) else f"{kind}_{member}.{suffix}"
+
+
+def member_numbers(folder: Path) -> list[int]:
+    """The members of which a run folder has a record, sound or not, in order."""
+    found = (path.stem.removeprefix("member_") for path in folder.glob(member_file("*", "json")))
+    numbers = {int(number) for number in found if number.isascii() and number.isdigit()}
+    return sorted(number for number in numbers if (folder / member_file(number, "json")).exists())
 
 
 def size_text(num_bytes: float) -> str:
@@ -249,6 +259,12 @@ MEMBER_RECORD = {  # member_007.json
     "environment": dict,
     "sha256": dict,
 }
+POOLED_RECORD = {  # pooled_007.json
+    "member": int,
+    "run": str,
+    "weights": str,  # SHA-256 of the member_007.pth that it was made from
+    "sha256": str,  # of pooled_007.npy
+}
 
 
 def write_record(path: Path, record: dict) -> None:
@@ -281,9 +297,13 @@ def _fits(value: object, pattern: type | list | dict) -> bool:
     return type(value) is pattern
 
 
+LATER_SETTINGS = {"optimizer": "adam", "resize": "crop"}  # runs begun before these options existed go on
+
+
 def run_identity(record: dict) -> str:
     """What the members of a run must share: a checksum of all in its `args.json` that defines them."""
-    return text_sha256({"settings": record["settings"], "fingerprint": record["data"]["fingerprint"]})
+    settings = {name: value for name, value in record["settings"].items() if LATER_SETTINGS.get(name) != value}
+    return text_sha256({"settings": settings, "fingerprint": record["data"]["fingerprint"]})
 
 
 def text_sha256(value: object) -> str:
@@ -354,7 +374,7 @@ def spans(start: int, stop: int, step: int) -> list[tuple[int, int]]:
     return [(left, min(left + step, stop)) for left in range(start, stop, step)]
 
 
-# ------------------------------------------------------------------------------------------------ Recall@K
+# ------------------------------------------------------------------------------------------------ Recall@K, mAP@R
 
 
 @torch.inference_mode()
@@ -363,13 +383,15 @@ def recall_at_k(
     labels: torch.Tensor,
     ks: Sequence[int],
     max_bytes: int = 2**30,
+    is_query: torch.Tensor | None = None,
+    is_gallery: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Recall@K of every ensemble size in one pass; every image is a query against all others.
+    """Recall@K of every ensemble size in one pass; every query against all other images of the gallery.
 
     The rank of a query is the number of images of *other* classes whose similarity (the cosines summed over the first
     l parts) is at least its best own-class similarity, itself excluded by index, minus 1e-6 * l. It is a hit at K if
     rank < K. So ties count against the query: a constant embedding scores 0, not 1. A query whose class has no other
-    image is a miss; a warning counts them.
+    image in the gallery is a miss; a warning counts them.
 
     Args:
         embeddings: one `(N, d)` tensor, or a sequence of L tensors `(N, d_l)`, of any float dtype and on one device;
@@ -377,20 +399,204 @@ def recall_at_k(
         labels: `(N,)` integers.
         ks: positive integers.
         max_bytes: bound on the memory used beside the arguments, for any class sizes, but for 12 bytes an image and
-            part, some 100 bytes an image, and blocks of at least 16 rows. No N x N matrix is made; a sorted, scaled
-            copy of the embeddings only where it fits into half of the bound, else blocks of rows are gathered, cast
-            and scaled when needed.
+            part (16 where queries and gallery differ), some 100 bytes an image, and blocks of at least 16 rows. No
+            N x N matrix is made; a sorted, scaled copy of the embeddings only where it fits into half of the bound,
+            else blocks of rows are gathered, cast and scaled when needed.
+        is_query, is_gallery: `(N,) bool`; None: every image. An image may be both, or neither.
 
     Returns:
         `(L, len(ks)) float32` on the CPU, in [0, 1]; row l-1 is the ensemble of the first l parts.
 
     Raises:
-        ValueError: shapes that do not fit, a K below 1, or embeddings that are not finite.
+        ValueError: shapes that do not fit, a K below 1, no query, no gallery, or embeddings that are not finite.
 
-    The images are sorted by class, so that pairs of one class lie near the diagonal. One pass over that band gives each
-    query's best own-class similarity; a second pass counts, computing each block of the symmetric similarity matrix
-    once and using it for its rows and for its columns. Members' similarities add up, so the sum after l parts gives
-    row l on the way.
+    The images are sorted by class, so that pairs of one class lie in a band. One pass over that band gives each query's
+    best own-class similarity; a second pass counts. Where queries and gallery are the same images, it computes each
+    block of the symmetric similarity matrix once and uses it for its rows and for its columns. Members' similarities
+    add up, so the sum after l parts gives row l on the way.
+    """
+    if any(k < 1 for k in ks):
+        raise ValueError(f"every K has to be a positive integer, not {list(ks)}")
+    # Similarities are computed in blocks of `block` x `4 * block`, of which three are held.
+    pairs = _sorted_pairs(embeddings, labels, is_query, is_gallery, max_bytes, lambda block: 12 * block)
+    queries, gallery, block, device = pairs.queries, pairs.gallery, pairs.block, pairs.queries.order.device
+    num_parts, num_queries, first, last = len(queries.parts), len(queries.order), pairs.first, pairs.last
+    has_match = pairs.has_match("misses")
+    best = torch.full((num_parts, num_queries), -torch.inf, device=device)
+    ranks = torch.zeros((num_parts, num_queries), dtype=torch.int32, device=device)
+
+    def add_parts(sums: torch.Tensor, query_rows: list[torch.Tensor], start: int, stop: int) -> Iterator[int]:
+        """Adds the parts' cosines to `sums`, one part after the other; yields the part's index after each.
+
+        Pairs to leave out start at -inf and so stay there.
+        """
+        for index, rows in enumerate(query_rows):
+            sums.addmm_(rows, gallery.rows(index, start, stop).T)
+            yield index
+
+    with _full_float32(device.type):
+        # 1. The best own-class similarity of each query.
+        for start, stop in spans(0, num_queries, min(block, 256)):
+            query_rows = [queries.rows(index, start, stop) for index in range(num_parts)]
+            for left, right in spans(first[start], last[stop - 1], block):
+                sums = _zeros_at(pairs.own(start, stop, left, right))
+                for index in add_parts(sums, query_rows, left, right):
+                    best[index, start:stop] = torch.maximum(best[index, start:stop], sums.amax(1))
+        allowed = TIE_TOLERANCE * torch.arange(1, num_parts + 1, device=device)
+        thresholds = best.sub_(allowed[:, None])
+
+        # 2. How many images of other classes reach it.
+        symmetric = queries is gallery
+        for start, stop in spans(0, num_queries, block):
+            query_rows = [queries.rows(index, start, stop) for index in range(num_parts)]
+            for left, right in spans(start if symmetric else 0, len(gallery.order), 4 * block):
+                sums = torch.zeros((stop - start, right - left), device=device)
+                if left < last[stop - 1] and right > first[start]:  # else no pair of one class lies in the block
+                    sums.masked_fill_(pairs.same_class(start, stop, left, right), -torch.inf)
+                reached = torch.empty_like(sums)
+                for index in add_parts(sums, query_rows, left, right):
+                    # 0.0 and 1.0 in place of bool: on the CPU their sums took a twentieth of the time.
+                    torch.ge(sums, thresholds[index, start:stop, None], out=reached)
+                    ranks[index, start:stop] += reached.sum(1).int()
+                    # Of the square on the diagonal, both halves have been counted; all else counts the other way too.
+                    rest = max(stop, left)
+                    if symmetric and rest < right:
+                        torch.ge(sums, thresholds[index, left:right], out=reached)
+                        ranks[index, rest:right] += reached[:, rest - left :].sum(0).int()
+
+    hits = torch.stack([((ranks < k) & has_match).sum(1) for k in ks], dim=1)
+    return (hits.cpu().double() / num_queries).float()
+
+
+@torch.inference_mode()
+def map_at_r(
+    embeddings: torch.Tensor | Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    is_query: torch.Tensor | None = None,
+    is_gallery: torch.Tensor | None = None,
+    max_bytes: int = 2**30,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """mAP@R and R-Precision of every ensemble size (Musgrave et al., "A Metric Learning Reality Check", 2020).
+
+    R is the number of images of the query's class in the gallery, itself excluded by index. R-Precision is the share of
+    them among the R most similar images. mAP@R adds up, over those, the precision at their positions, and divides by R.
+    The mean is over the queries with R > 0, as in pytorch-metric-learning; a warning counts the others, which Recall@K
+    takes for misses. Without any such query, both are NaN.
+
+    As in `recall_at_k`, ties count against the query: the position of its i-th most similar own-class image is i plus
+    the number of images of *other* classes whose similarity is at least that image's minus 1e-6 * l. So the numbers do
+    not depend on the order of the images, and a constant embedding scores 0 unless R reaches beyond the other classes.
+
+    Args:
+        embeddings, labels, is_query, is_gallery: as for `recall_at_k`.
+        max_bytes: as for `recall_at_k`, but blocks hold whole rows of the similarity matrix, at least 16.
+
+    Returns:
+        (mAP@R, R-Precision), each `(L,) float64` on the CPU, in [0, 1]; item l-1 is the ensemble of the first l parts.
+
+    Raises:
+        ValueError: shapes that do not fit, no query, no gallery, or embeddings that are not finite.
+    """
+    # A row holds its similarities to the gallery, those of its own class once more, and what is computed from the R
+    # nearest of both: in all 16 floats a gallery image, if its class is nearly the whole gallery.
+    num_images = len(labels)
+    pairs = _sorted_pairs(embeddings, labels, is_query, is_gallery, max_bytes, lambda block: 16 * num_images)
+    queries, gallery, block, device = pairs.queries, pairs.gallery, pairs.block, pairs.queries.order.device
+    num_parts, num_queries, num_gallery = len(queries.parts), len(queries.order), len(gallery.order)
+    counted = pairs.has_match("left out")
+    scores = torch.zeros((2, num_parts, num_queries), device=device)
+
+    with _full_float32(device.type):
+        for start, stop in spans(0, num_queries, block):
+            num_own = pairs.num_own[start:stop, None]
+            most = int(num_own.max())
+            left, right = pairs.first[start], pairs.last[stop - 1]  # outside lie other classes only
+            own = _zeros_at(pairs.own(start, stop, left, right))
+            others = _zeros_at(~pairs.same_class(start, stop, 0, num_gallery))
+            ordinal = torch.arange(1, most + 1, device=device)
+            for index in range(num_parts):
+                rows = queries.rows(index, start, stop)
+                for sums, begin, end in ((own, left, right), (others, 0, num_gallery)):
+                    for near, far in spans(begin, end, 4 * block):
+                        sums[:, near - begin : far - begin].addmm_(rows, gallery.rows(index, near, far).T)
+                # Both sorted, nearest first; the negative values ascend, as searchsorted wants them. The others beyond
+                # the `most` nearest need no count: an image behind so many is beyond R anyway.
+                reach = own.topk(most).values - TIE_TOLERANCE * (index + 1)
+                ahead = torch.searchsorted(-others.topk(most).values, -reach, right=True)
+                position = ordinal + ahead
+                found = position <= num_own
+                scores[0, index, start:stop] = (found * ordinal / position).sum(1) / num_own[:, 0]
+                scores[1, index, start:stop] = found.sum(1) / num_own[:, 0]
+
+    mean = scores[:, :, counted].cpu().double().mean(2)
+    return mean[0], mean[1]
+
+
+class _Images:
+    """Some of the images, in order of class, and their rows."""
+
+    def __init__(self, parts: Sequence[torch.Tensor], labels: torch.Tensor, chosen: torch.Tensor, block: int):
+        order = torch.argsort(labels, stable=True)
+        self.order = order[chosen[order]]  # (n,) int64
+        self.labels = labels[self.order]  # (n,) int64, ascending
+        self.parts = parts
+        self.inverse_norms = torch.stack([_inverse_norms(part, self.order, block) for part in parts])  # (L, n)
+
+    def copy(self) -> None:
+        """Gathers and scales all rows once, in place of doing so for every block."""
+        self.parts = [
+            part[self.order].float() * self.inverse_norms[index, :, None] for index, part in enumerate(self.parts)
+        ]
+        self.inverse_norms = None
+
+    def rows(self, index: int, start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop, in order of class, of one part: `(stop - start, d) float32` of length 1."""
+        if self.inverse_norms is None:
+            return self.parts[index][start:stop]
+        return self.parts[index][self.order[start:stop]].float() * self.inverse_norms[index, start:stop, None]
+
+
+@dataclass
+class _Pairs:
+    """The pairs of a query and a gallery image, both in order of class: pairs of one class lie in a band."""
+
+    queries: _Images
+    gallery: _Images  # the same object if they are the same images
+    first: list[int]  # where each query's class starts in the gallery
+    last: list[int]  # and where it ends
+    num_own: torch.Tensor  # (number of queries,) int64, gallery images of each query's class but itself
+    block: int  # rows of a block of similarities
+
+    def same_class(self, start: int, stop: int, left: int, right: int) -> torch.Tensor:
+        """Which of queries start:stop and gallery images left:right share a class, `(rows, columns) bool`."""
+        return self.queries.labels[start:stop, None] == self.gallery.labels[left:right]
+
+    def own(self, start: int, stop: int, left: int, right: int) -> torch.Tensor:
+        """The same without the pairs of an image and itself."""
+        other = self.queries.order[start:stop, None] != self.gallery.order[left:right]
+        return self.same_class(start, stop, left, right) & other
+
+    def has_match(self, fate: str) -> torch.Tensor:
+        """Which queries have another image of their class in the gallery, bool; warns of the others and their fate."""
+        result = self.num_own > 0
+        lone = len(result) - int(result.sum())
+        if lone:
+            text = f"{lone} of {len(result)} queries have no other image of their class in the gallery: {fate}"
+            warnings.warn(text, stacklevel=1)
+        return result
+
+
+def _sorted_pairs(
+    embeddings: torch.Tensor | Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    is_query: torch.Tensor | None,
+    is_gallery: torch.Tensor | None,
+    max_bytes: int,
+    floats_of_a_row: Callable[[int], int],
+) -> _Pairs:
+    """Checks the arguments of `recall_at_k` and sorts the images.
+
+    `floats_of_a_row(block)` says how many float32 each row of a block of similarities takes, beside the embeddings.
     """
     parts = [embeddings] if isinstance(embeddings, torch.Tensor) else list(embeddings)
     labels = torch.as_tensor(labels)
@@ -398,81 +604,34 @@ def recall_at_k(
         raise ValueError("embeddings have to be (N, d) tensors and labels (N,), with the same N")
     if len(labels) == 0 or labels.is_floating_point():
         raise ValueError("labels have to be integers, at least one")
-    if any(k < 1 for k in ks):
-        raise ValueError(f"every K has to be a positive integer, not {list(ks)}")
     device, num_images = parts[0].device, len(labels)
+    masks = []
+    for name, mask in (("is_query", is_query), ("is_gallery", is_gallery)):
+        mask = torch.ones(num_images, dtype=torch.bool) if mask is None else torch.as_tensor(mask)
+        if mask.dtype != torch.bool or mask.shape != labels.shape or not mask.any():
+            raise ValueError(f"{name} has to be ({num_images},) bool, with at least one True")
+        masks.append(mask.to(device))
 
-    # Images in order of class; `first` and `last` bound each image's class in that order.
-    order = torch.argsort(labels.to(device), stable=True)
-    _, class_of, sizes = torch.unique_consecutive(labels.to(device)[order], return_inverse=True, return_counts=True)
-    last = sizes.cumsum(0)[class_of]
-    first, last = (last - sizes[class_of]).tolist(), last.tolist()
-    has_match = sizes[class_of] > 1
-    if not has_match.all():
-        lone = num_images - int(has_match.sum())
-        warnings.warn(f"{lone} of {num_images} queries have no other image of their class: misses", stacklevel=1)
-
-    # Similarities are computed in blocks of `block` x `4 * block`, of which three are held, with the rows of all parts
-    # and the columns of one. Narrow blocks waste little on the diagonal, wide ones feed the matrix product.
+    # A block holds the rows of all parts and, of four times as many gallery images, those of one.
     block, width, widest = 1024, sum(part.shape[1] for part in parts), max(part.shape[1] for part in parts)
-    while block > 16 and 4 * block * (2 * width + 9 * widest + 12 * block) > max_bytes / 2:
+    while block > 16 and 4 * block * (2 * width + 9 * widest + floats_of_a_row(block)) > max_bytes / 2:
         block //= 2
-    inverse_norms = torch.stack([_inverse_norms(part, order, block) for part in parts])  # (L, N)
-    if 4 * num_images * (width + widest) <= max_bytes / 2:  # else rows are gathered and scaled again for every block
-        parts = [part[order].float() * inverse_norms[index, :, None] for index, part in enumerate(parts)]
-        order, inverse_norms = None, None
-    best = torch.full((len(parts), num_images), -torch.inf, device=device)
-    ranks = torch.zeros((len(parts), num_images), dtype=torch.int32, device=device)
+    labels = labels.to(device).long()
+    sides = [_Images(parts, labels, mask, block) for mask in (masks[:1] if torch.equal(*masks) else masks)]
+    num_rows = sum(len(side.order) for side in sides)
+    if 4 * num_rows * (width + widest) <= max_bytes / 2:  # else rows are gathered and scaled again for every block
+        for side in sides:
+            side.copy()
+    queries, gallery = sides[0], sides[-1]
+    first = torch.searchsorted(gallery.labels, queries.labels)
+    last = torch.searchsorted(gallery.labels, queries.labels, right=True)
+    num_own = last - first - masks[1][queries.order].long()
+    return _Pairs(queries, gallery, first.tolist(), last.tolist(), num_own, block)
 
-    def rows(index: int, start: int, stop: int) -> torch.Tensor:
-        """Rows start:stop, in order of class, of one part: `(stop - start, d) float32` of length 1."""
-        if order is None:
-            return parts[index][start:stop]
-        return parts[index][order[start:stop]].float() * inverse_norms[index, start:stop, None]
 
-    def add_parts(sums: torch.Tensor, queries: list[torch.Tensor], start: int, stop: int) -> Iterator[int]:
-        """Adds the parts' cosines to `sums`, one part after the other; yields the part's index after each.
-
-        Pairs to leave out start at -inf and so stay there.
-        """
-        for index, query_rows in enumerate(queries):
-            sums.addmm_(query_rows, rows(index, start, stop).T)
-            yield index
-
-    with _full_float32(device.type):
-        # 1. The best own-class similarity of each query.
-        for start, stop in spans(0, num_images, min(block, 256)):
-            queries = [rows(index, start, stop) for index in range(len(parts))]
-            indices = torch.arange(start, stop, device=device)[:, None]
-            for left, right in spans(first[start], last[stop - 1], block):
-                columns = torch.arange(left, right, device=device)
-                own = (class_of[start:stop, None] == class_of[left:right]) & (indices != columns)
-                sums = torch.zeros(own.shape, device=device).masked_fill_(~own, -torch.inf)
-                for index in add_parts(sums, queries, left, right):
-                    best[index, start:stop] = torch.maximum(best[index, start:stop], sums.amax(1))
-        allowed = TIE_TOLERANCE * torch.arange(1, len(parts) + 1, device=device)
-        thresholds = best.sub_(allowed[:, None])
-
-        # 2. How many images of other classes reach it.
-        for start, stop in spans(0, num_images, block):
-            queries = [rows(index, start, stop) for index in range(len(parts))]
-            for left, right in spans(start, num_images, 4 * block):
-                sums = torch.zeros((stop - start, right - left), device=device)
-                if left < last[stop - 1]:  # the only blocks in which pairs of one class can lie
-                    sums.masked_fill_(class_of[start:stop, None] == class_of[left:right], -torch.inf)
-                reached = torch.empty_like(sums)
-                for index in add_parts(sums, queries, left, right):
-                    # 0.0 and 1.0 in place of bool: on the CPU their sums took a twentieth of the time.
-                    torch.ge(sums, thresholds[index, start:stop, None], out=reached)
-                    ranks[index, start:stop] += reached.sum(1).int()
-                    # Of the square on the diagonal, both halves have been counted; all else counts the other way too.
-                    rest = max(stop, left)
-                    if rest < right:
-                        torch.ge(sums, thresholds[index, left:right], out=reached)
-                        ranks[index, rest:right] += reached[:, rest - left :].sum(0).int()
-
-    hits = torch.stack([((ranks < k) & has_match).sum(1) for k in ks], dim=1)
-    return (hits.cpu().double() / num_images).float()
+def _zeros_at(kept: torch.Tensor) -> torch.Tensor:
+    """The start of a block's sums: 0 for the pairs that are kept, -inf for the others, float32."""
+    return torch.zeros(kept.shape, device=kept.device).masked_fill_(~kept, -torch.inf)
 
 
 def _inverse_norms(part: torch.Tensor, order: torch.Tensor, block: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Tiny data sets for the tests, drawn or written in the real raw formats. No network, no GPU."""
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,16 @@ def tiny_run(tiny_data, tmp_path_factory) -> Path:
     results = tmp_path_factory.mktemp("results")
     assert train.main([*TINY, "--data_path", str(tiny_data), "--results_path", str(results)]) == 0
     (folder,) = (path for path in results.iterdir() if path.is_dir())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pooled_run(tiny_data, tiny_run, tmp_path_factory) -> Path:
+    """A copy of `tiny_run` with the pooled features of its members. Not to be changed."""
+    folder = tmp_path_factory.mktemp("pooled") / tiny_run.name
+    shutil.copytree(tiny_run, folder)
+    options = ["--data_path", str(tiny_data), "--results_path", str(folder.parent), "--embedding", "pooled"]
+    assert train.main([*TINY, *options]) == 0
     return folder
 
 
@@ -131,6 +142,37 @@ def write_sop(root: Path) -> None:
             (root / "bicycle_final").mkdir(parents=True, exist_ok=True)
             random_image(number).save(root / path, "JPEG")
         (root / f"Ebay_{split}.txt").write_text("".join(lines))
+
+
+def write_isc(root: Path, list_folder: str = "", image_folder: str = "") -> None:
+    """list_eval_partition.txt, its columns padded as in the real one, and img/; the list is not in order of item."""
+    rows, roles = [], ("query", "gallery")
+    for number, item in enumerate((4, 4, 3, 3, 2, 2, 1, 1)):
+        status = "train" if item in (2, 3) else roles[number % 2]
+        path = f"img/WOMEN/Dresses/id_{item:08d}/0{number}_1_front.jpg"
+        rows.append(f"{path:<70} id_{item:08d}    {status}\n")
+        save_image(root / image_folder / path, number)
+    (root / list_folder).mkdir(exist_ok=True)
+    header = f"{len(rows)}\nimage_name item_id evaluation_status\n"
+    (root / list_folder / "list_eval_partition.txt").write_text(header + "".join(rows))
+
+
+CSV_ROWS = (  # path, label, split, is_query, is_gallery
+    ("photos/1.png", "zebra", "train", "1", "1"),
+    ("photos/2.png", "ant", "train", "1", "1"),
+    ("photos/3.png", "fox", "test", "1", "0"),
+    ("photos/4.png", "cat", "test", "0", "1"),
+    ("photos/5.png", "fox", "test", "0", "1"),
+    ("photos/6.png", "cat", "test", "1", "1"),
+)
+
+
+def write_csv(root: Path) -> None:
+    """images.csv and the images it names."""
+    for number, (path, *_) in enumerate(CSV_ROWS):
+        save_image(root / path, number)
+    lines = ["path,label,split,is_query,is_gallery", *(",".join(row) for row in CSV_ROWS)]
+    (root / "images.csv").write_text("\n".join(lines) + "\n")
 
 
 def write_image_folder(root: Path, classes: int = 2, images: int = 2) -> None:

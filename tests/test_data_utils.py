@@ -22,14 +22,16 @@ from conftest import (
     write_car,
     write_car_annotations,
     write_car_devkit,
+    write_csv,
     write_cub,
     write_image_folder,
+    write_isc,
     write_sop,
 )
 from PIL import Image
 
 import data_utils
-from data_utils import draw_demo, list_data_set, load_rgb, read_cache
+from data_utils import draw_demo, list_data_set, load_rgb, read_cache, resize_test, resize_train
 from utils import read_record, write_record
 
 SIZE = 32
@@ -117,27 +119,78 @@ def test_load_rgb_applies_the_orientation_of_a_jpeg(tmp_path):
     np.testing.assert_array_equal(np.asarray(load_rgb(tmp_path / "a.jpg")), np.rot90(upright, -1))
 
 
+@pytest.mark.parametrize("resize", ["crop", "squash"])
 @pytest.mark.parametrize("size", [SIZE, 33])
-def test_cache_equals_the_torchvision_pipeline(tmp_path, size):
+def test_cache_equals_the_torchvision_pipeline(tmp_path, size, resize):
     odd_images(tmp_path / "odd")
     for split in ("train", "test"):
         for path in (tmp_path / "odd").iterdir():
             folder = tmp_path / "data" / "mine" / split / f"class_{path.stem[0]}"
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder)
-    assert data_utils.main(["--data_path", str(tmp_path / "data"), "--image_size", str(size)]) == 0
-    cache = read_cache(tmp_path / "data", "mine", size)
+    options = ["--data_path", str(tmp_path / "data"), "--image_size", str(size), "--resize", resize]
+    assert data_utils.main(options) == 0
+    cache = read_cache(tmp_path / "data", "mine", size, resize)
+    larger, smaller = ([side, side] if resize == "squash" else side for side in (int(1.1 * size), size))
 
     pixels, offsets, sizes = (cache.array(f"train_{name}") for name in ("pixels", "offsets", "sizes"))
     assert len(cache.meta["train"]["paths"]) == len(sizes) == 18 and offsets[-1] == len(pixels)
     for number, path in enumerate(cache.meta["train"]["paths"]):
-        expected = np.asarray(TF.resize(load_rgb(tmp_path / "data" / "mine" / path), int(1.1 * size)))
+        image = load_rgb(tmp_path / "data" / "mine" / path)
+        expected = np.asarray(TF.resize(image, larger))
         cached = pixels[offsets[number] : offsets[number + 1]].reshape(*sizes[number], 3)
         np.testing.assert_array_equal(cached, expected, err_msg=path)
+        np.testing.assert_array_equal(resize_train(image, size, resize), expected, err_msg=path)
     assert cache.array("test_images").shape == (18, size, size, 3)
     for number, path in enumerate(cache.meta["test"]["paths"]):
-        image = TF.center_crop(TF.resize(load_rgb(tmp_path / "data" / "mine" / path), size), size)
-        np.testing.assert_array_equal(cache.array("test_images")[number], np.asarray(image), err_msg=path)
+        image = load_rgb(tmp_path / "data" / "mine" / path)
+        expected = np.asarray(TF.center_crop(TF.resize(image, smaller), size))
+        np.testing.assert_array_equal(cache.array("test_images")[number], expected, err_msg=path)
+        np.testing.assert_array_equal(resize_test(image, size, resize), expected, err_msg=path)
+
+
+def test_squash_keeps_both_ends_of_a_wide_image_and_crop_does_not():
+    stripes = Image.new("RGB", (120, 40), "green")
+    stripes.paste("red", (0, 0, 30, 40))
+    stripes.paste("blue", (90, 0, 120, 40))
+    red, blue = ([255, 0, 0], [0, 0, 255])
+    squashed = resize_test(stripes, SIZE, "squash")
+    assert (squashed[:, 0] == red).all() and (squashed[:, -1] == blue).all()
+    assert not (resize_test(stripes, SIZE)[..., [0, 2]] > 0).any()
+    with pytest.raises(ValueError, match="resize has to be one of crop, squash, not 'pad'"):
+        resize_test(stripes, SIZE, "pad")
+
+
+def test_both_caches_of_a_data_set_lie_beside_each_other(tmp_path, capsys):
+    """And --verify, the summary and the refusals speak of the one that is asked for."""
+    write_image_folder(tmp_path / "mine")
+    random_image(0, 1, 14_000).save(tmp_path / "mine/train/train_0/0.png")  # too large for the crop
+    assert build(tmp_path, "--resize", "squash") == 0
+    folder = tmp_path / "mine" / "cache_32_squash"
+    with pytest.raises(data_utils.InputError, match=r"cache_32/meta\.json is missing"):
+        read_cache(tmp_path, "mine", SIZE)
+    random_image(0).save(tmp_path / "mine/train/train_0/0.png")
+    before = tree(folder)
+    assert build(tmp_path) == 0
+    assert tree(folder) == before
+    crop, squash = read_cache(tmp_path, "mine", SIZE), read_cache(tmp_path, "mine", SIZE, "squash")
+    assert [cache.meta["resize"] for cache in (crop, squash)] == ["crop", "squash"]
+    assert (squash.array("train_sizes") == 35).all() and (crop.array("train_sizes") != 35).any()
+
+    content = bytearray((folder / "test_images.npy").read_bytes())
+    content[-5] ^= 1
+    (folder / "test_images.npy").write_bytes(content)
+    assert build(tmp_path, "--verify") == 0
+    capsys.readouterr()
+    assert build(tmp_path, "--verify", "--resize", "squash") == 2
+    remedy = f"python data_utils.py --data_name mine --data_path {tmp_path} --image_size 32 --resize squash"
+    assert f"damaged: test_images; make it again with: {remedy} --force\n" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    assert build(tmp_path, "--verify", "--resize", "squash") == 2
+    assert f"no cache_32_squash found in {tmp_path}/" in capsys.readouterr().err
+    crop.folder.rename(folder)  # of other settings than its name says
+    with pytest.raises(data_utils.InputError, match=f"other settings; make it with: {re.escape(remedy)}$"):
+        read_cache(tmp_path, "mine", SIZE, "squash")
 
 
 def test_crops_are_windows_of_the_cached_image(tiny_data):
@@ -176,6 +229,9 @@ LAYOUTS = {
     "car devkit, labels beside": ("car", lambda root: write_car_devkit(root, labels_beside=True), "cars_"),
     "cub": ("cub", write_cub, "images/"),
     "sop": ("sop", write_sop, "bicycle_final/"),
+    "isc": ("isc", write_isc, "img/"),
+    "isc, list in Anno": ("isc", lambda root: write_isc(root, "Anno"), "img/"),
+    "isc, original folders": ("isc", lambda root: write_isc(root, "Eval", "Img"), "Img/img/"),
 }
 
 
@@ -187,7 +243,7 @@ def test_raw_layouts(tmp_path, capsys, layout, deeper):
     write(tmp_path / name / deeper)
     assert build(tmp_path) == 0
     output = capsys.readouterr()
-    train, test = data_utils.PUBLISHED[name].counts.values()
+    train, test, *_ = data_utils.PUBLISHED[name].counts.values()
     assert f"train: 2 classes and 4 images, published are {train[0]:,} and {train[1]:,}" in output.err
     assert f"test: 2 classes and 4 images, published are {test[0]:,} and {test[1]:,}" in output.err
     assert re.search(rf"{name} +2 classes 4 images +2 classes 4 images +\d", output.out)
@@ -198,16 +254,111 @@ def test_raw_layouts(tmp_path, capsys, layout, deeper):
         for path in cache.meta[split]["paths"]:
             assert path.startswith(f"{deeper}/{folder}" if deeper else folder)
             assert (tmp_path / name / path).is_file()
-    assert cache.array("test_is_query").all() and cache.array("test_is_gallery").all()
+    if name != "isc":
+        assert cache.array("test_is_query").all() and cache.array("test_is_gallery").all()
     assert cache.meta["mean"] == list(data_utils.PUBLISHED[name].mean)
     classes = {
         "car": (["1", "98"], ["99", "196"]),
         "cub": (["001.Bird_1", "100.Bird_100"], ["101.Bird_101", "200.Bird_200"]),
         "sop": (["1", "2"], ["11319", "11320"]),
+        "isc": (["id_00000002", "id_00000003"], ["id_00000001", "id_00000004"]),
     }[name]
     if layout.startswith("car devkit"):
         classes = (["Car 1", "Car 98"], ["Car 99", "Car 196"])
     assert (cache.meta["train"]["classes"], cache.meta["test"]["classes"]) == classes
+
+
+def test_in_shop_has_queries_and_a_gallery(tmp_path, capsys):
+    write_isc(tmp_path / "isc")
+    assert build(tmp_path) == 0
+    output, cache = capsys.readouterr(), read_cache(tmp_path, "isc", SIZE)
+    assert cache.array("test_is_query").tolist() == [True, False] * 2
+    assert cache.array("test_is_gallery").tolist() == [False, True] * 2
+    assert cache.array("test_is_query").dtype == cache.array("test_is_gallery").dtype == bool
+    assert [path[-14:-12] for path in cache.meta["test"]["paths"]] == ["06", "07", "00", "01"]
+    assert "isc: query lists 2 classes, 2 images\nisc: gallery lists 2 classes, 2 images\n" in output.out
+    assert "query: 2 classes and 2 images, published are 3,985 and 14,218" in output.err
+    assert "gallery: 2 classes and 2 images, published are 3,985 and 12,612" in output.err
+    assert "train: 2 classes and 4 images, published are 3,997 and 25,882" in output.err
+
+
+def test_in_shop_in_its_published_size_has_no_warning(tmp_path):
+    """A list of 52,712 rows; the images are not looked at."""
+    statuses = ["train"] * 25882 + ["query"] * 14218 + ["gallery"] * 12612
+    first = {"train": (0, 3997), "query": (3997, 3985), "gallery": (3997, 3985)}
+    lines = ["52712", "image_name item_id evaluation_status"]
+    for number, status in enumerate(statuses):
+        start, items = first[status]
+        lines.append(f"img/{number}.jpg  id_{1 + start + number % items:08d}  {status}")
+    (tmp_path / "list_eval_partition.txt").write_text("\n".join(lines))
+    listing = list_data_set("isc", tmp_path)
+    assert not listing.problems and not listing.warnings
+
+
+def test_csv_data_set(tmp_path, capsys):
+    """As spreadsheets write it; train/ and test/ beside it, with other images, are not looked at."""
+    write_image_folder(tmp_path / "listed")
+    write_csv(tmp_path / "listed")
+    lines = [
+        "path , label,id,split,is_query,is_gallery",
+        "photos/1.png,zebra,7,train,1,1",
+        "photos/2.png,ant,7,train,1,1",
+        'photos/3.png,fox,7,"test",1,0',
+        '"photos/4.png","Grüße, ""cat""",7,test,0,1',
+        "photos/5.png, fox ,7,test,0,1",
+        'photos/6.png,"Grüße, ""cat""",,test,1,1',
+        "",
+    ]
+    (tmp_path / "listed" / "images.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert build(tmp_path, "--data_name", "listed") == 0
+    cache = read_cache(tmp_path, "listed", SIZE)
+    assert cache.meta["train"]["classes"] == ["ant", "zebra"]
+    assert cache.meta["test"]["classes"] == ['Grüße, "cat"', "fox"]
+    assert cache.meta["train"]["paths"] == ["photos/2.png", "photos/1.png"]
+    assert cache.meta["test"]["paths"] == [f"photos/{number}.png" for number in (4, 6, 3, 5)]
+    assert cache.array("test_labels").tolist() == [0, 0, 1, 1]
+    assert cache.array("test_is_query").tolist() == [False, True, True, False]
+    assert cache.array("test_is_gallery").tolist() == [True, True, False, True]
+    output = capsys.readouterr()
+    assert "listed: query lists 2 classes, 2 images\nlisted: gallery lists 2 classes, 3 images" in output.out
+    assert output.err == ""
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_csv_line_ends_and_fields_over_two_lines(tmp_path, line_end):
+    """The line of a problem is where its row starts; a row without any field is a blank line."""
+    lines = ["", "path,label,split,note", 'a.png,x,train,"two', 'lines"', ",,,", "b.png,x,toast,", "c.png,y,test"]
+    (tmp_path / "images.csv").write_bytes(line_end.join(lines).encode())
+    listing = list_data_set("listed", tmp_path)
+    assert [entry.path for entry in listing.entries] == ["a.png"]
+    assert [problem.split(f"{tmp_path}/")[1] for problem in listing.problems] == [
+        "images.csv, line 6: the split 'toast' is neither train nor test",
+        "images.csv, line 7: malformed line: 3 fields, the header has 4",
+    ]
+
+
+def test_csv_roles_default_to_both_and_take_words(tmp_path):
+    lines = ["label,path,split", "x,a.png,train", "y,b.png,test"]
+    (tmp_path / "images.csv").write_text("\n".join(lines))
+    assert [entry[4:] for entry in list_data_set("listed", tmp_path).entries] == [(True, True)] * 2
+    assert data_utils.count(list_data_set("listed", tmp_path).entries) == {"train": (1, 1), "test": (1, 1)}
+    lines = ["label,path,split,is_query", "x,a.png,train,", "y,b.png,test,TRUE", "y,c.png,test,False", "y,d.png,test,0"]
+    (tmp_path / "images.csv").write_text("\n".join(lines))
+    listing = list_data_set("listed", tmp_path)
+    assert not listing.problems
+    assert [entry.is_query for entry in listing.entries] == [True, True, False, False]
+    assert all(entry.is_gallery for entry in listing.entries)
+
+
+def test_csv_as_pandas_and_other_libraries_write_it(tmp_path):
+    lines = ["Path,label,SPLIT,is_query", "a.png,1,Train,", "b.png,2,validation,1.0", "c.png,2,validation,0.0"]
+    (tmp_path / "images.csv").write_text("\n".join(lines))
+    listing = list_data_set("listed", tmp_path)
+    assert not listing.problems
+    assert [(entry.split, entry.is_query) for entry in listing.entries[1:]] == [("test", True), ("test", False)]
+    (tmp_path / "images.csv").write_text("\n".join([*lines, "d.png,3,test,1", "e.png,3,test,1"]))
+    (problem,) = list_data_set("listed", tmp_path).problems
+    assert "line 5: the list has both test and validation images" in problem
 
 
 def test_image_folder(tmp_path, capsys):
@@ -249,12 +400,23 @@ def test_a_folder_that_cannot_be_read_is_listed(tmp_path, capsys, monkeypatch):
     assert re.search(r"mine: 1 problems.*\n.*train_1: unreadable folder", capsys.readouterr().err)
 
 
-def test_an_image_listed_twice_is_a_warning(tmp_path, capsys):
+@pytest.mark.parametrize(("split", "code"), [("train", 0), ("test", 2)])
+def test_images_listed_twice(tmp_path, capsys, split, code):
+    """By whatever path. A test image would find itself: a certain hit."""
     write_sop(tmp_path / "sop")
-    path = tmp_path / "sop" / "Ebay_train.txt"
-    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
+    path = tmp_path / "sop" / f"Ebay_{split}.txt"
+    again = path.read_text().splitlines()[1].replace("bicycle_final/", "./bicycle_final//")
+    path.write_text(path.read_text() + again + "\n")
+    assert build(tmp_path) == code
+    assert f"1 {split} images are listed more than once, such as bicycle_final/" in capsys.readouterr().err
+
+
+def test_an_isc_list_of_another_length_than_it_says_is_a_warning(tmp_path, capsys):
+    write_isc(tmp_path / "isc")
+    path = tmp_path / "isc" / "list_eval_partition.txt"
+    path.write_text(path.read_text().replace("8\n", "52712\n", 1))
     assert build(tmp_path) == 0
-    assert "1 images are listed more than once" in capsys.readouterr().err
+    assert "list_eval_partition.txt: 52712 images by its first line, 8 by its rows" in capsys.readouterr().err
 
 
 def test_lists_with_windows_line_ends_a_byte_order_mark_and_spaces(tmp_path):
@@ -352,13 +514,67 @@ DAMAGES = {
         lambda root: [path.unlink() for path in root.glob("test/*/*")],
         "the test split has no images",
     ),
+    "isc header": ("isc", rewrite("list_eval_partition.txt", "8\n", ""), "line 2: the header .* is missing"),
+    "isc status": (
+        "isc",
+        rewrite("list_eval_partition.txt", "train", "val"),
+        "line 5: 'val' is not one of train, query",
+    ),
+    "isc line": ("isc", rewrite("list_eval_partition.txt", " id_00000004", ""), "line 3: malformed line: 3 fields"),
+    "isc path": ("isc", rewrite("list_eval_partition.txt", "img/", "/"), "line 3: absolute path, '..' or"),
+    "isc queries": (
+        "isc",
+        lambda root: [rewrite("list_eval_partition.txt", "query", "gallery")(root) for _ in range(2)],
+        r"1 problems, nothing written:\n  the query split has no images\n$",
+    ),
+    "csv empty": ("csv", put("images.csv", b" \n"), "images.csv: empty; its first line has to be path,label,split"),
+    "csv column": ("csv", rewrite("images.csv", "label", "class"), "line 1: no column 'label' in the header"),
+    "csv columns": (
+        "csv",
+        rewrite("images.csv", "is_query,is_gallery", "split,split"),
+        "line 1: two columns 'split' in the header 'path,label,split,split,split'",
+    ),
+    "csv separator": (
+        "csv",
+        put("images.csv", b"path;label;split\n"),
+        "no column 'path', .* in the header 'path;label",
+    ),
+    "csv split": ("csv", rewrite("images.csv", "zebra,train", "zebra,"), "line 2: the split '' is neither train nor"),
+    "csv label": ("csv", rewrite("images.csv", "zebra", " "), "line 2: the label is empty"),
+    "csv absolute": ("csv", rewrite("images.csv", "photos/1", "/photos/1"), "line 2: absolute path, '..' or"),
+    "csv dots": ("csv", rewrite("images.csv", "photos/1", "../photos/1"), "line 2: absolute path, '..' or"),
+    "csv no path": ("csv", rewrite("images.csv", "photos/1.png", ""), "line 2: absolute path, '..' or"),
+    "csv short": ("csv", rewrite("images.csv", "zebra,", ""), "line 2: malformed line: 4 fields, the header has 5"),
+    "csv long": ("csv", rewrite("images.csv", "zebra,", "a,b,"), "line 2: malformed line: 6 fields, the header has 5"),
+    "csv quote": ("csv", rewrite("images.csv", "zebra,", '"zebra,'), "line 2: not valid CSV, read no further"),
+    "csv bytes": ("csv", put("images.csv", b"path,label\n\n\xff"), r"images.csv: not a readable .* UTF-8 \(line 3: "),
+    "csv NUL": ("csv", rewrite("images.csv", "fox", "f\0x"), "images.csv, line 4: a NUL byte"),
+    "csv truth": (
+        "csv",
+        rewrite("images.csv", "test,1", "test,yes"),
+        "line 4: is_query and is_gallery have to be 0, 1,",
+    ),
+    "csv neither": ("csv", rewrite("images.csv", "test,1,0", "test,0,0"), "line 4: a test image has to be a query, in"),
+    "csv gallery": (
+        "csv",
+        lambda root: [rewrite("images.csv", f"test,{old}", "test,1,0")(root) for old in ("0,1", "0,1", "1,1")],
+        "the gallery split has no images",
+    ),
+    "csv image": ("csv", put("photos/1.png", None), "photos/1.png: missing image"),
     "1-pixel-wide": (
         "mine",
         lambda root: random_image(0, 1, 14_000).save(root / "train/train_0/0.png"),
         "35 x 490000 after the resize is over 16,000,000 pixels",
     ),
 }
-WRITERS = {"car": write_car, "cub": write_cub, "sop": write_sop, "mine": write_image_folder}
+WRITERS = {
+    "car": write_car,
+    "cub": write_cub,
+    "sop": write_sop,
+    "isc": write_isc,
+    "csv": write_csv,
+    "mine": write_image_folder,
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -419,6 +635,14 @@ def test_skip_bad_leaves_them_out_and_lists_them(tmp_path, capsys):
     assert not (tmp_path / "clean" / "cache_32_skipped.txt").exists()
 
 
+def test_skip_bad_does_not_excuse_a_data_set_without_queries(tmp_path, capsys):
+    write_csv(tmp_path / "csv")
+    for number in (3, 6):
+        (tmp_path / "csv" / "photos" / f"{number}.png").write_bytes(b"")
+    assert build(tmp_path, "--skip_bad") == 2
+    assert "no image is left in query" in capsys.readouterr().err
+
+
 def test_the_list_of_skipped_images_goes_when_none_is_skipped(tmp_path):
     write_image_folder(tmp_path / "mine")
     bad, listed = tmp_path / "mine" / "train" / "train_0" / "0.png", tmp_path / "mine" / "cache_32_skipped.txt"
@@ -465,7 +689,7 @@ def test_decompression_bomb_is_refused(tmp_path, capsys, monkeypatch):
     write_image_folder(tmp_path / "mine")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # the images have 1440: for Pillow only a warning
     assert build(tmp_path) == 2
-    assert "DecompressionBombWarning" in capsys.readouterr().err
+    assert "DecompressionBombError: 40 x 36 pixels are over" in capsys.readouterr().err
 
 
 def test_full_disk_is_found_before_the_work(tmp_path, capsys, monkeypatch):
@@ -517,6 +741,7 @@ def test_named_set_that_is_not_there(tmp_path, capsys):
         (["--a\nb"], "unrecognized arguments: --a b"),
         (["--num_workers", "many"], "'many' is not a positive integer"),
         (["--forc"], "unrecognized arguments: --forc"),
+        (["--resize", "pad"], "argument --resize: invalid choice: 'pad'"),
     ],
 )
 def test_wrong_options(tmp_path, capsys, options, message):
@@ -643,6 +868,12 @@ CACHE_DAMAGES = {
     "two channels": (damage_meta(lambda meta: meta.update(std=[0.1, 0.1])), "three channels"),
     "other number of images": (damage_meta(lambda meta: meta["test"]["paths"].pop()), "does not fit test_labels.npy"),
     "missing array": (lambda folder: (folder / "test_labels.npy").unlink(), "test_labels.npy is missing"),
+    "no array": (
+        lambda folder: (folder / "test_is_gallery.npy").write_bytes(
+            (folder / "test_is_gallery.npy").read_bytes().replace(b"NUMPY", b"OTHER")
+        ),
+        "is damaged",
+    ),
     "truncated array": (lambda folder: (folder / "test_images.npy").write_bytes(b"x"), "has the wrong size"),
 }
 

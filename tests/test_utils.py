@@ -1,4 +1,4 @@
-"""The partition, the draws, safe writing, and Recall@K against an obvious implementation."""
+"""The partition, the draws, safe writing, and Recall@K and mAP@R against obvious implementations."""
 
 import errno
 import os
@@ -20,6 +20,7 @@ from utils import (
     RunError,
     atomic_open,
     draws,
+    map_at_r,
     meta_class_partition,
     read_record,
     recall_at_k,
@@ -68,23 +69,60 @@ def test_draws_depend_on_each_argument_and_nothing_else():
 # ------------------------------------------------------------------------------------------------ Recall@K
 
 
-def slow_recall(parts: list[np.ndarray], labels: np.ndarray, ks: list[int]) -> np.ndarray:
-    """The definition of METHOD.md, one query at a time, in float64."""
-    rows = []
+def slow_ranks(
+    parts: list[np.ndarray], labels: np.ndarray, is_query: np.ndarray, is_gallery: np.ndarray
+) -> list[list[list[int]]]:
+    """The definition of METHOD.md, one query at a time, in float64.
+
+    For every ensemble size and query: how many images of other classes come before each of its own class, the most
+    similar first.
+    """
+    sizes = []
     similarity = np.zeros((len(labels), len(labels)))
     for size, part in enumerate(parts, 1):
         lengths = np.linalg.norm(part.astype(np.float64), axis=1, keepdims=True)
         unit = part / np.where(lengths > 0, lengths, 1)
         similarity += unit @ unit.T
-        hits = np.zeros(len(ks))
-        for query in range(len(labels)):
-            own = [i for i in range(len(labels)) if labels[i] == labels[query] and i != query]
-            if own:
-                reach = max(similarity[query, i] for i in own) - 1e-6 * size
-                rank = sum(similarity[query, i] >= reach for i in range(len(labels)) if labels[i] != labels[query])
-                hits += [rank < k for k in ks]
-        rows.append(hits / len(labels))
-    return np.array(rows)
+        queries = []
+        for query in np.flatnonzero(is_query):
+            gallery = [i for i in np.flatnonzero(is_gallery) if i != query]
+            own = sorted((similarity[query, i] for i in gallery if labels[i] == labels[query]), reverse=True)
+            others = np.array([similarity[query, i] for i in gallery if labels[i] != labels[query]])
+            queries.append([int((others >= value - 1e-6 * size).sum()) for value in own])
+        sizes.append(queries)
+    return sizes
+
+
+def slow_recall(
+    parts: list[np.ndarray],
+    labels: np.ndarray,
+    ks: list[int],
+    is_query: np.ndarray | None = None,
+    is_gallery: np.ndarray | None = None,
+) -> np.ndarray:
+    every = np.ones(len(labels), bool)
+    ranks = slow_ranks(
+        parts, labels, every if is_query is None else is_query, every if is_gallery is None else is_gallery
+    )
+    return np.array([[np.mean([bool(r) and r[0] < k for r in queries]) for k in ks] for queries in ranks])
+
+
+def slow_map(
+    parts: list[np.ndarray], labels: np.ndarray, is_query: np.ndarray, is_gallery: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """mAP@R and R-Precision from a list of hits and misses at each of the R first positions."""
+    rows = []
+    for queries in slow_ranks(parts, labels, is_query, is_gallery):
+        scores = []
+        for ranks in filter(len, queries):
+            hits = np.zeros(len(ranks))
+            for number, rank in enumerate(ranks):
+                if number + rank < len(hits):
+                    hits[number + rank] = 1
+            precision = [hits[: position + 1].mean() for position in range(len(hits))]
+            scores.append(((precision * hits).mean(), hits.mean()))
+        rows.append(np.mean(scores, axis=0) if scores else (np.nan, np.nan))
+    return tuple(np.array(rows).T)
 
 
 def random_case(seed: int) -> tuple[list[np.ndarray], np.ndarray, list[int]]:
@@ -112,6 +150,65 @@ def test_recall_equals_the_definition(seed, max_bytes):
     np.testing.assert_allclose(result.numpy(), slow_recall(parts, labels, ks), atol=1e-7)
 
 
+def random_masks(seed: int, num_images: int) -> list[np.ndarray]:
+    """Queries and gallery: apart, overlapping with images that are neither, or one within the other."""
+    generator = np.random.default_rng(1000 + seed)
+    is_query, is_gallery = generator.random((2, num_images)) < generator.choice([0.2, 0.5, 0.9], (2, 1))
+    if seed % 3 == 0:
+        is_gallery = ~is_query
+    if seed % 3 == 1:
+        is_gallery |= is_query
+    is_query[generator.integers(num_images)] = is_gallery[generator.integers(num_images)] = True
+    return [is_query, is_gallery]
+
+
+@pytest.mark.filterwarnings("ignore:.*no other image of their class")
+@pytest.mark.parametrize("max_bytes", [2**30, 2**15, 1])
+@pytest.mark.parametrize("seed", range(60))
+def test_recall_of_queries_in_a_gallery_equals_the_definition(seed, max_bytes):
+    parts, labels, ks = random_case(seed)
+    masks = random_masks(seed, len(labels))
+    tensors = [torch.from_numpy(mask) for mask in masks]
+    result = recall_at_k([torch.from_numpy(part) for part in parts], torch.from_numpy(labels), ks, max_bytes, *tensors)
+    np.testing.assert_allclose(result.numpy(), slow_recall(parts, labels, ks, *masks), atol=1e-7)
+
+
+def test_queries_in_a_gallery_by_hand():
+    """On a circle, three queries of class 0; the gallery: 10 (class 0), 4 degrees (class 1) and the first query."""
+    angles = torch.deg2rad(torch.tensor([0.0, 8.0, 90.0, 10.0, 4.0]))
+    points, labels = torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([0, 0, 0, 0, 1])
+    masks = torch.tensor([1, 1, 1, 0, 0]).bool(), torch.tensor([1, 0, 0, 1, 1]).bool()
+    # 0 deg: 4 is nearer than 10, and it does not find itself. 8 deg: 10, then 4, then 0. 90 deg: 10, then 4, then 0.
+    result = recall_at_k(points, labels, [1, 2, 100], 2**30, *masks)
+    np.testing.assert_allclose(result, [[2 / 3, 1, 1]], atol=1e-7)
+    # 0 deg: R = 1, position 2. The others: R = 2, positions 1 and 3: one of two found, precision 1 there.
+    for score in map_at_r(points, labels, *masks):
+        np.testing.assert_allclose(score, [(0 + 1 / 2 + 1 / 2) / 3], atol=1e-7)
+
+
+def similarities_computed(num_images: int, *masks: torch.Tensor) -> int:
+    """How many numbers the matrix products of one call give."""
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            self.count += result.numel() if "addmm" in str(function) else 0
+            return result
+
+    with Products() as products:
+        recall_at_k(torch.randn(num_images, 4), torch.arange(num_images) // 4, [1], 2**22, *masks)
+    return products.count
+
+
+def test_half_of_the_similarities_are_enough_where_all_are_queries_and_gallery():
+    every, no_query = torch.ones(2000, dtype=torch.bool), torch.arange(2000) > 0
+    half = similarities_computed(2000)
+    assert half < 0.7 * 2000**2 and similarities_computed(2000, every, every) == half
+    assert similarities_computed(2000, no_query, no_query) < 0.7 * 2000**2 < similarities_computed(2000, no_query)
+
+
 def test_recall_by_hand():
     """On a circle: 0 and 10 degrees are class 0, 4 and 90 are class 1."""
     angles = torch.deg2rad(torch.tensor([0.0, 4.0, 10.0, 90.0]))
@@ -130,6 +227,7 @@ def test_a_pair_exactly_at_the_tolerance_counts_against_the_query(first):
 def test_the_tolerance_grows_with_the_number_of_parts():
     part = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-0.75e-6, 1.0], [-1.0, 0.0]])
     assert recall_at_k([part, part], torch.tensor([0, 0, 1, 1]), [1]).tolist() == [[0], [0]]
+    assert [score.tolist() for score in map_at_r([part, part], torch.tensor([0, 0, 1, 1]))] == [[0, 0], [0, 0]]
 
 
 def test_recall_of_a_constant_embedding_is_zero():
@@ -205,24 +303,41 @@ def test_max_bytes_bounds_the_blocks(monkeypatch):
     assert 3 * 4 * max(steps) ** 2 <= 2**16
 
 
+class Largest(TorchDispatchMode):
+    """The largest tensor that is made meanwhile, in bytes, views of `points` aside."""
+
+    def __init__(self, points: torch.Tensor):
+        super().__init__()
+        self.points, self.num_bytes = points, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != self.points.data_ptr():
+                self.num_bytes = max(self.num_bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
 @pytest.mark.parametrize("max_bytes", [2**20, 2**22, 2**26])
 def test_no_tensor_of_recall_is_over_max_bytes(max_bytes):
     """3,000 images of 800 dimensions are 9.6 MB: copied as a whole only where that fits into half of the bound."""
     points, labels = torch.randn(3000, 800), torch.arange(3000) // 10
-
-    class Largest(TorchDispatchMode):
-        num_bytes = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() != points.data_ptr():
-                self.num_bytes = max(self.num_bytes, result.untyped_storage().nbytes())
-            return result
-
-    with Largest() as largest:
+    with Largest(points) as largest:
         recall_at_k(points, labels, [1], max_bytes)
     assert largest.num_bytes <= max_bytes / 2
     assert (largest.num_bytes >= points.nbytes) == (max_bytes == 2**26)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("largest_class", [10, 1400])
+@pytest.mark.parametrize("width", [8, 800])
+def test_no_tensor_of_map_at_r_is_over_max_bytes(apart, largest_class, width):
+    """1,500 images: the whole matrix would be 9 MB, a whole copy of the wider embeddings 4.8 MB."""
+    points, labels, max_bytes = torch.randn(1500, width), (torch.arange(1500) - largest_class).clamp(min=0) // 10, 2**21
+    masks = [torch.arange(1500) % 2 == 0, torch.arange(1500) % 2 == 1] if apart else []
+    with Largest(points) as largest:
+        map_at_r(points, labels, *masks, max_bytes=max_bytes)
+    assert largest.num_bytes <= max_bytes / 2
 
 
 def test_batches_are_prepared_two_ahead():
@@ -257,6 +372,14 @@ def test_lone_classes_are_misses_and_reported():
     np.testing.assert_allclose(result, [[0, 2 / 3]], atol=1e-7)
 
 
+def test_queries_without_an_image_in_the_gallery_are_misses_and_reported():
+    """Of four queries, one has no class mate, one's is no gallery image, and one's class mate is itself."""
+    points, labels = torch.eye(5), torch.tensor([0, 1, 1, 2, 0])
+    masks = torch.tensor([1, 1, 0, 1, 1]).bool(), torch.tensor([1, 1, 0, 0, 0]).bool()
+    with pytest.warns(UserWarning, match="3 of 4 queries have no other image of their class in the gallery: misses"):
+        assert recall_at_k(points, labels, [2, 100], 2**30, *masks).tolist() == [[0.25, 0.25]]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_recall_refuses_what_is_not_finite(value):
     part = torch.randn(10, 4)
@@ -281,6 +404,16 @@ def test_recall_refuses_wrong_arguments(embeddings, labels, ks):
         recall_at_k(embeddings, labels, ks)
 
 
+@pytest.mark.parametrize("name", ["is_query", "is_gallery"])
+@pytest.mark.parametrize("mask", [torch.ones(3).bool(), torch.ones(4, 1).bool(), torch.ones(4), torch.zeros(4).bool()])
+def test_wrong_masks_are_refused(name, mask):
+    points, labels = torch.randn(4, 2), torch.tensor([0, 0, 1, 1])
+    with pytest.raises(ValueError, match=rf"{name} has to be \(4,\) bool, with at least one True"):
+        recall_at_k(points, labels, [1], **{name: mask})
+    with pytest.raises(ValueError, match=rf"{name} has to be \(4,\) bool, with at least one True"):
+        map_at_r(points, labels, **{name: mask})
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss counts kilobytes on Linux")
 def test_recall_needs_no_square_matrix():
     """20,000 images: the full matrix would be 1.6 GB, the one giant class alone 0.9 GB."""
@@ -296,6 +429,110 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
     output = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert int(output.stdout) < 2 * 2**26, output.stderr
+
+
+# ------------------------------------------------------------------------------------------------ mAP@R
+
+
+@pytest.mark.filterwarnings("ignore:.*no other image of their class")
+@pytest.mark.parametrize("max_bytes", [2**30, 2**15, 1])
+@pytest.mark.parametrize("seed", range(60))
+def test_map_at_r_equals_the_definition(seed, max_bytes):
+    parts, labels, _ = random_case(seed)
+    masks = random_masks(seed, len(labels)) if seed % 4 else [np.ones(len(labels), bool)] * 2
+    tensors = [torch.from_numpy(mask) for mask in masks] if seed % 4 else []
+    embeddings = [torch.from_numpy(part) for part in parts]
+    scores = map_at_r(embeddings, torch.from_numpy(labels), *tensors, max_bytes=max_bytes)
+    for score, expected in zip(scores, slow_map(parts, labels, *masks), strict=True):
+        assert score.dtype == torch.float64 and score.shape == (len(parts),)
+        np.testing.assert_allclose(score, expected, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*no other image of their class")
+def test_scores_equal_those_of_pytorch_metric_learning():
+    pytest.importorskip("faiss")  # its search
+    package = pytest.importorskip("pytorch_metric_learning.utils.accuracy_calculator")
+    for seed in range(120):
+        compare_with_package(package, seed)
+
+
+def compare_with_package(package, seed: int) -> None:
+    """Without ties. Every other case has queries apart from the gallery. It leaves lone queries out of R@1 too."""
+    generator = torch.Generator().manual_seed(seed)
+    num_images, num_classes = (int(torch.randint(5, 80, (), generator=generator)) for _ in range(2))
+    labels = torch.randint(1 + num_classes % 13, (num_images,), generator=generator)
+    labels[1] = labels[0]  # at least one query has a match
+    centres = torch.randn(14, 6, generator=generator)
+    parts = [torch.randn(num_images, 6, generator=generator) + centres[labels] for _ in range(1 + seed % 3)]
+    whole = torch.cat([torch.nn.functional.normalize(part) for part in parts], 1)
+    is_query = torch.arange(num_images) % 3 == 0 if seed % 2 else torch.ones(num_images, dtype=torch.bool)
+    is_gallery = ~is_query if seed % 2 else is_query
+
+    names = ("mean_average_precision_at_r", "r_precision", "precision_at_1")
+    calculator = package.AccuracyCalculator(include=names, device=torch.device("cpu"))
+    gallery = (whole[is_gallery], labels[is_gallery]) if seed % 2 else ()
+    expected = calculator.get_accuracy(whole[is_query], labels[is_query], *gallery)
+    ours = [score[-1].item() for score in map_at_r(parts, labels, is_query, is_gallery)]
+    mates = (labels[is_query, None] == labels[is_gallery]).sum(1) - (is_query & is_gallery)[is_query].long()
+    recall = recall_at_k(parts, labels, [1], 2**30, is_query, is_gallery)[-1, 0].item()
+    ours.append(recall * len(mates) / (mates > 0).sum().item())
+    np.testing.assert_allclose(ours, [expected[name] for name in names], atol=1e-6)
+
+
+def test_map_at_r_by_hand():
+    """On a circle: class 0 at 0, 10 and 30 degrees, class 1 at 4 and 90."""
+    angles = torch.deg2rad(torch.tensor([0.0, 10.0, 30.0, 4.0, 90.0]))
+    points = torch.stack([angles.cos(), angles.sin()], dim=1)
+    mean_precision, r_precision = map_at_r(points, torch.tensor([0, 0, 0, 1, 1]))
+    # 0 deg finds 4, 10 | 30; 10 deg finds 4, 0 | 30; 30 deg finds 10, 4 | 0. 4 deg finds 0 |; 90 deg finds 30 |.
+    np.testing.assert_allclose(r_precision, [(1 / 2 + 1 / 2 + 1 / 2 + 0 + 0) / 5], atol=1e-7)
+    np.testing.assert_allclose(mean_precision, [(1 / 4 + 1 / 4 + 1 / 2 + 0 + 0) / 5], atol=1e-7)
+
+
+def test_map_at_r_of_a_constant_embedding_is_zero():
+    labels = torch.arange(40) // 4
+    for points in (torch.ones(40, 3), torch.zeros(40, 3)):
+        assert [score.tolist() for score in map_at_r([points, points], labels)] == [[0, 0], [0, 0]]
+
+
+def test_map_at_r_does_not_depend_on_the_order_of_tied_images():
+    generator = torch.Generator().manual_seed(0)
+    points, labels = torch.randint(-1, 2, (200, 2), generator=generator).float(), torch.arange(200) % 9
+    order = torch.randperm(200, generator=generator)
+    for score, other in zip(map_at_r(points, labels), map_at_r(points[order], labels[order]), strict=True):
+        np.testing.assert_allclose(score, other, rtol=1e-12)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_own_image_exactly_at_the_tolerance_comes_after_the_other(first):
+    """Each of the 15 copies finds the 14 others and then, at 1e-6, its own class and, at 0, the other one."""
+    points = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1e-6, 1.0], *[[-1.0, 0.0]] * 15])
+    labels = torch.tensor([first] * 2 + [1 - first] * 16)
+    assert map_at_r(points, labels)[1].item() == pytest.approx((0 + 0 + 14 / 15 + 15 * 14 / 15) / 18)
+
+
+def test_lone_queries_are_left_out_and_reported():
+    points, labels = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), torch.tensor([5, 5, 9])
+    with pytest.warns(UserWarning, match="1 of 3 queries have no other image of their class in the gallery: left out"):
+        assert [score.tolist() for score in map_at_r(points, labels)] == [[1], [1]]
+    with pytest.warns(UserWarning, match="3 of 3"):
+        assert all(score.isnan().all() for score in map_at_r(points, torch.arange(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_map_at_r_casts_to_float32_and_ignores_lengths(dtype):
+    parts, labels, _ = random_case(3)
+    part = torch.from_numpy(parts[0]).to(dtype)
+    scaled = part * torch.tensor([0.25, 4.0], dtype=dtype).repeat(len(part))[: len(part), None]
+    expected = slow_map([part.double().numpy()], labels, *[np.ones(len(labels), bool)] * 2)
+    for rows, max_bytes in ((part, 2**30), (scaled, 2**30), (scaled, 1)):
+        for score, value in zip(map_at_r(rows, torch.from_numpy(labels), max_bytes=max_bytes), expected, strict=True):
+            np.testing.assert_allclose(score, value, atol=1e-6)
+
+
+def test_map_at_r_refuses_what_is_not_finite():
+    with pytest.raises(ValueError, match="not finite: 10 of 10 rows"):
+        map_at_r(torch.full((10, 4), torch.nan), torch.arange(10) // 2)
 
 
 # ------------------------------------------------------------------------------------------------ files and errors
