@@ -1,6 +1,7 @@
-"""One member of the ensemble: a ResNet with a meta-class head, its precision, and the embedding from its logits."""
+"""One member of the ensemble: a ResNet with a meta-class head, its precision, and its embedding."""
 
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import torchvision
 from torch import nn
 
 from utils import (
+    LATER_SETTINGS,
     MEMBER_RECORD,
     RUN_RECORD,
     InputError,
     image_batches,
     member_file,
+    member_numbers,
     one_line,
     out_of_memory,
     read_record,
@@ -182,19 +185,42 @@ def resize_windows(images: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
     return resized.permute(0, 2, 3, 1)
 
 
-def embed(logits: torch.Tensor) -> torch.Tensor:
-    """The embedding by one member: its logits `(N, D)` scaled to length 1 (METHOD.md: "One member", step 7)."""
-    return F.normalize(logits, dim=1)
+EMBEDDINGS = ("logits", "pooled")  # "logits" is the method
+
+
+def member_output(model: nn.Module, pixels: torch.Tensor, embedding: str) -> torch.Tensor:
+    """What a member's embedding is made of: images `(N, 3, S, S) float` -> `(N, d) float32`.
+
+    For "logits" its D logits; for "pooled" the input of its last layer, the backbone's feature after average pooling.
+    """
+    if embedding not in EMBEDDINGS:
+        raise ValueError(f"embedding has to be one of {', '.join(EMBEDDINGS)}, not {embedding!r}")
+    if embedding == "logits":
+        return model(pixels)
+    backbone = nn.Sequential(*list(model.children())[:-1], nn.Flatten())  # a ResNet's layers in order, but for the last
+    return backbone(pixels).float()
+
+
+def embed(outputs: torch.Tensor) -> torch.Tensor:
+    """The embedding by one member: its outputs `(N, d)` scaled to length 1 (METHOD.md: "One member", step 7)."""
+    return F.normalize(outputs, dim=1)
 
 
 @torch.inference_mode()
-def member_logits(
-    model: nn.Module, images: np.ndarray, mean: torch.Tensor, std: torch.Tensor, batch_size: int, precision: str
+def member_outputs(
+    model: nn.Module,
+    images: np.ndarray,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    batch_size: int,
+    precision: str,
+    embedding: str = "logits",
 ) -> torch.Tensor:
-    """One member's logits: images `(N, S, S, 3) uint8`, memory-mapped or not -> `(N, D) float32` on its device."""
+    """`member_output` of images `(N, S, S, 3) uint8`, memory-mapped or not: `(N, d) float32` on the model's device."""
     model.eval()
     device, batches = mean.device, spans(0, len(images), batch_size)
-    logits = torch.empty((len(images), model.fc.out_features), device=device)
+    width = model.fc.out_features if embedding == "logits" else model.fc.in_features
+    outputs = torch.empty((len(images), width), device=device)
 
     def fill(start: int, stop: int, out: np.ndarray) -> None:
         out[:] = images[start:stop]
@@ -202,12 +228,12 @@ def member_logits(
     loaded = image_batches(fill, batches, images.shape[1], device)
     for (start, stop), batch in zip(batches, loaded, strict=True):
         with autocast(device, precision):
-            logits[start:stop] = model(normalize(batch, mean, std))
-    return logits
+            outputs[start:stop] = member_output(model, normalize(batch, mean, std), embedding)
+    return outputs
 
 
 class Ensemble(nn.Module):
-    """The trained members of a run; see `load_ensemble`."""
+    """The trained members of a run; see `load_ensemble`. `resize` is what `data_utils.resize_test` has to be told."""
 
     def __init__(
         self,
@@ -216,53 +242,84 @@ class Ensemble(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         precision: str = "fp32",
+        embedding: str = "logits",
+        resize: str = "crop",
     ):
         super().__init__()
         self.members = nn.ModuleList(members)
         self.image_size = image_size
         self.precision = precision
+        self.embedding = embedding
+        self.resize = resize
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """`(N, S, S, 3) uint8`, as `data_utils.resize_test` makes them -> `(N, L * D) float32`.
+        """`(N, S, S, 3) uint8`, as `data_utils.resize_test` makes them -> `(N, L * d) float32`.
 
         The members' embeddings side by side, each of length 1: the dot product of two rows, divided by L, is the mean
         of the members' cosines.
         """
         pixels = normalize(images, self.mean, self.std)
         with autocast(images.device, self.precision):
-            logits = [member(pixels) for member in self.members]
-        return torch.cat([embed(member_logits) for member_logits in logits], dim=1)
+            outputs = [member_output(member, pixels, self.embedding) for member in self.members]
+        return torch.cat([embed(of_member) for of_member in outputs], dim=1)
 
 
-def load_ensemble(run_folder: str | Path, device: str | torch.device = "cpu") -> Ensemble:
-    """Loads all finished members of a run folder (`results/...`), ready to embed images in the run's precision.
+def read_run_record(run_folder: Path) -> dict:
+    """The `args.json` of a run folder. Raises InputError if it is missing or damaged."""
+    path = run_folder / "args.json"
+    if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
+        raise InputError(f"{run_folder} is not a run folder: it has no args.json")
+    try:
+        record = read_record(path, RUN_RECORD)
+        if record["settings"]["precision"] not in PRECISIONS:
+            raise ValueError("unknown precision")
+        return record | {"settings": LATER_SETTINGS | record["settings"]}
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is damaged ({one_line(error)}); train.py makes it again") from None
 
-    Raises InputError if the folder is no run, has no finished member, or a file does not match its checksum.
+
+def load_member(weights: Path, backbone: str, num_meta_classes: int) -> nn.Module:
+    """The network of a trained member, `member_007.pth`, on the CPU."""
+    model = build_model(backbone, num_meta_classes, None)
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return model
+
+
+def load_ensemble(
+    run_folder: str | Path,
+    device: str | torch.device = "cpu",
+    embedding: str = "logits",
+    num_members: int | None = None,
+) -> Ensemble:
+    """Loads the first finished members of a run folder (`results/...`), ready to embed images in the run's precision.
+
+    `num_members` None: all of them. Raises InputError if the folder is no run, has no or fewer finished members, or a
+    file does not match its checksum.
     """
     run_folder = Path(run_folder)
-    if not (run_folder / "args.json").is_file():
-        raise InputError(f"{run_folder} is not a run folder: it has no args.json")
-    members = []
-    try:
-        path = run_folder / "args.json"
-        record = read_record(path, RUN_RECORD)
-        settings, data = record["settings"], record["data"]
-        for path in sorted(run_folder.glob(member_file("*", "json"))):
-            weights, member = path.with_suffix(".pth"), read_record(path, MEMBER_RECORD)
-            if (member["run"], member_file(member["member"], "json")) != (run_identity(record), path.name):
-                raise ValueError("of another run or member")
-            if sha256(weights) != member["sha256"][weights.name]:
-                raise ValueError(f"the checksum of {weights.name} does not fit")
-            model = build_model(settings["backbone"], settings["meta_class_size"], None)
-            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-            members.append(model)
-    except Exception as error:  # damaged files raise a dozen kinds
-        if out_of_memory(error):
-            raise
-        raise InputError(f"{path} is damaged ({one_line(error)}); train.py makes it again") from None
-    if not members:
+    record = read_run_record(run_folder)
+    settings, data = record["settings"], record["data"]
+    finished, members = member_numbers(run_folder), []
+    if not finished:
         raise InputError(f"{run_folder} has no finished member")
-    ensemble = Ensemble(members, settings["image_size"], data["mean"], data["std"], settings["precision"])
+    if num_members is not None and len(finished) < num_members:
+        raise InputError(f"{run_folder} has {len(finished)} finished members, not {num_members}")
+    for member in finished[:num_members]:
+        path, weights = (run_folder / member_file(member, suffix) for suffix in ("json", "pth"))
+        try:
+            of_member = read_record(path, MEMBER_RECORD)
+            if (of_member["run"], of_member["member"]) != (run_identity(record), member):
+                raise ValueError("of another run or member")
+            if sha256(weights) != of_member["sha256"][weights.name]:
+                raise ValueError(f"the checksum of {weights.name} does not fit")
+            members.append(load_member(weights, settings["backbone"], settings["meta_class_size"]))
+        except Exception as error:  # damaged files raise a dozen kinds
+            if out_of_memory(error):
+                raise
+            raise InputError(f"{path} is damaged ({one_line(error)}); train.py makes it again") from None
+    ensemble = Ensemble(
+        members, settings["image_size"], data["mean"], data["std"], settings["precision"], embedding, settings["resize"]
+    )
     return ensemble.to(device).eval()

@@ -35,22 +35,25 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
-from data_utils import Cache, check_data_name, check_unchanged, read_cache, verify_cache
+from data_utils import RESIZES, Cache, check_data_name, check_unchanged, read_cache, verify_cache
 from model import (
+    EMBEDDINGS,
     PRECISIONS,
     autocast,
     backbone_names,
     build_model,
-    member_logits,
+    load_member,
+    member_outputs,
     normalize,
     pick_precision,
+    read_run_record,
     read_weights,
     resize_windows,
     weights_identity,
 )
 from utils import (
     MEMBER_RECORD,
-    RUN_RECORD,
+    POOLED_RECORD,
     InputError,
     Parser,
     RunError,
@@ -60,6 +63,7 @@ from utils import (
     flush_folder,
     image_batches,
     member_file,
+    member_numbers,
     meta_class_partition,
     natural_number,
     one_line,
@@ -77,7 +81,21 @@ from utils import (
 
 MAX_ENSEMBLE_SIZE = 10_000  # a typing error is found before its range is listed
 MAX_IMAGES_PER_CLASS = 300  # METHOD.md: a larger class is cut to a random 300 for each member
+DEVICE_HELP = "auto (default: cuda, else mps, else cpu), cuda, cuda:1, mps or cpu"
 SECONDS_BETWEEN_READINGS = 2  # reading the loss makes the host wait for the device
+
+
+class Recipe(NamedTuple):
+    """The learning rate of an optimizer, and after which shares of the epochs it falls to a tenth."""
+
+    lr: float
+    milestones: tuple[float, float]
+
+
+RECIPES = {  # METHOD.md: "One member", step 4
+    "adam": Recipe(lr=1e-4, milestones=(0.5, 0.7)),
+    "sgd": Recipe(lr=1e-2, milestones=(0.5, 0.8)),  # of the authors' own code, whose momentum is 0.9
+}
 
 # ------------------------------------------------------------------------------------------------ options
 
@@ -85,14 +103,17 @@ SECONDS_BETWEEN_READINGS = 2  # reading the loss makes the host wait for the dev
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="train.py", description=__doc__)
     method = parser.add_argument_group("the method (these make another run folder)").add_argument
-    method("--data_name", default="car", metavar="NAME", help="car (default), cub, sop or another folder with a cache")
+    method("--data_name", default="car", metavar="NAME", help="car (default), cub, sop, isc, or another with a cache")
     method("--batch_size", type=natural_number, default=128, metavar="B", help="images a step (default: 128)")
     method("--num_epochs", type=natural_number, default=12, metavar="E", help="epochs a member (default: 12)")
     method("--meta_class_size", type=natural_number, default=12, metavar="D", help="meta-classes (default: 12)")
     method("--image_size", type=natural_number, default=256, metavar="S", help="crops, pixels (default: 256)")
+    method("--resize", choices=RESIZES, default="crop", metavar="R", help="crop (default), or squash: cuts nothing off")
     method("--backbone", default="resnet18", metavar="NAME", help="a ResNet of torchvision (default: resnet18)")
     method("--weights", default="imagenet", metavar="W", help="imagenet (default), none, or the path of a state dict")
-    method("--lr", type=positive_float, default=1e-4, help="learning rate of Adam (default: 1e-4)")
+    optimizer_help = "adam (default), or sgd: with momentum 0.9, decay later"
+    method("--optimizer", choices=list(RECIPES), default="adam", metavar="O", help=optimizer_help)
+    method("--lr", type=positive_float, help="learning rate (default: 1e-4; for sgd 0.01)")
     method("--seed", type=seed_number, default=0, help="start of all random draws (default: 0)")
     method("--no_flip", action="store_true", help="no mirroring, for images whose mirror image is another class")
     scale_help = "random resize: crop windows of random side, from M * S to S, enlarged to S (default: 1.0, all S)"
@@ -102,11 +123,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     rest = parser.add_argument_group("the rest").add_argument
     rest("--ensemble_size", type=natural_number, default=12, metavar="L", help="members (default: 12)")
     rest("--members", type=member_list, metavar="I-J", help="train only these of them, such as 13-24 (default: all)")
-    rest("--recalls", type=recall_list, default=[1, 2, 4, 8], metavar="K,K", help="Recall@K (default: 1,2,4,8)")
+    recalls_help = "Recall@K (default: 1,2,4,8; isc: 1,10,20,30)"
+    rest("--recalls", type=recall_list, metavar="K,K", help=recalls_help)
+    embedding_help = "logits (default), or pooled: the features before the last layer, of the same members"
+    rest("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
     rest("--data_path", type=Path, default=Path("data"), metavar="DIR", help="data sets (default: data)")
     rest("--results_path", type=Path, default=Path("results"), metavar="DIR", help="run folders (default: results)")
-    rest("--device", default="auto", help="auto (default: cuda, else mps, else cpu), cuda, cuda:1, mps or cpu")
-    rest("--deterministic", action="store_true", help="the same bits each time on CUDA too, where it can; slower")
+    rest("--device", default="auto", help=DEVICE_HELP)
+    rest("--deterministic", action="store_true", help="same bits each time on CUDA too, if it can; slower")
     args = parser.parse_args(argv)
     check_data_name(args.data_name)
     if args.ensemble_size > MAX_ENSEMBLE_SIZE:
@@ -117,7 +141,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise InputError("--batch_size has to be at least 2: BatchNorm needs more than one image")
     if args.backbone not in backbone_names():
         raise InputError(f"--backbone {args.backbone!r} is not one of {', '.join(backbone_names())}")
+    args.lr = args.lr or RECIPES[args.optimizer].lr
+    args.recalls = args.recalls or default_recalls(args.data_name)
     return args
+
+
+def default_recalls(data_name: str) -> list[int]:
+    """The K of Recall@K that the papers on a data set report."""
+    return [1, 10, 20, 30] if data_name == "isc" else [1, 2, 4, 8]
 
 
 def positive_float(text: str) -> float:
@@ -192,10 +223,9 @@ def pick_device(name: str) -> torch.device:
 # ------------------------------------------------------------------------------------------------ one member
 
 
-def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
-    """The rate in an epoch, counted from 0: a tenth from int(0.5 E) and again from int(0.7 E), never in epoch 0."""
-    milestones = (int(0.5 * num_epochs), int(0.7 * num_epochs))
-    return initial / 10 ** sum(epoch >= max(milestone, 1) for milestone in milestones)
+def learning_rate(initial: float, epoch: int, num_epochs: int, milestones: tuple[float, float]) -> float:
+    """The rate in an epoch, counted from 0: for each milestone a tenth from int(milestone * E) on, never in epoch 0."""
+    return initial / 10 ** sum(epoch >= max(int(milestone * num_epochs), 1) for milestone in milestones)
 
 
 def batch_spans(num_images: int, batch_size: int) -> list[tuple[int, int]]:
@@ -265,9 +295,19 @@ def prepared(batch: Batch, mean: torch.Tensor, std: torch.Tensor) -> torch.Tenso
     return normalize(images, mean, std)
 
 
-def make_optimizer(model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    """Adam, fused on CUDA and CPU: one kernel, which also reads fp16's gradient scale without a wait for the device."""
-    return torch.optim.Adam(model.parameters(), lr=lr, fused=device.type in ("cuda", "cpu"))
+def make_optimizer(name: str, model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:
+    """Adam, or SGD with momentum 0.9; neither with weight decay.
+
+    Fused on CUDA and CPU: one kernel, which also reads fp16's gradient scale without a wait for the device.
+    """
+    fused = device.type in ("cuda", "cpu")
+    if name == "adam":
+        return torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=fused)
+    for parameter in model.parameters():
+        # PyTorch's own start, uninitialised memory, is kept if fp16's scale overflows in the first step (2.6 to 2.15).
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 @dataclass
@@ -330,7 +370,7 @@ def train_member(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(draws(args.seed, member, 0, "weights").integers(2**63)))
         model = build_model(args.backbone, args.meta_class_size, weights).to(device)
-    optimizer = make_optimizer(model, args.lr, device)
+    optimizer = make_optimizer(args.optimizer, model, args.lr, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")  # fp16 gradients would vanish
     mean, std = (torch.tensor(cache.meta[name], device=device) for name in ("mean", "std"))
 
@@ -343,8 +383,9 @@ def train_member(
         best_state = earlier["best_model"] or snapshot(model.state_dict(), device)
         print(f"member {member}/{args.ensemble_size}: goes on after epoch {len(history) - 1}", flush=True)
     for epoch in range(len(history), args.num_epochs):
+        rate = learning_rate(args.lr, epoch, args.num_epochs, RECIPES[args.optimizer].milestones)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args.lr, epoch, args.num_epochs)
+            group["lr"] = rate
         try:
             sums, seconds = train_epoch(
                 cache, images, targets, args, member, epoch, model, optimizer, scaler, precision, mean, std
@@ -365,7 +406,7 @@ def train_member(
                 "accuracy": 100 * num_correct / len(images),
                 "correct": num_correct,
                 "images": len(images),
-                "lr": learning_rate(args.lr, epoch, args.num_epochs),
+                "lr": rate,
                 "seconds": seconds,
                 "images_per_second": len(images) / seconds,
             }
@@ -506,9 +547,13 @@ def run_name(args: argparse.Namespace, weights: str) -> str:
     name = f"{args.data_name}_{args.backbone}_D{args.meta_class_size}_e{args.num_epochs}_s{args.seed}"
     if args.image_size != 256:
         name += f"_i{args.image_size}"
+    if args.resize != "crop":
+        name += f"_{args.resize}"
     if args.batch_size != 128:
         name += f"_b{args.batch_size}"
-    if args.lr != 1e-4:
+    if args.optimizer != "adam":
+        name += f"_{args.optimizer}"
+    if args.lr != RECIPES[args.optimizer].lr:
         name += f"_lr{args.lr!r}"
     if args.weights != "imagenet":
         name += f"_w{weights.removeprefix('sha256:')[:8]}"
@@ -550,8 +595,10 @@ def run_record(args: argparse.Namespace, cache: Cache, weights: str, precision: 
         "meta_class_size": args.meta_class_size,
         "num_epochs": args.num_epochs,
         "batch_size": args.batch_size,
+        "optimizer": args.optimizer,
         "lr": args.lr,
         "image_size": args.image_size,
+        "resize": args.resize,
         "flip": not args.no_flip,
         "scale_min": args.scale_min,
         "precision": precision,
@@ -602,18 +649,14 @@ def verify_once(folder: Path, cache: Cache) -> None:
         json.dump(compared, file)
 
 
-def read_run_record(folder: Path) -> dict | None:
+def earlier_record(folder: Path) -> dict | None:
     """The `args.json` of a run folder, or None if it is missing or damaged: the members know their run themselves."""
-    path = folder / "args.json"
-    if not path.exists():
+    if not (folder / "args.json").exists():
         return None
     try:
-        record = read_record(path, RUN_RECORD)
-        if record["settings"]["precision"] not in PRECISIONS:
-            raise ValueError("unknown precision")
-        return record
-    except (ValueError, OSError) as error:
-        print(f"warning: {path} is damaged ({one_line(error)}) and is written anew", file=sys.stderr)
+        return read_run_record(folder)
+    except InputError as error:
+        print(f"warning: {error}", file=sys.stderr)
         return None
 
 
@@ -663,34 +706,53 @@ class Members:
     folder: Path
     identity: str
     records: dict[int, dict] = field(default_factory=dict)
-    damaged: dict[int, int] = field(default_factory=dict)  # member -> time of change of its record
+    pooled: set[int] = field(default_factory=set)  # those of them whose pooled features are saved
+    needed: tuple[str, ...] = ("pth", "npy")  # which files of a member have to be sound
+    damaged: dict[str, int] = field(default_factory=dict)  # name of a record -> its time of change
     not_embedded: dict[int, dict] = field(default_factory=dict)  # records of those whose weights alone are good
 
-    def look(self) -> None:
+    def look(self, embedding: str = "logits") -> None:
         """Adds those that have been finished since. Damaged ones and those of other runs are named and not added.
 
-        Removes the progress of finished ones, in case that a process was killed before it could.
+        For "pooled", looks for their pooled features too. Only reads.
         """
-        found = (path.stem[7:] for path in sorted(self.folder.glob(member_file("*", "json"))))
-        for member in (int(number) for number in found if number.isascii() and number.isdigit()):
+        for member in self.missing(member_numbers(self.folder)):
             path = self.folder / member_file(member, "json")
-            if member in self.records or not path.exists() or self.damaged.get(member) == path.stat().st_mtime_ns:
+            changed = path.stat().st_mtime_ns
+            if self.damaged.get(path.name) == changed:
                 continue
             self.not_embedded.pop(member, None)
-            changed = path.stat().st_mtime_ns
             record, damaged = self.read(member, path)
             if not damaged:
                 self.records[member] = record
-                progress = progress_file(self.folder, member)
-                progress.unlink(missing_ok=True)
-                remove_leftovers(self.folder, progress.name)
                 continue
-            self.damaged[member], names = changed, ", ".join(damaged)
+            self.damaged[path.name], names = changed, ", ".join(damaged)
             if damaged == [member_file(member, "npy")]:
                 self.not_embedded[member] = record
-                print(f"warning: the embedding of member {member} is damaged ({names}): made again", file=sys.stderr)
+                print(f"warning: the embedding of member {member} is damaged ({names})", file=sys.stderr)
             else:
                 print(f"warning: member {member} counts as not trained, damaged: {names}", file=sys.stderr)
+        if embedding == "pooled":
+            self.look_for_pooled()
+
+    def look_for_pooled(self) -> None:
+        """Adds to `pooled`. Damaged files, and those made from other weights, are named and not added."""
+        for member in self.missing(self.records, "pooled"):
+            path = self.folder / member_file(member, "json", "pooled")
+            changed = path.stat().st_mtime_ns if path.exists() else None
+            if changed is None or self.damaged.get(path.name) == changed:
+                continue
+            try:
+                record = read_record(path, POOLED_RECORD)
+                weights = self.records[member]["sha256"][member_file(member, "pth")]
+                if (record["member"], record["run"], record["weights"]) != (member, self.identity, weights):
+                    raise ValueError("of another run, member or weights")
+                if sha256(path.with_suffix(".npy")) != record["sha256"]:
+                    raise ValueError("the checksum of its .npy does not fit")
+                self.pooled.add(member)
+            except (ValueError, OSError) as error:
+                self.damaged[path.name] = changed
+                print(f"warning: {path.name} counts as not made ({one_line(error)})", file=sys.stderr)
 
     def read(self, member: int, path: Path) -> tuple[dict, list[str]]:
         """A member's record, and which of its files do not match their checksums or are of another run."""
@@ -703,24 +765,25 @@ class Members:
         except (ValueError, OSError) as error:
             return {}, [f"{path.name} ({one_line(error)})"]
         damaged = []
-        for name in (member_file(member, "pth"), member_file(member, "npy")):
+        for name in (member_file(member, suffix) for suffix in self.needed):
             file = self.folder / name
             if not file.exists() or sha256(file) != record["sha256"].get(name):
                 damaged.append(name)
         return record, damaged
 
-    def missing(self, wanted: Iterable[int]) -> list[int]:
-        """Those of the wanted members that are not finished."""
-        return [member for member in wanted if member not in self.records]
+    def missing(self, wanted: Iterable[int], embedding: str = "logits") -> list[int]:
+        """Those of the wanted members that are not finished, or, for "pooled", whose pooled features are not saved."""
+        finished = self.pooled if embedding == "pooled" else self.records
+        return [member for member in wanted if member not in finished]
 
-    def claim(self, wanted: Iterable[int]) -> tuple[int, contextlib.AbstractContextManager] | None:
-        """The first of the wanted members that is neither finished nor being trained, with its lock held, or None."""
-        for member in self.missing(wanted):
+    def claim(self, wanted: Iterable[int], embedding: str) -> tuple[int, contextlib.AbstractContextManager] | None:
+        """The first of the wanted members that is missing and not being made, with its lock held, or None."""
+        for member in self.missing(wanted, embedding):
             lock = take_lock(self.folder / f".member_{member:03d}.lock", timeout=0)
-            if lock is None:  # another process trains it
+            if lock is None:  # another process makes it
                 continue
-            self.look()
-            if member not in self.records:
+            self.look(embedding)
+            if self.missing([member], embedding):
                 return member, lock
             with lock:  # it was finished in the meantime
                 pass
@@ -734,10 +797,58 @@ def save_member(folder: Path, member: int, model: nn.Module, logits: torch.Tenso
     torch.save({name: value.cpu() for name, value in model.state_dict().items()}, buffer)
     with atomic_open(weights, "wb") as file:
         file.write(buffer.getbuffer())
-    with atomic_open(embedding, "wb") as file:
-        np.save(file, logits.cpu().numpy(), allow_pickle=False)
+    save_array(embedding, logits)
     record = record | {"sha256": {path.name: sha256(path) for path in (weights, embedding)}}
     write_record(folder / member_file(member, "json"), record)
+
+
+def save_array(path: Path, array: torch.Tensor) -> None:
+    with atomic_open(path, "wb") as file:
+        np.save(file, array.cpu().numpy(), allow_pickle=False)
+
+
+def saved_parts(
+    folder: Path, members: Members, num_members: int, embedding: str, device: torch.device
+) -> list[torch.Tensor]:
+    """What is saved of members 1, 2, ... up to `num_members`, or to the first of which it is missing.
+
+    Tensors `(M, d) float32` on the device: for "logits" d is the number of meta-classes, for "pooled" of features. On
+    the CPU if the device has no room for them.
+    """
+    members.look(embedding)
+    missing = members.missing(range(1, num_members + 1), embedding)
+    last = missing[0] - 1 if missing else num_members
+    kind = "pooled" if embedding == "pooled" else "member"
+    paths = [folder / member_file(member, "npy", kind) for member in range(1, last + 1)]
+    parts = [torch.from_numpy(np.load(path)) for path in paths]
+    try:
+        return [part.to(device) for part in parts]
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    print(f"warning: the embeddings do not fit on {device}: they are scored on the CPU", file=sys.stderr)
+    return parts
+
+
+def open_run(folder: Path) -> tuple[dict, Members]:
+    """The `args.json` of a run folder and the members whose embeddings it has.
+
+    Needs neither data nor weights and writes nothing. Raises InputError if it is no run folder or has no such member.
+    """
+    record = read_run_record(folder)
+    members = Members(folder, run_identity(record), needed=("npy",))
+    members.look()
+    if not members.records:
+        raise InputError(f"{folder} has no finished member")
+    return record, members
+
+
+def remove_progress(members: Members) -> None:
+    """Removes the progress of finished members, in case that a process was killed before it could."""
+    for member in members.records:
+        path = progress_file(members.folder, member)
+        path.unlink(missing_ok=True)
+        remove_leftovers(members.folder, path.name)
 
 
 # ------------------------------------------------------------------------------------------------ logs
@@ -756,40 +867,58 @@ def write_train_log(folder: Path, records: dict[int, dict]) -> None:
     write_csv(folder / "train.csv", pd.DataFrame(rows)[columns].round(digits))
 
 
-def write_recall_log(
-    folder: Path, records: dict[int, dict], args: argparse.Namespace, labels: torch.Tensor, device: torch.device
-) -> tuple[pd.DataFrame, list[torch.Tensor]]:
-    """recall.csv: Recall@K in percent for every ensemble size from 1 to the first member that is missing.
+class Truth(NamedTuple):
+    """What the embeddings of the test images are scored by, `(M,)` each."""
 
-    Returns the table and the members' logits, `(M, D) float32` each, on the device.
-    """
-    parts = []
-    while len(parts) < args.ensemble_size and len(parts) + 1 in records:
-        parts.append(torch.from_numpy(np.load(folder / member_file(len(parts) + 1, "npy"))).to(device))
-    table = pd.DataFrame({"ensemble_size": range(1, len(parts) + 1)})
-    recalls = recall_percent(parts, labels, args.recalls) if parts else np.empty((0, len(args.recalls)))
-    for k, column in zip(args.recalls, recalls.T, strict=True):
-        table[f"R@{k}"] = column
-    write_csv(folder / "recall.csv", table, float_format="%.4f")
-    return table, parts
+    labels: torch.Tensor  # int64
+    is_query: torch.Tensor  # bool
+    is_gallery: torch.Tensor  # bool
+
+    @classmethod
+    def of(cls, cache: Cache) -> "Truth":
+        return cls(*(torch.from_numpy(np.array(cache.array(f"test_{name}"))) for name in cls._fields))
+
+    def lone_queries(self) -> torch.Tensor:
+        """`(M,) bool`: the queries whose class has no other image in the gallery."""
+        in_gallery = torch.bincount(self.labels[self.is_gallery], minlength=int(self.labels.max()) + 1)[self.labels]
+        return self.is_query & (in_gallery == self.is_gallery)  # there is none, or only itself
+
+
+def recall_log(folder: Path, embedding: str) -> Path:
+    """recall.csv, or recall_pooled.csv"""
+    return folder / ("recall.csv" if embedding == "logits" else f"recall_{embedding}.csv")
 
 
 def write_logs(
-    members: Members, args: argparse.Namespace, labels: torch.Tensor, device: torch.device
+    members: Members, args: argparse.Namespace, truth: Truth, embedding: str, device: torch.device
 ) -> tuple[pd.DataFrame, list[torch.Tensor]]:
-    """Both logs, by one process at a time, of all members that are finished by then."""
+    """The logs, by one process at a time, of all members that are finished by then.
+
+    Recall@K in percent for every ensemble size from 1 to the first member that is missing. Returns that table and
+    `saved_parts`.
+    """
     with run_lock(members.folder):
-        members.look()
+        parts = saved_parts(members.folder, members, args.ensemble_size, embedding, device)
+        table, ks = pd.DataFrame({"ensemble_size": range(1, len(parts) + 1)}), args.recalls
+        recalls = recall_percent(parts, ks, truth) if parts else np.empty((0, len(ks)))
+        for k, column in zip(ks, recalls.T, strict=True):
+            table[f"R@{k}"] = column
+        write_csv(recall_log(members.folder, embedding), table, float_format="%.4f")
         write_train_log(members.folder, members.records)
-        return write_recall_log(members.folder, members.records, args, labels, device)
+    return table, parts
 
 
-def recall_percent(parts: list[torch.Tensor], labels: torch.Tensor, ks: list[int]) -> np.ndarray:
-    """`recall_at_k` in percent, `(L, len(ks)) float64`: 100 * hits / M, exact to the last printed digit."""
+def recall_percent(parts: list[torch.Tensor], ks: list[int], truth: Truth) -> np.ndarray:
+    """`recall_at_k` in percent, `(L, len(ks)) float64`: 100 * hits / queries, exact to the last printed digit."""
+
+    def recalls(max_bytes: int) -> torch.Tensor:
+        return recall_at_k(parts, truth.labels, ks, max_bytes, truth.is_query, truth.is_gallery)
+
+    num_queries = int(truth.is_query.sum())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no other image of their class")  # `run` has said so once
-        recalls = with_less_memory(lambda max_bytes: recall_at_k(parts, labels, ks, max_bytes), 2**30).double()
-    return (100 * (recalls * len(labels)).round() / len(labels)).numpy()
+        hits = (with_less_memory(recalls, 2**30).double() * num_queries).round()
+    return (100 * hits / num_queries).numpy()
 
 
 def with_less_memory(call: Callable[[int], torch.Tensor], size: int) -> torch.Tensor:
@@ -808,13 +937,13 @@ def with_less_memory(call: Callable[[int], torch.Tensor], size: int) -> torch.Te
 
 def run(args: argparse.Namespace) -> None:
     # 1. Options, data and device: whatever can be wrong is found before any training
-    cache = read_cache(args.data_path, args.data_name, args.image_size)
+    cache = read_cache(args.data_path, args.data_name, args.image_size, args.resize)
     num_classes, num_images = cache.counts["train"]
-    num_test = cache.counts["test"][1]
+    num_gallery = np.count_nonzero(cache.array("test_is_gallery"))
     if not 2 <= args.meta_class_size <= num_classes:
         raise InputError(f"--meta_class_size {args.meta_class_size} has to be in 2..{num_classes} (training classes)")
-    if max(args.recalls) >= num_test:
-        raise InputError(f"--recalls: {max(args.recalls)} is not below the number of test images, {num_test}")
+    if max(args.recalls) >= num_gallery:
+        raise InputError(f"--recalls: {max(args.recalls)} is not below the number of gallery images, {num_gallery}")
     device = pick_device(args.device)
     torch.backends.cudnn.benchmark = not args.deterministic  # picks the fastest convolution for each batch shape
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
@@ -830,7 +959,7 @@ def run(args: argparse.Namespace) -> None:
     folder = args.results_path / run_name(args, identity)
     make_folder(args.results_path)
     with run_lock(folder):
-        earlier = read_run_record(folder)
+        earlier = earlier_record(folder)
         precision = pick_precision(device) if args.precision == "auto" else args.precision
         if args.precision == "auto" and earlier:  # a run goes on, or is scored, as it was begun, on any device
             precision = earlier["settings"]["precision"]
@@ -849,6 +978,7 @@ def run(args: argparse.Namespace) -> None:
         weights = read_weights(args.backbone, args.weights) if missing else None
         verify_once(folder, cache)
         write_run_record(folder, record, cache)
+        remove_progress(members)
     finished = args.ensemble_size - len(members.missing(whole))
     print(f"{folder}: {finished} of {args.ensemble_size} members are finished; device {here['device']}, {precision}")
     if missing and warning:
@@ -861,43 +991,58 @@ def run(args: argparse.Namespace) -> None:
             f"{too_large.sum()} classes have more than {MAX_IMAGES_PER_CLASS} images: each member trains on a random "
             f"{MAX_IMAGES_PER_CLASS} of each and leaves out {left_out:,} of {num_images:,} images"
         )
-    test_labels = torch.from_numpy(np.array(cache.array("test_labels")))
+    truth = Truth.of(cache)
     check_unchanged(cache)
-    lone = int((np.bincount(test_labels) == 1).sum())
+    if not (truth.is_query & truth.is_gallery).all():
+        print(f"{int(truth.is_query.sum()):,} queries against a gallery of {num_gallery:,} images")
+    lone = int(truth.lone_queries().sum())
     if lone:
-        print(f"{lone} test images have no other image of their class: they count as misses")
+        print(f"{lone} queries have no other image of their class in the gallery: they count as misses")
 
     # 3. The members that are missing, one after the other; other processes may train others of them at the same time
     if members.records:
-        write_logs(members, args, test_labels, device)
-    trained = 0
-    while (claimed := members.claim(wanted)) is not None:
+        write_logs(members, args, truth, "logits", device)
+    made = 0
+    while (claimed := members.claim(wanted, args.embedding)) is not None:
         start = time.perf_counter()
         member, lock = claimed
-        with lock:
-            record = finish_member(members, member, cache, weights, args, device, precision, here)
+        title, what = f"member {member}/{args.ensemble_size}", "pooled features"
+        to_train = member not in members.records
+        try:
+            with lock:
+                if to_train:
+                    record = finish_member(members, member, cache, weights, args, device, precision, here)
+                    accuracy = record["history"][record["best_epoch"]]["accuracy"]
+                    what = f"training accuracy {accuracy:.2f} % in epoch {record['best_epoch']}"
+                    members.look()
+                if args.embedding == "pooled" and member in members.records:
+                    pool_member(members, member, cache, args, device, precision)
+        except (KeyboardInterrupt, Terminated) as stop:
+            stop.add_note(title)
+            raise
         seconds = time.perf_counter() - start
-        trained += 1
-        accuracy = record["history"][record["best_epoch"]]["accuracy"]
-        title = f"member {member}/{args.ensemble_size}"
-        print(f"{title}: training accuracy {accuracy:.2f} % in epoch {record['best_epoch']}, {seconds:.1f} s")
-        write_logs(members, args, test_labels, device)
-        if member not in members.records:
+        print(f"{title}: {what}, {seconds:.1f} s")
+        if to_train:
+            write_logs(members, args, truth, "logits", device)
+        members.look(args.embedding)
+        if members.missing([member], args.embedding):
             raise RunError(f"member {member} was finished, but its files read back otherwise: is the disk sound?")
-        if trained == 1 and members.missing(wanted):
-            print_outlook(folder, member, len(members.missing(wanted)), seconds)
+        made, remaining = made + 1, len(members.missing(wanted, args.embedding))
+        if made == 1 and remaining:
+            print_outlook(folder, member_file(member, "*", "*" if to_train else "pooled"), remaining, seconds)
 
     # 4. The final recall, by whoever finds all members finished
-    missing = members.missing(whole)
+    table, parts = write_logs(members, args, truth, args.embedding, device)
+    missing = members.missing(whole, args.embedding)
     if missing:
-        print(f"not finished: member {', '.join(map(str, missing))}; the process that finishes the last one scores")
+        which = "not finished" if args.embedding == "logits" else f"without {args.embedding} features"
+        print(f"{which}: member {', '.join(map(str, missing))}; the process that finishes the last one scores")
         return
-    table, parts = write_logs(members, args, test_labels, device)
-    alone = [recall_percent([part], test_labels, args.recalls[:1]).item() for part in parts]
+    alone = [recall_percent([part], args.recalls[:1], truth).item() for part in parts]
     print("\n" + table.assign(alone=alone).round(2).to_string(index=False))
     print(f"(alone: R@{args.recalls[0]} of the last member of the row by itself)")
     final = ", ".join(f"{name} {value:.2f}" for name, value in table.iloc[-1, 1:].items())
-    print(f"{len(parts)} members: {final} in {folder / 'recall.csv'}")
+    print(f"{len(parts)} members: {final} in {recall_log(folder, args.embedding)}")
 
 
 def finish_member(
@@ -914,43 +1059,63 @@ def finish_member(
     with Progress(members.folder, member, members.identity) as progress:
         for name in (member_file(member, "*"), progress.path.name):
             remove_leftovers(members.folder, name)
-        try:
-            if member in members.not_embedded:
-                record = members.not_embedded[member]
-                model = build_model(args.backbone, args.meta_class_size, None).to(device)
-                path = members.folder / member_file(member, "pth")
-                model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-            else:
-                model, record = train_member(cache, weights, args, member, device, precision, progress)
-                record = {"member": member, "run": members.identity, **record, "environment": here}
-            logits = embedded(model, cache, args, device, precision)
-            if not torch.isfinite(logits).all():
-                raise RunError(f"member {member}: its embedding is not finite; {lower_rate(args, precision)}")
-            check_unchanged(cache)
-            save_member(members.folder, member, model, logits, record)
-            progress.remove()
-        except (KeyboardInterrupt, Terminated) as stop:
-            stop.add_note(f"member {member}/{args.ensemble_size}")
-            raise
+        if member in members.not_embedded:
+            record, path = members.not_embedded[member], members.folder / member_file(member, "pth")
+            model = load_member(path, args.backbone, args.meta_class_size).to(device)
+        else:
+            model, record = train_member(cache, weights, args, member, device, precision, progress)
+            record = {"member": member, "run": members.identity, **record, "environment": here}
+        logits = embedded(model, cache, args, member, device, precision, "logits")
+        check_unchanged(cache)
+        save_member(members.folder, member, model, logits, record)
+        progress.remove()
     return record
 
 
+def pool_member(
+    members: Members, member: int, cache: Cache, args: argparse.Namespace, device: torch.device, precision: str
+) -> None:
+    """Makes the pooled features of one finished member, whose lock is held.
+
+    Writes `pooled_007.npy` and, last, `.json`.
+    """
+    remove_leftovers(members.folder, member_file(member, "*", "pooled"))
+    weights, path = members.folder / member_file(member, "pth"), members.folder / member_file(member, "npy", "pooled")
+    record = {"member": member, "run": members.identity, "weights": sha256(weights)}
+    if record["weights"] != members.records[member]["sha256"][weights.name]:
+        raise RunError(f"{weights} has changed since this run began; run the same command again")
+    model = load_member(weights, args.backbone, args.meta_class_size).to(device)
+    features = embedded(model, cache, args, member, device, precision, "pooled")
+    check_unchanged(cache)
+    save_array(path, features)
+    write_record(path.with_suffix(".json"), record | {"sha256": sha256(path)})
+
+
 def embedded(
-    model: nn.Module, cache: Cache, args: argparse.Namespace, device: torch.device, precision: str
+    model: nn.Module,
+    cache: Cache,
+    args: argparse.Namespace,
+    member: int,
+    device: torch.device,
+    precision: str,
+    embedding: str,
 ) -> torch.Tensor:
-    """The logits of all test images, `(M, D) float32`, in batches twice as large as in training if they fit."""
+    """`member_outputs` of all test images, `(M, d) float32`, in batches twice as large as in training if they fit."""
     images = cache.array("test_images")
     mean, std = (torch.tensor(cache.meta[name], device=device) for name in ("mean", "std"))
 
-    def logits(batch_size: int) -> torch.Tensor:
-        return member_logits(model, images, mean, std, batch_size, precision)
+    def outputs(batch_size: int) -> torch.Tensor:
+        return member_outputs(model, images, mean, std, batch_size, precision, embedding)
 
-    return with_less_memory(logits, 2 * args.batch_size)
+    result = with_less_memory(outputs, 2 * args.batch_size)
+    if not torch.isfinite(result).all():
+        raise RunError(f"member {member}: its embedding is not finite; {lower_rate(args, precision)}")
+    return result
 
 
-def print_outlook(folder: Path, member: int, remaining: int, seconds: float) -> None:
-    """Says what the remaining members will need, judged by the one that was just finished."""
-    needed = remaining * sum(path.stat().st_size for path in folder.glob(member_file(member, "*")))
+def print_outlook(folder: Path, files: str, remaining: int, seconds: float) -> None:
+    """Says what the remaining members will need, judged by the one just finished, whose files match `files`."""
+    needed = remaining * sum(path.stat().st_size for path in folder.glob(files))
     free = shutil.disk_usage(folder).free
     minutes, hours = remaining * seconds / 60, remaining * seconds / 3600
     duration = f"{hours:.1f} hours" if hours >= 1.5 else f"{minutes:.1f} minutes"

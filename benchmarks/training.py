@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.plain import PlainImages, compare, hardware, plain_step, plain_transforms, row, seconds
 from data_utils import Cache, build_cache, list_data_set, num_cores, read_cache, resized, train_size
-from model import build_model, member_logits, pick_precision
+from model import build_model, member_outputs, pick_precision
 from train import Sums, batch_spans, make_optimizer, pick_device, prepared, train_batches, train_member, train_step
 from train import parse_args as train_args
 from utils import InputError, Parser, RunError, natural_number, run_main
@@ -130,7 +130,7 @@ class ResidentStep:
         targets = np.array(cache.array("train_labels")) % args.meta_class_size
         self.batch = next(iter(train_batches(cache, np.arange(len(targets)), targets, args, 1, 0, device)))
         self.model = build_model(args.backbone, args.meta_class_size, None).to(device).train()
-        self.optimizer, self.precision = make_optimizer(self.model, args.lr, device), precision
+        self.optimizer, self.precision = make_optimizer(args.optimizer, self.model, args.lr, device), precision
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.mean, self.std = (torch.tensor(cache.meta[name], device=device) for name in ("mean", "std"))
         self.sums = Sums.zeros(device)
@@ -157,7 +157,7 @@ def steps(resident: ResidentStep, args: argparse.Namespace, repeats: int, device
     statistics_of_channels = resident.mean, resident.std
 
     def embed_ours() -> None:
-        member_logits(resident.model, test_images, *statistics_of_channels, 2 * batch_size, precision)
+        member_outputs(resident.model, test_images, *statistics_of_channels, 2 * batch_size, precision)
 
     @torch.no_grad()
     def embed_plain() -> None:

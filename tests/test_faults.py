@@ -231,12 +231,13 @@ def test_training_goes_on_after_the_last_finished_epoch(
     same(interrupted, linked(tiny_data, tiny_run, tmp_path / "expected"))
 
 
-def test_the_optimizer_the_scaler_and_the_best_epoch_go_on_exactly(tiny_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_optimizer_the_scaler_and_the_best_epoch_go_on_exactly(tiny_data, tmp_path, monkeypatch, optimizer):
     """Stopped after each of four epochs, with a gradient scale so large that it makes steps be skipped."""
     scaler, train_epoch = torch.amp.GradScaler, train.train_epoch
     monkeypatch.setattr(torch.amp, "GradScaler", lambda kind, enabled: scaler(kind, 2.0**124, growth_interval=2))
     roots, options = [tmp_path / "straight", tmp_path / "stopped"], ["--num_epochs", "4", "--ensemble_size", "1"]
-    options += ["--lr", "0.02"]  # so large that training gets worse again
+    options += ["--lr", "0.02", "--optimizer", optimizer]  # so large a rate that training gets worse again
     for root in roots:
         shutil.copytree(tiny_data, root / "data", copy_function=os.link)
     assert train.main([*commands(roots[0])[1][1], *options]) == 0

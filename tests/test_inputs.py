@@ -1,9 +1,10 @@
 """Malformed and hostile input, generated: it succeeds or is refused in one line, and nothing is written elsewhere.
 
-pytest -m slow tests/test_inputs.py        the long version: up to 11,700 cases
+pytest -m slow tests/test_inputs.py        the long version: up to 16,200 cases
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -17,12 +18,23 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from conftest import TINY, jpeg_bytes, write_car_annotations, write_cub, write_image_folder, write_sop
+from conftest import (
+    TINY,
+    jpeg_bytes,
+    write_car_annotations,
+    write_csv,
+    write_cub,
+    write_image_folder,
+    write_isc,
+    write_sop,
+)
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import data_utils
+import evaluate
+import retrieve
 import train
 from utils import InputError, read_record, write_record
 
@@ -55,7 +67,7 @@ class Box:
             except SystemExit as end:  # --help
                 code = end.code
         text = errors.getvalue()
-        script = "data_utils.py" if main is data_utils.main else "train.py"
+        script = f"{main.__module__}.py"
         refusals = [line for line in text.splitlines() if line.startswith(f"{script}: ")]
         assert code in (0, 2) and len(refusals) == (code == 2) and "Traceback" not in text, (code, text)
         assert sorted(path.name for path in self.root.iterdir()) == ["box"]
@@ -105,7 +117,8 @@ values = st.one_of(numbers, lists, st.sampled_from(words), st.text(max_size=8))
 
 def argument_lists(module) -> st.SearchStrategy:
     """Options of a script, real and garbled, with values of all kinds."""
-    options = st.sampled_from([f"--{name}" for name in [*sorted(vars(module.parse_args([]))), "help", "unknown"]])
+    known = module.parse_args(["run", "--worst"] if module is retrieve else ["run"] if module is evaluate else [])
+    options = st.sampled_from([f"--{name}" for name in [*sorted(vars(known)), "help", "unknown"]])
     pair = st.tuples(options, values)
     part = st.one_of(pair.map(list), pair.map(lambda drawn: ["=".join(drawn)]), st.tuples(options), st.tuples(values))
     return st.lists(part, max_size=5).map(lambda parts: [text for part in parts for text in part])
@@ -134,6 +147,33 @@ def test_options_of_data_utils(box, tiny_data, examples):
         box.preprocess(*argv)
 
     check(examples, argument_lists(data_utils), one)
+
+
+@short_and_long
+@pytest.mark.parametrize("module", [evaluate, retrieve])
+def test_options_of_the_readers(box, pooled_run, monkeypatch, module, examples):
+    """evaluate.py and retrieve.py, on a whole run and on one whose test.csv is garbled. No run folder changes."""
+    if module is retrieve:
+        monkeypatch.setattr(retrieve, "load_ensemble", functools.cache(retrieve.load_ensemble))
+        monkeypatch.setattr(retrieve, "draw", lambda *_: None)
+    box.results.mkdir()
+    folder, codes = box.results / "run", set()
+    content = (pooled_run / "test.csv").read_bytes()
+    more = {evaluate: ["--recalls", "1,2"], retrieve: ["--worst", "3"]}[module]
+
+    def one(drawn):
+        argv, changed = drawn
+        for path in box.results.iterdir():
+            shutil.rmtree(path)
+        shutil.copytree(pooled_run, folder, copy_function=os.link)
+        (folder / "test.csv").unlink()
+        (folder / "test.csv").write_bytes(changed or content)
+        codes.add(box.call(module.main, [str(folder), *more, *argv, "--output", str(box.results / "out")])[0])
+        assert {path.name for path in folder.iterdir()} == {path.name for path in pooled_run.iterdir()}
+
+    garbled_csv = st.composite(lambda draw: ([], garbled(draw, content)))()
+    check(examples, st.tuples(argument_lists(module), st.none()) | garbled_csv, one)
+    assert codes == {0, 2}
 
 
 # ------------------------------------------------------------------------------------------------ raw data sets
@@ -186,7 +226,14 @@ def write_car_small(root: Path) -> None:
 @short_and_long
 @pytest.mark.parametrize(
     ("name", "write"),
-    [("car", write_car_small), ("cub", write_cub), ("sop", write_sop), ("folder", write_image_folder)],
+    [
+        ("car", write_car_small),
+        ("cub", write_cub),
+        ("sop", write_sop),
+        ("isc", write_isc),
+        ("folder", write_image_folder),
+        ("listed", write_csv),
+    ],
 )
 def test_raw_data_sets(box, tmp_path, name, write, examples):
     """Lists, annotation files and images alike."""
@@ -294,14 +341,15 @@ def changed_record(draw, record: dict) -> dict:
 
 
 @short_and_long
-@pytest.mark.parametrize("name", ["data/tiny/cache_32/meta.json", "args.json", "member_001.json"])
-def test_our_records(box, tiny_data, tiny_run, monkeypatch, examples, name):
+@pytest.mark.parametrize("name", ["data/tiny/cache_32/meta.json", "args.json", "member_001.json", "pooled_001.json"])
+def test_our_records(box, tiny_data, pooled_run, monkeypatch, examples, name):
     """With a checksum that fits, as of another version or of somebody's hand, and of any bytes."""
     shutil.copytree(tiny_data, box.data, dirs_exist_ok=True)
-    folder = box.results / tiny_run.name
+    folder = box.results / pooled_run.name
     path = box.root / "box" / name if "/" in name else folder / name
-    monkeypatch.setattr(train, "finish_member", reached)
-    shutil.copytree(tiny_run, folder, copy_function=os.link)
+    for function in ("finish_member", "pool_member"):
+        monkeypatch.setattr(train, function, reached)
+    shutil.copytree(pooled_run, folder, copy_function=os.link)
     good = {file: file.read_bytes() for file in {path, *folder.glob("*.json"), *folder.glob("*.csv")}}
 
     def one(content):
@@ -310,9 +358,9 @@ def test_our_records(box, tiny_data, tiny_run, monkeypatch, examples, name):
             file.write_bytes(before)
         path.unlink()
         write_record(path, content) if isinstance(content, dict) else path.write_bytes(content)
-        code, text = box.train()
-        if code == 0:
-            assert (folder / "recall.csv").read_bytes() == good[folder / "recall.csv"], text
+        code, text = box.train("--embedding", "pooled")
+        for log in ("recall.csv", "recall_pooled.csv") if code == 0 else ():
+            assert (folder / log).read_bytes() == good[folder / log], text
 
     garbled_bytes = st.composite(lambda draw: garbled(draw, good[path]))()
     check(examples, changed_record(read_record(path, {})) | garbled_bytes, one)

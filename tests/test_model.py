@@ -24,7 +24,7 @@ from model import (
     build_model,
     embed,
     load_ensemble,
-    member_logits,
+    member_outputs,
     normalize,
     pick_precision,
     read_weights,
@@ -187,17 +187,43 @@ def test_normalize_equals_torchvision():
     assert torch.equal(result, torch.stack(expected))
 
 
-def test_member_logits_fill_by_index_in_eval_mode():
+def test_member_outputs_fill_by_index_in_eval_mode():
     torch.manual_seed(0)
     model = build_model("resnet18", 4, None)
     images = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
     mean, std = torch.tensor([0.5] * 3), torch.tensor([0.25] * 3)
     model.train()
-    logits = member_logits(model, images, mean, std, batch_size=3, precision="fp32")
+    logits = member_outputs(model, images, mean, std, batch_size=3, precision="fp32")
     assert logits.shape == (7, 4) and logits.dtype == torch.float32
     with torch.no_grad():
         alone = [model(normalize(torch.from_numpy(image[None]), mean, std))[0] for image in images]
     torch.testing.assert_close(logits, torch.stack(alone))
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnext50_32x4d"])
+def test_pooled_outputs_are_those_of_the_average_pooling(backbone):
+    """By a hook on it, in eval mode, one image at a time."""
+    torch.manual_seed(0)
+    model, seen = build_model(backbone, 4, None), []
+    images = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)  # pools 2 x 2
+    mean, std = torch.tensor([0.5] * 3), torch.tensor([0.25] * 3)
+    model.train()
+    pooled = member_outputs(model, images, mean, std, 2, "fp32", "pooled")
+    model.avgpool.register_forward_hook(lambda module, inputs, output: seen.append(output[0, :, 0, 0]))
+    with torch.no_grad():
+        for image in images:
+            model.eval()(normalize(torch.from_numpy(image[None]), mean, std))
+    assert pooled.shape == (5, model.fc.in_features) and pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled, torch.stack(seen))
+    with pytest.raises(ValueError, match="one of logits, pooled, not 'Pooled'"):
+        member_outputs(model, images, mean, std, 2, "fp32", "Pooled")
+
+
+def test_pooled_outputs_are_computed_in_the_precision():
+    torch.manual_seed(0)
+    model, images = build_model("resnet18", 4, None), np.full((2, 32, 32, 3), 77, np.uint8)
+    pooled = member_outputs(model, images, torch.zeros(3), torch.ones(3), 2, "bf16", "pooled")
+    assert pooled.dtype == torch.float32 and torch.equal(pooled.bfloat16().float(), pooled) and pooled.any()
 
 
 @pytest.mark.parametrize(("precision", "digits"), [("bf16", 8), ("fp16", 11)])
@@ -268,17 +294,43 @@ def test_embedding_is_the_logits_with_length_1():
     torch.testing.assert_close(embed(logits), torch.tensor([[0.6, 0.8], [-1.0, 0.0]]))
 
 
-def test_ensemble_from_a_run_folder(tiny_run, tiny_data, tmp_path):
-    """Its embedding of the test images is the saved logits, each member's scaled to length 1, side by side."""
-    ensemble = load_ensemble(tiny_run)
-    images = read_cache(tiny_data, "tiny", ensemble.image_size).array("test_images")
-    with torch.no_grad():
-        embedding = ensemble(torch.from_numpy(np.array(images)))
-    parts = [np.load(tiny_run / f"member_00{member}.npy") for member in (1, 2)]
-    expected = np.hstack([part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts])
-    np.testing.assert_allclose(embedding.numpy(), expected, atol=1e-5)
+def test_ensemble_from_a_run_folder(pooled_run, tiny_data):
+    """Its embedding of the test images is what is saved, each member's scaled to length 1, side by side."""
+    for embedding, kind, width in (("logits", "member", 3), ("pooled", "pooled", 512)):
+        for num_members, num_parts in ((None, 2), (2, 2), (1, 1)):
+            ensemble = load_ensemble(pooled_run, embedding=embedding, num_members=num_members)
+            images = read_cache(tiny_data, "tiny", ensemble.image_size, ensemble.resize).array("test_images")
+            with torch.no_grad():
+                result = ensemble(torch.from_numpy(np.array(images)))
+            parts = [np.load(pooled_run / f"{kind}_00{member}.npy") for member in range(1, num_parts + 1)]
+            expected = np.hstack([part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts])
+            assert result.shape == (36, num_parts * width) and result.dtype == torch.float32
+            np.testing.assert_allclose(result.numpy(), expected, atol=1e-5)
+
+
+def test_folders_without_the_members_asked_for_are_refused(tiny_run, tmp_path):
     with pytest.raises(InputError, match="is not a run folder"):
         load_ensemble(tmp_path)
+    with pytest.raises(InputError, match=f"^{tiny_run} has 2 finished members, not 3$"):
+        load_ensemble(tiny_run, num_members=3)
+    shutil.copy(tiny_run / "args.json", tmp_path)
+    with pytest.raises(InputError, match=f"^{tmp_path} has no finished member$"):
+        load_ensemble(tmp_path)
+
+
+def test_members_are_taken_in_the_order_of_their_numbers(tiny_run, tmp_path):
+    """1000 after 999, and other files of such names not at all."""
+    shutil.copy(tiny_run / "args.json", tmp_path)
+    for new, old in ((1000, 1), (999, 2)):
+        record = read_record(tiny_run / f"member_00{old}.json", {})
+        hashes = {name.replace(f"00{old}", str(new)): value for name, value in record["sha256"].items()}
+        write_record(tmp_path / f"member_{new}.json", record | {"member": new, "sha256": hashes})
+        shutil.copy(tiny_run / f"member_00{old}.pth", tmp_path / f"member_{new}.pth")
+    for name in ("member_1.json", "member_copy.json"):
+        (tmp_path / name).write_text("{}")
+    first, second = (load_ensemble(tmp_path, num_members=number).members[-1].fc.bias for number in (1, 2))
+    expected = [member.fc.bias for member in load_ensemble(tiny_run).members]
+    assert torch.equal(first, expected[1]) and torch.equal(second, expected[0])
 
 
 def test_an_ensemble_embeds_in_the_precision_of_its_run(tiny_run, tmp_path):
@@ -293,6 +345,9 @@ def test_an_ensemble_embeds_in_the_precision_of_its_run(tiny_run, tmp_path):
         ensemble.members[1].conv1.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
         assert ensemble(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).dtype == torch.float32
         assert [output.dtype for output in seen] == [expected]
+        pooled = load_ensemble(folder, embedding="pooled")(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
+        assert pooled.dtype == torch.float32
+        torch.testing.assert_close(pooled.reshape(2, 512).norm(dim=1), torch.ones(2))
 
 
 def test_a_run_folder_is_read_as_data_only(tiny_run, tmp_path):

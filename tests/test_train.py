@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torchvision
 from conftest import TINY, save_image
 from test_utils import slow_recall
 from torch import nn
@@ -20,7 +22,7 @@ import data_utils
 import train
 import utils
 from data_utils import read_cache
-from model import Head, build_model, member_logits, resize_windows
+from model import Head, build_model, load_ensemble, member_outputs, resize_windows
 from train import (
     Batch,
     Members,
@@ -65,18 +67,23 @@ def no_training(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("num_epochs", "tenths"),
+    ("optimizer", "tenths"),
     [
-        (1, [0]),
-        (2, [0, 2]),
-        (3, [0, 1, 2]),
-        (12, [0] * 6 + [1] * 2 + [2] * 4),
-        (20, [0] * 10 + [1] * 4 + [2] * 6),
-        (50, [0] * 25 + [1] * 10 + [2] * 15),
+        ("adam", [0]),
+        ("adam", [0, 2]),
+        ("adam", [0, 1, 2]),
+        ("adam", [0] * 6 + [1] * 2 + [2] * 4),
+        ("adam", [0] * 10 + [1] * 4 + [2] * 6),
+        ("adam", [0] * 25 + [1] * 10 + [2] * 15),
+        ("sgd", [0]),
+        ("sgd", [0, 1, 2]),
+        ("sgd", [0] * 6 + [1] * 3 + [2] * 3),
+        ("sgd", [0] * 10 + [1] * 6 + [2] * 4),
     ],
 )
-def test_learning_rate(num_epochs, tenths):
-    rates = [learning_rate(0.5, epoch, num_epochs) for epoch in range(num_epochs)]
+def test_learning_rate(optimizer, tenths):
+    num_epochs, milestones = len(tenths), train.RECIPES[optimizer].milestones
+    rates = [learning_rate(0.5, epoch, num_epochs, milestones) for epoch in range(num_epochs)]
     np.testing.assert_allclose(rates, [0.5 * 10.0**-tenth for tenth in tenths])
 
 
@@ -198,12 +205,12 @@ def test_without_random_resize_nothing_is_resized(tiny_cache, tiny_args):
     assert all(batch.sides is None for batch in train_batches(tiny_cache, images, images, tiny_args, 1, 0, CPU))
 
 
-def test_the_optimizer_is_one_kernel():
-    parameters = nn.Linear(2, 2)
-    assert make_optimizer(parameters, 0.1, CPU).defaults["fused"] and make_optimizer(
-        parameters, 0.1, torch.device("cuda")
-    )
-    assert not make_optimizer(parameters, 0.1, torch.device("mps")).defaults["fused"]
+@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)])
+def test_the_optimizer_is_one_kernel(name, kind):
+    for device, fused in (("cpu", True), ("cuda", True), ("mps", False)):
+        optimizer = make_optimizer(name, nn.Linear(2, 2), 0.1, torch.device(device))
+        assert type(optimizer) is kind and optimizer.defaults["fused"] == fused
+        assert optimizer.defaults["weight_decay"] == 0
 
 
 def test_corners_fit_images_of_every_shape(tmp_path, tiny_args, seen):
@@ -283,7 +290,7 @@ def test_fp16_gradients_are_scaled_and_an_overflow_skips_the_step():
     gradients = {}
     for scale in (1.0, 2.0**16, 2.0**100):
         trained = copy.deepcopy(model)
-        optimizer, scaler = make_optimizer(trained, 0.1, CPU), torch.amp.GradScaler("cpu", init_scale=scale)
+        optimizer, scaler = make_optimizer("adam", trained, 0.1, CPU), torch.amp.GradScaler("cpu", init_scale=scale)
         train_step(trained, optimizer, scaler, "fp16", pixels, targets, Sums.zeros(CPU))
         gradients[scale] = trained[0].weight.grad.abs().max().item()
         moved = [
@@ -292,6 +299,81 @@ def test_fp16_gradients_are_scaled_and_an_overflow_skips_the_step():
         assert moved == {1.0: [False, True], 2.0**16: [True, True], 2.0**100: [False, False]}[scale]
         assert scaler.get_scale() == (scale / 2 if scale == 2.0**100 else scale)
     assert gradients[1.0] == 0
+
+
+def test_sgd_equals_the_definition_of_momentum():
+    """Against PyTorch's plain loop, and against the formula."""
+    torch.manual_seed(0)
+    ours, plain = nn.Linear(4, 3), nn.Linear(4, 3)
+    plain.load_state_dict(ours.state_dict())
+    weight, velocity = ours.weight.detach().clone(), torch.zeros(3, 4)
+    optimizers = make_optimizer("sgd", ours, 0.1, CPU), torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9)
+    for _ in range(5):
+        pixels, targets = torch.randn(8, 4), torch.randint(0, 3, (8,))
+        train_step(ours, optimizers[0], no_scaling(), "fp32", pixels, targets, Sums.zeros(CPU))
+        optimizers[1].zero_grad()
+        nn.functional.cross_entropy(plain(pixels), targets).backward()
+        optimizers[1].step()
+        velocity = 0.9 * velocity + plain.weight.grad
+        weight = weight - 0.1 * velocity
+        torch.testing.assert_close(ours.weight, weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.bias, plain.bias, rtol=1e-5, atol=1e-6)
+
+
+def test_the_momentum_of_sgd_survives_an_overflow_in_the_first_step():
+    """PyTorch's fused SGD would go on from uninitialised memory."""
+    model = nn.Linear(2, 2)
+    optimizer = make_optimizer("sgd", model, 0.1, CPU)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before, targets = copy.deepcopy(model.state_dict()), torch.tensor([0])
+    train_step(model, optimizer, scaler, "fp32", torch.full((1, 2), 8.0), targets, Sums.zeros(CPU))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert scaler.get_scale() == 2.0**126
+    for state in optimizer.state.values():
+        assert not state["momentum_buffer"].any()
+    assert len(optimizer.state) == 2
+
+
+def test_sgd_makes_another_run(tiny_data, tmp_path):
+    """At its own rate, with its own decay."""
+    options = ["--ensemble_size", "1", "--num_epochs", "5", "--optimizer", "sgd"]
+    assert run(tiny_data, tmp_path, *options, "--lr", "0.01") == 0
+    folder = only_folder(tmp_path)
+    assert folder.name == "tiny_resnet18_D3_e5_s0_i32_b16_sgd_wnone_fp32"
+    settings = json.loads((folder / "args.json").read_text())["settings"]
+    assert (settings["optimizer"], settings["lr"]) == ("sgd", 0.01)
+    np.testing.assert_allclose(pd.read_csv(folder / "train.csv").lr, [1e-2, 1e-2, 1e-3, 1e-3, 1e-4])
+
+
+@pytest.fixture
+def squashed_data(tmp_path) -> Path:
+    """Wide images with a cache of both kinds."""
+    data = tmp_path / "data"
+    for number, (split, name) in enumerate(itertools.product(("train", "test"), "aaabbbccc")):
+        path = data / "tiny" / split / name / f"{number}.png"
+        save_image(path, number, width=80, height=40)
+    for resize in ("crop", "squash"):
+        assert data_utils.main(["--data_path", str(data), "--image_size", "32", "--resize", resize]) == 0
+    return data
+
+
+def test_squash_makes_another_run_from_its_own_cache(squashed_data, tmp_path, seen):
+    sizes = {}
+    for resize in ("crop", "squash"):
+        options = ["--resize", resize, "--ensemble_size", "1", "--num_epochs", "1"]
+        assert run(squashed_data, tmp_path / resize, *options) == 0
+        folder = only_folder(tmp_path / resize)
+        tag = {"crop": "", "squash": "_squash"}[resize]
+        assert folder.name == f"tiny_resnet18_D3_e1_s0_i32{tag}_b16_lr0.001_wnone_fp32"
+        record = read_record(folder / "args.json", utils.RUN_RECORD)
+        cache = read_cache(squashed_data, "tiny", 32, resize)
+        assert (
+            record["settings"]["resize"] == load_ensemble(folder).resize == resize
+            and record["data"]["fingerprint"] == cache.fingerprint
+        )
+        sizes[resize] = max(corners[:, 1].max() for _, corners, _ in seen)
+        seen.clear()
+    assert sizes["squash"] <= 3 < sizes["crop"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -355,14 +437,14 @@ def test_train_and_embedding_steps_never_wait_for_the_device():
     """
     meta = torch.device("meta")
     model = build_model("resnet18", 12, None).to(meta)
-    optimizer = make_optimizer(model, 1e-4, meta)
+    optimizer = make_optimizer("adam", model, 1e-4, meta)
     images, targets, sides = torch.empty(4, 64, 64, 3, dtype=torch.uint8), torch.zeros(4).long(), torch.ones(4).long()
     mean, std = torch.ones(3, device=meta), torch.ones(3, device=meta)
     sums = Sums.zeros(meta)
     for batch in (Batch(images.to(meta), targets.to(meta), 2, s) for s in (None, sides.to(meta))):
         train_step(model, optimizer, no_scaling(), "fp32", prepared(batch, mean, std), batch.targets, sums)
     assert all(parameter.grad is not None for parameter in model.parameters())
-    logits = member_logits(model, np.zeros((5, 64, 64, 3), np.uint8), mean, std, batch_size=2, precision="fp32")
+    logits = member_outputs(model, np.zeros((5, 64, 64, 3), np.uint8), mean, std, batch_size=2, precision="fp32")
     assert logits.device == meta and logits.shape == (5, 12)
     with pytest.raises((RuntimeError, NotImplementedError)):
         sums.loss.item()
@@ -412,7 +494,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_data, tmp_path, capsys, mon
 
 def test_an_embedding_that_is_not_finite_ends_the_run(tiny_data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "train_step", lambda *_: None)
-    monkeypatch.setattr(train, "member_logits", lambda *_: torch.full((36, 3), float("nan")))
+    monkeypatch.setattr(train, "member_outputs", lambda *_: torch.full((36, 3), float("nan")))
     assert run(tiny_data, tmp_path) == 1
     assert "member 1: its embedding is not finite; try a lower --lr" in capsys.readouterr().err
     assert not list(only_folder(tmp_path).glob("member_*"))
@@ -499,10 +581,17 @@ def test_the_json_of_a_member_is_written_last(tmp_path, monkeypatch):
 
 def test_the_recall_log_ends_before_a_missing_member(tiny_run, tiny_args, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "run")
-    shutil.copy(tiny_run / "member_002.npy", tmp_path / "run" / "member_003.npy")
+    record = read_record(tmp_path / "run" / "member_002.json", {})
+    (tmp_path / "run" / "member_002.json").unlink()
+    for suffix in ("npy", "pth"):
+        shutil.move(tmp_path / "run" / f"member_002.{suffix}", tmp_path / "run" / f"member_003.{suffix}")
+    hashes = {name.replace("002", "003"): value for name, value in record["sha256"].items()}
+    write_record(tmp_path / "run" / "member_003.json", record | {"member": 3, "sha256": hashes})
     tiny_args.ensemble_size = 3
-    table, parts = train.write_recall_log(tmp_path / "run", {1: {}, 3: {}}, tiny_args, torch.arange(36) // 6, CPU)
-    assert len(table) == len(parts) == 1
+    truth = train.Truth(torch.arange(36) // 6, torch.ones(36).bool(), torch.ones(36).bool())
+    members = Members(tmp_path / "run", record["run"])
+    table, parts = train.write_logs(members, tiny_args, truth, "logits", CPU)
+    assert sorted(members.records) == [1, 3] and len(table) == len(parts) == 1
 
 
 def test_growing_an_ensemble(tiny_data, tiny_run, tmp_path, capsys, monkeypatch):
@@ -548,7 +637,7 @@ def test_a_disk_that_will_be_full_is_a_warning(tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     for free, warned in ((1999, True), (2000, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
-        train.print_outlook(tmp_path, 1, 2, 1.0)
+        train.print_outlook(tmp_path, "member_001.*", 2, 1.0)
         assert ("the disk will be full" in capsys.readouterr().err) == warned
 
 
@@ -556,8 +645,10 @@ def test_percentages_are_exact(monkeypatch):
     """Every share of 8,131 queries, through the float32 of recall_at_k, prints its four right decimals."""
     shares = torch.arange(8132).double() / 8131
     monkeypatch.setattr(train, "recall_at_k", lambda *_: shares.float()[None])
-    percent = train.recall_percent([], torch.zeros(8131, dtype=torch.int64), [])
-    assert [f"{value:.4f}" for value in percent[0]] == [f"{100 * hits / 8131:.4f}" for hits in range(8132)]
+    is_query = torch.arange(12000) < 8131  # the others are in the gallery
+    for mask in (is_query, torch.ones(8131).bool()):
+        percent = train.recall_percent([], [], train.Truth(torch.zeros(len(mask)).long(), mask, torch.ones_like(mask)))
+        assert [f"{value:.4f}" for value in percent[0]] == [f"{100 * hits / 8131:.4f}" for hits in range(8132)]
 
 
 def test_a_test_class_of_one_image_is_said_once(tmp_path, capfd):
@@ -571,6 +662,45 @@ def test_a_test_class_of_one_image_is_said_once(tmp_path, capfd):
     assert (output.out + output.err).count("no other image of their class") == 1
     last = pd.read_csv(only_folder(tmp_path / "results") / "recall.csv").iloc[-1]
     assert last["R@4"] <= 100 * 6 / 7 + 1e-4
+
+
+@pytest.fixture
+def shop_data(tmp_path) -> Path:
+    """images.csv as In-Shop is: queries and gallery apart. Of its 4 test classes, `d` has no gallery image."""
+    rows, lines = [("train", name, "", "") for name in "ppqqrr"], ["path,label,split,is_query,is_gallery"]
+    rows += [("test", name, "1", "0") for name in "aaabbccd"] + [("test", name, "0", "1") for name in "aabbbcc"]
+    rows += [("test", "b", "1", "1")]  # both
+    for number, (split, name, is_query, is_gallery) in enumerate(rows):
+        save_image(tmp_path / "data" / "shop" / f"{number}.png", number)
+        lines.append(f"{number}.png,{name},{split},{is_query},{is_gallery}")
+    (tmp_path / "data" / "shop" / "images.csv").write_text("\n".join(lines) + "\n")
+    assert data_utils.main(["--data_path", str(tmp_path / "data"), "--image_size", "32"]) == 0
+    return tmp_path / "data"
+
+
+def test_queries_are_scored_against_the_gallery(shop_data, tmp_path, capfd):
+    """recall.csv and the column `alone` by the slow implementation, from the files alone."""
+    options = ["--data_name", "shop", "--num_epochs", "1", "--recalls", "1,2,7"]
+    assert run(shop_data, tmp_path / "results", *options) == 0
+    output, folder = capfd.readouterr(), only_folder(tmp_path / "results")
+    assert output.out.count("\n9 queries against a gallery of 8 images\n") == 1
+    assert (output.out + output.err).count("no other image of their class") == 1
+    assert "\n1 queries have no other image of their class in the gallery: they count as misses\n" in output.out
+    test = pd.read_csv(folder / "test.csv")
+    masks = test.is_query.to_numpy(), test.is_gallery.to_numpy()
+    assert [mask.sum() for mask in masks] == [9, 8]
+    parts = [np.load(folder / f"member_00{member}.npy") for member in (1, 2)]
+    expected = 100 * slow_recall(parts, test.label.to_numpy(), [1, 2, 7], *masks)
+    lines = [",".join([str(size), *(f"{value:.4f}" for value in row)]) for size, row in enumerate(expected, 1)]
+    assert (folder / "recall.csv").read_text().splitlines()[1:] == lines
+    assert expected[1, 0] != 100 * slow_recall(parts, test.label.to_numpy(), [1])[1, 0]
+    alone = [100 * slow_recall([part], test.label.to_numpy(), [1], *masks).item() for part in parts]
+    assert [float(line.split()[-1]) for line in output.out.splitlines()[-4:-2]] == pytest.approx(alone, abs=0.006)
+
+
+def test_recalls_have_to_be_below_the_gallery(shop_data, tmp_path, capsys, no_training):
+    assert run(shop_data, tmp_path / "results", "--data_name", "shop", "--recalls", "1,8") == 2
+    assert "--recalls: 8 is not below the number of gallery images, 8\n" in capsys.readouterr().err
 
 
 def test_a_full_disk_costs_the_member_but_no_file(tiny_data, tiny_run, tmp_path, capsys, monkeypatch):
@@ -590,7 +720,7 @@ def test_a_full_disk_costs_the_member_but_no_file(tiny_data, tiny_run, tmp_path,
 
 def test_out_of_memory_in_the_evaluation_costs_time_only(tiny_data, tiny_run, tmp_path, monkeypatch):
     """Batches of 32 and 16 do not fit, nor blocks of 1 GiB and 512 MiB: the same results come of less."""
-    sizes = {"member_logits": [], "recall_at_k": []}
+    sizes = {"member_outputs": [], "recall_at_k": []}
 
     def limited(name, largest):
         original = getattr(train, name)
@@ -604,10 +734,10 @@ def test_out_of_memory_in_the_evaluation_costs_time_only(tiny_data, tiny_run, tm
 
         monkeypatch.setattr(train, name, call)
 
-    limited("member_logits", 8)
+    limited("member_outputs", 8)
     limited("recall_at_k", 2**28)
     assert run(tiny_data, tmp_path, "--ensemble_size", "1") == 0
-    assert sizes["member_logits"] == [32, 16, 8] and sizes["recall_at_k"][:3] == [2**30, 2**29, 2**28]
+    assert sizes["member_outputs"] == [32, 16, 8] and sizes["recall_at_k"][:3] == [2**30, 2**29, 2**28]
     logits = [np.load(folder / "member_001.npy") for folder in (only_folder(tmp_path), tiny_run)]
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
     first_two = [(folder / "recall.csv").read_text().splitlines()[:2] for folder in (only_folder(tmp_path), tiny_run)]
@@ -657,10 +787,11 @@ def test_odd_data_sets_are_trained_on(tmp_path, meta_classes, batch_size):
 
 
 def test_what_the_first_member_tells_of_the_rest(tiny_data, tmp_path, capsys):
-    assert run(tiny_data, tmp_path, "--num_epochs", "1") == 0
+    assert run(tiny_data, tmp_path, "--num_epochs", "1", "--ensemble_size", "3") == 0
     output = capsys.readouterr().out
-    assert re.search(r"the other 1 members need about [\d.]+ minutes and 44\.\d MB \([\d.]+ [GT]B are free\)", output)
-    assert re.search(r"member 1/2 epoch 0: loss \d\.\d+, accuracy [\d.]+%, [\d,]+ images/s", output)
+    assert re.search(r"the other 2 members need about [\d.]+ minutes and 89\.\d MB \([\d.]+ [GT]B are free\)", output)
+    assert output.count("the other") == 1
+    assert re.search(r"member 1/3 epoch 0: loss \d\.\d+, accuracy [\d.]+%, [\d,]+ images/s", output)
 
 
 def test_a_cut_of_large_classes_is_said(tiny_data, tmp_path, capsys, monkeypatch):
@@ -759,9 +890,345 @@ def test_a_damaged_embedding_is_made_again_without_training(tiny_data, tiny_run,
     path = folder / "member_001.npy"
     path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:-9])
     assert run(tiny_data, tmp_path) == 0
-    assert "the embedding of member 1 is damaged (member_001.npy): made again" in capsys.readouterr().err
+    assert "the embedding of member 1 is damaged (member_001.npy)\n" in capsys.readouterr().err
     for pattern in ("member_*", "recall.csv", "train.csv"):
         assert digests(folder, pattern) == digests(tiny_run, pattern)
+
+
+def test_the_progress_of_finished_members_is_removed(tiny_data, tiny_run, tmp_path, no_training):
+    """Of a process that was killed before it could."""
+    folder = tmp_path / tiny_run.name
+    shutil.copytree(tiny_run, folder)
+    names = ["progress_001.pt", ".progress_002.pt.tmp-123", "progress_003.pt"]
+    for name in names:
+        (folder / name).write_bytes(b"x")
+    assert run(tiny_data, tmp_path) == 0
+    assert [(folder / name).exists() for name in names] == [False, False, True]
+
+
+# ------------------------------------------------------------------------------------------------ pooled features
+
+
+def pool(data: Path, results: Path, *options: str) -> int:
+    return run(data, results, "--embedding", "pooled", *options)
+
+
+def test_pooled_features_of_the_saved_members(pooled_run, tiny_run, tiny_data, tiny_cache):
+    """Against torchvision's own network and transforms with the saved weights; the members stay as they are."""
+    names = {path.name for path in pooled_run.iterdir()} - {path.name for path in tiny_run.iterdir()}
+    assert names == {"recall_pooled.csv", *(f"pooled_00{m}.{suffix}" for m in (1, 2) for suffix in ("json", "npy"))}
+    for pattern in ("member_*", "train.csv", "recall.csv"):
+        assert digests(pooled_run, pattern) == digests(tiny_run, pattern)
+    images = torch.from_numpy(np.array(tiny_cache.array("test_images"))).permute(0, 3, 1, 2) / 255
+    images = torchvision.transforms.functional.normalize(images, tiny_cache.meta["mean"], tiny_cache.meta["std"])
+    parts, labels = [], pd.read_csv(pooled_run / "test.csv").label.to_numpy()
+    for member in (1, 2):
+        model, seen = torchvision.models.resnet18(num_classes=3).eval(), []
+        model.load_state_dict(torch.load(pooled_run / f"member_00{member}.pth", weights_only=True))
+        model.avgpool.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.flatten(1)))
+        with torch.no_grad():
+            model(images)
+        parts.append(np.load(pooled_run / f"pooled_00{member}.npy"))
+        assert parts[-1].dtype == np.float32 and parts[-1].shape == (36, 512)
+        np.testing.assert_allclose(parts[-1], seen[0], rtol=1e-4, atol=1e-4)
+        record = read_record(pooled_run / f"pooled_00{member}.json", utils.POOLED_RECORD)
+        hashes = digests(pooled_run, f"*_00{member}.[np]*")
+        assert record["weights"] == hashes[f"member_00{member}.pth"]
+        assert record["sha256"] == hashes[f"pooled_00{member}.npy"] and record["member"] == member
+        assert record["run"] == read_record(pooled_run / f"member_00{member}.json", {})["run"]
+    expected = 100 * slow_recall(parts, labels, [1, 4])
+    lines = (pooled_run / "recall_pooled.csv").read_text().splitlines()
+    assert lines == ["ensemble_size,R@1,R@4", *(f"{n},{r1:.4f},{r4:.4f}" for n, (r1, r4) in enumerate(expected, 1))]
+    assert lines != (pooled_run / "recall.csv").read_text().splitlines()
+
+
+def test_nothing_is_made_twice(pooled_run, tiny_data, tmp_path, no_training, capsys, monkeypatch):
+    """Neither trained nor pooled; the table and the last line are of the embedding that was asked for."""
+    folder = tmp_path / pooled_run.name
+    shutil.copytree(pooled_run, folder)
+    monkeypatch.setattr(train, "pool_member", lambda *_: pytest.fail("nothing was to be made"))
+    for embedding, csv in (("pooled", "recall_pooled.csv"), ("logits", "recall.csv")):
+        assert run(tiny_data, tmp_path, "--embedding", embedding) == 0
+        output = capsys.readouterr()
+        r1, r4 = (float(value) for value in (pooled_run / csv).read_text().splitlines()[2].split(",")[1:])
+        *_, row, _, last = output.out.splitlines()
+        assert last == f"2 members: R@1 {r1:.2f}, R@4 {r4:.2f} in {folder / csv}" and output.err == ""
+        kind = "pooled" if embedding == "pooled" else "member"
+        part = torch.from_numpy(np.load(folder / f"{kind}_002.npy"))
+        alone = 100 * utils.recall_at_k(part, torch.arange(36) // 6, [1]).item()
+        assert [float(value) for value in row.split()] == pytest.approx([2, r1, r4, alone], abs=0.006)
+    for pattern in ("member_*", "pooled_*", "*.csv"):
+        assert digests(folder, pattern) == digests(pooled_run, pattern)
+
+
+def test_training_and_pooling_in_one_run(pooled_run, tiny_data, tmp_path, capsys):
+    """Member by member; the logs grow with each."""
+    tables, write_logs = [], train.write_logs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "write_logs", lambda *args: tables.append(len((result := write_logs(*args))[0])) or result)
+        assert pool(tiny_data, tmp_path) == 0
+    output = capsys.readouterr().out
+    assert tables == [1, 2, 2] and len(re.findall(r"^member \d/2: training accuracy", output, re.MULTILINE)) == 2
+    assert "44.8 MB" not in output and re.search(r"the other 1 members need about [\d.]+ minutes and 44\.9 MB", output)
+    for pattern in ("member_*.npy", "pooled_*.npy", "recall*.csv"):
+        assert digests(only_folder(tmp_path), pattern) == digests(pooled_run, pattern)
+
+
+def change_record(**entries):
+    return lambda path: write_record(path, read_record(path, {}) | entries)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("pooled_001.npy", lambda path: path.write_bytes(path.read_bytes()[:-9]), "the checksum of its .npy"),
+        ("pooled_001.npy", Path.unlink, "No such file"),
+        ("pooled_001.json", lambda path: path.write_bytes(path.read_bytes()[:-9]), "JSONDecodeError"),
+        ("pooled_001.json", change_record(weights="0" * 64), "of another run, member or weights"),
+        ("pooled_001.json", change_record(member=2), "of another run, member or weights"),
+        ("pooled_001.json", change_record(run="another"), "of another run, member or weights"),
+        ("pooled_001.json", change_record(sha256=1), "another version"),
+        ("pooled_001.json", Path.unlink, None),
+    ],
+)
+def test_bad_pooled_files_are_named_and_made_again(
+    pooled_run, tiny_data, tmp_path, capsys, no_training, name, change, message
+):
+    folder = tmp_path / pooled_run.name
+    shutil.copytree(pooled_run, folder)
+    change(folder / name)
+    assert pool(tiny_data, tmp_path) == 0
+    output = capsys.readouterr()
+    if message:
+        assert "warning: pooled_001.json counts as not made (" in output.err and message in output.err
+        assert output.err.count("\n") == 1
+    else:
+        assert output.err == ""
+    assert re.search(r"^member 1/2: pooled features, [\d.]+ s$", output.out, re.MULTILINE)
+    for pattern in ("member_*", "pooled_*", "*.csv"):
+        assert digests(folder, pattern) == digests(pooled_run, pattern)
+
+
+def test_logits_need_no_pooled_files(pooled_run, tiny_data, tmp_path, capsys, no_training):
+    folder = tmp_path / pooled_run.name
+    shutil.copytree(pooled_run, folder)
+    (folder / "pooled_001.json").write_text("damaged")
+    assert run(tiny_data, tmp_path) == 0
+    assert capsys.readouterr().err == "" and (folder / "pooled_001.json").read_text() == "damaged"
+
+
+def test_a_member_of_other_weights_is_pooled_again(pooled_run, tiny_data, tmp_path, no_training):
+    folder = tmp_path / pooled_run.name
+    shutil.copytree(pooled_run, folder)
+    for suffix in ("pth", "npy"):
+        shutil.copy(folder / f"member_002.{suffix}", folder / f"member_001.{suffix}")
+    record = read_record(folder / "member_001.json", {})
+    hashes = digests(folder, "member_001.[np]*")
+    write_record(folder / "member_001.json", record | {"sha256": hashes})
+    assert pool(tiny_data, tmp_path) == 0
+    pooled = digests(folder, "pooled_*.npy")
+    assert pooled["pooled_001.npy"] == pooled["pooled_002.npy"] == digests(pooled_run)["pooled_002.npy"]
+
+
+def test_processes_share_the_pooling(pooled_run, tiny_run, tiny_data, tmp_path, capsys, no_training):
+    """A member whose lock another one holds is left to it; --members limits it too."""
+    folder = tmp_path / tiny_run.name
+    shutil.copytree(tiny_run, folder)
+    with utils.take_lock(folder / ".member_001.lock"):
+        assert pool(tiny_data, tmp_path) == 0
+    output = capsys.readouterr().out
+    assert output.endswith("without pooled features: member 1; the process that finishes the last one scores\n")
+    assert [path.name for path in sorted(folder.glob("pooled_*"))] == ["pooled_002.json", "pooled_002.npy"]
+    assert (folder / "recall_pooled.csv").read_text() == "ensemble_size,R@1,R@4\n"
+    (folder / "pooled_002.json").unlink()
+    assert pool(tiny_data, tmp_path, "--members", "1") == 0
+    assert "without pooled features: member 2;" in capsys.readouterr().out
+    assert pool(tiny_data, tmp_path) == 0
+    for pattern in ("member_*", "pooled_*", "*.csv"):
+        assert digests(folder, pattern) == digests(pooled_run, pattern)
+
+
+def test_what_another_process_has_just_made_is_not_made_again(pooled_run, tiny_run, tiny_data, tmp_path, monkeypatch):
+    """It finishes member 1 while this one waits for the lock."""
+    folder, pooled = tmp_path / tiny_run.name, []
+    shutil.copytree(tiny_run, folder)
+    take_lock, pool_member = train.take_lock, train.pool_member
+
+    def late_lock(path, **kwargs):
+        if path.name == ".member_001.lock":
+            for suffix in ("npy", "json"):
+                shutil.copy(pooled_run / f"pooled_001.{suffix}", folder)
+        return take_lock(path, **kwargs)
+
+    monkeypatch.setattr(train, "take_lock", late_lock)
+    monkeypatch.setattr(train, "pool_member", lambda *args: pooled.append(args[1]) or pool_member(*args))
+    assert pool(tiny_data, tmp_path) == 0
+    assert pooled == [2] and digests(folder, "*.csv") == digests(pooled_run, "*.csv")
+
+
+def test_pooling_that_is_interrupted_anywhere_goes_on(pooled_run, tiny_run, tiny_data, tmp_path, capsys, monkeypatch):
+    """Before each file of pooled features, and each log of them, takes its place."""
+    folder, replace = tmp_path / tiny_run.name, os.replace
+    for number in itertools.count():
+        shutil.copytree(tiny_run, folder)
+        calls = itertools.count()
+
+        def interrupted(source, target, calls=calls, number=number):
+            if "pooled" in Path(target).name and next(calls) == number:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", interrupted)
+            code = pool(tiny_data, tmp_path)
+        error = capsys.readouterr().err
+        if code == 130:
+            assert re.search(r"interrupted( in member [12]/2)?; run the same command again to go on\n$", error)
+            assert pool(tiny_data, tmp_path) == 0 and "warning" not in capsys.readouterr().err
+        for pattern in ("*member_*[!k]", "*pooled_*", "*.csv"):
+            assert digests(folder, pattern) == digests(pooled_run, pattern)
+        shutil.rmtree(folder)
+        if code == 0:
+            break
+    assert number == 5
+
+
+def test_pooling_scores_once_and_says_what_it_needs(tiny_run, tiny_data, tmp_path, capsys, monkeypatch, no_training):
+    """Scores of many wide features take long: not after each member. 36 x 512 floats and a record are 74 kB."""
+    shutil.copytree(tiny_run, tmp_path / tiny_run.name)
+    scored, write_logs = [], train.write_logs
+    monkeypatch.setattr(train, "write_logs", lambda *args: scored.append(args[3]) or write_logs(*args))
+    assert pool(tiny_data, tmp_path) == 0
+    assert scored == ["logits", "pooled"]
+    assert re.search(r"the other 1 members need about [\d.]+ minutes and 74\.\d kB", capsys.readouterr().out)
+
+
+def test_embeddings_that_do_not_fit_on_the_device_are_scored_on_the_cpu(
+    pooled_run, tiny_data, tmp_path, capsys, monkeypatch, no_training
+):
+    folder = tmp_path / pooled_run.name
+    shutil.copytree(pooled_run, folder)
+    (folder / "recall_pooled.csv").unlink()
+
+    def full(part, device):
+        raise RuntimeError("MPS backend out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    parts = train.saved_parts(folder, train.open_run(folder)[1], 2, "pooled", torch.device("mps"))
+    assert "do not fit on mps: they are scored on the CPU\n" in capsys.readouterr().err
+    assert [part.numpy().tobytes() for part in parts] == [
+        np.load(folder / f"pooled_00{member}.npy").tobytes() for member in (1, 2)
+    ]
+
+
+def test_runs_from_before_an_option_go_on(tiny_run, tiny_data, tmp_path, capsys, no_training):
+    """Their args.json lacks it and so has its default; another value is another run."""
+    folder = tmp_path / tiny_run.name
+    shutil.copytree(tiny_run, folder)
+    record = read_record(folder / "args.json", {})
+    assert (record["settings"].pop("optimizer"), record["settings"].pop("resize")) == ("adam", "crop")
+    identity = utils.text_sha256({"settings": record["settings"], "fingerprint": record["data"]["fingerprint"]})
+    assert read_record(folder / "member_001.json", {})["run"] == identity
+    write_record(folder / "args.json", record)
+    assert load_ensemble(folder).resize == "crop"
+    assert run(tiny_data, tmp_path) == 0
+    assert capsys.readouterr().err == "" and digests(folder, "recall.csv") == digests(tiny_run, "recall.csv")
+    record["settings"]["optimizer"] = "sgd"
+    assert utils.run_identity(record) != identity
+
+
+def test_weights_that_change_meanwhile_are_not_pooled(tiny_run, tiny_data, tmp_path, capsys, monkeypatch, no_training):
+    """By another process that has found the member damaged, say: the run ends, and the next one sees the new state."""
+    folder = tmp_path / tiny_run.name
+    shutil.copytree(tiny_run, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_logs", lambda *_: shutil.copy(folder / "member_002.pth", folder / "member_001.pth"))
+        assert pool(tiny_data, tmp_path) == 1
+    message = (
+        f"train.py: failed: {folder / 'member_001.pth'} has changed since this run began; run the same command again\n"
+    )
+    assert capsys.readouterr().err == message and not list(folder.glob("pooled_*"))
+
+
+def test_leftovers_of_pooling_go(tiny_run, tiny_data, tmp_path, no_training):
+    folder = tmp_path / tiny_run.name
+    shutil.copytree(tiny_run, folder)
+    (folder / ".pooled_001.npy.tmp-123").write_text("half")
+    assert pool(tiny_data, tmp_path) == 0
+    assert not list(folder.glob("*tmp*"))
+
+
+def test_pooled_features_that_are_not_finite_end_the_run(tiny_run, tiny_data, tmp_path, capsys, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / tiny_run.name)
+    monkeypatch.setattr(train, "member_outputs", lambda *_: torch.full((36, 512), float("nan")))
+    assert pool(tiny_data, tmp_path) == 1
+    assert "member 1: its embedding is not finite; try a lower --lr" in capsys.readouterr().err
+    assert not list(only_folder(tmp_path).glob("pooled_*"))
+
+
+def test_pooled_features_are_made_in_the_precision_of_the_run(tiny_data, tmp_path):
+    options = ["--precision", "bf16", "--num_epochs", "1", "--ensemble_size", "1"]
+    assert run(tiny_data, tmp_path, *options) == 0 and pool(tiny_data, tmp_path, *options) == 0
+    features = torch.from_numpy(np.load(only_folder(tmp_path) / "pooled_001.npy"))
+    assert features.dtype == torch.float32 and torch.equal(features.bfloat16().float(), features)
+
+
+# ------------------------------------------------------------------------------------------------ reading a run
+
+
+def test_a_run_folder_is_opened_without_its_data_and_left_as_it_is(pooled_run, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(pooled_run, folder)
+    (folder / "progress_001.pt").write_bytes(b"x")
+    before = {path: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]}
+    record, members = train.open_run(folder)
+    parts = {(e, n): train.saved_parts(folder, members, n, e, CPU) for e in ("logits", "pooled") for n in (1, 2, 5)}
+    assert {path: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]} == before
+    assert record["settings"]["data_name"] == "tiny" and sorted(members.records) == [1, 2]
+    assert [len(of_run) for of_run in parts.values()] == [1, 2, 2] * 2
+    for embedding, kind in (("logits", "member"), ("pooled", "pooled")):
+        for member, part in enumerate(parts[embedding, 5], 1):
+            assert part.dtype == torch.float32
+            np.testing.assert_array_equal(part, np.load(pooled_run / f"{kind}_00{member}.npy"))
+
+
+def test_only_sound_parts_are_read(pooled_run, tmp_path, capsys):
+    """Damaged ones and those behind them are not returned; pooled ones need the record of their member."""
+
+    def lengths(*changed: str) -> list[int]:
+        shutil.copytree(pooled_run, tmp_path / "run")
+        for name in changed:
+            (tmp_path / "run" / name).write_bytes(b"x")
+        _, members = train.open_run(tmp_path / "run")
+        found = [len(train.saved_parts(tmp_path / "run", members, 2, e, CPU)) for e in ("logits", "pooled")]
+        shutil.rmtree(tmp_path / "run")
+        return found
+
+    assert lengths("pooled_002.npy") == [2, 1] and lengths("pooled_001.json") == [2, 0]
+    assert "pooled_001.json counts as not made" in capsys.readouterr().err
+    assert lengths("member_002.npy") == [1, 1] and lengths("member_001.json") == [0, 0]
+    assert lengths("member_001.pth") == [2, 2]  # the weights are not read
+
+
+def test_what_is_no_run_is_not_opened(pooled_run, tmp_path):
+    def refused(message: str) -> None:
+        with pytest.raises(utils.InputError, match=message) as error:
+            train.open_run(tmp_path)
+        assert "\n" not in str(error.value)
+
+    refused("is not a run folder: it has no args.json$")
+    (tmp_path / "args.json").write_text("{}")
+    refused(r"args.json is damaged \(.*\); train.py makes it again$")
+    record = read_record(pooled_run / "args.json", {})
+    write_record(tmp_path / "args.json", record | {"settings": record["settings"] | {"precision": "fp8"}})
+    refused("args.json is damaged .*unknown precision")
+    write_record(tmp_path / "args.json", record)
+    refused("has no finished member$")
+    with pytest.raises(utils.InputError, match="is not a run folder"):
+        train.open_run(tmp_path / "nowhere")
+
+
+# ------------------------------------------------------------------------------------------------ names of runs
 
 
 @pytest.mark.parametrize(
@@ -769,10 +1236,16 @@ def test_a_damaged_embedding_is_made_again_without_training(tiny_data, tiny_run,
     [
         ([], "tiny_resnet18_D12_e12_s0"),
         (["--ensemble_size", "48", "--recalls", "1", "--device", "cpu"], "tiny_resnet18_D12_e12_s0"),
+        (["--embedding", "pooled"], "tiny_resnet18_D12_e12_s0"),
         (["--backbone", "resnet50", "--meta_class_size", "5", "--num_epochs", "3"], "tiny_resnet50_D5_e3_s0"),
         (["--seed", "7", "--batch_size", "64", "--image_size", "128"], "tiny_resnet18_D12_e12_s7_i128_b64"),
         (["--lr", "3e-05", "--no_flip", "--weights", "none"], "tiny_resnet18_D12_e12_s0_lr3e-05_wnone_noflip"),
         (["--weights", "w.pth"], "tiny_resnet18_D12_e12_s0_wabcdef01"),
+        (["--resize", "squash", "--image_size", "64"], "tiny_resnet18_D12_e12_s0_i64_squash"),
+        (["--optimizer", "sgd"], "tiny_resnet18_D12_e12_s0_sgd"),
+        (["--optimizer", "sgd", "--lr", "0.01"], "tiny_resnet18_D12_e12_s0_sgd"),
+        (["--optimizer", "sgd", "--lr", "1e-4"], "tiny_resnet18_D12_e12_s0_sgd_lr0.0001"),
+        (["--lr", "0.01"], "tiny_resnet18_D12_e12_s0_lr0.01"),
     ],
 )
 def test_run_name(options, name):
@@ -857,6 +1330,9 @@ def test_defaults_are_those_of_the_original_command_line():
     assert (args.recalls, args.batch_size, args.num_epochs) == ([1, 2, 4, 8], 128, 12)
     assert (args.ensemble_size, args.meta_class_size, args.lr, args.weights) == (12, 12, 1e-4, "imagenet")
     assert train.parse_args("--data_name sop --recalls 1,10,100,1000".split()).recalls == [1, 10, 100, 1000]
+    assert train.parse_args("--data_name sop".split()).recalls == [1, 2, 4, 8]
+    assert train.parse_args("--data_name isc".split()).recalls == [1, 10, 20, 30]
+    assert train.parse_args("--data_name isc --recalls 1".split()).recalls == [1]
 
 
 @pytest.mark.parametrize(
@@ -864,7 +1340,7 @@ def test_defaults_are_those_of_the_original_command_line():
     [
         (
             ["--data_name", "other"],
-            r"no cache: .*python data_utils\.py --data_name other --data_path .* --image_size 32",
+            r"no such folder; .*python data_utils\.py --data_name other --data_path .* --image_size 32",
         ),
         (["--image_size", "64"], r"no cache: .*--data_name tiny --data_path .* --image_size 64"),
         (["--data_name", "../tiny"], "is not the name of a folder"),
@@ -873,7 +1349,7 @@ def test_defaults_are_those_of_the_original_command_line():
         (["--recalls", "1,1"], "names a K twice"),
         (["--recalls", "0,1"], "'0' is not a positive integer"),
         (["--recalls", "1,,2"], "'' is not a positive integer"),
-        (["--recalls", "1,36"], "36 is not below the number of test images, 36"),
+        (["--recalls", "1,36"], "36 is not below the number of gallery images, 36"),
         (["--batch_size", "1"], "at least 2"),
         (["--num_epochs", "0"], "'0' is not a positive integer"),
         (["--ensemble_size", "-3"], "'-3' is not a positive integer"),
@@ -892,6 +1368,10 @@ def test_defaults_are_those_of_the_original_command_line():
         (["--device", "cuda:99"], "--device cuda:99 is not there"),
         (["--device", "cpu:"], "--device cpu: is not one of"),
         (["--device", "cpu:0"], "--device cpu:0 is not one of"),
+        (["--resize", "stretch"], "argument --resize: invalid choice: 'stretch'"),
+        (["--resize", "squash"], r"no cache: .*cache_32_squash.* --image_size 32 --resize squash"),
+        (["--embedding", "both"], "argument --embedding: invalid choice: 'both'"),
+        (["--optimizer", "adamw"], "argument --optimizer: invalid choice: 'adamw'"),
         (["--ensemble", "3"], "unrecognized arguments: --ensemble 3"),
         (["--lr"], "expected one argument"),
     ],
@@ -935,4 +1415,4 @@ def test_a_member_file_of_another_member_is_not_taken(tiny_run, tmp_path):
 def test_without_arguments_and_data_it_says_what_to_do_next(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train.main([]) == 2
-    assert "make it with: python data_utils.py --data_name car" in capsys.readouterr().err
+    assert "then: python data_utils.py --data_name car; to try it without one: " in capsys.readouterr().err
