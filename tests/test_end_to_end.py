@@ -1,4 +1,4 @@
-"""The two scripts as people run them, and the README's own commands and code."""
+"""The scripts as people run them, and the README's own commands and code."""
 
 import os
 import re
@@ -9,14 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 from conftest import save_image, write_cub, write_sop
 from test_utils import slow_recall
 
 import data_utils
+import evaluate
+import retrieve
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = {"data_utils": data_utils, "train": train, "evaluate": evaluate, "retrieve": retrieve}
 
 
 def call(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
@@ -58,16 +62,32 @@ def test_from_raw_folders_to_the_recall_log(tmp_path):
 
 def test_refusals_are_one_line_and_exit_code_2(tmp_path):
     for arguments, message in (
-        (["train.py", "--data_name", "car"], "make it with: python data_utils.py --data_name car\n"),
+        (
+            ["train.py"],
+            "then: python data_utils.py --data_name car; to try it without one: python data_utils.py --data_name demo",
+        ),
         (["data_utils.py", "--image_size", "big"], "'big' is not a positive integer"),
     ):
         done = call(tmp_path, *arguments, code=2)
         assert message in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
 
 
-def test_help_needs_no_data_and_fits_a_screen(tmp_path):
-    for script in ("data_utils.py", "train.py"):
-        assert 10 < call(tmp_path, script, "--help").stdout.count("\n") <= 50
+@pytest.fixture
+def help_texts(tmp_path, monkeypatch, capsys) -> dict[str, str]:
+    """What `python SCRIPT.py --help` prints on a terminal of 80 columns, without any data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    texts = {}
+    for name, script in SCRIPTS.items():
+        with pytest.raises(SystemExit, match="0"):
+            script.main(["--help"])
+        texts[name] = capsys.readouterr().out
+    return texts
+
+
+def test_help_fits_a_screen(help_texts):
+    for text in help_texts.values():
+        assert 10 < text.count("\n") <= 50 and max(map(len, text.splitlines())) <= 120
 
 
 # ------------------------------------------------------------------------------------------------ README
@@ -75,17 +95,17 @@ def test_help_needs_no_data_and_fits_a_screen(tmp_path):
 
 def test_every_command_of_the_readme_is_accepted():
     """Option names and values; the demo and the benchmark commands are too long to run here."""
-    commands = re.findall(r"python (data_utils|train)\.py( [^\n&|`#]*)?", README)
+    commands = re.findall(r"python (data_utils|train|evaluate|retrieve)\.py( [^\n&|`#]*)?", README)
     assert "@@" not in README
-    assert {"data_utils", "train"} == {script for script, _ in commands} and len(commands) >= 7
+    assert SCRIPTS.keys() == {script for script, _ in commands} and len(commands) >= 7
     for script, options in commands:
-        {"data_utils": data_utils, "train": train}[script].parse_args(shlex.split(options))
+        SCRIPTS[script].parse_args(shlex.split(options))
 
 
-def test_every_option_stands_in_the_readme(tmp_path):
-    for script in ("data_utils.py", "train.py"):
-        options = set(re.findall(r"^  (--\w+)", call(tmp_path, script, "--help").stdout, re.MULTILINE))
-        assert len(options) >= 7
+def test_every_option_stands_in_the_readme(help_texts):
+    for text in help_texts.values():
+        options = set(re.findall(r"^  (--\w+)", text, re.MULTILINE))
+        assert len(options) >= 6
         assert not [option for option in options if f"`{option}" not in README]
 
 
