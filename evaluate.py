@@ -469,8 +469,8 @@ def run(args: argparse.Namespace) -> None:
 
 def common_recalls(runs: Sequence[Run]) -> list[int]:
     """The default of --recalls: the data set's own, if all runs are of one that has any."""
-    (name, *others) = {run.settings["data_name"] for run in runs}
-    return default_recalls("" if others else name)
+    names = list(dict.fromkeys(run.settings["data_name"] for run in runs))
+    return default_recalls(names[0] if len(names) == 1 else "")
 
 
 @contextlib.contextmanager

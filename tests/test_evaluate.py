@@ -139,6 +139,17 @@ def test_a_comparison_with_isc_has_the_recalls_of_the_others(tiny_run, tmp_path,
     assert "R@20" not in capsys.readouterr().out
 
 
+def test_an_interruption_promises_nothing(tiny_run, tmp_path, capsys, monkeypatch):
+    """There is nothing to go on with: a second run computes all of it again."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "scores", interrupted)
+    assert evaluate.main([str(tiny_run), "--output", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "evaluate.py: interrupted\n"
+
+
 def test_weights_are_not_needed(tiny_run, tmp_path):
     folder = copy_of(tiny_run, tmp_path / "run")
     for path in folder.glob("*.pth"):

@@ -159,7 +159,11 @@ def test_options_of_the_readers(box, pooled_run, monkeypatch, module, examples):
     box.results.mkdir()
     folder, codes = box.results / "run", set()
     content = (pooled_run / "test.csv").read_bytes()
-    more = {evaluate: ["--recalls", "1,2"], retrieve: ["--worst", "3"]}[module]
+    out = str(box.results / "out")
+    first, last = {
+        evaluate: (["--recalls", "1,2"], ["--output", out]),
+        retrieve: (["--worst", "3"], ["--output", out, "--export", out]),  # of two, the last counts
+    }[module]
 
     def one(drawn):
         argv, changed = drawn
@@ -168,7 +172,7 @@ def test_options_of_the_readers(box, pooled_run, monkeypatch, module, examples):
         shutil.copytree(pooled_run, folder, copy_function=os.link)
         (folder / "test.csv").unlink()
         (folder / "test.csv").write_bytes(changed or content)
-        codes.add(box.call(module.main, [str(folder), *more, *argv, "--output", str(box.results / "out")])[0])
+        codes.add(box.call(module.main, [str(folder), *first, *argv, *last])[0])
         assert {path.name for path in folder.iterdir()} == {path.name for path in pooled_run.iterdir()}
 
     garbled_csv = st.composite(lambda draw: ([], garbled(draw, content)))()

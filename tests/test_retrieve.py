@@ -186,6 +186,22 @@ def test_a_test_image_does_not_find_its_own_file_in_another_gallery(tiny_run, ti
     call(*arguments, "--query", tmp_path / "photo.png", "--top", "36")
 
 
+def test_after_a_bad_photo_no_more_is_embedded(tiny_run, tmp_path, capsys, monkeypatch):
+    """All bad ones are named, and none of the time of a large gallery is lost."""
+    for name in "bcd":
+        save_image(tmp_path / "photos" / f"{name}.png")
+    for name in "ae":
+        (tmp_path / "photos" / f"{name}.png").write_bytes(b"no image")
+    monkeypatch.setattr(retrieve, "BATCH_SIZE", 1)
+    embedded = []
+    hook = loaded(tiny_run, torch.device("cpu"), "logits", 2).register_forward_hook(lambda *_: embedded.append(1))
+    options = ["--query", str(tmp_path / "photos"), "--output", str(tmp_path / "out")]
+    assert retrieve.main([str(tiny_run), *options]) == 2
+    message = capsys.readouterr().err
+    hook.remove()
+    assert "2 problems" in message and "a.png" in message and "e.png" in message and not embedded
+
+
 def test_queries_from_a_folder(tiny_run, tiny_data, tmp_path):
     """Any depth, sorted; the class is the first folder; a photo between test images keeps its place."""
     test = pd.read_csv(tiny_run / "test.csv")

@@ -1150,6 +1150,21 @@ def test_weights_that_change_meanwhile_are_not_pooled(tiny_run, tiny_data, tmp_p
     assert capsys.readouterr().err == message and not list(folder.glob("pooled_*"))
 
 
+def test_a_cache_that_changes_while_pooling_is_noticed(tiny_run, tiny_data, tmp_path, capsys, monkeypatch, no_training):
+    shutil.copytree(tiny_data, tmp_path / "data")
+    shutil.copytree(tiny_run, tmp_path / "results" / tiny_run.name)
+    embedded, meta = train.embedded, tmp_path / "data" / "tiny" / "cache_32" / "meta.json"
+
+    def meanwhile(*args):
+        write_record(meta, read_record(meta, {}) | {"mean": [0.1, 0.2, 0.3]})
+        return embedded(*args)
+
+    monkeypatch.setattr(train, "embedded", meanwhile)
+    assert pool(tmp_path / "data", tmp_path / "results") == 1
+    assert "cache_32 has been changed during the run" in capsys.readouterr().err
+    assert not list((tmp_path / "results").glob("*/pooled_*"))
+
+
 def test_leftovers_of_pooling_go(tiny_run, tiny_data, tmp_path, no_training):
     folder = tmp_path / tiny_run.name
     shutil.copytree(tiny_run, folder)
