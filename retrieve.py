@@ -140,7 +140,7 @@ def refuse(option: str, problems: list[str]) -> None:
 
 def query_items(texts: list[str], test: list[Item]) -> list[Item]:
     """The images that --query asks for, in its order. The file of a test image is that image."""
-    items, of_test = [], None
+    items = []
     for text in texts:
         if not is_utf8(text):
             raise InputError(f"--query {text!a}: the name is not valid UTF-8")
@@ -152,11 +152,14 @@ def query_items(texts: list[str], test: list[Item]) -> list[Item]:
         elif os.path.isdir(text):  # unlike Path.is_dir, also for a text that is too long for a name
             items += folder_items("--query", Path(text))
         elif os.path.isfile(text):
-            of_test = of_test or {os.path.realpath(item.file): item for item in test}
-            known = of_test.get(os.path.realpath(text))
-            items.append(known._replace(name=text) if known else Item(text, text, None, Path(text)))
+            items.append(Item(text, text, None, Path(text)))
         else:
             raise InputError(f"--query {text}: no such image or folder (test:INDEX for a test image)")
+    if any(item.row is None for item in items):
+        of_test = {os.path.realpath(item.file): item for item in test}
+        for place, item in enumerate(items):
+            known = of_test.get(os.path.realpath(item.file)) if item.row is None else None
+            items[place] = known._replace(name=item.name) if known else item
     return items
 
 

@@ -166,9 +166,13 @@ def test_the_file_of_a_test_image_is_that_image(drawn, tmp_path, monkeypatch):
     paths = [tmp_path / "data" / "colors" / "3.png", Path("colors/../colors/3.png")]
     call(*arguments, "--query", *paths, "test:3", "--top", "5")
     found = found_in(tmp_path / "out")
+    rows_of_3 = found["test:3"].path.tolist()
     assert list(found) == [*map(str, paths), "test:3"] and "3.png" not in found["test:3"].path.tolist()
     for path in paths:
         assert found[str(path)].iloc[:, 1:].equals(found["test:3"].iloc[:, 1:])
+    call(*arguments, "--query", "colors", "--top", "5")
+    found = found_in(tmp_path / "out")
+    assert len(found) == len(LABELS) and found["colors/3.png"].path.tolist() == rows_of_3
 
 
 def test_a_test_image_does_not_find_its_own_file_in_another_gallery(tiny_run, tiny_data, tmp_path, capsys):
