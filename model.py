@@ -1,8 +1,8 @@
-"""One member of the ensemble: a ResNet with a meta-class head, its precision, and its embedding."""
+"""One member of the ensemble: a ResNet with a meta-class head, its precision and its features; and the Ensemble."""
 
 import contextlib
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +11,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from utils import (
-    LATER_SETTINGS,
-    MEMBER_RECORD,
-    RUN_RECORD,
-    InputError,
-    image_batches,
-    member_file,
-    member_numbers,
-    one_line,
-    out_of_memory,
-    read_record,
-    run_identity,
-    sha256,
-    spans,
-)
+from dreml.console import InputError, one_line, out_of_memory
+from dreml.data.batches import image_batches, normalize, spans
+from dreml.data.images import ImageSpec
+from dreml.files import sha256
+from dreml.runs.folder import Members, member_file, member_numbers, read_run_record
+from dreml.runs.settings import EMBEDDINGS
 
 IMAGENET_WEIGHTS = "IMAGENET1K_V1"  # torchvision's first recipe for every ResNet, the one that the paper's time had
 
@@ -38,8 +29,14 @@ def backbone_names() -> list[str]:
     return [name for name in names if torchvision.models.get_model_builder(name).__module__.endswith("models.resnet")]
 
 
+def check_backbone(name: str) -> None:
+    """Raises InputError for a backbone that this program does not know."""
+    if name not in backbone_names():
+        raise InputError(f"--backbone {name!r} is not one of {', '.join(backbone_names())}")
+
+
 def build_model(backbone: str, num_meta_classes: int, weights: dict[str, torch.Tensor] | None) -> nn.Module:
-    """A backbone whose last layer is one `Linear(features, num_meta_classes)` (METHOD.md: "One member", step 2).
+    """A backbone whose last layer is one `Linear(features, num_meta_classes)` (paper, section 3).
 
     Maps `(N, 3, S, S) float` to logits `(N, num_meta_classes)`. What `weights` (from `read_weights`) does not fill,
     at least the head, is drawn from torch's global CPU generator by torchvision's own initialisation.
@@ -59,12 +56,15 @@ class Head(nn.Linear):
             return super().forward(features.float())
 
 
-def weights_identity(backbone: str, weights: str) -> str:
-    """What tells initial weights apart: "none", the name of torchvision's file, or "sha256:" and a file's checksum."""
+# ------------------------------------------------------------------------------------------------ initial weights
+
+
+def weights_tag(backbone: str, weights: str) -> str:
+    """What tells initial weights apart: "none", "imagenet:" and torchvision's file, or "sha256:" and a checksum."""
     if weights == "none":
         return "none"
     if weights == "imagenet":
-        return Path(torchvision.models.get_model_weights(backbone)[IMAGENET_WEIGHTS].url).name
+        return f"imagenet:{Path(torchvision.models.get_model_weights(backbone)[IMAGENET_WEIGHTS].url).name}"
     if not Path(weights).is_file():
         raise InputError(f"--weights {weights!r}: no such file (imagenet, none, or the path of a state dict)")
     return f"sha256:{sha256(Path(weights))}"
@@ -100,10 +100,10 @@ def read_weights(backbone: str, weights: str) -> dict[str, torch.Tensor] | None:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged files raise a dozen kinds
             raise InputError(f"--weights {weights}: not a readable state dict ({one_line(error)})") from None
-    return _checked_weights(backbone, weights, state)
+    return checked_weights(backbone, weights, state)
 
 
-def _checked_weights(backbone: str, weights: str, state: object) -> dict[str, torch.Tensor]:
+def checked_weights(backbone: str, weights: str, state: object) -> dict[str, torch.Tensor]:
     """The state dict without its head, if it fits the backbone in every other name and shape.
 
     The counters `num_batches_tracked`, which BatchNorm never uses here, are not in older files and may be missing.
@@ -129,7 +129,29 @@ def _checked_weights(backbone: str, weights: str, state: object) -> dict[str, to
 
 # ------------------------------------------------------------------------------------------------ precision
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # what the backbone computes in
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where a network runs, and in which precision its backbone computes (its head always computes in fp32)."""
+
+    device: torch.device
+    precision: str = "fp32"
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context in which the backbone computes."""
+        return autocast(self.device, self.precision)
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss up in fp16, where small gradients would vanish; does nothing in other precisions."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def overflow_remedy(self) -> str:
+        """What to try when numbers are not finite."""
+        if self.precision == "fp32":
+            return "try a lower --lr"
+        return f"try a lower --lr, or --precision fp32 ({self.precision} was used)"
 
 
 def pick_precision(device: torch.device) -> str:
@@ -148,50 +170,20 @@ def pick_precision(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """The context in which a backbone computes in `precision`; "fp32" switches an outer autocast off."""
+    """The context for computing in `precision`. "fp32" switches an outer autocast off."""
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()
-    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
-# ------------------------------------------------------------------------------------------------ images and embedding
+# ------------------------------------------------------------------------------------------------ features
 
 
-def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """`(N, S, S, 3) uint8` or float in 0..255 -> `(N, 3, S, S) float32` in the memory format channels_last.
+def features(model: nn.Module, pixels: torch.Tensor, embedding: str) -> torch.Tensor:
+    """What a member's embedding is made of, before it is scaled to length 1: `(N, 3, S, S) float` -> `(N, d) float32`.
 
-    Equals torchvision's ToTensor and Normalize, on the CPU bit for bit. `mean` and `std` `(3,)`: of values in [0, 1].
-    """
-    num_images, height, width, _ = images.shape
-    # Whole rows against the tiled statistics: broadcasting over three channels took five times as long on a CPU.
-    rows = images.reshape(num_images * height, width * 3) / 255
-    rows.sub_(mean.repeat(width)).div_(std.repeat(width))
-    return rows.view(num_images, height, width, 3).permute(0, 3, 1, 2)
-
-
-def resize_windows(images: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
-    """Enlarges the top left window of each image, `sides` `(N,)` pixels wide and high, to the whole image.
-
-    `(N, S, S, 3) uint8` -> `(N, S, S, 3) float32`; bilinear, as `F.interpolate` of each window.
-    """
-    size = images.shape[1]
-    pixels = torch.arange(size, device=images.device)
-    last = (sides - 1)[:, None]
-    places = torch.minimum(((pixels + 0.5) * sides[:, None] / size - 0.5).clamp(min=0), last)  # (N, S)
-    places = places * (2 / max(size - 1, 1)) - 1  # grid_sample counts from -1 to 1
-    rows, columns = places[:, :, None].expand(-1, -1, size), places[:, None, :].expand(-1, size, -1)
-    grid = torch.stack([columns, rows], dim=3)
-    resized = F.grid_sample(images.permute(0, 3, 1, 2).float(), grid, align_corners=True)
-    return resized.permute(0, 2, 3, 1)
-
-
-EMBEDDINGS = ("logits", "pooled")  # "logits" is the method
-
-
-def member_output(model: nn.Module, pixels: torch.Tensor, embedding: str) -> torch.Tensor:
-    """What a member's embedding is made of: images `(N, 3, S, S) float` -> `(N, d) float32`.
-
-    For "logits" its D logits; for "pooled" the input of its last layer, the backbone's feature after average pooling.
+    For "logits" its D logits (the method); for "pooled" the input of its last layer, the backbone's feature after
+    average pooling.
     """
     if embedding not in EMBEDDINGS:
         raise ValueError(f"embedding has to be one of {', '.join(EMBEDDINGS)}, not {embedding!r}")
@@ -201,83 +193,70 @@ def member_output(model: nn.Module, pixels: torch.Tensor, embedding: str) -> tor
     return backbone(pixels).float()
 
 
-def embed(outputs: torch.Tensor) -> torch.Tensor:
-    """The embedding by one member: its outputs `(N, d)` scaled to length 1 (METHOD.md: "One member", step 7)."""
-    return F.normalize(outputs, dim=1)
-
-
 @torch.inference_mode()
-def member_outputs(
+def extract_features(
     model: nn.Module,
     images: np.ndarray,
-    mean: torch.Tensor,
-    std: torch.Tensor,
+    statistics: tuple[torch.Tensor, torch.Tensor],
+    compute: Compute,
     batch_size: int,
-    precision: str,
     embedding: str = "logits",
 ) -> torch.Tensor:
-    """`member_output` of images `(N, S, S, 3) uint8`, memory-mapped or not: `(N, d) float32` on the model's device."""
+    """The `features` of many images, `(N, d) float32` on the device.
+
+    Args:
+        images: `(N, S, S, 3) uint8`, memory-mapped or not.
+        statistics: mean and standard deviation of the data set's channels, `(3,)` each, on the device.
+    """
     model.eval()
-    device, batches = mean.device, spans(0, len(images), batch_size)
+    batches = spans(0, len(images), batch_size)
     width = model.fc.out_features if embedding == "logits" else model.fc.in_features
-    outputs = torch.empty((len(images), width), device=device)
+    outputs = torch.empty((len(images), width), device=compute.device)
 
     def fill(start: int, stop: int, out: np.ndarray) -> None:
         out[:] = images[start:stop]
 
-    loaded = image_batches(fill, batches, images.shape[1], device)
+    loaded = image_batches(fill, batches, images.shape[1], compute.device)
     for (start, stop), batch in zip(batches, loaded, strict=True):
-        with autocast(device, precision):
-            outputs[start:stop] = member_output(model, normalize(batch, mean, std), embedding)
+        with compute.autocast():
+            outputs[start:stop] = features(model, normalize(batch, *statistics), embedding)
     return outputs
 
 
+# ------------------------------------------------------------------------------------------------ the ensemble
+
+
 class Ensemble(nn.Module):
-    """The trained members of a run; see `load_ensemble`. `resize` is what `data_utils.resize_test` has to be told."""
+    """The trained members of a run, which turn images into embeddings; see `load_ensemble`."""
 
     def __init__(
         self,
         members: Sequence[nn.Module],
-        image_size: int,
+        image_spec: ImageSpec,
         mean: Sequence[float],
         std: Sequence[float],
         precision: str = "fp32",
         embedding: str = "logits",
-        resize: str = "crop",
     ):
         super().__init__()
         self.members = nn.ModuleList(members)
-        self.image_size = image_size
+        self.image_spec = image_spec
         self.precision = precision
         self.embedding = embedding
-        self.resize = resize
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
 
+    @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """`(N, S, S, 3) uint8`, as `data_utils.resize_test` makes them -> `(N, L * d) float32`.
+        """`(N, S, S, 3) uint8`, from `data_utils.resize_test(image, ensemble.image_spec)` -> `(N, L * d) float32`.
 
         The members' embeddings side by side, each of length 1: the dot product of two rows, divided by L, is the mean
         of the members' cosines.
         """
         pixels = normalize(images, self.mean, self.std)
         with autocast(images.device, self.precision):
-            outputs = [member_output(member, pixels, self.embedding) for member in self.members]
-        return torch.cat([embed(of_member) for of_member in outputs], dim=1)
-
-
-def read_run_record(run_folder: Path) -> dict:
-    """The `args.json` of a run folder. Raises InputError if it is missing or damaged."""
-    path = run_folder / "args.json"
-    if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
-        raise InputError(f"{run_folder} is not a run folder: it has no args.json")
-    try:
-        record = read_record(path, RUN_RECORD)
-        if record["settings"]["precision"] not in PRECISIONS:
-            raise ValueError("unknown precision")
-        return record | {"settings": LATER_SETTINGS | record["settings"]}
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is damaged ({one_line(error)}); train.py makes it again") from None
+            outputs = [features(member, pixels, self.embedding) for member in self.members]
+        return torch.cat([F.normalize(output, dim=1) for output in outputs], dim=1)
 
 
 def load_member(weights: Path, backbone: str, num_meta_classes: int) -> nn.Module:
@@ -300,26 +279,25 @@ def load_ensemble(
     """
     run_folder = Path(run_folder)
     record = read_run_record(run_folder)
-    settings, data = record["settings"], record["data"]
-    finished, members = member_numbers(run_folder), []
+    settings, finished = record.settings, member_numbers(run_folder)
     if not finished:
         raise InputError(f"{run_folder} has no finished member")
     if num_members is not None and len(finished) < num_members:
         raise InputError(f"{run_folder} has {len(finished)} finished members, not {num_members}")
+    checked, networks = Members(run_folder, record.settings_hash, needed=("pth",)), []
     for member in finished[:num_members]:
-        path, weights = (run_folder / member_file(member, suffix) for suffix in ("json", "pth"))
+        damaged = checked.read(member)[1]
         try:
-            of_member = read_record(path, MEMBER_RECORD)
-            if (of_member["run"], of_member["member"]) != (run_identity(record), member):
-                raise ValueError("of another run or member")
-            if sha256(weights) != of_member["sha256"][weights.name]:
-                raise ValueError(f"the checksum of {weights.name} does not fit")
-            members.append(load_member(weights, settings["backbone"], settings["meta_class_size"]))
+            if damaged:
+                raise ValueError(", ".join(damaged))
+            path = run_folder / member_file(member, "pth")
+            networks.append(load_member(path, settings.backbone, settings.meta_class_size))
         except Exception as error:  # damaged files raise a dozen kinds
             if out_of_memory(error):
                 raise
-            raise InputError(f"{path} is damaged ({one_line(error)}); train.py makes it again") from None
-    ensemble = Ensemble(
-        members, settings["image_size"], data["mean"], data["std"], settings["precision"], embedding, settings["resize"]
-    )
+            raise InputError(
+                f"{run_folder}: member {member} is damaged ({one_line(error)}); train.py makes it again"
+            ) from None
+    data = record.data
+    ensemble = Ensemble(networks, settings.image_spec, data.mean, data.std, settings.precision, embedding)
     return ensemble.to(device).eval()

@@ -121,20 +121,26 @@ def class_folders(folder: Path) -> tuple[list[Path], list[int], int]:
     return paths, [names.index(path.parent) for path in paths], len(names)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="image folder with train/ and test/")
-    parser.add_argument("--image_size", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--num_epochs", type=int, default=12)
-    parser.add_argument("--ensemble_size", type=int, default=12)
-    parser.add_argument("--meta_class_size", type=int, default=12)
-    parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--no_flip", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="-m benchmarks.plain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="image folder with train/ and test/")
+    add("--image_size", type=int, default=256, metavar="S", help="pixels (default: 256)")
+    add("--batch_size", type=int, default=128, metavar="B", help="images a step (default: 128)")
+    add("--num_epochs", type=int, default=12, metavar="E", help="epochs a member (default: 12)")
+    add("--ensemble_size", type=int, default=12, metavar="L", help="members (default: 12)")
+    add("--meta_class_size", type=int, default=12, metavar="D", help="meta-classes (default: 12)")
+    add("--num_workers", type=int, default=2, metavar="N", help="processes of the DataLoader (default: 2)")
+    add("--lr", type=float, default=1e-4, help="learning rate of Adam (default: 1e-4)")
+    add("--no_flip", action="store_true", help="no mirroring")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
+    return parser.parse_args(argv)
 
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     (paths, labels, num_classes), (test_paths, test_labels, _) = (
         class_folders(args.folder / split) for split in ("train", "test")
     )

@@ -7,6 +7,7 @@ Compares with the bare matrix product (the ceiling of every method that computes
 and, where they are installed, with faiss (IndexFlatIP) and pytorch-metric-learning (AccuracyCalculator).
 """
 
+import argparse
 import importlib.util
 import sys
 
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 
 from benchmarks.plain import compare, hardware, plain_recall, row, seconds
-from train import pick_device, scale
-from utils import InputError, Parser, natural_number, recall_at_k, run_main, spans
+from dreml.console import DEVICE_HELP, InputError, Parser, fraction, natural_number, pick_device, run_main
+from dreml.data.batches import spans
+from utils import recall_at_k
 
 KS = [1, 10, 100, 1000]
 
@@ -78,13 +80,13 @@ def against_others(num_images: int, width: int, repeats: int, device: torch.devi
 
 def curve(num_images: int, members: int, width: int, repeats: int, device: torch.device) -> None:
     """All ensemble sizes against the largest one alone."""
-    parts, labels = [random_embedding(num_images, width, device) for _ in range(members)], random_labels(num_images)
-    whole = torch.cat(parts, 1)
-    medians = compare(
-        {"curve": lambda: recall_at_k(parts, labels, KS), "whole": lambda: recall_at_k(whole, labels, KS)},
-        repeats,
-        device,
+    embeddings, labels = (
+        [random_embedding(num_images, width, device) for _ in range(members)],
+        random_labels(num_images),
     )
+    whole = torch.cat(embeddings, 1)
+    runs = {"curve": lambda: recall_at_k(embeddings, labels, KS), "whole": lambda: recall_at_k(whole, labels, KS)}
+    medians = compare(runs, repeats, device)
     row(
         f"N={num_images:,}: the curve of {members} members of {width} dimensions / their concatenation",
         f"{medians['curve']:.3f} s",
@@ -95,17 +97,16 @@ def curve(num_images: int, members: int, width: int, repeats: int, device: torch
 
 def growth(num_images: int, repeats: int, device: torch.device) -> None:
     """How the time grows with N, with the dimensions d and with the members L of 12 dimensions each."""
-    settings = [(num_images // 4, 1, 576), (num_images // 2, 1, 576), (num_images, 1, 576)]
-    settings += [(num_images // 2, 1, width) for width in (144, 2304)]
-    settings += [(num_images // 2, members, 12) for members in (12, 24, 48)]
-    labels = {size: random_labels(size) for size, _, _ in settings}
-    parts = {(n, m, d): [random_embedding(n, d, device) for _ in range(m)] for n, m, d in settings}
-    medians = compare(
-        {setting: (lambda s=setting: recall_at_k(parts[s], labels[s[0]], KS)) for setting in settings}, repeats, device
-    )
+    sizes = [(num_images // 4, 1, 576), (num_images // 2, 1, 576), (num_images, 1, 576)]
+    sizes += [(num_images // 2, 1, width) for width in (144, 2304)]
+    sizes += [(num_images // 2, members, 12) for members in (12, 24, 48)]
+    labels = {number: random_labels(number) for number, _, _ in sizes}
+    embeddings = {(n, m, d): [random_embedding(n, d, device) for _ in range(m)] for n, m, d in sizes}
+    runs = {size: (lambda size=size: recall_at_k(embeddings[size], labels[size[0]], KS)) for size in sizes}
+    medians = compare(runs, repeats, device)
     print("\n| N | L | d of a member | recall_at_k |\n|---|---|---|---|")
-    for (size, members, width), median in medians.items():
-        print(f"| {size:,} | {members} | {width:,} | {median:.3f} s |", flush=True)
+    for (number, members, width), median in medians.items():
+        print(f"| {number:,} | {members} | {width:,} | {median:.3f} s |", flush=True)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -133,15 +134,20 @@ def big(num_images: int, width: int, device: torch.device) -> None:
     print(f"\nN={num_images:,} d={width:,}: {elapsed:.1f} s, {extra:.2f} GiB beside the embedding's {held:.2f} GiB")
 
 
-def run(argv: list[str] | None) -> None:
-    parser = Parser(prog="benchmarks.recall", description=__doc__)
-    parser.add_argument("--device", default="auto", help="as for train.py (default: auto)")
-    parser.add_argument("--repeats", type=natural_number, default=3, help="runs of each, in turns (default: 3)")
-    parser.add_argument("--scale", type=scale, default=1.0, help="fewer images: this share of them (default: 1.0)")
-    parser.add_argument("--big", action="store_true", help="also 60,502 x 8,000: 2 GB, minutes on a CPU")
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="-m benchmarks.recall", description=__doc__)
+    add = parser.add_argument
+    add("--device", default="auto", help=DEVICE_HELP)
+    add("--repeats", type=natural_number, default=3, metavar="N", help="runs of each, in turns (default: 3)")
+    add("--scale", type=fraction, default=1.0, metavar="X", help="this share of the images (default: 1.0)")
+    add("--big", action="store_true", help="also 60,502 x 8,000: 2 GB, minutes on a CPU")
     args = parser.parse_args(argv)
     if args.scale < 0.01:
         raise InputError("--scale has to be at least 0.01")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     torch.manual_seed(0)
     print(f"{hardware(device)}; medians of {args.repeats}")
@@ -155,7 +161,7 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_main("benchmarks.recall", lambda: run(argv), "it without --big")
+    return run_main("benchmarks.recall", lambda: run(parse_args(argv)), "it without --big")
 
 
 if __name__ == "__main__":

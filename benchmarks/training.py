@@ -15,7 +15,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +27,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.plain import PlainImages, compare, hardware, plain_step, plain_transforms, row, seconds
-from data_utils import Cache, build_cache, list_data_set, num_cores, read_cache, resized, train_size
-from model import build_model, member_outputs, pick_precision
-from train import Sums, batch_spans, make_optimizer, pick_device, prepared, train_batches, train_member, train_step
-from train import parse_args as train_args
-from utils import InputError, Parser, RunError, natural_number, run_main
+from dreml.console import DEVICE_HELP, InputError, Parser, RunError, natural_number, num_cores, pick_device, run_main
+from dreml.data.augment import Batch, batch_spans, epoch_batches, prepare
+from dreml.data.cache import Cache, read_cache
+from dreml.data.cache_writer import build_cache
+from dreml.data.images import ImageSpec
+from dreml.data.known_sets import list_data_set
+from dreml.runs.settings import Settings
+from model import Compute, extract_features, pick_precision
+from train import Experiment, Sums, initial_state, train_member, train_step
+from utils import draws
 
 
 def repeated(source: Path, target: Path, num_images: int) -> None:
@@ -53,7 +60,7 @@ def rates(text: str, runs: dict[str, Callable], num_images: int, repeats: int, d
         row(f"{text}{name} / {plain}", f"{ours:,.1f} images/s", f"{other:,.1f} images/s", ours / other)
 
 
-def preprocessing(source: Path, folder: Path, num_images: int, size: int, repeats: int) -> Path:
+def preprocessing(source: Path, folder: Path, num_images: int, spec: ImageSpec, repeats: int) -> Path:
     """data_utils.py with all cores against decoding and resizing alone on one core. Returns the last data folder."""
     folders = [folder / f"run{number}" for number in range(repeats + 1)]  # each time a new cache
     for data in folders:
@@ -64,42 +71,47 @@ def preprocessing(source: Path, folder: Path, num_images: int, size: int, repeat
     def bare() -> None:
         for entry in entries:
             image = Image.open(data / "images" / entry.path).convert("RGB")
-            shorter = train_size(size) if entry.split == "train" else size
-            np.asarray(image.resize(resized(*image.size, shorter), Image.Resampling.BILINEAR))
+            shorter = spec.train_size if entry.split == "train" else spec.size
+            np.asarray(image.resize(spec.resized_size(*image.size, shorter), Image.Resampling.BILINEAR))
 
     def ours() -> None:
-        build_cache(next(waiting), "images", size, num_cores())
+        build_cache(next(waiting), "images", spec, num_cores())
 
     runs = {f"{num_cores()} processes": ours, "bare decode and resize on one core": bare}
     rates("preprocessing: ", runs, len(entries), repeats, torch.device("cpu"))
     return data
 
 
-def inputs(cache: Cache, data: Path, args: argparse.Namespace, repeats: int, device: torch.device) -> None:
-    """One epoch of batches, nothing computed on them, against PIL and transforms in a DataLoader."""
-    paths = [data / "images" / path for path in cache.meta["train"]["paths"]]
-    targets = np.array(cache.array("train_labels"))
-    mean, std = (torch.tensor(cache.meta[name], device=device) for name in ("mean", "std"))
-    plain_set = PlainImages(paths, targets.tolist(), plain_transforms(args.image_size, True, True))
+def first_epoch(experiment: Experiment, targets: np.ndarray) -> Iterator[Batch]:
+    """The batches of the first epoch of member 1, of all training images."""
+    draw = partial(draws, experiment.settings.seed, 1, 0)
+    device = experiment.compute.device
+    return epoch_batches(experiment.cache, np.arange(len(targets)), targets, experiment.settings, draw, device)
 
-    workers = num_cores()
+
+def inputs(experiment: Experiment, data: Path, repeats: int) -> None:
+    """One epoch of batches, nothing computed on them, against PIL and transforms in a DataLoader."""
+    cache, settings, device = experiment.cache, experiment.settings, experiment.compute.device
+    paths = [data / "images" / path for path in cache.meta.train["paths"]]
+    targets, workers = np.array(cache.array("train_labels")), num_cores()
+    plain_set = PlainImages(paths, targets.tolist(), plain_transforms(settings.image_size, True, True))
 
     def plain() -> None:
-        for batch, _ in DataLoader(plain_set, batch_size=args.batch_size, shuffle=True, num_workers=workers):
+        for batch, _ in DataLoader(plain_set, batch_size=settings.batch_size, shuffle=True, num_workers=workers):
             batch.to(device)
 
     def loader() -> None:  # each process cuts whole batches out of the cache, as our thread does
-        spans = batch_spans(len(paths), args.batch_size)
+        spans = batch_spans(len(paths), settings.batch_size)
         for batch in DataLoader(CachedBatches(cache, spans), batch_size=None, num_workers=workers):
             batch.to(device)
 
     def pixels() -> None:
-        for _ in train_batches(cache, np.arange(len(paths)), targets, args, 1, 0, device):
+        for _ in first_epoch(experiment, targets):
             pass
 
     def floats() -> None:
-        for batch in train_batches(cache, np.arange(len(paths)), targets, args, 1, 0, device):
-            prepared(batch, mean, std)
+        for batch in first_epoch(experiment, targets):
+            prepare(batch, *experiment.statistics)
 
     runs = {"uint8 on the device": pixels, "the same by a DataLoader": loader, "float, mirrored, normalised": floats}
     rates("input: ", {**runs, f"PIL to float in {workers} workers": plain}, len(paths), repeats, device)
@@ -116,7 +128,7 @@ class CachedBatches(Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         images = np.arange(*self.spans[index])
-        size = self.cache.meta["image_size"]
+        size = self.cache.spec.size
         corners = np.random.default_rng(index).integers(0, self.cache.array("train_sizes")[images] - size + 1)
         batch = np.empty((len(images), size, size, 3), np.uint8)
         self.cache.train_crops(images, corners, np.full(len(images), size), batch)
@@ -126,38 +138,38 @@ class CachedBatches(Dataset):
 class ResidentStep:
     """Our step, again and again on one batch that lies on the device."""
 
-    def __init__(self, cache: Cache, args: argparse.Namespace, precision: str, device: torch.device):
-        targets = np.array(cache.array("train_labels")) % args.meta_class_size
-        self.batch = next(iter(train_batches(cache, np.arange(len(targets)), targets, args, 1, 0, device)))
-        self.model = build_model(args.backbone, args.meta_class_size, None).to(device).train()
-        self.optimizer, self.precision = make_optimizer(args.optimizer, self.model, args.lr, device), precision
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.mean, self.std = (torch.tensor(cache.meta[name], device=device) for name in ("mean", "std"))
-        self.sums = Sums.zeros(device)
+    def __init__(self, experiment: Experiment):
+        targets = np.array(experiment.cache.array("train_labels")) % experiment.settings.meta_class_size
+        self.batch = next(first_epoch(experiment, targets))
+        self.state, self.experiment = initial_state(experiment, 1), experiment
+        self.state.model.train()
+        self.sums = Sums.zeros(experiment.compute.device)
 
     def __call__(self) -> None:
-        pixels, targets = prepared(self.batch, self.mean, self.std), self.batch.targets
-        train_step(self.model, self.optimizer, self.scaler, self.precision, pixels, targets, self.sums)
+        pixels = prepare(self.batch, *self.experiment.statistics)
+        train_step(self.state, self.experiment.compute, pixels, self.batch.targets, self.sums)
 
 
-def steps(resident: ResidentStep, args: argparse.Namespace, repeats: int, device: torch.device) -> None:
+def steps(resident: ResidentStep, repeats: int) -> None:
     """Our step, from uint8, against the plain one on a batch that is float already; and the embedding."""
-    batch_size, precision = len(resident.batch.targets), resident.precision
-    model = torchvision.models.get_model(args.backbone, weights=None, num_classes=args.meta_class_size).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    images = torch.randn(batch_size, 3, args.image_size, args.image_size, device=device)
+    experiment, batch_size = resident.experiment, len(resident.batch.targets)
+    settings, compute, size = experiment.settings, experiment.compute, experiment.settings.image_size
+    model = torchvision.models.get_model(settings.backbone, weights=None, num_classes=settings.meta_class_size)
+    model = model.to(compute.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+    images = torch.randn(batch_size, 3, size, size, device=compute.device)
 
     def plain() -> None:
         plain_step(model, optimizer, images, resident.batch.targets)
 
-    text = f"{args.backbone}, {args.image_size} px, batch {batch_size}"
-    rates(f"step, {text}: ", {precision: resident, "fp32, contiguous": plain}, batch_size, 3 * repeats, device)
+    text = f"{settings.backbone}, {size} px, batch {batch_size}"
+    runs = {compute.precision: resident, "fp32, contiguous": plain}
+    rates(f"step, {text}: ", runs, batch_size, 3 * repeats, compute.device)
 
     test_images = np.tile(resident.batch.images.cpu().numpy(), (4, 1, 1, 1))
-    statistics_of_channels = resident.mean, resident.std
 
     def embed_ours() -> None:
-        member_outputs(resident.model, test_images, *statistics_of_channels, 2 * batch_size, precision)
+        extract_features(resident.state.model, test_images, experiment.statistics, compute, 2 * batch_size)
 
     @torch.no_grad()
     def embed_plain() -> None:
@@ -165,21 +177,24 @@ def steps(resident: ResidentStep, args: argparse.Namespace, repeats: int, device
         for _ in range(4):
             model(images)
 
-    runs = {precision: embed_ours, "fp32, contiguous": embed_plain}
-    rates(f"embedding, {text}: ", runs, 4 * batch_size, repeats, device)
-    resident.model.train()
+    runs = {compute.precision: embed_ours, "fp32, contiguous": embed_plain}
+    rates(f"embedding, {text}: ", runs, 4 * batch_size, repeats, compute.device)
+    resident.state.model.train()
 
 
-def epoch(resident: ResidentStep, cache: Cache, args: argparse.Namespace, repeats: int, device: torch.device) -> None:
+def epoch(resident: ResidentStep, repeats: int) -> None:
     """Epochs of train_member against as many steps on a resident batch."""
-    num_steps = cache.counts["train"][1] // args.batch_size
-    args.num_epochs, ours, ceilings = 2, [], []  # the first epoch warms up
+    experiment, device = resident.experiment, resident.experiment.compute.device
+    batch_size = experiment.settings.batch_size
+    num_steps = experiment.cache.counts["train"][1] // batch_size
+    two_epochs = replace(experiment, settings=replace(experiment.settings, num_epochs=2))  # the first one warms up
+    ours, ceilings = [], []
     for _ in range(repeats):
         with contextlib.redirect_stdout(io.StringIO()):
-            _, record = train_member(cache, None, args, 1, device, resident.precision)
-        ours.append(record["history"][1]["images_per_second"])
-        times = seconds(lambda: [resident() for _ in range(num_steps)], device)
-        ceilings.append(num_steps * args.batch_size / times)
+            _, result = train_member(two_epochs, 1, "member 1")
+        ours.append(result["history"][1]["images_per_second"])
+        elapsed = seconds(lambda: [resident() for _ in range(num_steps)], device)
+        ceilings.append(num_steps * batch_size / elapsed)
     ours, ceiling = statistics.median(ours), statistics.median(ceilings)
     text = f"epoch of {num_steps} steps / the same step on one resident batch"
     row(text, f"{ours:,.1f} images/s", f"{ceiling:,.1f} images/s", ours / ceiling)
@@ -187,7 +202,7 @@ def epoch(resident: ResidentStep, cache: Cache, args: argparse.Namespace, repeat
 
 def job(source: Path, size: int, batch_size: int, repeats: int, device: torch.device) -> None:
     """Two members of three epochs with their evaluation, imports included: train.py from its cache, and plain.py."""
-    num_meta_classes = min(12, read_cache(source.parent, source.name, size).counts["train"][0])
+    num_meta_classes = min(12, read_cache(source.parent, source.name, ImageSpec(size)).counts["train"][0])
     shared = ["--image_size", str(size), "--num_epochs", "3", "--ensemble_size", "2", "--lr", "1e-3", "--no_flip"]
     shared += ["--meta_class_size", str(num_meta_classes), "--batch_size", str(batch_size), "--device", str(device)]
 
@@ -209,45 +224,55 @@ def job(source: Path, size: int, batch_size: int, repeats: int, device: torch.de
     row(text, f"{medians['ours']:.1f} s", f"{medians['plain']:.1f} s", medians["plain"] / medians["ours"])
 
 
-def run(argv: list[str] | None) -> None:
-    parser = Parser(prog="benchmarks.training", description=__doc__)
-    parser.add_argument("source", type=Path, help="folder of a data set, such as data/cub")
-    parser.add_argument("--image_size", type=natural_number, default=256, help="pixels (default: 256)")
-    parser.add_argument("--batch_size", type=natural_number, default=32, help="images (default: 32)")
-    parser.add_argument("--num_images", type=natural_number, help="of each split, repeated (default: 1600)")
-    parser.add_argument("--num_steps", type=natural_number, help="of the epoch that is timed (default: 10)")
-    parser.add_argument("--device", default="auto", help="as for train.py (default: auto)")
-    parser.add_argument("--repeats", type=natural_number, default=3, help="runs of each, in turns (default: 3)")
-    parser.add_argument("--job", action="store_true", help="only a whole job on an image folder that has its cache")
-    options = parser.parse_args(argv)
-    if options.job and (options.num_images or options.num_steps):
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="-m benchmarks.training", description=__doc__)
+    add = parser.add_argument
+    add("source", type=Path, metavar="FOLDER", help="folder of a data set, such as data/cub")
+    add("--image_size", type=natural_number, default=256, metavar="S", help="pixels (default: 256)")
+    add("--batch_size", type=natural_number, default=32, metavar="B", help="images a step (default: 32)")
+    add("--num_images", type=natural_number, metavar="N", help="of each split, repeated (default: 1600)")
+    add("--num_steps", type=natural_number, metavar="N", help="of the epoch that is timed (default: 10)")
+    add("--device", default="auto", help=DEVICE_HELP)
+    add("--repeats", type=natural_number, default=3, metavar="N", help="runs of each, in turns (default: 3)")
+    add("--job", action="store_true", help="only a whole job on an image folder that has its cache")
+    args = parser.parse_args(argv)
+    if args.job and (args.num_images or args.num_steps):
         raise InputError("--job takes the whole data set: it does not go with --num_images or --num_steps")
-    if not options.source.is_dir():
-        raise InputError(f"{options.source}: no such folder")
-    num_images, num_steps = options.num_images or 1600, options.num_steps or 10
-    device, size, repeats = pick_device(options.device), options.image_size, options.repeats
-    torch.backends.cudnn.benchmark = True
-    args = train_args(["--data_name", "images", "--image_size", str(size), "--batch_size", str(options.batch_size)])
+    args.num_images, args.num_steps = args.num_images or 1600, args.num_steps or 10
+    return args
 
-    print(f"{hardware(device)}; {options.source.name}, medians of {repeats}")
+
+def run(args: argparse.Namespace) -> None:
+    # 1. The hardware, and the head of the table
+    source, repeats, device = args.source, args.repeats, pick_device(args.device)
+    if not source.is_dir():
+        raise InputError(f"{source}: no such folder")
+    torch.backends.cudnn.benchmark = True
+    print(f"{hardware(device)}; {source.name}, medians of {repeats}")
     print("\n| what | ours | other | ratio |\n|---|---|---|---|")
-    if options.job:
-        job(options.source, size, options.batch_size, repeats, device)
+
+    # 2. A whole job, or
+    if args.job:
+        job(source, args.image_size, args.batch_size, repeats, device)
         return
+
+    # 3. each part alone: the cache, the input, the step and the embedding, the epoch
+    settings = Settings(data_name="images", image_size=args.image_size, batch_size=args.batch_size)
+    spec, compute = settings.image_spec, Compute(device, pick_precision(device))
     with tempfile.TemporaryDirectory() as folder:
-        data = preprocessing(options.source, Path(folder), num_images, size, repeats)
-        inputs(read_cache(data, "images", size), data, args, repeats, device)
-        repeated(options.source, Path(folder, "epoch", "images"), num_steps * options.batch_size)
+        data = preprocessing(source, Path(folder), args.num_images, spec, repeats)
+        inputs(Experiment(read_cache(data, "images", spec), settings, None, compute, {}), data, repeats)
+        repeated(source, Path(folder, "epoch", "images"), args.num_steps * settings.batch_size)
         with contextlib.redirect_stdout(io.StringIO()):
-            cache = build_cache(Path(folder, "epoch"), "images", size, num_cores())
-        args.meta_class_size = min(args.meta_class_size, cache.counts["train"][0])
-        resident = ResidentStep(cache, args, pick_precision(device), device)
-        steps(resident, args, repeats, device)
-        epoch(resident, cache, args, repeats, device)
+            cache = build_cache(Path(folder, "epoch"), "images", spec, num_cores())
+        settings = replace(settings, meta_class_size=min(settings.meta_class_size, cache.counts["train"][0]))
+        resident = ResidentStep(Experiment(cache, settings, None, compute, {}))
+        steps(resident, repeats)
+        epoch(resident, repeats)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_main("benchmarks.training", lambda: run(argv), "a smaller --batch_size or --image_size")
+    return run_main("benchmarks.training", lambda: run(parse_args(argv)), "a smaller --batch_size or --image_size")
 
 
 if __name__ == "__main__":

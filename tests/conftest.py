@@ -1,48 +1,44 @@
-"""Tiny data sets for the tests, drawn or written in the real raw formats. No network, no GPU."""
+"""Fixtures: a tiny drawn data set, and runs trained on it. No network, no GPU."""
 
-import io
+import itertools
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.io
 import torch
-from PIL import Image
+from builders import TINY, build_small_model, only_folder, save_image, train_tiny
+from faults import linked
+from fuzz import Box
+from processes import Processes
 
 import data_utils
+import model
 import train
+from dreml.data import workers
+from dreml.data.cache import Cache, read_cache
+from dreml.data.demo import draw_demo
+from dreml.data.images import ImageSpec
+from dreml.runs.settings import Settings, settings_of
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # real data beside the checkout, where there is any
-TINY = ["--data_name", "tiny", "--image_size", "32", "--weights", "none", "--lr", "1e-3", "--device", "cpu"]
-TINY += [
-    "--num_epochs",
-    "2",
-    "--batch_size",
-    "16",
-    "--meta_class_size",
-    "3",
-    "--ensemble_size",
-    "2",
-    "--recalls",
-    "1,4",
-    "--precision",  # the same on every machine
-    "fp32",
-]
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
+torch.set_num_threads(1)  # the suite runs in several processes; and the same bits everywhere
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A data folder with the drawn set `tiny`, 6 + 6 classes of 6 images, cached at 32 pixels. Not to be changed."""
     data = tmp_path_factory.mktemp("data")
-    data_utils.draw_demo(data / "tiny", num_classes=6, images_per_class=6, image_side=40)
+    draw_demo(data / "tiny", num_classes=6, images_per_class=6, image_side=40)
     assert data_utils.main(["--data_path", str(data), "--data_name", "tiny", "--image_size", "32"]) == 0
     return data
+
+
+@pytest.fixture
+def tiny_cache(tiny_data) -> Cache:
+    return read_cache(tiny_data, "tiny", ImageSpec(32))
 
 
 @pytest.fixture(scope="session")
@@ -64,127 +60,129 @@ def pooled_run(tiny_data, tiny_run, tmp_path_factory) -> Path:
     return folder
 
 
-def random_image(seed: int = 0, width: int = 40, height: int = 36) -> Image.Image:
-    """A smooth random RGB image, so that a resize has something to interpolate."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+# ------------------------------------------------------------------------------------------------ training
 
 
-def save_image(path: Path, seed: int = 0, **kwargs) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    random_image(seed, **kwargs).save(path)
+@pytest.fixture
+def tiny_settings() -> Settings:
+    """Those of the options TINY."""
+    return settings_of(train.parse_args(TINY))
 
 
-def _matlab_number(value: int) -> np.ndarray:
-    """As in the real files: a 1 x 1 array of the smallest unsigned type."""
-    return np.array([[value]], dtype=np.uint8 if value < 256 else np.uint16)
+@pytest.fixture
+def no_training(monkeypatch):
+    def refuse(experiment, member, title, progress=None):
+        raise AssertionError("nothing was to be trained")
+
+    monkeypatch.setattr(train, "train_member", refuse)
 
 
-def write_car_annotations(path: Path, path_field: str, rows: list[tuple[str, int | None]]) -> None:
-    """A Cars196 annotation file: a 1 x N struct array of nested 1 x 1 arrays. A class of None leaves the field out."""
-    labelled = all(class_id is not None for _, class_id in rows)
-    fields = ["bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2"] + ["class"] * labelled + [path_field]
-    annotations = np.empty((1, len(rows)), dtype=[(name, object) for name in fields])
-    for number, (image, class_id) in enumerate(rows):
-        box = [_matlab_number(value) for value in (1, 2, 300, 200)]
-        label = [_matlab_number(class_id)] if labelled else []
-        annotations[0, number] = (*box, *label, np.array([image]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scipy.io.savemat(path, {"annotations": annotations})
+@pytest.fixture
+def small_network(monkeypatch):
+    """Whatever backbone is asked for, a small network is built."""
+    use_small_network(monkeypatch)
 
 
-CAR_CLASSES = (1, 1, 98, 98, 99, 99, 196, 196)  # the ends of both splits, two images each
+def use_small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (train, model):
+        monkeypatch.setattr(module, "build_model", build_small_model)
 
 
-def write_car(root: Path) -> None:
-    """cars_annos.mat and car_ims/."""
-    rows = [(f"car_ims/{number:06d}.jpg", class_id) for number, class_id in enumerate(CAR_CLASSES, 1)]
-    write_car_annotations(root / "cars_annos.mat", "relative_im_path", rows)
-    for number, (path, _) in enumerate(rows):
-        save_image(root / path, number)
+@pytest.fixture(scope="session")
+def _small_runs(tiny_data, tmp_path_factory) -> tuple[Path, Path]:
+    """A run of small networks, and a copy with its pooled features."""
+    results = [tmp_path_factory.mktemp(name) for name in ("small", "small_pooled")]
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_network(patch)
+        assert train_tiny(tiny_data, results[0]) == 0
+        run = only_folder(results[0])
+        shutil.copytree(run, results[1] / run.name)
+        assert train_tiny(tiny_data, results[1], "--embedding", "pooled") == 0
+    return run, results[1] / run.name
 
 
-def write_car_devkit(root: Path, nested: bool = False, labels_beside: bool = False) -> None:
-    """cars_train/, cars_test/ and devkit/; both of the devkit's parts hold images of all classes."""
-    rows = [(f"{number:05d}.jpg", class_id) for number, class_id in enumerate(CAR_CLASSES, 1)]
-    write_car_annotations(root / "devkit" / "cars_train_annos.mat", "fname", rows[::2])
-    labelled = root / ("." if labels_beside else "devkit") / "cars_test_annos_withlabels.mat"
-    write_car_annotations(labelled, "fname", rows[1::2])
-    write_car_annotations(root / "devkit" / "cars_test_annos.mat", "fname", [(path, None) for path, _ in rows[1::2]])
-    names = np.array([[f"Car {class_id}" for class_id in range(1, 197)]], dtype=object)
-    scipy.io.savemat(root / "devkit" / "cars_meta.mat", {"class_names": names})
-    for number, (path, _) in enumerate(rows):
-        part = "cars_train" if number % 2 == 0 else "cars_test"
-        save_image(root / (f"{part}/{part}" if nested else part) / path, number)
+@pytest.fixture
+def small_run(_small_runs, small_network) -> Path:
+    """The run folder of two small networks trained on `tiny`, which are built from now on. Not to be changed."""
+    return _small_runs[0]
 
 
-def write_cub(root: Path) -> None:
-    """images.txt, image_class_labels.txt and images/; classes 1, 100 | 101, 200."""
-    images, labels = [], []
-    for number, class_id in enumerate((1, 1, 100, 100, 101, 101, 200, 200), 1):
-        path = f"{class_id:03d}.Bird_{class_id}/Bird_{number:04d}.jpg"
-        images.append(f"{number} {path}\n")
-        labels.append(f"{number} {class_id}\n")
-        save_image(root / "images" / path, number)
-    (root / "images.txt").write_text("".join(images))
-    (root / "image_class_labels.txt").write_text("".join(labels))
+@pytest.fixture
+def small_pooled_run(_small_runs, small_network) -> Path:
+    """A copy of `small_run` with the pooled features of its members. Not to be changed."""
+    return _small_runs[1]
 
 
-def write_sop(root: Path) -> None:
-    """Ebay_train.txt and Ebay_test.txt with their header, and *_final/."""
-    number = 0
-    for split, classes in (("train", (1, 1, 2, 2)), ("test", (11319, 11319, 11320, 11320))):
-        lines = ["image_id class_id super_class_id path\n"]
-        for class_id in classes:
-            number += 1
-            path = f"bicycle_final/{class_id}_{number}.JPG"
-            lines.append(f"{number} {class_id} 1 {path}\n")
-            (root / "bicycle_final").mkdir(parents=True, exist_ok=True)
-            random_image(number).save(root / path, "JPEG")
-        (root / f"Ebay_{split}.txt").write_text("".join(lines))
+@pytest.fixture
+def seen(monkeypatch) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The (images, corners, sides) of every batch that is cut from a cache from now on."""
+    cuts, original = [], Cache.train_crops
+
+    def train_crops(self, indices, corners, sides, out):
+        cuts.append((indices, corners, sides))
+        original(self, indices, corners, sides, out)
+
+    monkeypatch.setattr(Cache, "train_crops", train_crops)
+    return cuts
 
 
-def write_isc(root: Path, list_folder: str = "", image_folder: str = "") -> None:
-    """list_eval_partition.txt, its columns padded as in the real one, and img/; the list is not in order of item."""
-    rows, roles = [], ("query", "gallery")
-    for number, item in enumerate((4, 4, 3, 3, 2, 2, 1, 1)):
-        status = "train" if item in (2, 3) else roles[number % 2]
-        path = f"img/WOMEN/Dresses/id_{item:08d}/0{number}_1_front.jpg"
-        rows.append(f"{path:<70} id_{item:08d}    {status}\n")
-        save_image(root / image_folder / path, number)
-    (root / list_folder).mkdir(exist_ok=True)
-    header = f"{len(rows)}\nimage_name item_id evaluation_status\n"
-    (root / list_folder / "list_eval_partition.txt").write_text(header + "".join(rows))
+# ------------------------------------------------------------------------------------------------ other data
 
 
-CSV_ROWS = (  # path, label, split, is_query, is_gallery
-    ("photos/1.png", "zebra", "train", "1", "1"),
-    ("photos/2.png", "ant", "train", "1", "1"),
-    ("photos/3.png", "fox", "test", "1", "0"),
-    ("photos/4.png", "cat", "test", "0", "1"),
-    ("photos/5.png", "fox", "test", "0", "1"),
-    ("photos/6.png", "cat", "test", "1", "1"),
-)
+@pytest.fixture
+def squashed_data(tmp_path) -> Path:
+    """A data folder with the set `tiny` of wide images, with a cache of both kinds."""
+    data = tmp_path / "data"
+    for number, (split, name) in enumerate(itertools.product(("train", "test"), "aaabbbccc")):
+        path = data / "tiny" / split / name / f"{number}.png"
+        save_image(path, number, width=80, height=40)
+    for resize in ("crop", "squash"):
+        assert data_utils.main(["--data_path", str(data), "--image_size", "32", "--resize", resize]) == 0
+    return data
 
 
-def write_csv(root: Path) -> None:
-    """images.csv and the images it names."""
-    for number, (path, *_) in enumerate(CSV_ROWS):
-        save_image(root / path, number)
-    lines = ["path,label,split,is_query,is_gallery", *(",".join(row) for row in CSV_ROWS)]
-    (root / "images.csv").write_text("\n".join(lines) + "\n")
+@pytest.fixture
+def shop_data(tmp_path) -> Path:
+    """images.csv as In-Shop is: queries and gallery apart. Of its 4 test classes, `d` has no gallery image."""
+    rows, lines = [("train", name, "", "") for name in "ppqqrr"], ["path,label,split,is_query,is_gallery"]
+    rows += [("test", name, "1", "0") for name in "aaabbccd"] + [("test", name, "0", "1") for name in "aabbbcc"]
+    rows += [("test", "b", "1", "1")]  # both
+    for number, (split, name, is_query, is_gallery) in enumerate(rows):
+        save_image(tmp_path / "data" / "shop" / f"{number}.png", number)
+        lines.append(f"{number}.png,{name},{split},{is_query},{is_gallery}")
+    (tmp_path / "data" / "shop" / "images.csv").write_text("\n".join(lines) + "\n")
+    assert data_utils.main(["--data_path", str(tmp_path / "data"), "--image_size", "32"]) == 0
+    return tmp_path / "data"
 
 
-def write_image_folder(root: Path, classes: int = 2, images: int = 2) -> None:
-    """train/ and test/ with `classes` folders of `images` PNG files each."""
-    for split in ("train", "test"):
-        for class_number in range(classes):
-            for number in range(images):
-                path = root / split / f"{split}_{class_number}" / f"{number}.png"
-                save_image(path, 10 * class_number + number)
+# ------------------------------------------------------------------------------------------------ faults and bad input
 
 
-def jpeg_bytes(seed: int = 0) -> bytes:
-    buffer = io.BytesIO()
-    random_image(seed).save(buffer, "JPEG")
-    return buffer.getvalue()
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory) -> Processes:
+    return Processes(tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture
+def finished(tiny_data, small_run, tmp_path) -> Path:
+    """A folder with `tiny_data` as data/ and, in results/, `small_run`. Its files are links: not to be written to."""
+    return linked(tiny_data, small_run.parent, tmp_path / "finished")
+
+
+@pytest.fixture
+def threads(monkeypatch) -> None:
+    """Threads in place of several worker processes, whose start would take most of the time.
+
+    One worker stays a process: there scipy may crash.
+    """
+    process_pool = workers.ProcessPoolExecutor
+
+    def pool(count, initializer):
+        return process_pool(1, initializer=initializer) if count == 1 else ThreadPoolExecutor(count)
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", pool)
+
+
+@pytest.fixture
+def box(threads, tiny_data, small_pooled_run, tmp_path, monkeypatch) -> Box:
+    return Box(tmp_path / "root", tiny_data, small_pooled_run, monkeypatch)

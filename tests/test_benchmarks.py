@@ -1,11 +1,13 @@
 """The benchmarks run and print their tables, and the baseline that they compare with is right."""
 
 import re
+import subprocess
 
 import numpy as np
 import pytest
 import torch
-from test_utils import slow_recall
+from processes import ROOT
+from reference import slow_recall
 
 from benchmarks import plain, recall, training
 
@@ -38,15 +40,40 @@ def test_the_stopwatch_takes_medians_in_turns(monkeypatch):
     assert calls == ["a", "b"] * 4 and medians == {"a": 3.0, "b": 7.0}
 
 
-def test_benchmark_of_training(tiny_data, capsys):
-    options = ["--image_size", "32", "--device", "cpu", "--repeats", "1"]
-    training.main([str(tiny_data / "tiny"), *options, "--batch_size", "8", "--num_images", "30", "--num_steps", "2"])
+def test_benchmark_of_training(threads, small_network, tiny_data, capsys):
+    """Every row of the table, in its order: benchmarks/README.md has them."""
+    options = "--image_size 32 --device cpu --repeats 1 --batch_size 4 --num_images 8 --num_steps 2"
+    assert training.main([str(tiny_data / "tiny"), *options.split()]) == 0, capsys.readouterr().err
     ratios = table(capsys.readouterr().out)
-    parts = ["preprocessing", "input: uint8", "input: the same", "input: float", "step", "embedding", "epoch"]
+    parts = [
+        "preprocessing",
+        "input: uint8",
+        "input: the same",
+        "input: float",
+        "step",
+        "embedding",
+        "epoch of 2 steps",
+    ]
     assert [what.startswith(part) for what, part in zip(ratios, parts, strict=True)] == [True] * 7
-    training.main([str(tiny_data / "tiny"), *options, "--job"])
-    ratios = table(capsys.readouterr().out)
-    assert len(ratios) == 1 and "a whole job from its cache, tiny, 32 px" in next(iter(ratios))
+    assert all(ratio > 0 for ratio in ratios.values())
+
+
+@pytest.mark.xdist_group("processes")
+def test_benchmark_of_a_whole_job(processes, tiny_data, monkeypatch, capsys):
+    """train.py and the plain script take the options that they are given, and both train and score."""
+    scripts = []
+
+    def run(command, **_):
+        scripts.append(processes.start(*command[1:], folder=ROOT))
+        return subprocess.CompletedProcess(command, scripts[-1].wait(), scripts[-1].out, scripts[-1].err)
+
+    monkeypatch.setattr(training.subprocess, "run", run)
+    options = ["--image_size", "32", "--device", "cpu", "--repeats", "1", "--job"]
+    assert training.main([str(tiny_data / "tiny"), *options]) == 0, capsys.readouterr().err
+    (what,) = table(capsys.readouterr().out)
+    assert "a whole job from its cache, tiny, 32 px" in what
+    assert ["2 members: R@1" in script.out for script in scripts] == [True, True]
+    assert [script.out.count("epoch 2: ") for script in scripts] == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +94,7 @@ def test_benchmarks_refuse_in_one_line(benchmark, options, message, capsys):
 
 
 def test_benchmark_of_recall(capsys):
-    recall.main(["--scale", "0.01", "--repeats", "1", "--big", "--device", "cpu"])
+    assert recall.main(["--scale", "0.01", "--repeats", "1", "--big", "--device", "cpu"]) == 0
     output = capsys.readouterr().out
     ratios = table(output)
     assert {"N=200 d=1,024: recall_at_k / bare product", "N=81 d=576: recall_at_k / argsort"} <= set(ratios)

@@ -1,0 +1,75 @@
+"""The training batches of an epoch: random order, random windows, mirroring, and the meta-class of every image."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dreml.data.batches import image_batches, normalize, resize_windows
+from dreml.data.cache import Cache
+from dreml.runs.settings import Settings
+
+
+class Batch(NamedTuple):
+    """A batch of training images on the device, not yet mirrored and normalised. See `prepare`."""
+
+    images: torch.Tensor  # (B, S, S, 3) uint8, each image's window in its top left corner
+    targets: torch.Tensor  # (B,) int64, meta-classes
+    num_mirrored: int  # the first so many images are to be mirrored
+    sides: torch.Tensor | None  # (B,) int64, the windows' sides; None: all S
+
+
+def batch_spans(num_images: int, batch_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of each batch. A last batch of one image joins the one before it: BatchNorm needs two."""
+    starts = list(range(0, num_images, batch_size))
+    if num_images % batch_size == 1 and len(starts) > 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], num_images], strict=True))
+
+
+def epoch_batches(
+    cache: Cache,
+    images: np.ndarray,
+    targets: np.ndarray,
+    settings: Settings,
+    draw: Callable[[str], np.random.Generator],
+    device: torch.device,
+) -> Iterator[Batch]:
+    """The batches of one epoch.
+
+    Args:
+        images: `(n,) int64`, the training images that take part.
+        targets: `(N,) int64`, the meta-class of every training image of the cache.
+        draw: gives the random generator for a purpose: "order", "scale", "crop" and "flip".
+    """
+    size, smallest = settings.image_size, max(1, round(settings.scale_min * settings.image_size))
+    order = draw("order").permutation(images)
+    sides = draw("scale").integers(smallest, size + 1, len(order))
+    ranges = cache.array("train_sizes")[order] - sides[:, None] + 1
+    corners = draw("crop").integers(0, ranges)
+    mirrored = draw("flip").random(len(order)) < (0.5 if settings.flip else 0.0)
+
+    # Within a batch, images to be mirrored come first, so that mirroring is one slice: a mask took 30 times as long.
+    spans = batch_spans(len(order), settings.batch_size)
+    batch_of = np.repeat(np.arange(len(spans)), [stop - start for start, stop in spans])
+    sorting = np.lexsort((~mirrored, batch_of))
+    order, sides, corners = order[sorting], sides[sorting], corners[sorting]
+    num_mirrored = np.bincount(batch_of, mirrored).astype(int).tolist()
+
+    def fill(start: int, stop: int, out: np.ndarray) -> None:
+        cache.train_crops(order[start:stop], corners[start:stop], sides[start:stop], out)
+
+    epoch_targets = torch.from_numpy(targets[order]).to(device)
+    epoch_sides = torch.from_numpy(sides).to(device) if settings.scale_min < 1 else None
+    loaded = image_batches(fill, spans, size, device)
+    for (start, stop), pixels, mirror in zip(spans, loaded, num_mirrored, strict=True):
+        batch_sides = None if epoch_sides is None else epoch_sides[start:stop]
+        yield Batch(pixels, epoch_targets[start:stop], mirror, batch_sides)
+
+
+def prepare(batch: Batch, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """The network's input, `(B, 3, S, S) float32`: enlarged, mirrored (in place) and normalised."""
+    images = batch.images if batch.sides is None else resize_windows(batch.images, batch.sides)
+    images[: batch.num_mirrored] = images[: batch.num_mirrored].flip(2)
+    return normalize(images, mean, std)

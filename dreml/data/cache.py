@@ -1,0 +1,173 @@
+"""The cached pixels of a data set: opening them, and whether they are sound. `cache_writer` makes them."""
+
+import functools
+import shlex
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dreml.console import InputError, RunError, one_line
+from dreml.data.images import ImageSpec
+from dreml.files import crc32, read_record, sha256
+
+CACHE_VERSION = 1
+ARRAYS = ["train_pixels", "train_offsets", "train_sizes", "train_labels"]
+ARRAYS += ["test_images", "test_labels", "test_is_query", "test_is_gallery"]
+
+
+@dataclass(frozen=True)
+class CacheMeta:
+    """What meta.json says of a cache. Raises ValueError if it is not what this version writes."""
+
+    version: int
+    image_size: int
+    resize: str
+    mean: list[float]  # of each channel, in 0..1
+    std: list[float]
+    train: dict[str, list[str]]  # "classes": the names of labels 0, 1, ...; "paths": relative to data/NAME
+    test: dict[str, list[str]]
+    arrays: dict[str, dict[str, int]]  # name -> "bytes" and "crc32" of its file
+
+    def __post_init__(self):
+        sound = (
+            has_types([self.version, self.image_size], int)
+            and has_types([self.resize], str)
+            and has_types(self.mean, float)
+            and has_types(self.std, float)
+            and has_types([self.train, self.test, self.arrays], dict)
+            and all(has_types(split.get(key), str) for split in (self.train, self.test) for key in ("classes", "paths"))
+            and sorted(self.arrays) == sorted(ARRAYS)
+            and has_types(list(self.arrays.values()), dict)
+            and all(has_types([of_file.get("bytes"), of_file.get("crc32")], int) for of_file in self.arrays.values())
+        )
+        if not sound:
+            raise ValueError("its entries are those of another version")
+        if not len(self.mean) == len(self.std) == 3:
+            raise ValueError("mean and std have to be of three channels")
+
+
+def has_types(values: object, kind: type) -> bool:
+    """Whether this is a list of values of one type. (To Python, True is an int; here it is not.)"""
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cached data set. The arrays are memory maps, opened where they are first used."""
+
+    folder: Path
+    meta: CacheMeta
+    fingerprint: str  # sha256 of meta.json, which holds the checksums of all arrays
+
+    def array(self, name: str) -> np.ndarray:
+        """One array of the cache, read-only.
+
+        `train_pixels (bytes,) uint8`, `train_offsets (N + 1,) int64`, `train_sizes (N, 2) int32` (height, width),
+        `train_labels (N,) int64`; `test_images (M, S, S, 3) uint8`, `test_labels (M,) int64`,
+        `test_is_query (M,) bool`, `test_is_gallery (M,) bool`. Labels count the split's classes from 0.
+        """
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+    @functools.cached_property
+    def _train(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.array("train_pixels"), self.array("train_offsets"), self.array("train_sizes").astype(np.int64)
+
+    @property
+    def spec(self) -> ImageSpec:
+        """The size and the resize of its images."""
+        return ImageSpec(self.meta.image_size, self.meta.resize)
+
+    @property
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Split -> (number of classes, number of images)."""
+        splits = {"train": self.meta.train, "test": self.meta.test}
+        return {name: (len(split["classes"]), len(split["paths"])) for name, split in splits.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return sum(path.stat().st_size for path in self.folder.iterdir())
+
+    def train_crops(self, indices: np.ndarray, corners: np.ndarray, sides: np.ndarray, out: np.ndarray) -> None:
+        """Cuts one square window out of each of B training images.
+
+        `indices` `(B,)` says which, `corners` `(B, 2)` the (top, left) of each window, `sides` `(B,)` its side. Writes
+        the windows to the top left corners of `out`, `(B, S, S, 3) uint8`, and 0 elsewhere.
+        """
+        pixels, offsets, sizes = self._train
+        for crop, index, (top, left), side in zip(out, indices, corners, sides, strict=True):
+            image = pixels[offsets[index] : offsets[index + 1]].reshape(*sizes[index], 3)
+            crop[:side, :side] = image[top : top + side, left : left + side]
+            crop[side:], crop[:side, side:] = 0, 0
+
+
+def cache_folder(data_path: Path, name: str, spec: ImageSpec) -> Path:
+    """The folder of a cache: data/NAME/cache_256, or cache_256_squash."""
+    suffix = "" if spec.resize == "crop" else f"_{spec.resize}"
+    return data_path / name / f"cache_{spec.size}{suffix}"
+
+
+def make_command(data_path: Path, name: str, spec: ImageSpec) -> str:
+    """The command that makes a cache."""
+    command = f"python data_utils.py --data_name {shlex.quote(name)}"
+    if data_path != Path("data"):
+        command += f" --data_path {shlex.quote(str(data_path))}"
+    if spec.size != 256:
+        command += f" --image_size {spec.size}"
+    return command if spec.resize == "crop" else f"{command} --resize {spec.resize}"
+
+
+def read_cache(data_path: Path, name: str, spec: ImageSpec) -> Cache:
+    """Opens the cache of a data set.
+
+    One that is missing, partial, damaged or of an older version is an InputError that names the command that makes it.
+    Sizes are checked here, contents by `verify_cache`.
+    """
+    folder, command = cache_folder(data_path, name, spec), make_command(data_path, name, spec)
+    if not folder.parent.is_dir() and name != "demo":
+        raise InputError(
+            f"{folder.parent}: no such folder; put the data set there (README, Data), then: {command}; to try it "
+            f"without one: {make_command(data_path, 'demo', ImageSpec(32))}"
+        )
+    remedy = f"make it with: {command}"
+    try:
+        meta = read_record(folder / "meta.json", CacheMeta)
+        if (meta.version, meta.image_size, meta.resize) != (CACHE_VERSION, spec.size, spec.resize):
+            raise InputError(f"{folder} is of another version or has other settings; {remedy}")
+        for array_name, expected in meta.arrays.items():
+            if (folder / f"{array_name}.npy").stat().st_size != expected["bytes"]:
+                raise InputError(f"{folder / array_name}.npy has the wrong size; {remedy}")
+        cache = Cache(folder, meta, sha256(folder / "meta.json"))
+        for array_name in ("train_labels", "test_labels", "test_is_query", "test_is_gallery"):
+            if len(cache.array(array_name)) != cache.counts[array_name.split("_")[0]][1]:
+                raise ValueError(f"it does not fit {array_name}.npy")
+        return cache
+    except FileNotFoundError as error:
+        raise InputError(f"no cache: {error.filename} is missing; {remedy}") from None
+    except InputError:
+        raise
+    except Exception as error:  # for the damaged header of an array, numpy raises whatever Python's parser does
+        raise InputError(f"{folder} is damaged ({one_line(error)}); {remedy}") from None
+
+
+def check_unchanged(cache: Cache) -> None:
+    """Raises RunError if the cache has been made anew, from other data, since it was opened."""
+    try:
+        changed = sha256(cache.folder / "meta.json") != cache.fingerprint
+    except OSError:
+        changed = True
+    if changed:
+        raise RunError(f"{cache.folder} has been changed during the run; what was finished before is kept")
+
+
+def verify_cache(cache: Cache) -> None:
+    """Reads every array and compares its checksum. Raises InputError naming those that changed."""
+    arrays = cache.meta.arrays
+    with ThreadPoolExecutor(2) as threads:
+        sums = list(threads.map(crc32, [cache.folder / f"{name}.npy" for name in arrays]))
+    changed = [name for name, found in zip(arrays, sums, strict=True) if found != arrays[name]["crc32"]]
+    if changed:
+        remedy = make_command(cache.folder.parents[1], cache.folder.parent.name, cache.spec)
+        raise InputError(f"{cache.folder}: damaged: {', '.join(changed)}; make it again with: {remedy} --force")

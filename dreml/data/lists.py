@@ -1,0 +1,213 @@
+"""Which images a data set holds: its text and CSV lists, and folders of images. No image is opened here."""
+
+import csv
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from dreml.console import is_utf8, one_line
+from dreml.data.images import IMAGE_SUFFIXES
+
+# ------------------------------------------------------------------------------------------------ what a list gives
+
+
+class Entry(NamedTuple):
+    """One image of a raw data set."""
+
+    split: str  # "train" or "test"
+    class_key: int | str  # sorts the classes
+    class_name: str
+    path: str  # relative to data/NAME, with forward slashes
+    is_query: bool = True  # of a test image: whether it is searched for,
+    is_gallery: bool = True  # and whether it is searched among
+
+
+@dataclass
+class Listing:
+    """The images of a raw data set, and what is wrong with its lists."""
+
+    entries: list[Entry] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def add(self, where: str, entry: Entry, path: str) -> None:
+        """Adds one image, or a problem if its `path` in the list is unusable.
+
+        The path is judged by its text: links on the disk are fine.
+        """
+        outside = re.match(r"[/\\]|[A-Za-z]:", path) or ".." in re.split(r"[/\\]", path)
+        if outside or not path or "\0" in path or not is_utf8(path):
+            self.problems.append(f"{where}: absolute path, '..' or unusable characters in {path!r}")
+        else:
+            self.entries.append(entry)
+
+
+# ------------------------------------------------------------------------------------------------ text and CSV files
+
+
+def text_rows(path: Path, columns: int, listing: Listing, skip: int = 0) -> Iterator[tuple[str, list[str]]]:
+    """Yields ("file, line n", fields) of a text list. Blank lines and the first `skip` lines are left out.
+
+    The last field may contain spaces.
+    """
+    for number, line in enumerate(read_text(path, listing).splitlines(), 1):
+        fields = line.split(maxsplit=columns - 1)
+        if number <= skip:
+            continue
+        if len(fields) == columns:
+            yield f"{path}, line {number}", [field.strip() for field in fields]
+        elif fields:
+            listing.problems.append(f"{path}, line {number}: malformed line: {columns} fields expected: {line[:80]!r}")
+
+
+def csv_rows(
+    path: Path, needed: tuple[str, ...], optional: tuple[str, ...], listing: Listing
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields ("file, line n", column -> field) of a CSV file with a header. Blank lines are left out."""
+    text = read_text(path, listing)
+    if "\0" in text:
+        line = len(text[: text.index("\0") + 1].encode().splitlines())
+        listing.problems.append(f"{path}, line {line}: a NUL byte")
+        return
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header, line = None, 1
+    try:
+        for row in rows:
+            where, line = f"{path}, line {line}", rows.line_num + 1  # a quoted field may go over several lines
+            fields = [field.strip() for field in row]
+            if not any(fields):
+                continue
+            if header is None:
+                header = [name.lower() for name in fields]
+                faults = [f"no column {name!r}" for name in needed if name not in header]
+                faults += [f"two columns {name!r}" for name in (*needed, *optional) if header.count(name) > 1]
+                if faults:
+                    listing.problems.append(f"{where}: {', '.join(faults)} in the header {','.join(header)[:80]!r}")
+                    return
+            elif len(fields) == len(header):
+                yield where, dict(zip(header, fields, strict=True))
+            else:
+                listing.problems.append(f"{where}: malformed line: {len(fields)} fields, the header has {len(header)}")
+    except csv.Error as error:
+        listing.problems.append(f"{path}, line {line}: not valid CSV, read no further ({error})")
+    if header is None and not listing.problems:
+        listing.problems.append(f"{path}: empty; its first line has to be {','.join(needed)}")
+
+
+def read_text(path: Path, listing: Listing) -> str:
+    """Reads a list in UTF-8, without its byte order mark. If that fails, adds a problem and returns ""."""
+    try:
+        content = path.read_bytes()
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        listing.problems.append(f"{path}: missing file")
+    except UnicodeDecodeError as error:
+        line = len(content[: error.start + 1].splitlines())
+        listing.problems.append(f"{path}: not a readable text file in UTF-8 (line {line}: {one_line(error)})")
+    except OSError as error:
+        listing.problems.append(f"{path}: not a readable text file in UTF-8 ({one_line(error)})")
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------ data sets of any name
+
+TRUTH_VALUES = {"0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True}  # the last: pandas
+
+
+def list_csv(root: Path, prefix: str) -> Listing | None:
+    """Lists a data set by its `images.csv`: path, label, split, and is_query, is_gallery for test images.
+
+    The last two columns may be missing: both true. Spaces around a field do not count; other columns are left alone.
+    The test split may be called "validation", as in other libraries' lists, but a list that has both is refused.
+    Returns None if there is no `images.csv`.
+    """
+    if not (root / "images.csv").is_file():
+        return None
+    listing, test_names = Listing(), set()
+    for where, row in csv_rows(root / "images.csv", ("path", "label", "split"), ("is_query", "is_gallery"), listing):
+        split, label, path = row["split"].lower(), row["label"], row["path"]
+        roles = [TRUTH_VALUES.get(row.get(column, "true").lower()) for column in ("is_query", "is_gallery")]
+        if split == "train":
+            roles = [True, True]  # whatever stands there
+        elif split in ("test", "validation"):
+            test_names.add(split)
+            split = "test"
+        if split not in ("train", "test"):
+            listing.problems.append(f"{where}: the split {split!r} is neither train nor test")
+        elif len(test_names) > 1:
+            listing.problems.append(f"{where}: the list has both test and validation images; only one can be the test")
+            break
+        elif not label:
+            listing.problems.append(f"{where}: the label is empty")
+        elif None in roles:
+            listing.problems.append(f"{where}: is_query and is_gallery have to be 0, 1, true or false")
+        elif not any(roles):
+            listing.problems.append(f"{where}: a test image has to be a query, in the gallery, or both")
+        else:
+            listing.add(where, Entry(split, label, label, prefix + path, *roles), path)
+    return listing
+
+
+def list_image_folder(root: Path, prefix: str) -> Listing | None:
+    """Lists a data set in `train/` and `test/`: every folder that holds images is a class, named by its path.
+
+    Returns None if neither is there.
+    """
+    if not (root / "train").is_dir() and not (root / "test").is_dir():
+        return None
+    listing = Listing()
+    for split in ("train", "test"):
+        if not (root / split).is_dir():
+            listing.problems.append(f"{root / split}: missing folder")
+            continue
+        for class_name, files in class_folders(root / split, listing.problems):
+            if class_name == "":
+                listing.warnings.append(f"{root / split}: {len(files)} images outside any class folder are left out")
+                continue
+            folder = f"{prefix}{split}/{class_name}/"
+            for file in files:
+                if is_utf8(folder + file):
+                    listing.entries.append(Entry(split, class_name, class_name, folder + file))
+                else:
+                    listing.problems.append(f"{folder + file!a}: the name is not valid UTF-8")
+    return listing
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+def class_folders(
+    folder: Path, problems: list[str], name: str = "", above: tuple[str, ...] = ()
+) -> Iterator[tuple[str, list[str]]]:
+    """Yields (name, image files) of every folder that holds images, sorted, at any depth. The outermost is called "".
+
+    Adds a folder that cannot be read to `problems`. Does not follow links back to a folder above.
+    """
+    above = (*above, os.path.realpath(folder))
+    files, folders = [], []
+    try:
+        items = sorted(os.scandir(folder), key=lambda item: item.name)
+    except OSError as error:
+        problems.append(f"{folder}: unreadable folder ({one_line(error)})")
+    else:
+        for item in items:
+            if item.name.startswith("."):
+                continue
+            if item.is_dir():
+                folders.append(item.name)
+            elif os.path.splitext(item.name)[1].lower() in IMAGE_SUFFIXES:
+                files.append(item.name)
+    if files:
+        yield name, files
+    for child in folders:
+        if os.path.realpath(folder / child) not in above:
+            yield from class_folders(folder / child, problems, f"{name}/{child}" if name else child, above)
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted, without hidden ones."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

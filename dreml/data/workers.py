@@ -1,0 +1,43 @@
+"""Worker processes that end with the process that started them."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from dreml.console import raise_if_interrupted
+
+
+class WorkerDied(Exception):
+    """A worker process ended without an answer: it was killed, or a library crashed it."""
+
+
+@contextlib.contextmanager
+def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Offers a pool of worker processes. Raises WorkerDied if one of them is killed or crashes."""
+    pool = ProcessPoolExecutor(num_workers, initializer=end_with_parent)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        time.sleep(0.1)  # a SIGTERM to the whole group reaches this process at about the same time
+        raise_if_interrupted()
+        raise WorkerDied from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def end_with_parent() -> None:
+    """Prepares a worker: Ctrl-C is left to the parent, and the worker ends when its parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by it, a pool of which one worker died ends the others
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

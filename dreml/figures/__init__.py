@@ -1,0 +1,1 @@
+"""Curves and retrieval pictures, drawn by matplotlib."""

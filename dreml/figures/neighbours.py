@@ -1,0 +1,129 @@
+"""The retrieval picture: each row a query and its neighbours."""
+
+import functools
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from dreml.console import InputError
+from dreml.data.cache import Cache, read_cache
+from dreml.data.images import BadImage, ImageSpec, read_test_image, resize_test
+from dreml.figures.style import drawing, printable, save_figure, text_measure
+from dreml.runs.folder import Run
+from dreml.search import Found, Item
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 150
+TILE, QUERY_GAP = 1.0, 0.2  # inches: side of an image; more space after the query
+PITCH = (TILE + 0.2, TILE + 0.42)  # from one image to the next, right and down
+MARGIN, FONT_SIZE = 0.12, 6.5  # inches, points
+PICTURE_STYLE = {"font.size": FONT_SIZE, "figure.dpi": DPI, "savefig.dpi": DPI}
+MARKS = {True: "✓", False: "✗", None: "–"}  # whether a neighbour is of the query's class
+QUERY_FRAME = {"edgecolor": "black", "linewidth": 0.8}
+FRAMES = {
+    True: {"edgecolor": "#1a9641", "linewidth": 2.6},
+    False: {"edgecolor": "#d7191c", "linewidth": 2.6, "linestyle": (0, (2.2, 1.1))},
+    None: {"edgecolor": "#999999", "linewidth": 1.2},
+}
+MEANINGS = {True: "green ✓: the query's class", False: "dashed red ✗: another class", None: "grey: class not known"}
+
+
+@dataclass
+class Thumbnails:
+    """Small pictures as the network sees them. A test image whose file is gone comes from the run's cache."""
+
+    run: Run
+    data_path: Path
+
+    @functools.cached_property
+    def cache(self) -> Cache:
+        """The cache of this very run. Raises InputError if it is not there."""
+        settings = self.run.settings
+        cache = read_cache(self.data_path, settings.data_name, settings.image_spec)
+        if cache.fingerprint != self.run.record.data.fingerprint:
+            raise InputError(f"{cache.folder} is not the cache of this run")
+        return cache
+
+    def pixels(self, item: Item) -> np.ndarray:
+        """`(S, S, 3) uint8`, S pixels for a tile. Raises InputError if there is nothing to show."""
+        spec = ImageSpec(round(TILE * DPI), self.run.settings.resize)
+        if item.file.exists() or item.row is None:
+            try:
+                return read_test_image(item.file, spec)
+            except BadImage as error:
+                raise InputError(f"no picture: {error}") from None
+        try:
+            image = Image.fromarray(self.cache.array("test_images")[item.row])
+        except InputError as error:
+            raise InputError(f"no picture: {item.file} is missing (see --data_path), and {error}") from None
+        return resize_test(image, spec)
+
+
+def draw_neighbours(found: list[Found], thumbnails: Thumbnails, title: str, folder: Path, name: str) -> None:
+    """Writes NAME.png."""
+    with drawing(PICTURE_STYLE):
+        save_figure(neighbours_figure(found, thumbnails, title), folder, name, ["png"])
+
+
+def neighbours_figure(found: list[Found], thumbnails: Thumbnails, title: str) -> "Figure":
+    """Rows of images with frames and captions, and below them a line that says what the frames mean."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    last_left, last_top = tile_corner(len(found) - 1, len(found[0].neighbours))
+    width = last_left + TILE + MARGIN
+    legend = textwrap.fill(f"{legend_text(found)}; {title}", round(19 * width))
+    height = last_top + PITCH[1] + 0.13 * (legend.count("\n") + 1) + MARGIN
+    figure = Figure((width, height))
+    axes = figure.add_axes((0, 0, 1, 1))  # its coordinates are inches from the top left corner
+    axes.set_axis_off()
+    width_of = text_measure(figure, FONT_SIZE)
+
+    def fits(text: str) -> bool:
+        return width_of(text) <= PITCH[0] - 0.08
+
+    def put(row: int, column: int, item: Item, frame: dict, captions: list[str]) -> None:
+        left, top = tile_corner(row, column)
+        axes.imshow(thumbnails.pixels(item), extent=(left, left + TILE, top + TILE, top))
+        edge = frame["linewidth"] / 72 / 2  # the frame lies around the image: gaps in a dashed one are white
+        axes.add_patch(Rectangle((left - edge, top - edge), TILE + 2 * edge, TILE + 2 * edge, fill=False, **frame))
+        for line, caption in enumerate(captions):
+            text = shortened(printable(caption), fits)
+            axes.text(left + TILE / 2, top + TILE + 0.15 + 0.13 * line, text, ha="center", va="baseline")
+
+    for row, each in enumerate(found):
+        put(row, 0, each.query, QUERY_FRAME, [each.query.caption, each.query.class_name or ""])
+        neighbours = zip(each.neighbours, each.similarities, each.right, strict=True)
+        for rank, (item, similarity, right) in enumerate(neighbours, 1):
+            second = item.class_name or item.file.name
+            put(row, rank, item, FRAMES[right], [f"{rank}   {MARKS[right]}   {similarity:.3f}", second])
+    axes.text(MARGIN, height - MARGIN, legend, va="bottom", color="#555555")
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    return figure
+
+
+def tile_corner(row: int, column: int) -> tuple[float, float]:
+    """(left, top) of an image in inches; column 0 is the query."""
+    left, top = MARGIN + column * PITCH[0], MARGIN + row * PITCH[1]
+    return (left + QUERY_GAP if column else left), top
+
+
+def legend_text(found: list[Found]) -> str:
+    """What the frames that occur mean."""
+    occurring = {right for each in found for right in each.right}
+    return ", ".join(meaning for right, meaning in MEANINGS.items() if right in occurring)
+
+
+def shortened(text: str, fits: Callable[[str], bool]) -> str:
+    """The text, or as much of its beginning and end as fits with "…" between them."""
+    if fits(text):
+        return text
+    shorter = (f"{text[: -(-kept // 2)]}…{text[len(text) - kept // 2 :]}" for kept in range(min(len(text), 99), 0, -1))
+    return next(filter(fits, shorter), "…")

@@ -1,0 +1,1 @@
+"""Run folders: what defines a run, reading and writing one, going on within a member."""

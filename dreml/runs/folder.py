@@ -1,0 +1,334 @@
+"""Reading a run folder: its record, its finished members and their embeddings, the test split that they embedded."""
+
+import contextlib
+import itertools
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dreml.console import InputError, one_line, out_of_memory
+from dreml.files import json_sha256, read_record, sha256, take_lock
+from dreml.runs.settings import PRECISIONS, Settings
+
+FORMAT = 2  # of args.json and the members' records; folders of another format are refused
+TEST_COLUMNS = {"path": str, "label": np.int64, "is_query": bool, "is_gallery": bool, "class_name": str}  # test.csv
+HISTORY_COLUMNS = ("epoch", "loss", "accuracy", "lr", "seconds", "images_per_second")
+KINDS = {"logits": "member", "pooled": "pooled"}  # how the files of an embedding begin
+SUFFIXES = {"logits": "", "pooled": "_pooled"}  # and how tables made from it end
+
+# ------------------------------------------------------------------------------------------------ records
+
+
+class DamagedRecord(InputError):
+    """An `args.json` that cannot be used, and that train.py makes again."""
+
+
+@dataclass
+class DataRecord:
+    """What a run has to know about its data set."""
+
+    fingerprint: str  # of the cache
+    mean: list[float]
+    std: list[float]
+    counts: dict[str, dict[str, int]]  # split -> classes and images
+
+    def __post_init__(self):
+        if not isinstance(self.fingerprint, str) or len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError("its data set has no fingerprint, or not three channels")
+        self.mean, self.std = [float(value) for value in self.mean], [float(value) for value in self.std]
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """`args.json`. `settings` and `data` define the members; `options` are the last command's."""
+
+    format: int = 1  # the first one did not say
+    settings: Settings
+    data: DataRecord
+    options: dict
+    environment: dict
+
+    def __post_init__(self):
+        if not isinstance(self.settings, Settings):
+            self.settings = Settings(**self.settings)
+        if not isinstance(self.data, DataRecord):
+            self.data = DataRecord(**self.data)
+        if self.settings.precision not in PRECISIONS:
+            raise ValueError("unknown precision")
+        self.options, self.environment = dict(self.options), dict(self.environment)
+
+    @property
+    def settings_hash(self) -> str:
+        """The checksum of all that the members of a run have to share."""
+        return json_sha256({"settings": asdict(self.settings), "fingerprint": self.data.fingerprint})
+
+
+@dataclass
+class MemberRecord:
+    """`member_007.json`: how a finished member was trained, and the checksums of its files."""
+
+    member: int
+    run: str  # settings_hash of its run
+    best_epoch: int
+    history: list[dict]  # for each epoch, HISTORY_COLUMNS and more
+    partition: list[int]  # the meta-class of each training class
+    environment: dict
+    sha256: dict[str, str]  # file name -> checksum
+
+    def __post_init__(self):
+        self.environment, self.sha256 = dict(self.environment), dict(self.sha256)
+        if not 0 <= self.best_epoch < len(self.history):
+            raise ValueError("no such best epoch")
+        if any(name not in epoch for epoch in self.history for name in HISTORY_COLUMNS):
+            raise ValueError("its history lacks a column")
+
+
+@dataclass
+class PooledRecord:
+    """`pooled_007.json`: the pooled features of a finished member."""
+
+    member: int
+    run: str  # settings_hash of its run
+    weights: str  # SHA-256 of the member_007.pth that they were made from
+    sha256: str  # of pooled_007.npy
+
+
+def read_run_record(folder: Path) -> RunRecord:
+    """Reads `args.json`.
+
+    Raises InputError if there is none or it is of another format, DamagedRecord if it is damaged.
+    """
+    path = folder / "args.json"
+    if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
+        raise InputError(f"{folder} is not a run folder: it has no args.json")
+    try:
+        found = read_record(path)
+        if found.get("format", 1) == FORMAT:
+            return read_record(path, RunRecord)
+    except (ValueError, OSError) as error:
+        raise DamagedRecord(f"{path} is damaged ({one_line(error)}); train.py makes it again") from None
+    raise InputError(
+        f"{folder} is of format {found.get('format', 1)}, made by another version of this program, which reads format "
+        f"{FORMAT}: train it again under another --results_path"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ members
+
+
+def member_file(member: int | str, suffix: str, kind: str = "member") -> str:
+    """The name of a member's file in its run folder: `member_007.pth`; "*" for the pattern of all members'."""
+    number = f"{member:03d}" if isinstance(member, int) else member
+    return f"{kind}_{number}.{suffix}"
+
+
+def member_numbers(folder: Path) -> list[int]:
+    """The members of which a run folder has a record, sound or not, in order."""
+    found = (path.stem.removeprefix("member_") for path in folder.glob(member_file("*", "json")))
+    numbers = {int(number) for number in found if number.isascii() and number.isdigit()}
+    return sorted(number for number in numbers if (folder / member_file(number, "json")).exists())
+
+
+@dataclass
+class Members:
+    """The finished members of a run folder, as far as this process has looked."""
+
+    folder: Path
+    settings_hash: str
+    records: dict[int, MemberRecord] = field(default_factory=dict)
+    pooled: set[int] = field(default_factory=set)  # those of them whose pooled features are saved
+    needed: tuple[str, ...] = ("pth", "npy")  # which files of a member have to be sound
+    damaged: dict[str, int] = field(default_factory=dict)  # name of a record -> its time of change
+    not_embedded: dict[int, MemberRecord] = field(default_factory=dict)  # those whose weights alone are good
+
+    def refresh(self, embedding: str = "logits") -> None:
+        """Adds the members that have been finished since. Damaged ones and those of other runs are named, not added.
+
+        For "pooled", looks for their pooled features too. Only reads.
+        """
+        for member in self.missing(member_numbers(self.folder)):
+            path = self.folder / member_file(member, "json")
+            changed = path.stat().st_mtime_ns
+            if self.damaged.get(path.name) == changed:
+                continue
+            self.not_embedded.pop(member, None)
+            record, damaged = self.read(member)
+            if not damaged:
+                self.records[member] = record
+                continue
+            self.damaged[path.name], names = changed, ", ".join(damaged)
+            if damaged == [member_file(member, "npy")]:
+                self.not_embedded[member] = record
+                print(f"warning: the embedding of member {member} is damaged ({names})", file=sys.stderr)
+            else:
+                print(f"warning: member {member} counts as not trained, damaged: {names}", file=sys.stderr)
+        if embedding == "pooled":
+            self.refresh_pooled()
+
+    def refresh_pooled(self) -> None:
+        """Adds to `pooled`. Damaged files, and those made from other weights, are named and not added."""
+        for member in self.missing(self.records, "pooled"):
+            path = self.folder / member_file(member, "json", "pooled")
+            changed = path.stat().st_mtime_ns if path.exists() else None
+            if changed is None or self.damaged.get(path.name) == changed:
+                continue
+            try:
+                record = read_record(path, PooledRecord)
+                weights = self.records[member].sha256[member_file(member, "pth")]
+                if (record.member, record.run, record.weights) != (member, self.settings_hash, weights):
+                    raise ValueError("of another run, member or weights")
+                if sha256(path.with_suffix(".npy")) != record.sha256:
+                    raise ValueError("the checksum of its .npy does not fit")
+                self.pooled.add(member)
+            except (ValueError, OSError) as error:
+                self.damaged[path.name] = changed
+                print(f"warning: {path.name} counts as not made ({one_line(error)})", file=sys.stderr)
+
+    def read(self, member: int) -> tuple[MemberRecord | None, list[str]]:
+        """A member's record, and which of its files do not match their checksums or are of another run."""
+        path = self.folder / member_file(member, "json")
+        try:
+            record = read_record(path, MemberRecord)
+        except (ValueError, OSError) as error:
+            return None, [f"{path.name} ({one_line(error)})"]
+        if (record.member, record.run) != (member, self.settings_hash):
+            return record, [f"{path.name} (of another run or member)"]
+        damaged = []
+        for name in (member_file(member, suffix) for suffix in self.needed):
+            file = self.folder / name
+            if not file.exists() or sha256(file) != record.sha256.get(name):
+                damaged.append(name)
+        return record, damaged
+
+    def missing(self, wanted: Iterable[int], embedding: str = "logits") -> list[int]:
+        """Those of the wanted members that are not finished, or, for "pooled", whose pooled features are not saved."""
+        finished = self.pooled if embedding == "pooled" else self.records
+        return [member for member in wanted if member not in finished]
+
+    def lock_next_missing(
+        self, wanted: Iterable[int], embedding: str
+    ) -> tuple[int, contextlib.AbstractContextManager] | None:
+        """The first of the wanted members that is missing and that no other process makes, with its lock held.
+
+        None if there is none.
+        """
+        for member in self.missing(wanted, embedding):
+            lock = take_lock(self.folder / f".member_{member:03d}.lock", timeout=0)
+            if lock is None:  # another process makes it
+                continue
+            self.refresh(embedding)
+            if self.missing([member], embedding):
+                return member, lock
+            with lock:  # it was finished in the meantime
+                pass
+        return None
+
+    def embeddings(self, num_members: int, embedding: str, device: torch.device) -> list[torch.Tensor]:
+        """What is saved for members 1, 2, ... up to `num_members`, or to the first that is missing.
+
+        Tensors `(M, d) float32` on the device: for "logits" d is the number of meta-classes, for "pooled" that of
+        features. On the CPU if the device has no room for them.
+        """
+        self.refresh(embedding)
+        missing = self.missing(range(1, num_members + 1), embedding)
+        last = missing[0] - 1 if missing else num_members
+        paths = [self.folder / member_file(member, "npy", KINDS[embedding]) for member in range(1, last + 1)]
+        arrays = [torch.from_numpy(np.load(path)) for path in paths]
+        try:
+            return [array.to(device) for array in arrays]
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        print(f"warning: the embeddings do not fit on {device}: they are scored on the CPU", file=sys.stderr)
+        return arrays
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+class TestSplit(NamedTuple):
+    """By what the embeddings of the test images are scored, `(M,)` each."""
+
+    labels: torch.Tensor  # int64
+    is_query: torch.Tensor  # bool
+    is_gallery: torch.Tensor  # bool
+
+    @classmethod
+    def from_arrays(cls, labels: np.ndarray, is_query: np.ndarray, is_gallery: np.ndarray) -> "TestSplit":
+        """Copies the arrays, which may be memory maps."""
+        return cls(*(torch.from_numpy(np.array(array)) for array in (labels, is_query, is_gallery)))
+
+
+@dataclass
+class Run:
+    """A run folder, the first of its finished members, and the images that they embedded."""
+
+    folder: Path
+    record: RunRecord
+    members: Members
+    num_members: int
+    test: pd.DataFrame  # TEST_COLUMNS; row i is row i of the embeddings
+
+    @property
+    def settings(self) -> Settings:
+        return self.record.settings
+
+    @property
+    def split(self) -> TestSplit:
+        return TestSplit.from_arrays(self.test.label, self.test.is_query, self.test.is_gallery)
+
+    def require(self, embedding: str) -> None:
+        """Raises InputError unless every member has this embedding."""
+        self.members.refresh(embedding)
+        missing = self.members.missing(range(1, self.num_members + 1), embedding)
+        if missing:
+            raise InputError(
+                f"{self.folder}: the {embedding} embedding of member {missing[0]} is missing; the training command "
+                f"with --embedding {embedding} makes it from the saved member"
+            )
+
+    def embeddings(self, embedding: str, device: torch.device) -> list[torch.Tensor]:
+        """The members' outputs for the test images, `(M, d) float32` each, on the device."""
+        arrays = self.members.embeddings(self.num_members, embedding, device)
+        if any(len(array) != len(self.test) for array in arrays):
+            raise InputError(f"{self.folder / 'test.csv'} has {len(self.test)} images, the embeddings {len(arrays[0])}")
+        return arrays
+
+
+def open_run(folder: Path) -> tuple[RunRecord, Members]:
+    """The record of a run folder and the members whose embeddings it has.
+
+    Needs neither data nor weights and writes nothing. Raises InputError if it is no run folder or has no such member.
+    """
+    record = read_run_record(folder)
+    members = Members(folder, record.settings_hash, needed=("npy",))
+    members.refresh()
+    if not members.records:
+        raise InputError(f"{folder} has no finished member")
+    return record, members
+
+
+def read_run(folder: Path, num_members: int | None = None) -> Run:
+    """Opens a run folder with its members 1 to `num_members`; None: up to the first that is missing. Writes nothing.
+
+    Raises InputError for a folder that is no run, is damaged or has too few members.
+    """
+    record, members = open_run(folder)
+    finished = next(member for member in itertools.count() if member + 1 not in members.records)
+    if finished == 0:
+        raise InputError(f"{folder}: member 1 is missing, and so every ensemble; train.py trains it")
+    if num_members and num_members > finished:
+        raise InputError(f"--num_members {num_members}: {folder} has {finished}, member {finished + 1} is missing")
+    path = folder / "test.csv"
+    try:
+        test = pd.read_csv(path, usecols=list(TEST_COLUMNS), dtype=TEST_COLUMNS, keep_default_na=False)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is missing or damaged ({one_line(error)}); train.py writes it again") from None
+    return Run(folder, record, members, num_members or finished, test)

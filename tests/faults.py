@@ -1,0 +1,199 @@
+"""Kills and damaged files: what they are made of, and how two folders of data and results are compared."""
+
+import contextlib
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from builders import TINY
+from processes import ROOT, Processes
+
+import data_utils
+import train
+from dreml.files import read_record
+
+CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
+
+# ------------------------------------------------------------------------------------------------ data and results
+
+
+def here(root: Path) -> list[str]:
+    """The options that name the folders of `root`."""
+    return ["--data_path", str(root / "data"), "--results_path", str(root / "results")]
+
+
+def linked(data: Path, results: Path, root: Path) -> Path:
+    """Copies a data folder and a results folder to `root`. Its files are links: to be replaced, not written to."""
+    shutil.copytree(data, root / "data", copy_function=os.link)
+    shutil.copytree(results, root / "results", copy_function=os.link)
+    return root
+
+
+def final_state(root: Path) -> dict[str, object]:
+    """All under data and results but seconds, time stamps, locks and the code's commit: relative path -> content."""
+    state = {}
+    for path in sorted(path for part in ("data", "results") for path in (root / part).rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.is_dir() or path.name == "cache_compared.json":
+            state[name] = None
+        elif path.name == "args.json":
+            record = read_record(path)
+            state[name] = {key: record[key] for key in ("settings", "data")}
+        elif path.suffix == ".pth":
+            tensors = torch.load(path, weights_only=True)
+            state[name] = {key: (tensor.dtype, tensor.numpy().tobytes()) for key, tensor in tensors.items()}
+        elif re.fullmatch(r"member_\d+\.json", path.name):
+            record = read_record(path)
+            for epoch in record["history"]:
+                del epoch["seconds"], epoch["images_per_second"]
+            del record["sha256"][path.with_suffix(".pth").name]  # its tensors are compared
+            del record["environment"]["commit"]  # somebody may be working on the code
+            state[name] = record
+        elif path.name == "train.csv":
+            state[name] = pd.read_csv(path).drop(columns=["seconds", "images_per_second"]).to_csv()
+        elif path.suffix != ".lock":
+            state[name] = path.read_bytes()
+    return state
+
+
+def check_same(root: Path, expected: Path) -> None:
+    """The folders hold the same files with the same content, bit for bit."""
+    found, wanted = final_state(root), final_state(expected)
+    assert sorted(found) == sorted(wanted), set(found) ^ set(wanted)
+    differing = [name for name in wanted if found[name] != wanted[name]]
+    assert not differing, differing
+
+
+# ------------------------------------------------------------------------------------------------ interruptions
+
+
+def stop_in_epoch(monkeypatch: pytest.MonkeyPatch, stop: int, reason: type[BaseException]) -> None:
+    """Lets training be interrupted when epoch `stop` of any member begins."""
+    train_epoch = train.train_epoch
+
+    def until(state, compute, batches, num_images, title):
+        if title.endswith(f" epoch {stop}"):
+            raise reason
+        return train_epoch(state, compute, batches, num_images, title)
+
+    monkeypatch.setattr(train, "train_epoch", until)
+
+
+def interrupted(finished: Path, root: Path) -> Path:
+    """A copy of `finished`, whose second member is interrupted in its second and last epoch."""
+    linked(finished / "data", finished / "results", root)
+    for path in root.glob("results/*/member_002.*"):
+        path.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_epoch(patch, 1, KeyboardInterrupt)
+        assert train.main([*TINY, *here(root)]) == 130
+    return root
+
+
+def check_kills(processes: Processes, expected: Path, root: Path, seed: int, small: bool = True) -> None:
+    """Both scripts are killed five times each: by a signal after a random time, or before a random change to files.
+
+    In the end, `root` has to be as `expected`, where they were not killed.
+    """
+    draw, measured = random.Random(seed), root / "measured"
+    for folder in (root, measured):
+        raw = shutil.ignore_patterns("cache*", ".cache*")
+        shutil.copytree(expected / "data", folder / "data", ignore=raw, copy_function=os.link)
+    preprocess, training = ["data_utils.py", "--data_name", "tiny", "--image_size", "32"], ["train.py", *TINY]
+    for command, product in ((preprocess, root / "data" / "tiny" / "cache_32"), (training, root / "results")):
+        whole, kills = processes.run(*command, folder=measured, small=small), 0
+        while kills < 5:
+            reach = draw.choice([0.3, 1.0])  # training goes on, so it comes to its end in short pieces too
+            if draw.random() < 0.5:
+                last_change = draw.randrange(int(reach * whole.num_changes))
+                script = processes.start(*command, folder=root, small=small, last_change=last_change)
+                code = script.wait()
+                assert code in (137, 0), script.out + script.err
+            else:
+                script, sent = processes.start(*command, folder=root, small=small), draw.choice(list(CODES))
+                time.sleep(draw.uniform(0.01, reach * whole.seconds))
+                with contextlib.suppress(ProcessLookupError):  # it is done already
+                    os.kill(script.process.pid, sent)
+                code = script.wait()
+                assert code in (CODES[sent], 0) and "Traceback" not in script.err, script.out + script.err
+                if code > 0:
+                    end = r"(terminated|interrupted)( in .*)?; run the same command again to go on\n$"
+                    assert re.search(end, script.err), script.err
+            if code != 0:
+                kills += 1
+            else:  # it was done before: from the beginning
+                shutil.rmtree(product)
+        processes.run(*command, folder=root, small=small)
+    check_same(root, expected)
+
+
+# ------------------------------------------------------------------------------------------------ damaged files
+
+
+def damage(path: Path, draw: random.Random) -> None:
+    """Truncates a file, or flips up to 8 of its bits."""
+    content = bytearray(path.read_bytes())
+    if draw.random() < 0.5:
+        del content[draw.randrange(len(content)) :]
+    else:
+        for _ in range(draw.randint(1, 8)):
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.unlink()  # it may be a link
+    path.write_bytes(content)
+
+
+def check_damages(finished: Path, folder: Path, read_errors: Callable[[], str], seed: int) -> None:
+    """Damages every file, each in its turn: that is noticed and mended by the command that is named, or harmless.
+
+    `read_errors` returns what was printed to stderr since it was last called.
+    """
+    draw, stopped = random.Random(seed), interrupted(finished, folder / "stopped")
+    parts = [path for part in ("data", "results") for path in (finished / part).rglob("*") if path.is_file()]
+    files = sorted(path.relative_to(finished) for path in parts if path.suffix not in (".png", ".lock"))
+    assert {path.suffix for path in files} == {".json", ".npy", ".pth", ".csv"} and len(files) > 15
+    progress = next(path.relative_to(stopped) for path in stopped.rglob("progress_*"))
+    for file in [*files, progress]:
+        source, root = stopped if file == progress else finished, folder / "damaged"
+        linked(source / "data", source / "results", root)
+        damage(root / file, draw)
+        read_errors()
+        code = train.main([*TINY, *here(root)])
+        if code != 0:
+            error = read_errors()
+            remedy = re.search(r"make it (again )?with: python data_utils.py (.*)\n$", error)
+            assert code == 2 and error.count("\n") == 1 and remedy, error
+            assert data_utils.main(shlex.split(remedy[2])) == 0 and train.main([*TINY, *here(root)]) == 0
+        check_same(root, finished)
+        shutil.rmtree(root)
+
+
+# ------------------------------------------------------------------------------------------------ torchrun
+
+
+def check_torchrun(processes: Processes, tiny_data: Path, root: Path, num_processes: int, *options: str) -> None:
+    """Kills one of the processes of torchrun, which starts all of them again: they go on."""
+    shutil.copytree(tiny_data, root / "data", copy_function=os.link)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", "--max-restarts=1"]
+    script = processes.start(*launcher, ROOT / "train.py", *TINY, *options, folder=root)
+
+    def num_locked() -> int:
+        return len(list(root.glob("results/*/.member_*.lock")))
+
+    while num_locked() < num_processes or not re.search(r"member \d/\d epoch 0", script.out):
+        assert script.process.is_alive(), script.out + script.err
+        time.sleep(0.02)
+    pid = script.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert script.wait() == 0, script.out + script.err
+    assert "terminated in member" in script.err and " members: R@1" in script.out, script.out + script.err
+    assert "\r" not in script.out + script.err  # no progress bars

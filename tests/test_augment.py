@@ -1,0 +1,148 @@
+"""dreml/data/augment.py: order, windows, mirroring and targets of the training batches."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from builders import save_image
+
+import data_utils
+from dreml.data.augment import Batch, batch_spans, epoch_batches, prepare
+from dreml.data.batches import resize_windows
+from dreml.data.cache import read_cache
+from dreml.data.images import ImageSpec
+from utils import draws
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "expected"),
+    [(10, 4, [(0, 4), (4, 8), (8, 10)]), (9, 4, [(0, 4), (4, 9)]), (8, 4, [(0, 4), (4, 8)]), (3, 4, [(0, 3)])],
+)
+def test_a_last_batch_of_one_joins_the_one_before(num_images, batch_size, expected):
+    assert batch_spans(num_images, batch_size) == expected
+
+
+def batches_of(cache, settings, member=1, epoch=0, images=None) -> list[Batch]:
+    """The batches of an epoch over all images. The target of an image is its number."""
+    numbers = np.arange(cache.counts["train"][1])
+    draw = partial(draws, settings.seed, member, epoch)
+    return list(epoch_batches(cache, numbers if images is None else images, numbers, settings, draw, CPU))
+
+
+def epoch_of(cache, settings, **which):
+    """The whole epoch in one batch: windows, targets (here the image's number), flips, sides."""
+    batches = batches_of(cache, settings, **which)
+    flips = [np.arange(len(batch.targets)) < batch.num_mirrored for batch in batches]
+    sides = [np.full(len(b.targets), settings.image_size) if b.sides is None else b.sides.numpy() for b in batches]
+    windows, targets = (torch.cat([batch[place] for batch in batches]).numpy() for place in (0, 1))
+    return windows, targets, np.concatenate(flips), np.concatenate(sides)
+
+
+def all_windows(cache, number, side):
+    """Every window of this side of one cached training image, by brute force."""
+    offsets, (height, width) = cache.array("train_offsets"), cache.array("train_sizes")[number]
+    image = cache.array("train_pixels")[offsets[number] : offsets[number + 1]].reshape(height, width, 3)
+    corners = [(top, left) for top in range(height - side + 1) for left in range(width - side + 1)]
+    return np.array([image[top : top + side, left : left + side] for top, left in corners])
+
+
+def test_batches_of_an_epoch(tiny_cache, tiny_settings):
+    """Every image once, in random order; each crop is a window of its image; all depends on (seed, member, epoch)."""
+    crops, numbers, flips, _ = epoch_of(tiny_cache, tiny_settings)
+    assert sorted(numbers) == list(range(36)) and list(numbers) != list(range(36))
+    assert crops.dtype == np.uint8 and crops.shape == (36, 32, 32, 3) and flips.dtype == bool
+    for crop, number in zip(crops, numbers, strict=True):
+        windows = all_windows(tiny_cache, number, 32)
+        assert len(windows) == 16 and (windows == crop).all((1, 2, 3)).any()  # 35 -> 32
+    again = epoch_of(tiny_cache, tiny_settings)
+    assert all(np.array_equal(a, b) for a, b in zip((crops, numbers, flips), again, strict=False))
+    others = [epoch_of(tiny_cache, tiny_settings, member=2), epoch_of(tiny_cache, tiny_settings, epoch=1)]
+    for other in [*others, epoch_of(tiny_cache, replace(tiny_settings, seed=1))]:
+        assert not np.array_equal(numbers, other[1])
+        assert set(numbers[flips]) != set(other[1][other[2]])
+
+
+def test_batches_of_some_images(tiny_cache, tiny_settings):
+    """Those of a member whose large classes are cut."""
+    crops, numbers, _, _ = epoch_of(tiny_cache, tiny_settings, images=np.arange(0, 36, 5))
+    assert sorted(numbers) == list(range(0, 36, 5))
+    for crop, number in zip(crops, numbers, strict=True):
+        assert (all_windows(tiny_cache, number, 32) == crop).all((1, 2, 3)).any()
+
+
+def test_every_offset_and_both_mirrorings_are_reached(tiny_cache, tiny_settings, seen):
+    """35 -> 32 leaves offsets 0..3 on both axes, independent and equally likely; half of the crops are mirrored."""
+    flips = np.concatenate([epoch_of(tiny_cache, tiny_settings, epoch=epoch)[2] for epoch in range(100)])
+    corners = np.concatenate([corners for _, corners, _ in seen])
+    counts = np.zeros((4, 4))
+    np.add.at(counts, (corners[:, 0], corners[:, 1]), 1)  # 3,600 crops, 225 each, standard deviation 14.5
+    assert counts.sum() == 3600 and counts.min() > 165 and counts.max() < 285
+    assert abs(flips.mean() - 0.5) < 0.034  # four standard deviations
+    assert not epoch_of(tiny_cache, replace(tiny_settings, flip=False))[2].any()
+
+
+def test_random_resize_draws_sides_and_then_corners(tiny_cache, tiny_settings, seen):
+    """--scale_min 0.75: sides 24..32 equally likely; whatever the side, each window of the image can come."""
+    settings = replace(tiny_settings, scale_min=0.75)
+    windows, numbers, _, sides = epoch_of(tiny_cache, settings)
+    for window, number, side in zip(windows, numbers, sides, strict=True):
+        assert (all_windows(tiny_cache, number, side) == window[:side, :side]).all((1, 2, 3)).any()
+        assert not window[side:].any() and not window[:, side:].any()
+    for epoch in range(1, 200):
+        epoch_of(tiny_cache, settings, epoch=epoch)
+    corners, sides = (np.concatenate(arrays) for arrays in list(zip(*seen, strict=True))[1:])
+    counts = np.bincount(sides)
+    assert counts[:24].sum() == 0 and len(counts) == 33  # 7,200 windows, 800 of each side, standard deviation 27
+    assert counts[24:].min() > 690 and counts[24:].max() < 910
+    for side in range(24, 33):
+        reached = corners[sides == side]
+        assert (reached.min(0) == 0).all() and (reached.max(0) == 35 - side).all()
+        assert abs(np.corrcoef(reached.T)[0, 1]) < 0.15  # both axes independent: four standard deviations
+    again = epoch_of(tiny_cache, settings)
+    assert np.array_equal(windows, again[0])
+
+
+def test_random_resize_never_draws_an_empty_window(tiny_cache, tiny_settings, seen):
+    epoch_of(tiny_cache, replace(tiny_settings, scale_min=1e-9))
+    assert min(sides.min() for _, _, sides in seen) >= 1
+
+
+def test_without_random_resize_nothing_is_resized(tiny_cache, tiny_settings):
+    assert all(batch.sides is None for batch in batches_of(tiny_cache, tiny_settings))
+
+
+def test_corners_fit_images_of_every_shape(tmp_path, tiny_settings, seen):
+    """Portrait and landscape: a corner outside its own image would fail in train_crops, and all of it is reached."""
+    for number, (width, height) in enumerate([(40, 80), (80, 40), (40, 40), (120, 40)]):
+        for split in ("train", "test"):
+            save_image(tmp_path / "odd" / split / f"c{number}" / "0.png", number, width=width, height=height)
+    assert data_utils.main(["--data_path", str(tmp_path), "--image_size", "32"]) == 0
+    cache = read_cache(tmp_path, "odd", ImageSpec(32))
+    for epoch in range(50):
+        epoch_of(cache, tiny_settings, epoch=epoch)
+    images, corners, _ = (np.concatenate(arrays) for arrays in zip(*seen, strict=True))
+    for image, last in enumerate(cache.array("train_sizes") - 32):
+        assert (corners[images == image].max(0) >= 0.8 * last).all()
+
+
+def test_batches_draw_their_own_corners_and_flips(tiny_cache, tiny_settings, seen):
+    """The images mirrored are first in each batch; how many varies."""
+    mirrored = [b.num_mirrored for epoch in range(5) for b in batches_of(tiny_cache, tiny_settings, epoch=epoch)]
+    assert not np.array_equal(seen[0][1], seen[1][1]) and len(set(mirrored)) > 4
+
+
+def test_prepare_mirrors_enlarges_and_normalises():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8)
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+    for sides in (None, torch.tensor([8, 5, 6, 3])):
+        whole = images if sides is None else resize_windows(images, sides)
+        expected = (whole.permute(0, 3, 1, 2) / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        expected = torch.cat([expected[:3].flip(-1), expected[3:]])
+        pixels = prepare(Batch(images.clone(), torch.zeros(4), 3, sides), mean, std)
+        torch.testing.assert_close(pixels, expected)
+        assert pixels.is_contiguous(memory_format=torch.channels_last)

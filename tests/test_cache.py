@@ -1,0 +1,136 @@
+"""Reading a cache: its windows, and the refusal of a damaged one."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision.transforms.functional as TF
+from builders import SPEC, build, flip_a_bit, random_image, tree, write_image_folder
+
+from dreml.console import InputError, RunError
+from dreml.data.cache import check_unchanged, make_command, read_cache, verify_cache
+from dreml.data.images import ImageSpec, load_rgb
+from dreml.files import read_record, write_record
+
+SIZE, SQUASH = 32, ImageSpec(32, "squash")
+
+
+def test_crops_are_windows_of_the_cached_image(tiny_data):
+    cache = read_cache(tiny_data, "tiny", SPEC)
+    corners, sides = np.array([[0, 0], [3, 1], [0, 3], [10, 14]]), np.array([SIZE, SIZE, SIZE, 20])
+    crops = np.full((4, SIZE, SIZE, 3), 99, np.uint8)
+    cache.train_crops(np.array([5, 0, 5, 7]), corners, sides, crops)
+    for crop, index, (top, left), side in zip(crops, (5, 0, 5, 7), corners, sides, strict=True):
+        image = TF.resize(load_rgb(tiny_data / "tiny" / cache.meta.train["paths"][index]), int(1.1 * SIZE))
+        expected = np.zeros((SIZE, SIZE, 3), np.uint8)
+        expected[:side, :side] = np.asarray(image)[top : top + side, left : left + side]
+        np.testing.assert_array_equal(crop, expected)
+
+
+def test_both_caches_of_a_data_set_lie_beside_each_other(tmp_path):
+    """And the refusals speak of the one that is asked for."""
+    write_image_folder(tmp_path / "mine")
+    random_image(0, 1, 14_000).save(tmp_path / "mine/train/train_0/0.png")  # too large for the crop
+    folder = build(tmp_path, "mine", SQUASH).folder
+    assert folder == tmp_path / "mine" / "cache_32_squash"
+    with pytest.raises(InputError, match=r"cache_32/meta\.json is missing"):
+        read_cache(tmp_path, "mine", SPEC)
+    random_image(0).save(tmp_path / "mine/train/train_0/0.png")
+    before = tree(folder)
+    crop, squash = build(tmp_path, "mine"), read_cache(tmp_path, "mine", SQUASH)
+    assert tree(folder) == before
+    assert [cache.spec for cache in (crop, squash)] == [SPEC, SQUASH]
+    assert (squash.array("train_sizes") == 35).all() and (crop.array("train_sizes") != 35).any()
+
+    flip_a_bit(folder / "test_images.npy")
+    verify_cache(crop)
+    remedy = f"python data_utils.py --data_name mine --data_path {tmp_path} --image_size 32 --resize squash"
+    with pytest.raises(InputError) as refusal:
+        verify_cache(squash)
+    assert str(refusal.value).endswith(f"damaged: test_images; make it again with: {remedy} --force")
+    shutil.rmtree(folder)
+    crop.folder.rename(folder)  # of other settings than its name says
+    with pytest.raises(InputError, match=f"other settings; make it with: {re.escape(remedy)}$"):
+        read_cache(tmp_path, "mine", SQUASH)
+
+
+def test_a_cache_that_has_been_made_anew_is_noticed(tmp_path):
+    write_image_folder(tmp_path / "mine")
+    cache = build(tmp_path, "mine")
+    check_unchanged(build(tmp_path, "mine", force=True))
+    check_unchanged(cache)  # from the same images
+    random_image(99).save(tmp_path / "mine/train/train_0/0.png")
+    build(tmp_path, "mine", force=True)
+    with pytest.raises(RunError, match="cache_32 has been changed during the run; what was finished before is kept"):
+        check_unchanged(cache)
+    shutil.rmtree(cache.folder)
+    with pytest.raises(RunError, match="has been changed"):
+        check_unchanged(cache)
+
+
+def test_commands_are_no_longer_than_needed():
+    assert make_command(Path("data"), "my set", ImageSpec()) == "python data_utils.py --data_name 'my set'"
+
+
+def damage_meta(change):
+    def damage(folder: Path) -> None:
+        meta = read_record(folder / "meta.json")
+        change(meta)
+        write_record(folder / "meta.json", meta)
+
+    return damage
+
+
+CACHE_DAMAGES = {
+    "missing": (shutil.rmtree, "is missing"),
+    "no meta.json": (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing"),
+    "truncated meta.json": (lambda folder: (folder / "meta.json").write_text('{"version": 1'), "is damaged"),
+    "older version": (damage_meta(lambda meta: meta.update(version=0)), "another version"),
+    "other size": (damage_meta(lambda meta: meta.update(image_size=64)), "other settings"),
+    "changed entry": (
+        lambda folder: (folder / "meta.json").write_text((folder / "meta.json").read_text().replace("train/", "test/")),
+        "its checksum does not fit",
+    ),
+    "entry of another kind": (damage_meta(lambda meta: meta.update(mean="grey")), "of another version"),
+    "whole numbers": (damage_meta(lambda meta: meta.update(mean=[0, 1, 0])), "of another version"),
+    "size as a fraction": (damage_meta(lambda meta: meta.update(image_size=32.0)), "of another version"),
+    "true as a number": (damage_meta(lambda meta: meta["arrays"]["test_images"].update(crc32=True)), "another version"),
+    "no paths": (damage_meta(lambda meta: meta["test"].pop("paths")), "of another version"),
+    "numbered class": (damage_meta(lambda meta: meta["test"]["classes"].append(7)), "of another version"),
+    "split of another kind": (damage_meta(lambda meta: meta.update(train=[])), "of another version"),
+    "one array less": (damage_meta(lambda meta: meta["arrays"].pop("test_labels")), "of another version"),
+    "one array more": (damage_meta(lambda meta: meta["arrays"].update(x={"bytes": 1})), "of another version"),
+    "one entry less": (damage_meta(lambda meta: meta.pop("std")), "of another version"),
+    "one entry more": (damage_meta(lambda meta: meta.update(colour="RGB")), "of another version"),
+    "two channels": (damage_meta(lambda meta: meta.update(std=[0.1, 0.1])), "three channels"),
+    "other number of images": (damage_meta(lambda meta: meta["test"]["paths"].pop()), "does not fit test_labels.npy"),
+    "missing array": (lambda folder: (folder / "test_labels.npy").unlink(), "test_labels.npy is missing"),
+    "no array": (
+        lambda folder: (folder / "test_is_gallery.npy").write_bytes(
+            (folder / "test_is_gallery.npy").read_bytes().replace(b"NUMPY", b"OTHER")
+        ),
+        "is damaged",
+    ),
+    "truncated array": (lambda folder: (folder / "test_images.npy").write_bytes(b"x"), "has the wrong size"),
+}
+
+
+@pytest.mark.parametrize("damage", CACHE_DAMAGES)
+def test_reader_refuses_a_bad_cache_and_names_the_command(tiny_data, tmp_path, damage):
+    apply, message = CACHE_DAMAGES[damage]
+    shutil.copytree(tiny_data / "tiny" / "cache_32", tmp_path / "tiny" / "cache_32")
+    apply(tmp_path / "tiny" / "cache_32")
+    with pytest.raises(InputError) as error:
+        read_cache(tmp_path, "tiny", SPEC)
+    assert message in str(error.value)
+    assert f"python data_utils.py --data_name tiny --data_path {tmp_path} --image_size 32" in str(error.value)
+
+
+def test_a_missing_data_set_is_named_and_the_demo_offered(tmp_path):
+    with pytest.raises(InputError) as error:
+        read_cache(tmp_path, "car", ImageSpec())
+    text = f"{tmp_path / 'car'}: no such folder; put the data set there (README, Data), then: python data_utils.py "
+    demo = f"; to try it without one: python data_utils.py --data_name demo --data_path {tmp_path} --image_size 32"
+    assert str(error.value) == f"{text}--data_name car --data_path {tmp_path}{demo}"

@@ -1,0 +1,253 @@
+"""Making a cache: its pixels, bad images, failures on the way, and what a killed run leaves behind."""
+
+import multiprocessing
+import os
+import re
+import shutil
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+import torchvision.transforms.functional as TF
+from builders import SPEC, build, odd_images, put, random_image, rewrite, tree, write_csv, write_image_folder
+
+from dreml.console import InputError, RunError
+from dreml.data import cache_writer
+from dreml.data.cache import read_cache
+from dreml.data.images import ImageSpec, load_rgb, resize_test, resize_train
+
+needs_fork = pytest.mark.skipif(
+    multiprocessing.get_start_method() != "fork", reason="the patched function reaches forks only"
+)
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+@pytest.mark.parametrize("size", [32, 33])
+def test_cache_equals_the_torchvision_pipeline(tmp_path, size, resize):
+    odd_images(tmp_path / "odd")
+    for split in ("train", "test"):
+        for path in (tmp_path / "odd").iterdir():
+            folder = tmp_path / "data" / "mine" / split / f"class_{path.stem[0]}"
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder)
+    spec = ImageSpec(size, resize)
+    cache = build(tmp_path / "data", "mine", spec, num_workers=2)
+    larger, smaller = ([side, side] if resize == "squash" else side for side in (int(1.1 * size), size))
+
+    pixels, offsets, sizes = (cache.array(f"train_{name}") for name in ("pixels", "offsets", "sizes"))
+    assert len(cache.meta.train["paths"]) == len(sizes) == 18 and offsets[-1] == len(pixels)
+    for number, path in enumerate(cache.meta.train["paths"]):
+        image = load_rgb(tmp_path / "data" / "mine" / path)
+        expected = np.asarray(TF.resize(image, larger))
+        cached = pixels[offsets[number] : offsets[number + 1]].reshape(*sizes[number], 3)
+        np.testing.assert_array_equal(cached, expected, err_msg=path)
+        np.testing.assert_array_equal(resize_train(image, spec), expected, err_msg=path)
+    assert cache.array("test_images").shape == (18, size, size, 3)
+    for number, path in enumerate(cache.meta.test["paths"]):
+        image = load_rgb(tmp_path / "data" / "mine" / path)
+        expected = np.asarray(TF.center_crop(TF.resize(image, smaller), size))
+        np.testing.assert_array_equal(cache.array("test_images")[number], expected, err_msg=path)
+        np.testing.assert_array_equal(resize_test(image, spec), expected, err_msg=path)
+
+
+def test_statistics_of_other_sets_come_from_the_cached_training_pixels(tiny_data):
+    cache = read_cache(tiny_data, "tiny", SPEC)
+    pixels = cache.array("train_pixels").reshape(-1, 3) / 255
+    np.testing.assert_allclose(cache.meta.mean, pixels.mean(0), atol=1e-6)
+    np.testing.assert_allclose(cache.meta.std, pixels.std(0), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ bad images
+
+
+def test_all_problems_are_counted_and_the_first_20_listed(tmp_path):
+    write_image_folder(tmp_path / "mine", classes=2, images=15)
+    for path in sorted((tmp_path / "mine" / "train").rglob("*.png"))[:25]:
+        path.write_bytes(b"")
+    put("train/train_1/9.png", (tmp_path / "mine/test/test_0/0.png").read_bytes()[:-60])(tmp_path / "mine")
+    with pytest.raises(InputError) as refusal:
+        build(tmp_path, "mine")
+    message = str(refusal.value)
+    assert "mine: 26 problems, nothing written; --skip_bad goes on without bad images" in message
+    assert message.count(": unreadable") == 20
+
+
+def test_skip_bad_is_not_offered_where_a_list_is_bad_too(tmp_path):
+    write_csv(tmp_path / "csv")
+    put("photos/1.png", b"")(tmp_path / "csv")
+    rewrite("images.csv", "ant,train", "ant,toast")(tmp_path / "csv")
+    with pytest.raises(InputError, match=r"^csv: 2 problems, nothing written:\n.*'toast'.*\n.*1\.png: unreadable"):
+        build(tmp_path, "csv")
+
+
+def test_skip_bad_leaves_them_out_and_lists_them(tmp_path, capsys):
+    write_image_folder(tmp_path / "clean", classes=3, images=3)
+    write_image_folder(tmp_path / "mine", classes=3, images=3)
+    for data_set, change in (("clean", Path.unlink), ("mine", lambda path: path.write_bytes(path.read_bytes()[:-60]))):
+        for path in ("train/train_0/1.png", "test/test_2/0.png"):
+            change(tmp_path / data_set / path)
+    (tmp_path / "mine/train/train_1/notes.jpg").write_text("no image")
+    with pytest.raises(InputError):
+        build(tmp_path, "mine")
+    for name in ("mine", "clean"):
+        build(tmp_path, name, skip_bad=True, num_workers=2)
+    skipped_list = tmp_path / "mine" / "cache_32_skipped.txt"
+    assert f"3 bad images were left out; they are listed in {skipped_list}\n" in capsys.readouterr().err
+    assert tree(tmp_path / "mine" / "cache_32") == tree(tmp_path / "clean" / "cache_32")
+    assert [line.split(": ")[0] for line in skipped_list.read_text().splitlines()] == [
+        str(tmp_path / "mine" / path)
+        for path in ("train/train_0/1.png", "train/train_1/notes.jpg", "test/test_2/0.png")
+    ]
+    assert not (tmp_path / "clean" / "cache_32_skipped.txt").exists()
+
+
+def test_skip_bad_does_not_excuse_a_data_set_without_queries(tmp_path):
+    write_csv(tmp_path / "csv")
+    for number in (3, 6):
+        (tmp_path / "csv" / "photos" / f"{number}.png").write_bytes(b"")
+    with pytest.raises(InputError, match="no image is left in query"):
+        build(tmp_path, "csv", skip_bad=True)
+
+
+def test_the_list_of_skipped_images_goes_when_none_is_skipped(tmp_path):
+    write_image_folder(tmp_path / "mine")
+    bad, skipped_list = tmp_path / "mine" / "train" / "train_0" / "0.png", tmp_path / "mine" / "cache_32_skipped.txt"
+    good = bad.read_bytes()
+    bad.write_bytes(b"")
+    build(tmp_path, "mine", skip_bad=True)
+    assert skipped_list.exists()
+    bad.write_bytes(good)
+    build(tmp_path, "mine", force=True)
+    assert not skipped_list.exists()
+
+
+def test_skip_bad_needs_no_second_place_on_the_disk(tmp_path, monkeypatch):
+    """The pixels of the first try are gone before the second, without the damaged image, is measured and written."""
+    write_image_folder(tmp_path / "mine")
+    path = tmp_path / "mine" / "train" / "train_0" / "0.png"
+    path.write_bytes(path.read_bytes()[:-60])
+    real = shutil.disk_usage(tmp_path)
+
+    def usage(folder):
+        used = sum(file.stat().st_size for file in folder.iterdir())
+        return real._replace(free=2**24 + 30_000 - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert build(tmp_path, "mine", skip_bad=True).counts["train"] == (2, 3)
+
+
+def test_skip_bad_does_not_excuse_an_empty_split(tmp_path):
+    write_image_folder(tmp_path / "mine")
+    for path in (tmp_path / "mine" / "test").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="no image is left in test"):
+        build(tmp_path, "mine", skip_bad=True)
+
+
+@needs_fork
+def test_pixels_never_leave_their_place(tmp_path, monkeypatch):
+    """An image that decodes to another size than its header said is refused, not written over the next one."""
+    write_image_folder(tmp_path / "mine")
+    monkeypatch.setattr(cache_writer, "load_rgb", lambda path: random_image(0, 40, 99))
+    with pytest.raises(InputError, match=r"mine: 4 problems[\s\S]*another size than its pixels"):
+        build(tmp_path, "mine")
+
+
+# ------------------------------------------------------------------------------------------------ failures
+
+
+def test_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
+    write_image_folder(tmp_path / "mine")
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**24)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    # 4 training images of 38 x 35 and 4 test images of 32 x 32, 3 bytes a pixel
+    with pytest.raises(InputError, match=r"mine: the cache needs 28\.2kB, only 16\.8MB are free"):
+        build(tmp_path, "mine")
+    assert not list((tmp_path / "mine").glob("*cache_32"))
+
+
+def _die(*_):
+    os._exit(1)
+
+
+@needs_fork
+def test_a_killed_worker_is_named(tmp_path, monkeypatch):
+    write_image_folder(tmp_path / "mine")
+    monkeypatch.setattr(cache_writer, "store_image", _die)
+    with pytest.raises(RunError, match="a worker process was killed"):
+        build(tmp_path, "mine")
+
+
+def test_a_cache_in_the_making_is_not_disturbed(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_writer, "SECONDS_FOR_A_LOCK", 0.1)
+    write_image_folder(tmp_path / "mine")
+    with (
+        filelock.FileLock(tmp_path / "mine" / ".cache_32.lock"),
+        pytest.raises(InputError, match="cache_32 is being made by another process"),
+    ):
+        build(tmp_path, "mine")
+
+
+def test_the_old_cache_returns_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    write_image_folder(tmp_path / "mine")
+    build(tmp_path, "mine")
+    before, rename = tree(tmp_path / "mine" / "cache_32"), os.rename
+
+    def refuse(source, target):
+        if ".new-" in str(source):
+            raise OSError("refused")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match="refused"):
+        build(tmp_path, "mine", force=True)
+    assert before and tree(tmp_path / "mine" / "cache_32") == before
+    assert not [path for path in (tmp_path / "mine").glob(".cache*") if path.is_dir()]
+
+
+# ------------------------------------------------------------------------------------------------ earlier caches
+
+
+def test_a_good_cache_is_kept_and_force_makes_it_again(tmp_path, capsys):
+    write_image_folder(tmp_path / "mine")
+    cache = build(tmp_path, "mine", num_workers=2).folder
+    first = cache.stat().st_ino, tree(cache)
+    build(tmp_path, "mine")
+    assert f"mine: {cache} is there already (--force makes it again)\n" in capsys.readouterr().out
+    assert cache.stat().st_ino == first[0]
+    build(tmp_path, "mine", force=True)
+    assert cache.stat().st_ino != first[0]
+    assert tree(cache) == first[1]  # whatever the number of workers
+    assert sorted(path.name for path in cache.parent.iterdir()) == [".cache_32.lock", "cache_32", "test", "train"]
+
+
+def test_a_damaged_cache_is_made_again(tmp_path, capsys):
+    write_image_folder(tmp_path / "mine")
+    cache = build(tmp_path, "mine").folder
+    before = tree(cache)
+    (cache / "test_labels.npy").unlink()
+    build(tmp_path, "mine")
+    assert re.search(r"mine: making the cache again: .*test_labels\.npy is missing", capsys.readouterr().err)
+    assert tree(cache) == before
+
+
+def test_a_cache_set_aside_by_a_killed_run_comes_back(tmp_path):
+    """Killed between its two renames, a run leaves the earlier cache under its temporary name only."""
+    write_image_folder(tmp_path / "mine")
+    cache = build(tmp_path, "mine").folder
+    before = tree(cache)
+    cache.rename(cache.with_name(".cache_32.old-123"))
+    shutil.rmtree(tmp_path / "mine" / "test")
+    build(tmp_path, "mine")
+    assert tree(cache) == before
+
+
+def test_leftovers_of_a_killed_run_go(tmp_path):
+    write_image_folder(tmp_path / "mine")
+    (tmp_path / "mine" / ".cache_32_skipped.txt.tmp-123").write_text("half")
+    (tmp_path / "mine" / ".cache_32.new-123").mkdir()
+    (tmp_path / "mine" / ".cache_32.new-123" / "train_pixels.npy").write_bytes(b"half")
+    build(tmp_path, "mine")
+    names = {path.name for path in (tmp_path / "mine").iterdir()}
+    assert names == {"train", "test", "cache_32", ".cache_32.lock"}

@@ -1,0 +1,43 @@
+"""The drawn data set."""
+
+import numpy as np
+from builders import tree
+from PIL import Image
+
+from dreml.data.demo import draw_demo
+
+
+def test_demo_is_the_same_for_the_same_seed(tmp_path):
+    tiny = {"num_classes": 2, "images_per_class": 3, "image_side": 40}
+    draw_demo(tmp_path / "demo", **tiny)
+    drawn = tree(tmp_path / "demo" / "train")
+    assert len(drawn) == len(tree(tmp_path / "demo" / "test")) == 6
+    draw_demo(tmp_path / "again", **tiny)
+    draw_demo(tmp_path / "other", **tiny, seed=1)
+    assert tree(tmp_path / "again" / "train") == drawn
+    assert not set(tree(tmp_path / "other" / "train").values()) & set(drawn.values())
+
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path):
+    (tmp_path / "demo").mkdir()
+    draw_demo(tmp_path / "demo", num_classes=1, images_per_class=1)
+    assert not list((tmp_path / "demo").iterdir())
+
+
+def test_a_half_drawn_demo_goes(tmp_path):
+    (tmp_path / ".demo.new-123" / "train").mkdir(parents=True)
+    draw_demo(tmp_path / "demo", num_classes=1, images_per_class=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".demo.lock", "demo"]
+
+
+def test_demo_images_of_a_class_are_alike_but_never_the_same(tmp_path):
+    draw_demo(tmp_path / "demo", num_classes=4, images_per_class=5)
+    images = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "demo").glob("*/*/*.png"))])
+    assert images.shape == (40, 64, 64, 3) and len({image.tobytes() for image in images}) == 40
+    # Ink where it is darker than the middle between a picture's darkest and lightest: the classes show in its overlap.
+    grey = images.mean(3).reshape(40, -1)
+    ink = (grey < (grey.max(1, keepdims=True) + grey.min(1, keepdims=True)) / 2).astype(float)
+    overlap = (ink @ ink.T) / (ink.sum(1)[:, None] + ink.sum(1) - ink @ ink.T)
+    labels = np.arange(40) // 5
+    same = (labels[:, None] == labels) & ~np.eye(40, dtype=bool)
+    assert overlap[same].mean() > 1.5 * overlap[labels[:, None] != labels].mean()

@@ -1,0 +1,417 @@
+"""dreml/runs/folder.py: records, finished and damaged members, reading a run."""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from builders import (
+    CLASS_NAMES,
+    LABELS,
+    copy_run,
+    digests,
+    edit_record,
+    random_embeddings,
+    train_tiny,
+    write_pooled,
+    write_run,
+)
+
+from dreml.console import InputError
+from dreml.files import read_record, take_lock, write_record
+from dreml.runs.folder import (
+    FORMAT,
+    DamagedRecord,
+    DataRecord,
+    MemberRecord,
+    Members,
+    PooledRecord,
+    TestSplit,
+    open_run,
+    read_run,
+    read_run_record,
+)
+from model import load_ensemble
+
+TestSplit.__test__ = False
+CPU = torch.device("cpu")
+
+
+def members_of(folder: Path, settings_hash: str | None = None) -> Members:
+    return Members(folder, settings_hash or read_run_record(folder).settings_hash)
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+
+def test_what_is_no_run_is_not_opened(tiny_run, tmp_path):
+    def refused(message: str, kind: type = InputError) -> None:
+        with pytest.raises(InputError, match=message) as error:
+            open_run(tmp_path)
+        assert "\n" not in str(error.value) and type(error.value) is kind
+
+    refused("is not a run folder: it has no args.json$")
+    path = tmp_path / "args.json"
+    for content in ("{}", "[]", "", "[" * 100_000):
+        path.write_text(content)
+        refused(r"args.json is damaged \(.*\); train.py makes it again$", DamagedRecord)
+    record = read_record(tiny_run / "args.json")
+    write_record(path, record | {"settings": record["settings"] | {"precision": "fp8"}})
+    refused("args.json is damaged .*precision is 'fp8'", DamagedRecord)
+    write_record(path, record | {"settings": record["settings"] | {"precision": "auto"}})
+    refused("args.json is damaged .*unknown precision", DamagedRecord)
+    write_record(path, record)
+    refused("has no finished member$")
+    with pytest.raises(InputError, match="is not a run folder"):
+        open_run(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="is not a run folder"):
+        open_run(tmp_path / ("long" * 100))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "value"),
+    [
+        ("args.json", ["settings", "other"], 1),
+        ("args.json", ["settings"], "lr"),
+        ("args.json", ["data"], None),
+        ("args.json", ["data"], 5),
+        ("args.json", ["data", "std"], [0.1, 0.1]),
+        ("args.json", ["data", "mean"], ["a", "b", "c"]),
+        ("args.json", ["data", "fingerprint"], 5),
+        ("args.json", ["options"], 5),
+        ("args.json", ["environment"], None),
+        ("args.json", ["more"], 1),
+        ("member_001.json", ["best_epoch"], 2),
+        ("member_001.json", ["best_epoch"], -1),
+        ("member_001.json", ["best_epoch"], "0"),
+        ("member_001.json", ["history"], []),
+        ("member_001.json", ["history"], [{"epoch": 0}] * 2),
+        ("member_001.json", ["history"], 5),
+        ("member_001.json", ["sha256"], "x"),
+        ("member_001.json", ["environment"], 5),
+        ("member_001.json", ["more"], 1),
+    ],
+)
+def test_entries_of_another_kind_are_damage(tiny_run, tmp_path, name, keys, value):
+    """With a checksum that fits, as of another version or of somebody's hand."""
+    for file in ("args.json", "member_001.json"):
+        shutil.copy(tiny_run / file, tmp_path)
+    edit_record(tmp_path / name, *keys, value=value)
+    if name == "args.json":
+        with pytest.raises(DamagedRecord):
+            read_run_record(tmp_path)
+    else:
+        (damaged,) = members_of(tmp_path).read(1)[1]
+        assert re.match(r"member_001.json \(ValueError: ", damaged)
+
+
+def test_what_is_written_is_read(tiny_run, tmp_path):
+    record = read_run_record(tiny_run)
+    write_record(tmp_path / "args.json", record)
+    assert read_run_record(tmp_path) == record and record.format == FORMAT
+    assert (tmp_path / "args.json").read_bytes() == (tiny_run / "args.json").read_bytes()
+    member = read_record(tiny_run / "member_001.json", MemberRecord)
+    write_record(tmp_path / "member.json", member)
+    assert read_record(tmp_path / "member.json", MemberRecord) == member
+    pooled = PooledRecord(1, "run", "weights", "features")
+    write_record(tmp_path / "pooled.json", pooled)
+    assert read_record(tmp_path / "pooled.json", PooledRecord) == pooled
+    data = DataRecord("f", [1, 0, 1], [1, 1, 1], {})
+    assert {type(value) for value in (*data.mean, *data.std)} == {float}  # a statistic may be a whole number
+
+
+@pytest.mark.parametrize(("change", "found"), [({"format": None}, 1), ({"format": 3}, 3), ({"format": "x"}, "x")])
+def test_a_run_of_another_format_is_refused(tiny_run, tiny_data, tmp_path, capsys, no_training, change, found):
+    """Members of two formats never share a folder. Nothing is written; nothing reads it."""
+    folder = copy_run(tiny_run, tmp_path / tiny_run.name)
+    record = {key: value for key, value in (read_record(folder / "args.json") | change).items() if value is not None}
+    del record["settings"]["optimizer"]  # and whatever else an older one lacks
+    write_record(folder / "args.json", record)
+    before = {path: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]}
+    for options in ([], ["--ensemble_size", "3"], ["--embedding", "pooled"]):
+        assert train_tiny(tiny_data, tmp_path, *options) == 2
+        message = (
+            f"{folder} is of format {found}, made by another version of this program, which reads format {FORMAT}: "
+            "train it again under another --results_path"
+        )
+        assert capsys.readouterr() == ("", f"train.py: {message}\n")
+    for read in (open_run, read_run, load_ensemble):
+        with pytest.raises(InputError) as error:
+            read(folder)
+        assert str(error.value) == message and not isinstance(error.value, DamagedRecord)
+    assert {path: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]} == before
+
+
+# ------------------------------------------------------------------------------------------------ members
+
+
+def test_a_member_file_of_another_member_is_not_taken(small_run, tmp_path):
+    folder = copy_run(small_run, tmp_path / "run")
+    for suffix in ("npy", "pth", "json"):
+        shutil.copy(folder / f"member_001.{suffix}", folder / f"member_003.{suffix}")
+    path = folder / "member_002.json"
+    record = read_record(path, MemberRecord)
+
+    def finished(settings_hash=record.run):
+        members = members_of(folder, settings_hash)
+        members.refresh()
+        return sorted(members.records)
+
+    assert finished() == [1, 2] and finished("another run") == []
+    for change in ({"member": 1}, {"run": "another run"}):
+        write_record(path, replace(record, **change))
+        assert finished() == [1]
+    path.write_text(json.dumps(asdict(record) | {"checksum": "0"}))
+    assert finished() == [1]
+    write_record(path, record)
+    assert finished() == [1, 2]
+
+
+def test_damage_is_named_once_until_the_member_is_made_again(small_run, tmp_path, capsys):
+    """The record of a member is its last file, and tells by its time."""
+    folder = copy_run(small_run, tmp_path / "run")
+    (folder / "member_001.npy").write_bytes(b"x")
+    (folder / "member_002.pth").write_bytes(b"x")
+    members = members_of(folder)
+    for named in (1, 0):
+        members.refresh()
+        error = capsys.readouterr().err
+        assert error.count("warning: the embedding of member 1 is damaged (member_001.npy)\n") == named
+        assert error.count("warning: member 2 counts as not trained, damaged: member_002.pth\n") == named
+        assert error.count("\n") == 2 * named
+        assert not members.records and list(members.not_embedded) == [1] and members.missing([1, 2, 3]) == [1, 2, 3]
+    for name in ("member_001.npy", "member_002.pth", "member_001.json", "member_002.json"):
+        (folder / name).unlink()
+        shutil.copyfile(small_run / name, folder / name)
+    members.refresh()
+    assert sorted(members.records) == [1, 2] and not members.not_embedded and capsys.readouterr().err == ""
+
+
+def test_the_next_missing_member_is_locked(small_pooled_run, tmp_path):
+    """One that another process makes, or has made in the meantime, is passed over; its lock is free again."""
+    folder = copy_run(small_pooled_run, tmp_path / "run")
+    (folder / "member_002.json").rename(tmp_path / "member_002.json")
+    members = members_of(folder)
+    members.refresh()
+    with take_lock(folder / ".member_003.lock"):
+        member, lock = members.lock_next_missing([1, 3, 2], "logits")
+        with lock:
+            assert member == 2 and take_lock(folder / ".member_002.lock", timeout=0) is None
+            assert members.lock_next_missing([2, 3], "logits") is None
+    (tmp_path / "member_002.json").rename(folder / "member_002.json")
+    member, lock = members.lock_next_missing([1, 2, 3], "logits")
+    with lock:
+        assert member == 3 and sorted(members.records) == [1, 2]
+    for path in folder.glob(".member_*.lock"):
+        with take_lock(path, timeout=0):
+            pass
+    assert members.lock_next_missing([1, 2], "logits") is members.lock_next_missing([1, 2], "pooled") is None
+    assert members.pooled == {1, 2}
+
+
+@pytest.mark.parametrize("suffix", ["pth", "json"])
+def test_a_damaged_member_is_named_and_trained_again(tiny_data, small_run, tmp_path, capsys, suffix):
+    folder = copy_run(small_run, tmp_path / small_run.name)
+    path = folder / f"member_001.{suffix}"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert train_tiny(tiny_data, tmp_path) == 0
+    output = capsys.readouterr()
+    assert re.search(rf"member 1 counts as not trained, damaged: {path.name}", output.err)
+    assert "1 of 2 members are finished" in output.out
+    for pattern in ("member_*.npy", "recall.csv"):
+        assert digests(folder, pattern) == digests(small_run, pattern)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_embedding_is_made_again_without_training(
+    tiny_data, small_run, tmp_path, capsys, no_training, damage
+):
+    folder = copy_run(small_run, tmp_path / small_run.name)
+    path = folder / "member_001.npy"
+    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:-9])
+    assert train_tiny(tiny_data, tmp_path) == 0
+    assert "the embedding of member 1 is damaged (member_001.npy)\n" in capsys.readouterr().err
+    for pattern in ("member_*", "recall.csv", "train.csv"):
+        assert digests(folder, pattern) == digests(small_run, pattern)
+
+
+# ------------------------------------------------------------------------------------------------ pooled features
+
+
+def change_record(**entries):
+    return lambda path: write_record(path, read_record(path) | entries)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("pooled_001.npy", lambda path: path.write_bytes(path.read_bytes()[:-9]), "the checksum of its .npy"),
+        ("pooled_001.npy", Path.unlink, "No such file"),
+        ("pooled_001.json", lambda path: path.write_bytes(path.read_bytes()[:-9]), "JSONDecodeError"),
+        ("pooled_001.json", change_record(weights="0" * 64), "of another run, member or weights"),
+        ("pooled_001.json", change_record(member=2), "of another run, member or weights"),
+        ("pooled_001.json", change_record(run="another"), "of another run, member or weights"),
+        ("pooled_001.json", change_record(sha256=1), "the checksum of its .npy"),
+        ("pooled_001.json", change_record(more=1), "another version"),
+        ("pooled_001.json", Path.unlink, None),
+    ],
+)
+def test_bad_pooled_files_are_named_and_made_again(
+    small_pooled_run, tiny_data, tmp_path, capsys, no_training, name, change, message
+):
+    folder = copy_run(small_pooled_run, tmp_path / small_pooled_run.name)
+    change(folder / name)
+    assert train_tiny(tiny_data, tmp_path, "--embedding", "pooled") == 0
+    output = capsys.readouterr()
+    if message:
+        assert "warning: pooled_001.json counts as not made (" in output.err and message in output.err
+        assert output.err.count("\n") == 1
+    else:
+        assert output.err == ""
+    assert re.search(r"^member 1/2: pooled features, [\d.]+ s$", output.out, re.MULTILINE)
+    for pattern in ("member_*", "pooled_*", "*.csv"):
+        assert digests(folder, pattern) == digests(small_pooled_run, pattern)
+
+
+def test_logits_need_no_pooled_files(small_pooled_run, tiny_data, tmp_path, capsys, no_training):
+    folder = copy_run(small_pooled_run, tmp_path / small_pooled_run.name)
+    (folder / "pooled_001.json").write_text("damaged")
+    assert train_tiny(tiny_data, tmp_path) == 0
+    assert capsys.readouterr().err == "" and (folder / "pooled_001.json").read_text() == "damaged"
+
+
+def test_a_member_of_other_weights_is_pooled_again(small_pooled_run, tiny_data, tmp_path, no_training):
+    folder = copy_run(small_pooled_run, tmp_path / small_pooled_run.name)
+    for suffix in ("pth", "npy"):
+        shutil.copy(folder / f"member_002.{suffix}", folder / f"member_001.{suffix}")
+    edit_record(folder / "member_001.json", "sha256", value=digests(folder, "member_001.[np]*"))
+    assert train_tiny(tiny_data, tmp_path, "--embedding", "pooled") == 0
+    pooled = digests(folder, "pooled_*.npy")
+    assert pooled["pooled_001.npy"] == pooled["pooled_002.npy"] == digests(small_pooled_run)["pooled_002.npy"]
+
+
+# ------------------------------------------------------------------------------------------------ embeddings
+
+
+def test_a_run_folder_is_opened_without_its_data_and_left_as_it_is(small_pooled_run, tmp_path):
+    folder = copy_run(small_pooled_run, tmp_path / "moved")
+    (folder / "progress_001.pt").write_bytes(b"x")
+    before = {path: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]}
+    record, members = open_run(folder)
+    found = {(e, n): members.embeddings(n, e, CPU) for e in ("logits", "pooled") for n in (1, 2, 5)}
+    assert {path: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]} == before
+    assert record.settings.data_name == "tiny" and sorted(members.records) == [1, 2]
+    assert [len(of_run) for of_run in found.values()] == [1, 2, 2] * 2
+    for embedding, kind in (("logits", "member"), ("pooled", "pooled")):
+        for member, array in enumerate(found[embedding, 5], 1):
+            assert array.dtype == torch.float32
+            np.testing.assert_array_equal(array, np.load(small_pooled_run / f"{kind}_00{member}.npy"))
+
+
+def test_only_sound_embeddings_are_read(small_pooled_run, tmp_path, capsys):
+    """Damaged ones and those behind them are not returned; pooled ones need the record of their member."""
+
+    def lengths(*changed: str) -> list[int]:
+        folder = copy_run(small_pooled_run, tmp_path / "run")
+        for name in changed:
+            (folder / name).write_bytes(b"x")
+        _, members = open_run(folder)
+        found = [len(members.embeddings(2, embedding, CPU)) for embedding in ("logits", "pooled")]
+        shutil.rmtree(folder)
+        return found
+
+    assert lengths("pooled_002.npy") == [2, 1] and lengths("pooled_001.json") == [2, 0]
+    assert "pooled_001.json counts as not made" in capsys.readouterr().err
+    assert lengths("member_002.npy") == [1, 1] and lengths("member_001.json") == [0, 0]
+    assert lengths("member_001.pth") == [2, 2]  # the weights are not read
+
+
+def test_embeddings_that_do_not_fit_on_the_device_are_scored_on_the_cpu(small_pooled_run, capsys, monkeypatch):
+    messages = iter(["MPS backend out of memory", "CUDA error: something else"])
+
+    def full(array, device):
+        raise RuntimeError(next(messages))
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    members = open_run(small_pooled_run)[1]
+    arrays = members.embeddings(2, "pooled", torch.device("mps"))
+    assert capsys.readouterr().err == "warning: the embeddings do not fit on mps: they are scored on the CPU\n"
+    assert [array.numpy().tobytes() for array in arrays] == [
+        np.load(small_pooled_run / f"pooled_00{member}.npy").tobytes() for member in (1, 2)
+    ]
+    with pytest.raises(RuntimeError, match="something else"):
+        members.embeddings(2, "pooled", torch.device("mps"))
+
+
+# ------------------------------------------------------------------------------------------------ a run
+
+
+def test_a_run_is_read_up_to_the_first_member_that_is_missing(tiny_run, tmp_path):
+    """Its members, the images that they embedded, and by what they are scored."""
+    is_query, is_gallery = np.arange(len(LABELS)) % 3 > 0, np.arange(len(LABELS)) % 4 > 0
+    saved = random_embeddings(0, 4)
+    folder = write_run(tmp_path / "run", tiny_run, saved, LABELS, is_query, is_gallery, lr=0.5)
+    (folder / "member_003.json").unlink()
+    run = read_run(folder)
+    assert (run.folder, run.num_members, run.settings.lr) == (folder, 2, 0.5)
+    assert run.settings == run.record.settings and sorted(run.members.records) == [1, 2, 4]
+    assert run.test.class_name.tolist() == CLASS_NAMES[LABELS].tolist() and run.test.path[11] == "11.png"
+    for found, expected in zip(run.split, (LABELS, is_query, is_gallery), strict=True):
+        assert found.tolist() == expected.tolist()
+    assert [tensor.dtype for tensor in run.split] == [torch.int64, torch.bool, torch.bool]
+    for number, size in ((None, 2), (2, 2), (1, 1)):
+        found = read_run(folder, number).embeddings("logits", CPU)
+        assert len(found) == size
+        assert all(np.array_equal(*pair) for pair in zip(found, saved[:size], strict=True))
+    with pytest.raises(InputError, match=r"^--num_members 4: .* has 2, member 3 is missing$"):
+        read_run(folder, 4)
+    (folder / "member_001.json").unlink()
+    with pytest.raises(InputError, match=r"member 1 is missing, and so every ensemble; train\.py trains it$"):
+        read_run(folder)
+
+
+def test_a_run_needs_the_embedding_of_every_member(tiny_run, tmp_path):
+    folder = write_run(tmp_path / "run", tiny_run, random_embeddings(0, 3))
+    write_pooled(folder, random_embeddings(1, 2))
+    read_run(folder).require("logits")
+    read_run(folder, 2).require("pooled")
+    message = "the pooled embedding of member 3 is missing; the training command with --embedding pooled makes it"
+    with pytest.raises(InputError, match=message):
+        read_run(folder).require("pooled")
+
+
+@pytest.mark.parametrize("change", ["missing", "a column", "a type", "a row"])
+def test_the_list_of_test_images_has_to_fit(tiny_run, tmp_path, change):
+    """Not so for a class or an image that is called as pandas would call what is missing."""
+    folder = write_run(tmp_path / "run", tiny_run, random_embeddings(0))
+    path = folder / "test.csv"
+    table = pd.read_csv(path)
+    table.loc[0, "class_name"] = "NA"
+    table.to_csv(path, index=False)
+    assert read_run(folder).test.class_name[0] == "NA"
+    if change == "missing":
+        path.unlink()
+    elif change == "a row":
+        table[:-1].to_csv(path, index=False)
+        with pytest.raises(InputError, match=r"test.csv has 11 images, the embeddings 12$"):
+            read_run(folder).embeddings("logits", CPU)
+        return
+    else:
+        table = table.drop(columns="class_name") if change == "a column" else table.assign(label="x")
+        table.to_csv(path, index=False)
+    with pytest.raises(InputError, match=r"test.csv is missing or damaged \(.*\); train.py writes it again$"):
+        read_run(folder)
+
+
+def test_a_split_is_a_copy_of_its_arrays():
+    arrays = np.arange(3), np.array([True, False, True]), np.array([False, True, True])
+    for array in arrays:
+        array.flags.writeable = False  # as a memory map of the cache
+    split = TestSplit.from_arrays(*arrays)
+    split.labels[0] = 7
+    assert arrays[0][0] == 0 and split.is_query.tolist() == [True, False, True] and split.is_gallery[0] == 0

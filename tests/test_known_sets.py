@@ -1,0 +1,278 @@
+"""The raw layouts of the data sets that are known by name, and what is wrong with their lists."""
+
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import scipy.io
+from builders import (
+    SHARED,
+    build,
+    check_refused,
+    jpeg_bytes,
+    put,
+    rewrite,
+    save_image,
+    write_car,
+    write_car_annotations,
+    write_car_devkit,
+    write_car_flat_mirror,
+    write_car_mirror,
+    write_cub,
+    write_isc,
+    write_sop,
+)
+
+from dreml.console import InputError
+from dreml.data.known_sets import PUBLISHED, count_images, default_recalls, list_data_set, read_car_annotations
+
+LAYOUTS = {
+    "car": ("car", write_car, "car_ims/"),
+    "car devkit": ("car", write_car_devkit, "cars_"),
+    "car devkit, nested": ("car", lambda root: write_car_devkit(root, nested=True), "cars_"),
+    "car devkit, mirror": ("car", write_car_mirror, "cars_"),
+    "car devkit, flat mirror": ("car", write_car_flat_mirror, "cars_"),
+    "car devkit, labels beside": ("car", lambda root: write_car_devkit(root, labels_beside=True), "cars_"),
+    "cub": ("cub", write_cub, "images/"),
+    "sop": ("sop", write_sop, "bicycle_final/"),
+    "isc": ("isc", write_isc, "img/"),
+    "isc, list in Anno": ("isc", lambda root: write_isc(root, "Anno"), "img/"),
+    "isc, original folders": ("isc", lambda root: write_isc(root, "Eval", "Img"), "Img/img/"),
+}
+
+
+@pytest.mark.parametrize("deeper", ["", "as_unpacked"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_raw_layouts(tmp_path, capsys, layout, deeper):
+    """Four images of two classes in each split, wherever they lie, cached in order of class."""
+    name, write, folder = LAYOUTS[layout]
+    write(tmp_path / name / deeper)
+    cache = build(tmp_path, name)
+    output = capsys.readouterr()
+    train, test, *_ = PUBLISHED[name].counts.values()
+    assert f"train: 2 classes and 4 images, published are {train[0]:,} and {train[1]:,}" in output.err
+    assert f"test: 2 classes and 4 images, published are {test[0]:,} and {test[1]:,}" in output.err
+    assert cache.counts == {"train": (2, 4), "test": (2, 4)}
+
+    for split, meta in (("train", cache.meta.train), ("test", cache.meta.test)):
+        assert cache.array(f"{split}_labels").tolist() == [0, 0, 1, 1]
+        for path in meta["paths"]:
+            assert path.startswith(f"{deeper}/{folder}" if deeper else folder)
+            assert (tmp_path / name / path).is_file()
+    if name != "isc":
+        assert cache.array("test_is_query").all() and cache.array("test_is_gallery").all()
+    assert cache.meta.mean == list(PUBLISHED[name].mean) and cache.meta.std == list(PUBLISHED[name].std)
+    classes = {
+        "car": (["1", "98"], ["99", "196"]),
+        "cub": (["001.Bird_1", "100.Bird_100"], ["101.Bird_101", "200.Bird_200"]),
+        "sop": (["1", "2"], ["11319", "11320"]),
+        "isc": (["id_00000002", "id_00000003"], ["id_00000001", "id_00000004"]),
+    }[name]
+    if layout.startswith("car devkit"):
+        classes = (["Car 1", "Car 98"], ["Car 99", "Car 196"])
+    assert (cache.meta.train["classes"], cache.meta.test["classes"]) == classes
+
+
+def test_in_shop_has_queries_and_a_gallery(tmp_path, capsys):
+    write_isc(tmp_path / "isc")
+    cache, output = build(tmp_path, "isc"), capsys.readouterr()
+    assert cache.array("test_is_query").tolist() == [True, False] * 2
+    assert cache.array("test_is_gallery").tolist() == [False, True] * 2
+    assert cache.array("test_is_query").dtype == cache.array("test_is_gallery").dtype == bool
+    assert [path[-14:-12] for path in cache.meta.test["paths"]] == ["06", "07", "00", "01"]
+    assert "isc: query lists 2 classes, 2 images\nisc: gallery lists 2 classes, 2 images\n" in output.out
+    assert "query: 2 classes and 2 images, published are 3,985 and 14,218" in output.err
+    assert "gallery: 2 classes and 2 images, published are 3,985 and 12,612" in output.err
+    assert "train: 2 classes and 4 images, published are 3,997 and 25,882" in output.err
+
+
+def test_in_shop_in_its_published_size_has_no_warning(tmp_path):
+    """A list of 52,712 rows; the images are not looked at."""
+    statuses = ["train"] * 25882 + ["query"] * 14218 + ["gallery"] * 12612
+    first = {"train": (0, 3997), "query": (3997, 3985), "gallery": (3997, 3985)}
+    lines = ["52712", "image_name item_id evaluation_status"]
+    for number, status in enumerate(statuses):
+        start, items = first[status]
+        lines.append(f"img/{number}.jpg  id_{1 + start + number % items:08d}  {status}")
+    (tmp_path / "list_eval_partition.txt").write_text("\n".join(lines))
+    listing = list_data_set("isc", tmp_path)
+    assert not listing.problems and not listing.warnings
+
+
+def test_default_recalls():
+    expected = {"car": [1, 2, 4, 8], "sop": [1, 2, 4, 8], "isc": [1, 10, 20, 30], "mine": [1, 2, 4, 8]}
+    assert {name: default_recalls(name) for name in expected} == expected
+
+
+# ------------------------------------------------------------------------------------------------ whole lists
+
+
+def test_a_class_in_both_splits_is_a_warning(tmp_path, capsys):
+    for path in ("train/a/1.png", "train/b/1.png", "test/a/1.png"):
+        save_image(tmp_path / "mine" / path)
+    build(tmp_path, "mine")
+    assert "classes in both train and test: 1 (a); Recall@K is meant" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_images_listed_twice(tmp_path, capsys, split):
+    """By whatever path. A test image would find itself: a certain hit."""
+    write_sop(tmp_path / "sop")
+    path = tmp_path / "sop" / f"Ebay_{split}.txt"
+    again = path.read_text().splitlines()[1].replace("bicycle_final/", "./bicycle_final//")
+    path.write_text(path.read_text() + again + "\n")
+    message = f"1 {split} images are listed more than once, such as bicycle_final/"
+    if split == "train":
+        build(tmp_path, "sop")
+        assert message in capsys.readouterr().err
+    else:
+        with pytest.raises(InputError, match=message):
+            build(tmp_path, "sop")
+
+
+def test_an_isc_list_of_another_length_than_it_says_is_a_warning(tmp_path, capsys):
+    write_isc(tmp_path / "isc")
+    path = tmp_path / "isc" / "list_eval_partition.txt"
+    path.write_text(path.read_text().replace("8\n", "52712\n", 1))
+    build(tmp_path, "isc")
+    assert "list_eval_partition.txt: 52712 images by its first line, 8 by its rows" in capsys.readouterr().err
+
+
+def test_lists_with_windows_line_ends_a_byte_order_mark_and_spaces(tmp_path):
+    write_cub(tmp_path / "cub")
+    old, new = "101.Bird_101/Bird_0005.jpg", "101.Bird_101/Vögel am See.jpg"
+    (tmp_path / "cub" / "images" / old).rename(tmp_path / "cub" / "images" / new)
+    lines = (tmp_path / "cub" / "images.txt").read_text().replace(old, new).replace("\n", "\r\n")
+    (tmp_path / "cub" / "images.txt").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\r\n\r\n")
+    assert f"images/{new}" in build(tmp_path, "cub").meta.test["paths"]
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def car_entry(path: str, class_id: int):
+    """A damage: an annotation file with this one entry."""
+
+    def damage(root: Path) -> None:
+        write_car_annotations(root / "cars_annos.mat", "relative_im_path", [(path, class_id)])
+
+    return damage
+
+
+BIRD = "images/001.Bird_1/Bird_0001.jpg"
+DAMAGES = {
+    "missing image": ("cub", put(BIRD, None), rf"{BIRD}: missing image"),
+    "unreadable image": ("cub", put(BIRD, b"<html>"), rf"{BIRD}: unreadable \(.*not an image of a known format"),
+    "truncated image": ("cub", put(BIRD, jpeg_bytes()[:-200]), rf"{BIRD}: unreadable \(.*truncated"),
+    "other format": ("cub", put(BIRD, b"%!PS-Adobe-3.0 EPSF-3.0\n"), rf"{BIRD}: unreadable"),
+    "missing list": ("cub", put("image_class_labels.txt", None), "image_class_labels.txt: missing file"),
+    "list is a folder": (
+        "cub",
+        lambda root: [(root / "images.txt").rename(root / "old.txt"), (root / "images.txt").mkdir()],
+        "cub holds no data set; expected is one of\n",
+    ),
+    "labels are a folder": (
+        "cub",
+        lambda root: [put("image_class_labels.txt", None)(root), (root / "image_class_labels.txt").mkdir()],
+        "image_class_labels.txt: not a readable text file",
+    ),
+    "binary list": ("cub", put("images.txt", b"\xff\xfe\x00"), "images.txt: not a readable text file in UTF-8"),
+    "malformed line": ("cub", rewrite("images.txt", "1 001.Bird_1/", "1\n"), "images.txt, line 1: malformed line"),
+    "no class id": ("cub", rewrite("image_class_labels.txt", "1 1\n", "1 x\n"), "'x' is no class id"),
+    "unlabelled": ("cub", rewrite("image_class_labels.txt", "1 1\n", ""), "image 1 has no class"),
+    "repeated id": ("cub", rewrite("images.txt", "\n2 ", "\n1 "), "line 2: image id 1 stands in the list twice"),
+    "class 0": ("cub", rewrite("image_class_labels.txt", "1 1\n", "1 0\n"), "class id 0 is out of range 1..200"),
+    "class 201": ("cub", rewrite("image_class_labels.txt", "1 1\n", "1 201\n"), "201 is out of range 1..200"),
+    "absolute": ("cub", rewrite("images.txt", "1 001.Bird_1", "1 /etc"), "line 1: absolute path, '..' or"),
+    "drive": ("cub", rewrite("images.txt", "1 001.Bird_1", "1 C:\\x"), "line 1: absolute path, '..' or"),
+    "dots": ("cub", rewrite("images.txt", "1 001.Bird_1", "1 a/../../b"), "line 1: absolute path, '..' or"),
+    "other dots": ("cub", rewrite("images.txt", "1 001.Bird_1", "1 a\\..\\..\\b"), "line 1: absolute path, '..' or"),
+    "missing folder": ("car", lambda root: shutil.rmtree(root / "car_ims"), "car_ims: missing folder"),
+    "empty .mat": ("car", put("cars_annos.mat", b""), "cars_annos.mat: not a readable Cars196 annotation file"),
+    "HTML .mat": ("car", put("cars_annos.mat", b"<html>" * 99), "cars_annos.mat: not a readable Cars196"),
+    "HDF .mat": ("car", put("cars_annos.mat", b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM"), "not a readable Cars196"),
+    "car class": ("car", car_entry("car_ims/000001.jpg", 197), "class id 197 is out of range 1..196"),
+    "car path": ("car", car_entry("../x.jpg", 1), "entry 1: absolute path, '..' or"),
+    "sop header": ("sop", rewrite("Ebay_train.txt", "image_id class_id", "1 1"), "the header .* is missing"),
+    "sop line": ("sop", rewrite("Ebay_test.txt", "5 11319 1 bicycle_final/", "5 11319 1\n"), "line 2: malformed line"),
+    "sop class": ("sop", rewrite("Ebay_test.txt", "5 11319", "5 22635"), "22635 is out of range 1..22634"),
+    "sop list": ("sop", put("Ebay_test.txt", None), "Ebay_test.txt: missing file"),
+    "isc header": ("isc", rewrite("list_eval_partition.txt", "8\n", ""), "line 2: the header .* is missing"),
+    "isc status": (
+        "isc",
+        rewrite("list_eval_partition.txt", "train", "val"),
+        "line 5: 'val' is not one of train, query",
+    ),
+    "isc line": ("isc", rewrite("list_eval_partition.txt", " id_00000004", ""), "line 3: malformed line: 3 fields"),
+    "isc path": ("isc", rewrite("list_eval_partition.txt", "img/", "/"), "line 3: absolute path, '..' or"),
+    "isc queries": (
+        "isc",
+        lambda root: [rewrite("list_eval_partition.txt", "query", "gallery")(root) for _ in range(2)],
+        r"1 problems, nothing written:\n  the query split has no images$",
+    ),
+}
+WRITERS = {"car": write_car, "cub": write_cub, "sop": write_sop, "isc": write_isc}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_bad_input_is_named_and_an_earlier_cache_stays(tmp_path, damage):
+    name, apply, message = DAMAGES[damage]
+    check_refused(tmp_path, name, WRITERS[name], apply, message)
+
+
+def test_devkit_without_the_labelled_file(tmp_path):
+    write_car_devkit(tmp_path / "car")
+    (tmp_path / "car" / "devkit" / "cars_test_annos_withlabels.mat").unlink()
+    with pytest.raises(InputError, match=r"the file needed is cars_test_annos_withlabels\.mat"):
+        build(tmp_path, "car")
+
+
+def test_label_less_annotations_under_the_labelled_name(tmp_path):
+    write_car_devkit(tmp_path / "car")
+    devkit = tmp_path / "car" / "devkit"
+    shutil.copy(devkit / "cars_test_annos.mat", devkit / "cars_test_annos_withlabels.mat")
+    with pytest.raises(InputError, match=r"has no labels; the file needed is cars_test_annos_withlabels\.mat"):
+        build(tmp_path, "car")
+
+
+def test_annotations_that_crash_their_reader_are_refused(tmp_path, monkeypatch):
+    """As scipy's does on some damaged files, which the generated ones of test_inputs.py contain."""
+    write_car(tmp_path / "car")
+    monkeypatch.setattr(scipy.io, "loadmat", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    message = "cars_annos.mat: not a readable Cars196 annotation file (it crashes scipy's reader)"
+    with pytest.raises(InputError, match=re.escape(message)):
+        build(tmp_path, "car")
+
+
+# ------------------------------------------------------------------------------------------------ the real lists
+
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real annotation files are not on this machine")
+
+
+@needs_shared
+def test_real_cub_lists(tmp_path):
+    (tmp_path / "cub").mkdir()
+    for name in ("images.txt", "image_class_labels.txt"):
+        shutil.copy(SHARED / "cub_meta" / name, tmp_path / "cub")
+    listing = list_data_set("cub", tmp_path / "cub")
+    assert not listing.problems and not listing.warnings
+    assert count_images(listing.entries) == {"train": (100, 5864), "test": (100, 5924)}
+    with pytest.raises(InputError) as refusal:
+        build(tmp_path, "cub")
+    message = str(refusal.value)
+    assert "cub: 11,788 problems" in message and message.count("missing image") == 20
+    assert [path.name for path in (tmp_path / "cub").iterdir() if "cache" in path.name] == [".cache_32.lock"]
+
+
+@needs_shared
+def test_real_car_annotations():
+    entries = read_car_annotations(SHARED / "car_devkit" / "cars_train_annos.mat")
+    assert len(entries) == 8144 and entries[0] == ("00001.jpg", 14)
+    assert sum(class_id <= 98 for _, class_id in entries) == 4052
+    with pytest.raises(InputError, match=r"has no labels.*cars_test_annos_withlabels\.mat"):
+        read_car_annotations(SHARED / "car_devkit" / "cars_test_annos.mat")
+    names = scipy.io.loadmat(SHARED / "car_devkit" / "cars_meta.mat")["class_names"]
+    assert names.shape == (1, 196)

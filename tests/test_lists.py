@@ -1,0 +1,149 @@
+"""Lists of images: images.csv, image folders, and what is wrong with them."""
+
+import os
+import re
+import shutil
+
+import pytest
+from builders import build, check_refused, put, random_image, rewrite, save_image, write_csv, write_image_folder
+
+from dreml.console import InputError
+from dreml.data.known_sets import count_images
+from dreml.data.lists import list_csv
+
+
+def test_csv_data_set(tmp_path, capsys):
+    """As spreadsheets write it; train/ and test/ beside it, with other images, are not looked at."""
+    write_image_folder(tmp_path / "listed")
+    write_csv(tmp_path / "listed")
+    lines = [
+        "path , label,id,split,is_query,is_gallery",
+        "photos/1.png,zebra,7,train,1,1",
+        "photos/2.png,ant,7,train,1,1",
+        'photos/3.png,fox,7,"test",1,0',
+        '"photos/4.png","Grüße, ""cat""",7,test,0,1',
+        "photos/5.png, fox ,7,test,0,1",
+        'photos/6.png,"Grüße, ""cat""",,test,1,1',
+        "",
+    ]
+    (tmp_path / "listed" / "images.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    cache = build(tmp_path, "listed")
+    assert cache.meta.train["classes"] == ["ant", "zebra"]
+    assert cache.meta.test["classes"] == ['Grüße, "cat"', "fox"]
+    assert cache.meta.train["paths"] == ["photos/2.png", "photos/1.png"]
+    assert cache.meta.test["paths"] == [f"photos/{number}.png" for number in (4, 6, 3, 5)]
+    assert cache.array("test_labels").tolist() == [0, 0, 1, 1]
+    assert cache.array("test_is_query").tolist() == [False, True, True, False]
+    assert cache.array("test_is_gallery").tolist() == [True, True, False, True]
+    output = capsys.readouterr()
+    assert "listed: query lists 2 classes, 2 images\nlisted: gallery lists 2 classes, 3 images" in output.out
+    assert output.err == ""
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_csv_line_ends_and_fields_over_two_lines(tmp_path, line_end):
+    """The line of a problem is where its row starts; a row without any field is a blank line."""
+    lines = ["", "path,label,split,note", 'a.png,x,train,"two', 'lines"', ",,,", "b.png,x,toast,", "c.png,y,test"]
+    (tmp_path / "images.csv").write_bytes(line_end.join(lines).encode())
+    listing = list_csv(tmp_path, "")
+    assert [entry.path for entry in listing.entries] == ["a.png"]
+    assert [problem.split(f"{tmp_path}/")[1] for problem in listing.problems] == [
+        "images.csv, line 6: the split 'toast' is neither train nor test",
+        "images.csv, line 7: malformed line: 3 fields, the header has 4",
+    ]
+
+
+def test_csv_roles_default_to_both_and_take_words(tmp_path):
+    lines = ["label,path,split", "x,a.png,train", "y,b.png,test"]
+    (tmp_path / "images.csv").write_text("\n".join(lines))
+    assert [entry[4:] for entry in list_csv(tmp_path, "").entries] == [(True, True)] * 2
+    assert count_images(list_csv(tmp_path, "").entries) == {"train": (1, 1), "test": (1, 1)}
+    lines = ["label,path,split,is_query", "x,a.png,train,", "y,b.png,test,TRUE", "y,c.png,test,False", "y,d.png,test,0"]
+    (tmp_path / "images.csv").write_text("\n".join(lines))
+    listing = list_csv(tmp_path, "")
+    assert not listing.problems
+    assert [entry.is_query for entry in listing.entries] == [True, True, False, False]
+    assert all(entry.is_gallery for entry in listing.entries)
+
+
+def test_csv_as_pandas_and_other_libraries_write_it(tmp_path):
+    lines = ["Path,label,SPLIT,is_query", "a.png,1,Train,", "b.png,2,validation,1.0", "c.png,2,validation,0.0"]
+    (tmp_path / "images.csv").write_text("\n".join(lines))
+    listing = list_csv(tmp_path, "")
+    assert not listing.problems
+    assert [(entry.split, entry.is_query) for entry in listing.entries[1:]] == [("test", True), ("test", False)]
+    (tmp_path / "images.csv").write_text("\n".join([*lines, "d.png,3,test,1", "e.png,3,test,1"]))
+    (problem,) = list_csv(tmp_path, "").problems
+    assert "line 5: the list has both test and validation images" in problem
+
+
+def test_image_folder(tmp_path, capsys):
+    root = tmp_path / "mine"
+    for path in ("train/a/1.JPG", "train/a/2.png", "train/b/deep/er/3.Tiff", "test/c/4.webp", "test/c/.hidden.png"):
+        save_image(root / path)
+    for path in ("train/loose.png", "train/.cache/x/5.png"):
+        save_image(root / path)
+    (root / "train/a/notes.txt").write_text("no image")
+    (root / "test/empty").mkdir()
+    (root / "test/ü c").symlink_to(root / "test/c", target_is_directory=True)  # a link is fine
+    (root / "train/a/loop").symlink_to(root / "train", target_is_directory=True)  # and ends where it would go round
+    meta = build(tmp_path, "mine").meta
+    assert meta.train["classes"] == ["a", "b/deep/er"] and meta.test["classes"] == ["c", "ü c"]
+    assert meta.train["paths"] == ["train/a/1.JPG", "train/a/2.png", "train/b/deep/er/3.Tiff"]
+    assert meta.test["paths"] == ["test/c/4.webp", "test/ü c/4.webp"]
+    assert "1 images outside any class folder are left out" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_read_is_listed(tmp_path, monkeypatch):
+    write_image_folder(tmp_path / "mine")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("train_1"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError) as refusal:
+        build(tmp_path, "mine")
+    assert re.search(r"mine: 1 problems.*\n.*train_1: unreadable folder", str(refusal.value))
+
+
+DAMAGES = {
+    "csv empty": (put("images.csv", b" \n"), "images.csv: empty; its first line has to be path,label,split"),
+    "csv column": (rewrite("images.csv", "label", "class"), "line 1: no column 'label' in the header"),
+    "csv columns": (
+        rewrite("images.csv", "is_query,is_gallery", "split,split"),
+        "line 1: two columns 'split' in the header 'path,label,split,split,split'",
+    ),
+    "csv separator": (put("images.csv", b"path;label;split\n"), "no column 'path', .* in the header 'path;label"),
+    "csv split": (rewrite("images.csv", "zebra,train", "zebra,"), "line 2: the split '' is neither train nor"),
+    "csv label": (rewrite("images.csv", "zebra", " "), "line 2: the label is empty"),
+    "csv absolute": (rewrite("images.csv", "photos/1", "/photos/1"), "line 2: absolute path, '..' or"),
+    "csv dots": (rewrite("images.csv", "photos/1", "../photos/1"), "line 2: absolute path, '..' or"),
+    "csv no path": (rewrite("images.csv", "photos/1.png", ""), "line 2: absolute path, '..' or"),
+    "csv short": (rewrite("images.csv", "zebra,", ""), "line 2: malformed line: 4 fields, the header has 5"),
+    "csv long": (rewrite("images.csv", "zebra,", "a,b,"), "line 2: malformed line: 6 fields, the header has 5"),
+    "csv quote": (rewrite("images.csv", "zebra,", '"zebra,'), "line 2: not valid CSV, read no further"),
+    "csv bytes": (put("images.csv", b"path,label\n\n\xff"), r"images.csv: not a readable .* UTF-8 \(line 3: "),
+    "csv NUL": (rewrite("images.csv", "fox", "f\0x"), "images.csv, line 4: a NUL byte"),
+    "csv truth": (rewrite("images.csv", "test,1", "test,yes"), "line 4: is_query and is_gallery have to be 0, 1,"),
+    "csv neither": (rewrite("images.csv", "test,1,0", "test,0,0"), "line 4: a test image has to be a query, in"),
+    "csv gallery": (
+        lambda root: [rewrite("images.csv", f"test,{old}", "test,1,0")(root) for old in ("0,1", "0,1", "1,1")],
+        "the gallery split has no images",
+    ),
+    "csv image": (put("photos/1.png", None), "photos/1.png: missing image"),
+    "no test folder": (lambda root: shutil.rmtree(root / "test"), "test: missing folder"),
+    "empty split": (lambda root: [path.unlink() for path in root.glob("test/*/*")], "the test split has no images"),
+    "1-pixel-wide": (
+        lambda root: random_image(0, 1, 14_000).save(root / "train/train_0/0.png"),
+        "35 x 490000 after the resize is over 16,000,000 pixels",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_bad_input_is_named_and_an_earlier_cache_stays(tmp_path, damage):
+    write = write_csv if damage.startswith("csv") else write_image_folder
+    check_refused(tmp_path, "mine", write, *DAMAGES[damage])

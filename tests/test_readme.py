@@ -1,0 +1,109 @@
+"""What the texts promise: their commands are accepted, their Python runs, their links lead somewhere; and --help."""
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import save_image
+from processes import ROOT
+
+SCRIPTS = [path.name for path in sorted(ROOT.glob("*.py")) if '__name__ == "__main__"' in path.read_text("utf-8")]
+BENCHMARKS = [f"-m benchmarks.{path.stem}" for path in sorted((ROOT / "benchmarks").glob("*.py"))]
+MODULES = {name: importlib.import_module(name.removesuffix(".py").removeprefix("-m ")) for name in SCRIPTS + BENCHMARKS}
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
+
+
+@pytest.fixture(params=MODULES)
+def parser(request, monkeypatch) -> argparse.ArgumentParser:
+    """The parser of a script, when it is asked for --help on a terminal of 80 columns."""
+    parsers = []
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda self: parsers.append(self))
+    with pytest.raises(SystemExit, match="0"):
+        MODULES[request.param].parse_args(["--help"])
+    return parsers[0]
+
+
+def test_help_fits_a_screen_and_explains_every_option(parser):
+    text = parser.format_help()
+    assert 10 < text.count("\n") <= 50 and max(map(len, text.splitlines())) <= 120
+    assert len(parser._actions) > 4 and not [action.dest for action in parser._actions if not action.help]
+
+
+# ------------------------------------------------------------------------------------------------ texts
+
+
+def code_lines(text: str) -> list[str]:
+    """The lines of a page's code blocks, and its pieces of code between backticks."""
+    block = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    lines = [line for content in block.findall(text) for line in content.splitlines()]
+    text = block.sub("", text)
+    lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+    return lines + re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE)
+
+
+def commands(lines: list[str]) -> list[tuple[str, list[str]]]:
+    """(script, options) of each command that calls a script of ours."""
+    found = []
+    for part in (part for line in lines for part in line.split(" && ")):
+        command = re.match(r"(?:python|torchrun) (?:--\S+ )*(\w+\.py|-m benchmarks\.\w+)(?= |$)(.*)", part)
+        if command:
+            found.append((command[1], shlex.split(command[2].removesuffix("..."), comments=True)))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_is_accepted(page):
+    """Option names and values; most commands take too long to run here."""
+    found = commands(code_lines(page.read_text("utf-8")))
+    for script, options in found:
+        if options != ["--help"]:
+            MODULES[script].parse_args(options)
+    if page == README:
+        assert {"data_utils.py", "train.py", "evaluate.py", "retrieve.py"} <= {script for script, _ in found}
+    if page.parent.name == "benchmarks":
+        assert {script for script, _ in found} >= set(BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_command_of_a_docstring_is_accepted(name):
+    """Its explanation follows after two spaces."""
+    lines = re.findall(r"^ {4}(python \S+(?: \S+)*)", MODULES[name].__doc__, re.MULTILINE)
+    found = commands(lines)
+    assert len(found) == len(lines) > 0
+    for script, options in found:
+        MODULES[script].parse_args(options)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_somewhere(page):
+    text = page.read_text("utf-8")
+    links = re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", text) + [
+        (src, "") for src in re.findall(r'src="(.*?)"', text)
+    ]
+    for path, anchor in links:
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), anchor
+
+
+def anchors(page: Path) -> list[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_the_python_of_the_readme(small_run, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    save_image(tmp_path / "photo.jpg")
+    code, number = re.subn(r'"results/\w+[^"]*"', repr(str(small_run)), code)
+    code = code.replace('"photo.jpg"', repr(str(tmp_path / "photo.jpg")))
+    names = {}
+    exec(code, names)
+    assert number == 1 and names["embedding"].shape == (1, 6)
+    np.testing.assert_allclose((names["embedding"] ** 2).sum().item(), 2, rtol=1e-5)

@@ -1,0 +1,71 @@
+"""search.py: nearest neighbours and the embedding of image files."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from builders import copy_run, embed_files, save_image
+from reference import mean_cosines
+
+from dreml.console import InputError
+from dreml.files import read_record, write_record
+from dreml.runs.folder import MemberRecord, member_file, read_run_record
+from dreml.search import embed_images, folder_items, nearest
+from model import load_ensemble
+
+
+@pytest.mark.parametrize("max_block", [1, 30, 2**22])
+def test_ties_go_to_the_first(max_block):
+    """Equal rows in scrambled places, in any blocks: by similarity, then by number; a query itself is left out."""
+    generator = np.random.default_rng(0)
+    rows = torch.nn.functional.normalize(torch.from_numpy(generator.normal(size=(4, 5))).float(), dim=1)
+    gallery = rows[torch.from_numpy(generator.integers(0, 4, 40))]
+    queries = torch.cat([rows, gallery[:6]])
+    left_out = [-1] * 4 + list(range(6))
+    similarities, numbers = nearest(queries, gallery, 12, left_out, max_block=max_block)
+    expected = (queries.double() @ gallery.double().T).numpy().round(5)
+    for query, itself in enumerate(left_out):
+        order = [number for number in np.lexsort((np.arange(40), -expected[query])) if number != itself][:12]
+        assert numbers[query].tolist() == order
+        np.testing.assert_allclose(similarities[query], expected[query, order], atol=2e-5)
+
+
+def test_rounding_breaks_no_tie():
+    """Two similarities 6e-8 apart, as other orders of summation give them, are equal."""
+    gallery = torch.tensor([[1.0], [1 + 2**-23], [1.001]])
+    assert (0.5 * gallery).unique().numel() == 3
+    assert nearest(torch.tensor([[0.5]]), gallery, 3, [-1])[1].tolist() == [[2, 0, 1]]
+
+
+def test_after_a_bad_photo_no_more_is_embedded(tiny_run, tmp_path):
+    """All bad ones are named, and none of the time of a large gallery is lost."""
+    for name in "bcd":
+        save_image(tmp_path / f"{name}.png")
+    for name in "ae":
+        (tmp_path / f"{name}.png").write_bytes(b"no image")
+    ensemble, embedded = load_ensemble(tiny_run), []
+    ensemble.register_forward_hook(lambda *_: embedded.append(1))
+    with pytest.raises(InputError, match=r"^--query: 2 problems:\n.*a\.png: .*\n.*e\.png: ") as refusal:
+        embed_images("--query", folder_items("--query", tmp_path), ensemble, batch_size=1)
+    assert "b.png" not in str(refusal.value) and not embedded
+
+
+def test_photos_are_embedded_in_the_runs_own_way(tiny_run, tmp_path):
+    """--resize squash: all of a wide image. Batches leave no trace."""
+    run = copy_run(tiny_run, tmp_path / "run")
+    record = read_run_record(run)
+    record.settings = dataclasses.replace(record.settings, resize="squash")
+    write_record(run / "args.json", record)
+    path = run / member_file(1, "json")
+    write_record(path, dataclasses.replace(read_record(path, MemberRecord), run=record.settings_hash))
+    files = [tmp_path / "photos" / f"{number}.png" for number in range(5)]
+    for number, file in enumerate(files):
+        save_image(file, number, width=150)
+    items = folder_items("--gallery", tmp_path / "photos")
+    ensemble = load_ensemble(run, num_members=1)
+    rows = embed_images("--gallery", items, ensemble, batch_size=5).numpy()
+    np.testing.assert_allclose(rows @ rows.T, mean_cosines(embed_files(ensemble, files)), atol=1e-5)
+    np.testing.assert_allclose(embed_images("--gallery", items, ensemble, batch_size=2), rows, atol=1e-5)
+    cropped = embed_images("--gallery", items, load_ensemble(tiny_run, num_members=1), batch_size=5)
+    assert abs(cropped.numpy() - rows).max() > 0.01

@@ -1,0 +1,325 @@
+"""dreml/runs/writer.py: what a run folder holds, when it is refused, its logs and locks."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from builders import copy_run, digests, edit_record, only_folder, train_tiny
+from reference import slow_recall
+from torch import nn
+
+import data_utils
+import train
+from dreml import files
+from dreml.files import read_record, take_lock, write_record
+from dreml.runs import writer
+from dreml.runs.folder import MemberRecord, Members, TestSplit, read_run_record
+
+TestSplit.__test__ = False
+CPU = torch.device("cpu")
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+
+def test_run_folder(tiny_run, tiny_data, tiny_cache):
+    assert tiny_run.name == "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
+    names = {"args.json", "cache_compared.json", "recall.csv", "test.csv", "train.csv"}
+    names |= {f"member_00{member}.{suffix}" for member in (1, 2) for suffix in ("json", "npy", "pth")}
+    assert {path.name for path in tiny_run.iterdir() if not path.name.endswith(".lock")} == names
+
+    record = json.loads((tiny_run / "args.json").read_text())
+    assert record["options"]["ensemble_size"] == 2 and record["settings"]["lr"] == 1e-3 and record["format"] == 2
+    assert record["data"]["fingerprint"] == tiny_cache.fingerprint
+    assert record["data"]["mean"] == tiny_cache.meta.mean and record["data"]["std"] == tiny_cache.meta.std
+    assert record["data"]["counts"]["train"] == {"classes": 6, "images": 36}
+    assert record["environment"]["torch"] == torch.__version__
+
+    test = pd.read_csv(tiny_run / "test.csv")
+    assert list(test.columns[:4]) == ["path", "label", "is_query", "is_gallery"]
+    assert test.label.tolist() == tiny_cache.array("test_labels").tolist() and test.is_query.all()
+    assert all((tiny_data / "tiny" / path).is_file() for path in test.path)
+
+    for member in (1, 2):
+        finished = json.loads((tiny_run / f"member_00{member}.json").read_text())
+        hashes = digests(tiny_run, f"member_00{member}.[np]*")
+        assert finished["sha256"] == hashes and finished["member"] == member
+        assert np.load(tiny_run / f"member_00{member}.npy").dtype == np.float32
+
+
+def test_train_log(tiny_run):
+    log = pd.read_csv(tiny_run / "train.csv")
+    assert ",".join(log.columns) == "member,epoch,loss,accuracy,lr,seconds,images_per_second"
+    assert log[["member", "epoch"]].values.tolist() == [[1, 0], [1, 1], [2, 0], [2, 1]]
+    np.testing.assert_allclose(log.lr, [1e-3, 1e-5, 1e-3, 1e-5])
+    history = json.loads((tiny_run / "member_002.json").read_text())["history"]
+    assert log.accuracy[3] == pytest.approx(100 * history[1]["correct"] / 36, abs=1e-4)
+    assert log.loss.between(0.1, 3).all() and (log.images_per_second > 0).all()
+
+
+def test_recall_log_equals_the_definition(tiny_run):
+    """From the files alone, by the slow implementation."""
+    labels = pd.read_csv(tiny_run / "test.csv").label.to_numpy()
+    members = [np.load(tiny_run / f"member_00{member}.npy") for member in (1, 2)]
+    expected = 100 * slow_recall(members, labels, [1, 4])
+    lines = (tiny_run / "recall.csv").read_text().splitlines()
+    assert lines[0] == "ensemble_size,R@1,R@4"
+    assert lines[1:] == [f"{size},{r1:.4f},{r4:.4f}" for size, (r1, r4) in enumerate(expected, 1)]
+    assert 20 < expected[1, 0] < 100  # chance is 14 %
+
+
+def test_a_member_is_finished_by_its_last_file(tmp_path, monkeypatch):
+    """Its record, with the checksums of the others, follows the weights and the embedding."""
+    written, replace_file = [], os.replace
+
+    def spy(source, target):
+        written.append(Path(target).name)
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", spy)
+    epoch = dict.fromkeys(("epoch", "loss", "accuracy", "lr", "seconds", "images_per_second"), 0)
+    owner = {"member": 1, "run": "r", "environment": {}}
+    record = MemberRecord(**owner, best_epoch=0, history=[epoch], partition=[0, 1], sha256={})
+    model = nn.Linear(2, 2)
+    writer.save_member(tmp_path, record, model, torch.tensor([[1.0, 2.0]]))
+    assert written == ["member_001.pth", "member_001.npy", "member_001.json"]
+    members = Members(tmp_path, "r")
+    members.refresh()
+    assert members.records == {1: record} and record.sha256 == digests(tmp_path, "*.[np]*")
+    assert members.embeddings(1, "logits", CPU)[0].tolist() == [[1, 2]]
+    saved = torch.load(tmp_path / "member_001.pth", weights_only=True)
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+    del written[:]
+    weights = record.sha256["member_001.pth"]
+    writer.save_pooled(tmp_path, 1, "r", weights, torch.tensor([[3.0]]))
+    assert written == ["pooled_001.npy", "pooled_001.json"]
+    assert members.embeddings(1, "pooled", CPU)[0].tolist() == [[3]]
+
+
+def test_the_recall_log_ends_before_a_missing_member(small_run, tmp_path):
+    folder = copy_run(small_run, tmp_path / "run")
+    record = read_record(folder / "member_002.json", MemberRecord)
+    (folder / "member_002.json").unlink()
+    for suffix in ("npy", "pth"):
+        shutil.move(folder / f"member_002.{suffix}", folder / f"member_003.{suffix}")
+    hashes = {name.replace("002", "003"): value for name, value in record.sha256.items()}
+    write_record(folder / "member_003.json", replace(record, member=3, sha256=hashes))
+    split = TestSplit(torch.arange(36) // 6, torch.ones(36).bool(), torch.ones(36).bool())
+    members = Members(folder, record.run)
+    table, embeddings = writer.update_logs(members, 3, CPU, partial(train.recall_table, split, [1, 4]), "logits")
+    assert sorted(members.records) == [1, 3] and len(table) == len(embeddings) == 1
+    assert pd.read_csv(folder / "train.csv").member.tolist() == [1, 1, 3, 3]
+
+
+def test_one_process_at_a_time_writes_the_logs(small_run, tmp_path):
+    """Its lock lies outside, and is held from before the embeddings are read until the logs are written."""
+    folder = copy_run(small_run, tmp_path / "run")
+    for name in ("recall_pooled.csv", "train.csv"):
+        (folder / name).write_text("old")
+
+    def table_of(embeddings):
+        assert take_lock(tmp_path / ".run.lock", timeout=0) is None
+        return pd.DataFrame({"ensemble_size": [], "R@1": []})
+
+    members = Members(folder, read_run_record(folder).settings_hash)
+    writer.update_logs(members, 2, CPU, table_of, "pooled")
+    assert (folder / "recall_pooled.csv").read_text() == "ensemble_size,R@1\n"
+    assert (folder / "train.csv").read_text() == (small_run / "train.csv").read_text()
+    assert (folder / "recall.csv").read_text() == (small_run / "recall.csv").read_text()
+    with take_lock(tmp_path / ".run.lock", timeout=0):
+        pass
+
+
+def test_a_process_that_waits_for_another_says_so(tmp_path, capsys, monkeypatch):
+    waiting, timeouts = threading.Event(), []
+
+    def lock(path, timeout=-1):
+        timeouts.append(timeout)
+        if timeout < 0:
+            waiting.set()
+        return take_lock(path, min(timeout, 0.1))
+
+    def other_process():
+        with writer.run_lock(tmp_path / "run"):
+            pass
+
+    monkeypatch.setattr(writer, "take_lock", lock)
+    thread = threading.Thread(target=other_process)
+    with writer.run_lock(tmp_path / "run"):
+        assert capsys.readouterr().out == ""
+        thread.start()
+        assert waiting.wait(10)
+        thread.join(0.2)
+        assert thread.is_alive() and take_lock(tmp_path / ".run.lock", timeout=0) is None
+    thread.join(10)
+    assert not thread.is_alive() and timeouts == [2, 2, -1]
+    assert capsys.readouterr().out == f"{tmp_path / 'run'}: waiting for another process of this run\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_outlook_is_of_the_other_members(tmp_path, capsys, monkeypatch):
+    """Their time and room, as the first one took; a disk that will be full is a warning."""
+    for name, size in (("member_001.pth", 900), ("member_001.npy", 100), ("member_002.pth", 500)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    usage = shutil.disk_usage(tmp_path)
+    for free, warned in ((1999, True), (2000, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        for seconds, duration in ((60.0, "2.0 minutes"), (2690.0, "89.7 minutes"), (5400.0, "3.0 hours")):
+            writer.print_outlook(tmp_path, "member_001.*", 2, seconds)
+            output = capsys.readouterr()
+            assert output.out == f"the other 2 members need about {duration} and 2.00kB (2.00kB are free)\n"
+            assert ("the disk will be full before the ensemble is finished" in output.err) == warned
+
+
+def test_the_environment_says_what_a_number_depends_on(monkeypatch):
+    """The commit is that of this code, wherever it is run; without git, there is none."""
+
+    def git(output: str, change: str):
+        def run(command, **_):
+            assert command[:3] == ["git", "-C", str(Path(writer.__file__).parent)]
+            return subprocess.CompletedProcess(command, 0, change if "status" in command else output)
+
+        return run
+
+    for output, change, commit in (("abc\n", "", "abc"), ("abc\n", " M a.py\n", "abc+changes"), ("", "", None)):
+        monkeypatch.setattr(subprocess, "run", git(output, change))
+        here = writer.environment(CPU)
+        assert here["commit"] == commit
+    assert (here["torch"], here["numpy"], here["threads"]) == (torch.__version__, np.__version__, 1)
+    assert set(here) == {"python", "torch", "torchvision", "numpy", "device", "threads", "commit"}
+    assert here["device"].startswith("cpu (")
+
+    def missing(command, **_):
+        raise FileNotFoundError(2, "No such file or directory", "git")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert writer.environment(CPU)["commit"] is None
+
+
+# ------------------------------------------------------------------------------------------------ folders refused
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (["settings", "lr"], 0.5, "other settings: lr 0.5, not 0.001"),
+        (["settings", "flip"], False, "other settings: flip False, not True"),
+        (["data", "fingerprint"], "0", r"other settings: cache \(fingerprint\) 0, not"),
+    ],
+)
+def test_other_settings_under_the_same_name_are_refused(
+    tiny_data, small_run, tmp_path, capsys, no_training, keys, value, message
+):
+    folder = copy_run(small_run, tmp_path / small_run.name)
+    edit_record(folder / "args.json", *keys, value=value)
+    before = digests(folder)
+    assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "3") == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+    assert digests(folder) == before
+
+
+@pytest.mark.parametrize("change", ["missing", "damaged"])
+def test_the_members_stand_in_for_a_lost_run_record(tiny_data, small_run, tmp_path, capsys, no_training, change):
+    """It is written anew for members that fit the command, and never for members of something else."""
+    folder = copy_run(small_run, tmp_path / small_run.name)
+    path = folder / "args.json"
+    lines = path.read_text().replace('"flip": true', '"flip": false')
+    path.unlink() if change == "missing" else path.write_text(lines)
+    assert train_tiny(tiny_data, tmp_path) == 0
+    assert ("args.json is damaged" in capsys.readouterr().err) == (change == "damaged")
+    assert read_run_record(folder).settings == read_run_record(small_run).settings
+
+    path.unlink()
+    for member in (1, 2):
+        edit_record(folder / f"member_00{member}.json", "run", value="another")
+    before = digests(folder)
+    assert train_tiny(tiny_data, tmp_path) == 2
+    assert "no sound args.json and no member of these settings and data" in capsys.readouterr().err
+    assert digests(folder) == before
+
+
+def test_another_environment_is_a_warning_and_recorded(tiny_data, small_run, tmp_path, capsys):
+    folder = copy_run(small_run, tmp_path / small_run.name)
+    edit_record(folder / "args.json", "environment", "torch", value="1.0")
+    assert train_tiny(tiny_data, tmp_path) == 0 and "warning" not in capsys.readouterr().err  # nothing to train
+    assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "3") == 0
+    assert f"warning: this run was begun with torch 1.0 (now {torch.__version__})\n" in capsys.readouterr().err
+    assert read_run_record(folder).environment["torch"] == "1.0"
+    assert json.loads((folder / "member_003.json").read_text())["environment"]["torch"] == torch.__version__
+
+
+def test_leftovers_of_finished_members_are_removed(tiny_data, small_run, tmp_path, no_training):
+    """Of a process that was killed before it could."""
+    folder = copy_run(small_run, tmp_path / small_run.name)
+    gone = ["progress_001.pt", ".progress_002.pt.tmp-123", ".args.json.tmp-1", ".recall.csv.tmp-1"]
+    gone += [".cache_compared.json.tmp-1"]
+    for name in [*gone, "progress_003.pt"]:
+        (folder / name).write_bytes(b"x")
+    assert train_tiny(tiny_data, tmp_path) == 0
+    assert not [name for name in gone if (folder / name).exists()] and (folder / "progress_003.pt").exists()
+
+
+def test_a_full_disk_costs_the_member_but_no_file(tiny_data, small_run, tmp_path, capsys, monkeypatch):
+    folder = copy_run(small_run, tmp_path / small_run.name)
+    before = digests(folder, "member_*")
+
+    def full(file):
+        if "member" in file.name:
+            raise OSError(28, "No space left on device", file.name)
+
+    monkeypatch.setattr(files, "flush_to_disk", full)
+    assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "3") == 1
+    error = capsys.readouterr().err
+    assert "train.py: failed: [Errno 28] No space left on device" in error and error.count("\n") == 1
+    assert digests(folder, "*member_*[!k]") == before
+
+
+def test_a_run_record_that_cannot_be_written_ends_the_run(tiny_data, small_run, tmp_path, capsys, no_training):
+    folder = copy_run(small_run, tmp_path / small_run.name)
+    (folder / "test.csv").unlink()
+    (folder / "test.csv").mkdir()
+    assert train_tiny(tiny_data, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "train.py: cannot write the results: " in error and error.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------ the cache
+
+
+def test_the_content_of_a_cache_is_compared_once(tiny_data, small_run, tmp_path, monkeypatch, capsys, no_training):
+    folder = copy_run(small_run, tmp_path / "results" / small_run.name)
+    data, results = tmp_path / "data", tmp_path / "results"
+    shutil.copytree(tiny_data, data, copy_function=shutil.copy)  # the same content of another time
+    compared, verify_cache = [], writer.verify_cache
+
+    def verify(cache):
+        compared.append(cache.folder)
+        verify_cache(cache)
+
+    monkeypatch.setattr(writer, "verify_cache", verify)
+    for expected in (1, 1):
+        assert train_tiny(data, results) == 0 and len(compared) == expected
+    path = data / "tiny" / "cache_32" / "test_images.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for expected in (2, 3):  # a damaged one is not remembered
+        assert train_tiny(data, results) == 2 and len(compared) == expected
+        error = capsys.readouterr().err
+        assert re.search(r"damaged: test_images; make it again with: python data_utils\.py .*--force\n$", error)
+    options = "--data_name tiny --image_size 32 --force".split()
+    assert data_utils.main(["--data_path", str(data), *options]) == 0
+    assert train_tiny(data, results) == 0 and len(compared) == 4
+    (folder / "cache_compared.json").write_text("{damaged")
+    assert train_tiny(data, results) == 0 and len(compared) == 5
+    assert only_folder(results) == folder and compared == [data / "tiny" / "cache_32"] * 5
