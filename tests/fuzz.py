@@ -317,6 +317,9 @@ def our_record(name: str, box: Box, examples: int) -> None:
     path = box.root / "box" / name if "/" in name else folder / name
     for function in ("finish_member", "pool_member"):
         box.patch.setattr(train, function, reached)
+    box.patch.setattr(evaluate, "save_figure", lambda *_: None)
+    box.patch.setattr(retrieve, "draw_neighbours", lambda *_: None)
+    reads = [(evaluate.main, ["--plot"]), (retrieve.main, ["--query", "test:0"])]
     shutil.copytree(box.pooled_run, folder, copy_function=os.link)
     good = {file: file.read_bytes() for file in {path, *folder.glob("*.json"), *folder.glob("*.csv")}}
 
@@ -326,6 +329,8 @@ def our_record(name: str, box: Box, examples: int) -> None:
             file.write_bytes(before)
         path.unlink()
         write_record(path, content) if isinstance(content, dict) else path.write_bytes(content)
+        for main, options in reads:
+            box.call(main, [str(folder), "--embedding", "pooled", "--output", str(box.results / "out"), *options])
         code, text = box.train("--embedding", "pooled")
         for log in ("recall.csv", "recall_pooled.csv") if code == 0 else ():
             assert (folder / log).read_bytes() == good[folder / log], text

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -106,6 +107,12 @@ def test_signals_stop_at_the_next_safe_place(capsys, number, code, word):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert run_main("script.py", raise_if_interrupted, "less") == 0  # it is forgotten
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_thread_may_run_a_script_too():
+    """There Python cannot handle signals."""
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(run_main, "script.py", lambda: None, "less").result() == 0
 
 
 def test_what_does_not_go_on_does_not_say_so(capsys):

@@ -78,19 +78,28 @@ def test_what_is_no_run_is_not_opened(tiny_run, tmp_path):
     [
         ("args.json", ["settings", "other"], 1),
         ("args.json", ["settings"], "lr"),
+        ("args.json", ["settings", "image_size"], None),
+        ("args.json", ["settings", "flip"], 1),
+        ("args.json", ["settings", "lr"], "0.1"),
         ("args.json", ["data"], None),
         ("args.json", ["data"], 5),
         ("args.json", ["data", "std"], [0.1, 0.1]),
         ("args.json", ["data", "mean"], ["a", "b", "c"]),
         ("args.json", ["data", "fingerprint"], 5),
         ("args.json", ["options"], 5),
+        ("args.json", ["options"], {}),
+        ("args.json", ["options", "data_path"], 5),
         ("args.json", ["environment"], None),
         ("args.json", ["more"], 1),
         ("member_001.json", ["best_epoch"], 2),
         ("member_001.json", ["best_epoch"], -1),
         ("member_001.json", ["best_epoch"], "0"),
+        ("member_001.json", ["best_epoch"], True),
         ("member_001.json", ["history"], []),
         ("member_001.json", ["history"], [{"epoch": 0}] * 2),
+        ("member_001.json", ["history", 1, "accuracy"], "x"),
+        ("member_001.json", ["history", 1, "loss"], [1.0]),
+        ("member_001.json", ["history", 1], "epoch"),
         ("member_001.json", ["history"], 5),
         ("member_001.json", ["sha256"], "x"),
         ("member_001.json", ["environment"], 5),
@@ -276,6 +285,16 @@ def test_bad_pooled_files_are_named_and_made_again(
     assert re.search(r"^member 1/2: pooled features, [\d.]+ s$", output.out, re.MULTILINE)
     for pattern in ("member_*", "pooled_*", "*.csv"):
         assert digests(folder, pattern) == digests(small_pooled_run, pattern)
+
+
+def test_features_of_a_member_without_a_checksum_are_not_taken(small_pooled_run, tmp_path, capsys):
+    folder = copy_run(small_pooled_run, tmp_path / small_pooled_run.name)
+    checksums = read_record(folder / "member_001.json")["sha256"]
+    edit_record(folder / "member_001.json", "sha256", value={"member_001.npy": checksums["member_001.npy"]})
+    members = open_run(folder)[1]
+    members.refresh("pooled")
+    assert (sorted(members.records), members.pooled) == ([1, 2], {2})
+    assert capsys.readouterr().err.startswith("warning: pooled_001.json counts as not made (ValueError: of another run")
 
 
 def test_logits_need_no_pooled_files(small_pooled_run, tiny_data, tmp_path, capsys, no_training):

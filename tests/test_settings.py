@@ -21,7 +21,8 @@ def parse(*options: str) -> Settings:
 
 def record_of(settings: Settings, fingerprint: str = "f") -> RunRecord:
     data = DataRecord(fingerprint, [0.5] * 3, [0.2] * 3, {})
-    return RunRecord(format=FORMAT, settings=settings, data=data, options={}, environment={})
+    options = {"data_path": "data"}
+    return RunRecord(format=FORMAT, settings=settings, data=data, options=options, environment={})
 
 
 def other_values(field: Field) -> list:

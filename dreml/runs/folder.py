@@ -63,6 +63,8 @@ class RunRecord:
         if self.settings.precision not in PRECISIONS:
             raise ValueError("unknown precision")
         self.options, self.environment = dict(self.options), dict(self.environment)
+        if not isinstance(self.options.get("data_path"), str):
+            raise ValueError("its options have no data_path")
 
     @property
     def settings_hash(self) -> str:
@@ -84,10 +86,11 @@ class MemberRecord:
 
     def __post_init__(self):
         self.environment, self.sha256 = dict(self.environment), dict(self.sha256)
-        if not 0 <= self.best_epoch < len(self.history):
+        self.history = [dict(epoch) for epoch in self.history]
+        if type(self.best_epoch) is not int or not 0 <= self.best_epoch < len(self.history):
             raise ValueError("no such best epoch")
-        if any(name not in epoch for epoch in self.history for name in HISTORY_COLUMNS):
-            raise ValueError("its history lacks a column")
+        if any(type(epoch.get(name)) not in (int, float) for epoch in self.history for name in HISTORY_COLUMNS):
+            raise ValueError("its history lacks a number")
 
 
 @dataclass
@@ -181,7 +184,7 @@ class Members:
                 continue
             try:
                 record = read_record(path, PooledRecord)
-                weights = self.records[member].sha256[member_file(member, "pth")]
+                weights = self.records[member].sha256.get(member_file(member, "pth"))
                 if (record.member, record.run, record.weights) != (member, self.settings_hash, weights):
                     raise ValueError("of another run, member or weights")
                 if sha256(path.with_suffix(".npy")) != record.sha256:

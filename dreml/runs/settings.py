@@ -73,6 +73,9 @@ class Settings:
     def __post_init__(self):
         for each in fields(self):
             choices, value = each.metadata["argument"]["choices"], getattr(self, each.name)
+            kinds = (float, type(None)) if each.name == "lr" else (type(each.default),)
+            if type(value) not in kinds:  # from a record of somebody else's
+                raise ValueError(f"{each.name} is {value!r}, not a {kinds[0].__name__}")
             if choices and value not in choices:
                 raise ValueError(f"{each.name} is {value!r}, not one of {', '.join(choices)}")
         if self.lr is None:

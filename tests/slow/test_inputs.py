@@ -6,7 +6,7 @@ pytest -m slow tests/slow/test_inputs.py
 import pytest
 from fuzz import CASES
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Detected pickle protocol")]
 
 
 @pytest.mark.parametrize("name", CASES)
