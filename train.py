@@ -4,7 +4,8 @@
     python train.py --data_name demo --image_size 32 --weights none --lr 1e-3 --no_flip      small enough for a CPU
 
 Each member is a classifier of its own random partition of the training classes into meta-classes. A rerun of the same
-command trains only what is missing; a larger --ensemble_size adds members to the same run folder.
+command trains only what is missing; a larger --ensemble_size adds members to the same run folder. Start reading at
+`run`, then `train_member`, `train_epoch`, `train_step`.
 """
 
 import argparse
@@ -58,8 +59,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     rest("--ensemble_size", type=console.natural_number, default=12, metavar="L", help="members (default: 12)")
     members_help = "train only these of them, such as 13-24 (default: all)"
     rest("--members", type=console.member_list, metavar="I-J", help=members_help)
-    recalls_help = "Recall@K (default: 1,2,4,8; isc: 1,10,20,30)"
-    rest("--recalls", type=console.recall_list, metavar="K,K", help=recalls_help)
+    rest("--recalls", type=console.recall_list, metavar="K,K", help="Recall@K (default: 1,2,4,8; isc: 1,10,20,30)")
     embedding_help = "logits (default), or pooled: the features before the last layer, of the same members"
     rest("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
     rest("--data_path", type=Path, default=Path("data"), metavar="DIR", help="data sets (default: data)")
@@ -108,8 +108,8 @@ class Sums:
 
     @classmethod
     def zeros(cls, device: torch.device) -> "Sums":
-        whole = {"dtype": torch.int64, "device": device}
-        return cls(torch.zeros((), device=device), torch.zeros((), **whole), torch.zeros((), **whole))
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        return cls(torch.zeros((), device=device), counts[0], counts[1])
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:
@@ -120,6 +120,8 @@ def make_optimizer(name: str, model: nn.Module, lr: float, device: torch.device)
     fused = device.type in ("cuda", "cpu")
     if name == "adam":
         return torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
+    if name != "sgd":
+        raise ValueError(f"no optimizer is called {name!r}")
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=fused)
     for parameter in model.parameters():
         # PyTorch's own start, uninitialised memory, is kept if fp16's scale overflows in the first step (2.6 to 2.15).
@@ -232,10 +234,11 @@ def train_member(
     """
     settings, compute, cache = experiment.settings, experiment.compute, experiment.cache
     labels, (num_classes, _) = cache.array("train_labels"), cache.counts["train"]
-    draw = partial(draws, settings.seed, member, 0)
-    partition = meta_class_partition(num_classes, settings.meta_class_size, draw("partition"))
-    targets, images = partition[labels], capped_images(labels, MAX_IMAGES_PER_CLASS, draw("cut"))
-    state, history, best_epoch, best_model = initial_state(experiment, member), [], -1, None
+    draw_once = partial(draws, settings.seed, member, 0)
+    partition = meta_class_partition(num_classes, settings.meta_class_size, draw_once("partition"))
+    targets, images = partition[labels], capped_images(labels, MAX_IMAGES_PER_CLASS, draw_once("cut"))
+    state = initial_state(experiment, member)
+    history, best_epoch, best_model = [], -1, None
     earlier = progress.read() if progress else None
     if earlier:
         state.load_state_dict(earlier)
@@ -400,10 +403,9 @@ def run(args: argparse.Namespace) -> None:
 def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSplit) -> None:
     """Raises InputError for numbers of meta-classes or K that the data set is too small for."""
     (num_classes, _), num_gallery = cache.counts["train"], int(split.is_gallery.sum())
-    if not 2 <= settings.meta_class_size <= num_classes:
-        raise InputError(
-            f"--meta_class_size {settings.meta_class_size} has to be in 2..{num_classes} (training classes)"
-        )
+    size = settings.meta_class_size
+    if not 2 <= size <= num_classes:
+        raise InputError(f"--meta_class_size {size} has to be in 2..{num_classes} (training classes)")
     if max(ks) >= num_gallery:
         raise InputError(f"--recalls: {max(ks)} is not below the number of gallery images, {num_gallery}")
 

@@ -141,7 +141,7 @@ def _set_alarm(seconds: float) -> None:
 def progress_bar(items: Iterable[T], title: str, total: int, unit: str = " images") -> Iterator[T]:
     """Yields the items, with a progress bar if they take more than a second. Stops at Ctrl-C and SIGTERM.
 
-    Without a terminal there is no bar.
+    Without a terminal there is no bar. (The bar of the training itself stands in `train.train_epoch`.)
     """
     for item in tqdm(items, title, total, unit=unit, delay=1, disable=None):
         raise_if_interrupted()

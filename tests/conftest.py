@@ -21,10 +21,19 @@ from dreml.data import workers
 from dreml.data.cache import Cache, read_cache
 from dreml.data.demo import draw_demo
 from dreml.data.images import ImageSpec
+from dreml.runs.folder import TestSplit
 from dreml.runs.settings import Settings, settings_of
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 torch.set_num_threads(1)  # the suite runs in several processes; and the same bits everywhere
+TestSplit.__test__ = False  # it is no test
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config) -> None:
+    """Lets `pytest -n 2` run the tests of an `xdist_group` in one process, as --dist loadgroup does."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadgroup"
 
 
 @pytest.fixture(scope="session")

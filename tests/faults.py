@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from builders import TINY
-from processes import ROOT, Processes
+from processes import ROOT, Processes, wait_until
 
 import data_utils
 import train
@@ -180,20 +180,21 @@ def check_damages(finished: Path, folder: Path, read_errors: Callable[[], str], 
 
 
 def check_torchrun(processes: Processes, tiny_data: Path, root: Path, num_processes: int, *options: str) -> None:
-    """Kills one of the processes of torchrun, which starts all of them again: they go on."""
+    """Kills one of the processes of torchrun, which ends the others and starts all of them again: they go on."""
     shutil.copytree(tiny_data, root / "data", copy_function=os.link)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", "--max-restarts=1"]
     script = processes.start(*launcher, ROOT / "train.py", *TINY, *options, folder=root)
-
-    def num_locked() -> int:
-        return len(list(root.glob("results/*/.member_*.lock")))
-
-    while num_locked() < num_processes or not re.search(r"member \d/\d epoch 0", script.out):
-        assert script.process.is_alive(), script.out + script.err
-        time.sleep(0.02)
+    wait_until(lambda: len(list(root.glob("results/*/.member_*.lock"))) == num_processes, script)
     pid = script.process.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    *others, victim = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    for other in others:
+        os.kill(other, signal.SIGSTOP)  # they must not be done before torchrun notices
+    wait_until(lambda: bool(list(root.glob("results/*/progress_*.pt"))), script)
+    os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: script.err.count("closing signal SIGTERM") == len(others), script)
+    for other in others:
+        os.kill(other, signal.SIGCONT)
     assert script.wait() == 0, script.out + script.err
-    assert "terminated in member" in script.err and " members: R@1" in script.out, script.out + script.err
+    assert script.err.count("terminated in member") == len(others), script.out + script.err
+    assert "goes on after epoch 0" in script.out and " members: R@1" in script.out, script.out + script.err
     assert "\r" not in script.out + script.err  # no progress bars

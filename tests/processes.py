@@ -8,6 +8,7 @@ import runpy
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,14 @@ class Processes:
         script = self.start(*command, folder=folder, small=small)
         assert script.wait() == code, f"{script.out} {script.err}"
         return script
+
+
+def wait_until(condition: Callable[[], bool], script: Script) -> None:
+    """Waits until the condition holds. The script has to run that long."""
+    end = time.monotonic() + ENOUGH
+    while not condition():
+        assert script.process.is_alive() and time.monotonic() < end, script.out + script.err
+        time.sleep(0.01)
 
 
 def run_as_script(plan: Plan, counter, ready) -> None:

@@ -32,7 +32,7 @@ def test_from_raw_folders_to_neighbours(processes, tmp_path):
 
     options = "--image_size 32 --weights none --meta_class_size 2 --num_epochs 2 --ensemble_size 2 --recalls 1,2"
     command = ["train.py", "--data_name", "cub", "--device", "cpu", *options.split()]
-    trained = processes.run(*command, folder=tmp_path, small=False)
+    trained = processes.run(*command, folder=tmp_path)
     (folder,) = (path for path in (tmp_path / "results").iterdir() if path.is_dir())
     assert folder.name == "cub_resnet18_D2_e2_s0_i32_wnone"
     assert re.fullmatch(r"2 members: R@1 [\d.]+, R@2 [\d.]+ in results/cub_\w+/recall\.csv", last_line(trained.out))
@@ -45,7 +45,7 @@ def test_from_raw_folders_to_neighbours(processes, tmp_path):
     assert len(pd.read_csv(folder / "train.csv")) == 4
 
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("member_*")}
-    assert "2 of 2 members are finished" in processes.run(*command, folder=tmp_path, small=False).out
+    assert "2 of 2 members are finished" in processes.run(*command, folder=tmp_path).out
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("member_*")} == before
 
     run = folder.relative_to(tmp_path)

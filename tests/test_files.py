@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import zlib
@@ -51,13 +52,31 @@ def test_atomic_open_replaces_only_when_all_went_well(tmp_path):
 
 
 def test_atomic_open_flushes_before_the_rename(tmp_path, monkeypatch):
-    calls = []
-    for name in ("fsync", "replace"):
-        original = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, name=name, original=original: calls.append(name) or original(*a))
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def noted_fsync(descriptor):
+        calls.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else os.fstat(descriptor).st_size)
+        fsync(descriptor)
+
+    def noted_replace(source, target):
+        calls.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
     with atomic_open(tmp_path / "log.csv") as file:
         file.write("whole")
-    assert calls == ["fsync", "replace", "fsync"]  # the last: the rename itself
+    assert calls == [len("whole"), "replace", "folder"]
+    make_folder(tmp_path / "results")
+    assert calls[3:] == ["folder"]
+
+
+def test_text_is_utf8_with_the_line_ends_as_given_and_bytes_are_bytes(tmp_path):
+    for mode, content in (("w", "Ü\r\n\n"), ("wb", b"\xff\r\n\n")):
+        with atomic_open(tmp_path / "file", mode) as file:
+            file.write(content)
+        expected = content.encode() if mode == "w" else content
+        assert (tmp_path / "file").read_bytes() == expected
 
 
 def test_a_failed_write_names_its_file(tmp_path):

@@ -36,9 +36,9 @@ from dreml.runs.folder import (
     read_run,
     read_run_record,
 )
+from dreml.runs.settings import Settings
 from model import load_ensemble
 
-TestSplit.__test__ = False
 CPU = torch.device("cpu")
 
 
@@ -154,6 +154,21 @@ def test_a_run_of_another_format_is_refused(tiny_run, tiny_data, tmp_path, capsy
             read(folder)
         assert str(error.value) == message and not isinstance(error.value, DamagedRecord)
     assert {path: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]} == before
+
+
+def test_runs_from_before_a_setting_go_on(small_run, tiny_data, tmp_path, capsys, no_training):
+    """Their args.json lacks it and so has its default, and their members belong to it; another value is another run."""
+    folder = copy_run(small_run, tmp_path / small_run.name)
+    record, settings = read_run_record(folder), read_record(folder / "args.json")["settings"]
+    later = {name: settings.pop(name) for name in ("optimizer", "resize", "backbone", "seed", "flip", "scale_min")}
+    assert later == {name: getattr(Settings(), name) for name in later}
+    edit_record(folder / "args.json", "settings", value=settings)
+    assert read_run_record(folder) == record and load_ensemble(folder).image_spec.resize == "crop"
+    assert train_tiny(tiny_data, tmp_path) == 0
+    assert capsys.readouterr().err == "" and digests(folder, "recall.csv") == digests(small_run, "recall.csv")
+    assert read_record(folder / "member_001.json", MemberRecord).run == record.settings_hash
+    other = replace(record, settings=replace(record.settings, optimizer="sgd"))
+    assert other.settings_hash != record.settings_hash
 
 
 # ------------------------------------------------------------------------------------------------ members

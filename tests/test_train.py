@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +44,8 @@ from train import (
     train_member,
     train_step,
 )
-from utils import draws, meta_class_partition, recall_at_k
+from utils import capped_images, draws, meta_class_partition, recall_at_k
 
-TestSplit.__test__ = False
 CPU = torch.device("cpu")
 FP32 = Compute(CPU)
 
@@ -87,6 +87,8 @@ def test_the_optimizer_is_one_kernel(name, kind):
         optimizer = make_optimizer(name, nn.Linear(2, 2), 0.1, torch.device(device))
         assert type(optimizer) is kind and optimizer.defaults["fused"] == fused
         assert optimizer.defaults["weight_decay"] == 0
+    with pytest.raises(ValueError, match="no optimizer is called 'adamw'"):
+        make_optimizer("adamw", nn.Linear(2, 2), 0.1, CPU)
 
 
 def no_scaling() -> torch.amp.GradScaler:
@@ -303,6 +305,30 @@ def test_members_and_seeds_differ_in_every_draw(tiny_cache, tiny_settings, small
         assert not any(torch.equal(*pair) for pair in zip(one, other, strict=True))
 
 
+def test_a_member_learns_the_meta_classes_of_its_images(tiny_cache, tiny_settings, small_network, monkeypatch):
+    """By its partition, in each epoch's windows and mirror images, without those left out of large classes."""
+    steps = []
+
+    def step(state, compute, pixels, targets, sums):
+        steps.append((pixels, targets))
+
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "MAX_IMAGES_PER_CLASS", 4)
+    settings, labels = replace(tiny_settings, seed=3), tiny_cache.array("train_labels")
+    experiment = experiment_of(tiny_cache, settings)
+    partition = np.array(train_member(experiment, 5, "title")[1]["partition"])
+    assert partition.tolist() == meta_class_partition(6, 3, draws(3, 5, 0, "partition")).tolist()
+    images, expected = capped_images(labels, 4, draws(3, 5, 0, "cut")), []
+    for epoch in (0, 1):
+        draw = partial(draws, 3, 5, epoch)
+        for batch in epoch_batches(tiny_cache, images, np.arange(36), settings, draw, CPU):
+            pixels = prepare(batch, torch.tensor(tiny_cache.meta.mean), torch.tensor(tiny_cache.meta.std))
+            expected.append((pixels, torch.from_numpy(partition[labels[batch.targets.numpy()]])))
+    assert [len(targets) for _, targets in steps] == [16, 8] * 2
+    for found, wanted in zip(steps, expected, strict=True):
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
 def test_members_share_given_weights_but_for_the_head(tiny_cache, tiny_settings, tmp_path):
     state = torchvision.models.resnet18(num_classes=7).state_dict()
     torch.save(state, tmp_path / "w.pth")
@@ -483,7 +509,7 @@ def test_deterministic(tiny_data, small_run, tmp_path, monkeypatch, no_training,
 # ------------------------------------------------------------------------------------------------ the ensemble
 
 
-def test_growing_an_ensemble(tiny_data, tiny_run, tmp_path, capsys, monkeypatch):
+def test_growing_an_ensemble(tiny_data, small_run, tmp_path, capsys, monkeypatch):
     """One member and then a second are the two members at once; asking for less again only rewrites the log."""
     assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "1") == 0
     assert (only_folder(tmp_path) / "recall.csv").read_text().count("\n") == 2
@@ -493,14 +519,14 @@ def test_growing_an_ensemble(tiny_data, tiny_run, tmp_path, capsys, monkeypatch)
     assert "1 of 2 members are finished" in capsys.readouterr().out
     assert digests(only_folder(tmp_path), "member_001.*") == first
     for pattern in ("member_*.npy", "recall.csv", "test.csv"):
-        assert digests(only_folder(tmp_path), pattern) == digests(tiny_run, pattern)
+        assert digests(only_folder(tmp_path), pattern) == digests(small_run, pattern)
 
     monkeypatch.setattr(train, "train_member", None)  # would fail if called
     assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "1", "--recalls", "2,1") == 0
     lines = (only_folder(tmp_path) / "recall.csv").read_text().splitlines()
     assert lines[0] == "ensemble_size,R@2,R@1" and len(lines) == 2
     assert pd.read_csv(only_folder(tmp_path) / "train.csv").member.tolist() == [1, 1, 2, 2]  # all that are finished
-    assert lines[1].split(",")[2] == (tiny_run / "recall.csv").read_text().splitlines()[1].split(",")[1]
+    assert lines[1].split(",")[2] == (small_run / "recall.csv").read_text().splitlines()[1].split(",")[1]
 
 
 def test_a_finished_run_prints_its_table(tiny_data, tiny_run, tmp_path, capsys, no_training):
@@ -514,6 +540,18 @@ def test_a_finished_run_prints_its_table(tiny_data, tiny_run, tmp_path, capsys, 
     second = torch.from_numpy(np.load(tiny_run / "member_002.npy"))
     alone = 100 * recall_at_k(second, labels, [1]).item()
     assert float(lines[-3].split()[-1]) == pytest.approx(alone, abs=0.006)
+
+
+def test_nothing_is_left_to_do_but_by_others(tiny_data, small_network, tmp_path, capsys, no_training):
+    """The first processes of a run can be more than its members. No log is missing."""
+    folder = tmp_path / "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
+    folder.mkdir()
+    with take_lock(folder / ".member_001.lock"):
+        assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "1") == 0
+    output = capsys.readouterr().out
+    assert output.endswith("not finished: member 1; the process that finishes the last one scores\n")
+    assert (folder / "recall.csv").read_text() == "ensemble_size,R@1,R@4\n"
+    assert (folder / "train.csv").read_text() == ",".join(["member", *HISTORY_COLUMNS]) + "\n"
 
 
 def test_percentages_are_exact(monkeypatch):
@@ -604,6 +642,26 @@ def test_out_of_memory_names_the_options(tiny_data, tmp_path, small_network, cap
     assert train_tiny(tiny_data, tmp_path) == 1
     error = capsys.readouterr().err
     assert "try a smaller --batch_size or --image_size" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("embedding", ["logits", "pooled"])
+@pytest.mark.parametrize("name", ["member_001.npy", "member_001.pth"])
+def test_a_disk_that_reads_back_otherwise_ends_the_run(
+    tiny_data, tmp_path, small_network, capsys, monkeypatch, name, embedding
+):
+    save_member = writer.save_member
+
+    def save(folder, record, model, logits):
+        save_member(folder, record, model, logits)
+        content = bytearray((folder / name).read_bytes())
+        content[-1] ^= 1
+        (folder / name).write_bytes(content)
+
+    monkeypatch.setattr(writer, "save_member", save)
+    assert train_tiny(tiny_data, tmp_path, "--num_epochs", "1", "--embedding", embedding) == 1
+    message = "member 1 was finished, but its files read back otherwise: is the disk sound?"
+    assert capsys.readouterr().err.endswith(f"train.py: failed: {message}\n")
+    assert not list(only_folder(tmp_path).glob("pooled_*"))
 
 
 @pytest.mark.parametrize(("meta_classes", "batch_size"), [(2, 2), (2, 3), (3, 128)])
@@ -798,7 +856,8 @@ def test_pooling_that_is_interrupted_anywhere_goes_on(
             code = pool(tiny_data, tmp_path)
         error = capsys.readouterr().err
         if code == 130:
-            assert re.search(r"interrupted( in member [12]/2)?; run the same command again to go on\n$", error)
+            place = f" in member {number // 2 + 1}/2" if number < 4 else ""  # else in the log
+            assert error.endswith(f"interrupted{place}; run the same command again to go on\n")
             assert pool(tiny_data, tmp_path) == 0 and "warning" not in capsys.readouterr().err
         for pattern in ("*member_*[!k]", "*pooled_*", "*.csv"):
             assert digests(folder, pattern) == digests(small_pooled_run, pattern)

@@ -25,7 +25,6 @@ from dreml.files import read_record, take_lock, write_record
 from dreml.runs import writer
 from dreml.runs.folder import MemberRecord, Members, TestSplit, read_run_record
 
-TestSplit.__test__ = False
 CPU = torch.device("cpu")
 
 # ------------------------------------------------------------------------------------------------ what is written

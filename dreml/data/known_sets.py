@@ -305,9 +305,10 @@ def check_whole(listing: Listing, name: str) -> None:
     for part, found in count_images(listing.entries).items():
         if found[1] == 0 and not listing.problems:
             listing.problems.append(f"the {part} split has no images")
-        if name in PUBLISHED and found != PUBLISHED[name].counts[part]:
-            published = "{:,} and {:,}".format(*PUBLISHED[name].counts[part])
-            listing.warnings.append(f"{part}: {found[0]:,} classes and {found[1]:,} images, published are {published}")
+        published = PUBLISHED[name].counts.get(part, found) if name in PUBLISHED else found
+        if found != published:
+            numbers = "{:,} and {:,}".format(*published)
+            listing.warnings.append(f"{part}: {found[0]:,} classes and {found[1]:,} images, published are {numbers}")
 
 
 def count_images(entries: Iterable[Entry]) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,7 @@
-"""How figures look, and saving them. matplotlib is imported only where something is drawn."""
+"""How curves look, fonts, and saving a figure (frames of the retrieval picture: neighbours.py).
+
+matplotlib is imported only where something is drawn.
+"""
 
 import contextlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Reading a run folder: its record, its finished members and their embeddings, the test split that they embedded."""
+"""What a run folder holds: its record, its members (finished, missing, or being made elsewhere), its test split."""
 
 import contextlib
 import itertools
@@ -68,8 +68,13 @@ class RunRecord:
 
     @property
     def settings_hash(self) -> str:
-        """The checksum of all that the members of a run have to share."""
-        return json_sha256({"settings": asdict(self.settings), "fingerprint": self.data.fingerprint})
+        """The checksum of all that the members of a run have to share.
+
+        Settings at their default do not count. So a run goes on when a setting is added later.
+        """
+        settings, plain = asdict(self.settings), asdict(Settings())
+        settings = {name: value for name, value in settings.items() if value != plain[name]}
+        return json_sha256({"settings": settings, "fingerprint": self.data.fingerprint})
 
 
 @dataclass

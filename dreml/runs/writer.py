@@ -1,4 +1,4 @@
-"""Writing a run folder: its record, its members, its CSV logs."""
+"""Writing a run folder: its record, its members, its CSV logs; and refusing one that holds something else."""
 
 import contextlib
 import io
@@ -231,4 +231,4 @@ def write_train_log(folder: Path, records: dict[int, MemberRecord]) -> None:
     """Writes train.csv: one row for each epoch of each finished member."""
     rows = [{"member": member} | epoch for member in sorted(records) for epoch in records[member].history]
     digits = {"loss": 6, "accuracy": 4, "seconds": 3, "images_per_second": 1}
-    write_csv(folder / "train.csv", pd.DataFrame(rows)[["member", *HISTORY_COLUMNS]].round(digits))
+    write_csv(folder / "train.csv", pd.DataFrame(rows, columns=["member", *HISTORY_COLUMNS]).round(digits))
