@@ -29,13 +29,6 @@ torch.set_num_threads(1)  # the suite runs in several processes; and the same bi
 TestSplit.__test__ = False  # it is no test
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config) -> None:
-    """Lets `pytest -n 2` run the tests of an `xdist_group` in one process, as --dist loadgroup does."""
-    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
-        config.option.dist = "loadgroup"
-
-
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A data folder with the drawn set `tiny`, 6 + 6 classes of 6 images, cached at 32 pixels. Not to be changed."""

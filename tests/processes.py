@@ -38,7 +38,7 @@ class Script:
         self.plan, self.counter, ready = plan, context.Value("i", 0), context.Event()
         self.process = context.Process(target=run_as_script, args=(plan, self.counter, ready))
         self.process.start()
-        assert ready.wait(ENOUGH), self.err
+        wait_until(ready.is_set, self)
         self.seconds, self.start = 0.0, time.perf_counter()
 
     def wait(self) -> int:
@@ -105,20 +105,19 @@ def run_as_script(plan: Plan, counter, ready) -> None:
     multiprocessing.set_start_method("fork", force=True)  # else workers of its own would import PyTorch anew
     if plan.small:
         build_small_networks()
-    is_module = plan.command[0] == "-m"
+    is_module, code = plan.command[0] == "-m", 0
     sys.argv = list(plan.command[is_module:])
-    name = sys.argv[0] if is_module else Path(sys.argv[0]).stem
-    importlib.import_module(name)  # before it is ready: no test is about what interrupts an import
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # but for the time that `run_main` handles them
+    if not is_module:
+        importlib.import_module(Path(sys.argv[0]).stem)  # no test is about what interrupts an import
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # but for the time that `run_main` handles them
     count_changes(counter, plan.last_change)
     ready.set()
     try:
         if is_module:
-            runpy.run_module(name, run_name="__main__", alter_sys=True)
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
-        code = 0
     except SystemExit as end:
         code = end.code or 0
     sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,7 +59,6 @@ def test_benchmark_of_training(threads, small_network, tiny_data, capsys):
     assert all(ratio > 0 for ratio in ratios.values())
 
 
-@pytest.mark.xdist_group("processes")
 def test_benchmark_of_a_whole_job(processes, tiny_data, monkeypatch, capsys):
     """train.py and the plain script take the options that they are given, and both train and score."""
     scripts = []
@@ -67,7 +67,7 @@ def test_benchmark_of_a_whole_job(processes, tiny_data, monkeypatch, capsys):
         scripts.append(processes.start(*command[1:], folder=ROOT))
         return subprocess.CompletedProcess(command, scripts[-1].wait(), scripts[-1].out, scripts[-1].err)
 
-    monkeypatch.setattr(training.subprocess, "run", run)
+    monkeypatch.setattr(training, "subprocess", SimpleNamespace(run=run))
     options = ["--image_size", "32", "--device", "cpu", "--repeats", "1", "--job"]
     assert training.main([str(tiny_data / "tiny"), *options]) == 0, capsys.readouterr().err
     (what,) = table(capsys.readouterr().out)

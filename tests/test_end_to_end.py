@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest
 from builders import write_cub, write_sop
 from processes import ROOT
 from reference import slow_recall
@@ -20,7 +19,6 @@ def python(folder: Path, *arguments: str, code: int = 0) -> subprocess.Completed
     return done
 
 
-@pytest.mark.xdist_group("processes")
 def test_from_raw_folders_to_neighbours(processes, tmp_path):
     """Raw cub and sop are cached; two members are trained on cub, scored and searched. The files fit each other."""
     write_cub(tmp_path / "data" / "cub" / "CUB_200_2011")
@@ -35,7 +33,9 @@ def test_from_raw_folders_to_neighbours(processes, tmp_path):
     trained = processes.run(*command, folder=tmp_path)
     (folder,) = (path for path in (tmp_path / "results").iterdir() if path.is_dir())
     assert folder.name == "cub_resnet18_D2_e2_s0_i32_wnone"
-    assert re.fullmatch(r"2 members: R@1 [\d.]+, R@2 [\d.]+ in results/cub_\w+/recall\.csv", last_line(trained.out))
+    assert re.fullmatch(
+        r"2 members: R@1 [\d.]+, R@2 [\d.]+ in results/cub_\w+/recall\.csv", trained.out.splitlines()[-1]
+    )
     members = [np.load(folder / f"member_00{member}.npy") for member in (1, 2)]
     assert [embedding.shape for embedding in members] == [(4, 2)] * 2
     log, test = pd.read_csv(folder / "recall.csv"), pd.read_csv(folder / "test.csv")
@@ -57,11 +57,6 @@ def test_from_raw_folders_to_neighbours(processes, tmp_path):
     assert (folder / "retrieval" / "neighbours.png").stat().st_size > 0
 
 
-def last_line(text: str) -> str:
-    return text.splitlines()[-1]
-
-
-@pytest.mark.xdist_group("processes")
 def test_refusals_are_one_line_and_exit_code_2(processes, tmp_path):
     remedy = "python data_utils.py --data_name car; to try it without one: python data_utils.py --data_name demo"
     refusals = [processes.run("train.py", folder=tmp_path, code=2)]

@@ -27,7 +27,6 @@ EIGHT_MEMBERS = [*TINY, "--ensemble_size", "8"]
 # ------------------------------------------------------------------------------------------------ kills
 
 
-@pytest.mark.xdist_group("processes")
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_state(processes, finished, tmp_path):
     check_kills(processes, finished, tmp_path / "root", seed=0)
 
@@ -119,7 +118,6 @@ def trained(log: str) -> list[int]:
     return [int(member) for member in re.findall(r"^member (\d)/8: training accuracy", log, re.MULTILINE)]
 
 
-@pytest.mark.xdist_group("processes")
 def test_processes_share_an_ensemble(processes, finished, tmp_path):
     """Two at a time; one is killed while it trains and started again. Who trains what is left to chance."""
     root = tmp_path / "root"
@@ -129,8 +127,9 @@ def test_processes_share_an_ensemble(processes, finished, tmp_path):
     killed.process.kill()
     third = processes.start("train.py", *EIGHT_MEMBERS, folder=root)
     assert (killed.wait(), other.wait(), third.wait()) == (-signal.SIGKILL, 0, 0), other.err + third.err
-    members = [trained(script.out) for script in (killed, other, third)]
-    assert sorted([*members[0], *members[1], *members[2]]) == [1, 2, 3, 4, 5, 6, 7, 8] and members[1]
+    finished_by = [trained(script.out) for script in (killed, other, third)]
+    members = [member for each in finished_by for member in each]
+    assert len(set(members)) == len(members) >= 7 and finished_by[1]  # the killed one may not have come to say so
     assert "8 members: R@1" in other.out + third.out
     check_same(root, eight_members(finished, tmp_path / "expected"))
 
@@ -147,7 +146,6 @@ def test_some_members_only(finished, tmp_path, capsys):
     check_same(root, eight_members(finished, tmp_path / "expected"))
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 def test_torchrun_goes_on_when_a_worker_is_killed(processes, tiny_data, tiny_run, tmp_path):
     check_torchrun(processes, tiny_data, tmp_path / "root", num_processes=2)

@@ -23,7 +23,7 @@ from builders import (
 )
 
 from dreml.console import InputError
-from dreml.files import read_record, take_lock, write_record
+from dreml.files import json_sha256, read_record, take_lock, write_record
 from dreml.runs.folder import (
     FORMAT,
     DamagedRecord,
@@ -167,6 +167,9 @@ def test_runs_from_before_a_setting_go_on(small_run, tiny_data, tmp_path, capsys
     assert train_tiny(tiny_data, tmp_path) == 0
     assert capsys.readouterr().err == "" and digests(folder, "recall.csv") == digests(small_run, "recall.csv")
     assert read_record(folder / "member_001.json", MemberRecord).run == record.settings_hash
+    given = {"data_name": "tiny", "meta_class_size": 3, "num_epochs": 2, "image_size": 32, "batch_size": 16}
+    given |= {"lr": 1e-3, "weights": "none", "precision": "fp32"}  # all that was not at its default when it was begun
+    assert json_sha256({"settings": given, "fingerprint": record.data.fingerprint}) == record.settings_hash
     other = replace(record, settings=replace(record.settings, optimizer="sgd"))
     assert other.settings_hash != record.settings_hash
 

@@ -14,13 +14,11 @@ from faults import check_damages, check_kills, check_same, check_torchrun, linke
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("seed", range(1, 20))
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_state(processes, finished, tmp_path, seed):
     check_kills(processes, finished, tmp_path / "root", seed)
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("seed", range(20, 30))
 def test_a_resnet_that_is_killed_again_and_again_ends_in_the_same_state(processes, tiny_data, tiny_run, tmp_path, seed):
     expected = linked(tiny_data, tiny_run.parent, tmp_path / "expected")
@@ -32,7 +30,6 @@ def test_a_damaged_file_never_changes_a_number(threads, finished, tmp_path, caps
     check_damages(finished, tmp_path, lambda: capsys.readouterr().err, seed)
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 def test_torchrun_with_three_processes(processes, tiny_data, tmp_path):
     four = ["--ensemble_size", "4"]
