@@ -17,6 +17,7 @@ from dreml.data.images import ImageSpec
 from dreml.files import sha256
 from dreml.runs.folder import Members, member_file, member_numbers, read_run_record
 from dreml.runs.settings import EMBEDDINGS
+from utils import full_float32
 
 IMAGENET_WEIGHTS = "IMAGENET1K_V1"  # torchvision's first recipe for every ResNet, the one that the paper's time had
 
@@ -157,13 +158,15 @@ class Compute:
 def pick_precision(device: torch.device) -> str:
     """The precision for `--precision auto`: bf16 where the device computes it natively, else fp16 on CUDA, else fp32.
 
-    fp16 needs tensor cores (compute capability 7.0, such as the V100) to be worth its gradient scaling.
+    fp16 needs tensor cores to be worth its gradient scaling: compute capability 7.0 (V100) and above. The GTX 16 cards
+    report 7.5 and have none; there fp16 is known for NaN.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
             if torch.cuda.is_bf16_supported(including_emulation=False):
                 return "bf16"
-        return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
+        has_tensor_cores = "GTX 16" not in torch.cuda.get_device_name(device)
+        return "fp16" if has_tensor_cores and torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return "bf16"
     return "fp32"
@@ -198,27 +201,26 @@ def extract_features(
     model: nn.Module,
     images: np.ndarray,
     statistics: tuple[torch.Tensor, torch.Tensor],
-    compute: Compute,
     batch_size: int,
     embedding: str = "logits",
 ) -> torch.Tensor:
-    """The `features` of many images, `(N, d) float32` on the device.
+    """The `features` of many images, `(N, d) float32` on the device, computed in float32 whatever the training was.
 
     Args:
         images: `(N, S, S, 3) uint8`, memory-mapped or not.
         statistics: mean and standard deviation of the data set's channels, `(3,)` each, on the device.
     """
     model.eval()
-    batches = spans(0, len(images), batch_size)
+    device, batches = statistics[0].device, spans(0, len(images), batch_size)
     width = model.fc.out_features if embedding == "logits" else model.fc.in_features
-    outputs = torch.empty((len(images), width), device=compute.device)
+    outputs = torch.empty((len(images), width), device=device)
 
     def fill(start: int, stop: int, out: np.ndarray) -> None:
         out[:] = images[start:stop]
 
-    loaded = image_batches(fill, batches, images.shape[1], compute.device)
-    for (start, stop), batch in zip(batches, loaded, strict=True):
-        with compute.autocast():
+    loaded = image_batches(fill, batches, images.shape[1], device)
+    with full_float32(device.type):
+        for (start, stop), batch in zip(batches, loaded, strict=True):
             outputs[start:stop] = features(model, normalize(batch, *statistics), embedding)
     return outputs
 
@@ -235,13 +237,11 @@ class Ensemble(nn.Module):
         image_spec: ImageSpec,
         mean: Sequence[float],
         std: Sequence[float],
-        precision: str = "fp32",
         embedding: str = "logits",
     ):
         super().__init__()
         self.members = nn.ModuleList(members)
         self.image_spec = image_spec
-        self.precision = precision
         self.embedding = embedding
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
@@ -250,13 +250,13 @@ class Ensemble(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """`(N, S, S, 3) uint8`, from `data_utils.resize_test(image, ensemble.image_spec)` -> `(N, L * d) float32`.
 
-        The members' embeddings side by side, each of length 1: the dot product of two rows, divided by L, is the mean
-        of the members' cosines.
+        Rows of length 1: the members' embeddings side by side, each of length 1 / sqrt(L). So the dot product of two
+        rows is the mean of the members' cosines. Computed in float32, whatever the training was.
         """
         pixels = normalize(images, self.mean, self.std)
-        with autocast(images.device, self.precision):
+        with full_float32(images.device.type):
             outputs = [features(member, pixels, self.embedding) for member in self.members]
-        return torch.cat([F.normalize(output, dim=1) for output in outputs], dim=1)
+        return torch.cat([F.normalize(output, dim=1) for output in outputs], dim=1) / len(outputs) ** 0.5
 
 
 def load_member(weights: Path, backbone: str, num_meta_classes: int) -> nn.Module:
@@ -272,7 +272,7 @@ def load_ensemble(
     embedding: str = "logits",
     num_members: int | None = None,
 ) -> Ensemble:
-    """Loads the first finished members of a run folder (`results/...`), ready to embed images in the run's precision.
+    """Loads the first finished members of a run folder (`results/...`), ready to embed images in float32.
 
     `num_members` None: all of them. Raises InputError if the folder is no run, has no or fewer finished members, or a
     file does not match its checksum.
@@ -299,5 +299,5 @@ def load_ensemble(
                 f"{run_folder}: member {member} is damaged ({one_line(error)}); train.py makes it again"
             ) from None
     data = record.data
-    ensemble = Ensemble(networks, settings.image_spec, data.mean, data.std, settings.precision, embedding)
+    ensemble = Ensemble(networks, settings.image_spec, data.mean, data.std, embedding)
     return ensemble.to(device).eval()

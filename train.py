@@ -270,7 +270,7 @@ def embed_test_images(experiment: Experiment, model: nn.Module, member: int, emb
     images = experiment.cache.array("test_images")
 
     def extract(batch_size: int) -> torch.Tensor:
-        return extract_features(model, images, experiment.statistics, experiment.compute, batch_size, embedding)
+        return extract_features(model, images, experiment.statistics, batch_size, embedding)
 
     outputs = console.with_less_memory(extract, 2 * experiment.settings.batch_size)
     if not torch.isfinite(outputs).all():

@@ -90,7 +90,7 @@ def recall_at_k(
     masks = _checked_masks(members, labels, is_query, is_gallery)
     # Similarities are computed in blocks of `block` x `4 * block`, of which three are held.
     pairs = _sort_by_class(members, labels, masks, max_bytes, lambda block: 12 * block)
-    with _full_float32(pairs.device.type):
+    with full_float32(pairs.device.type):
         thresholds = _best_own_similarities(pairs)
         thresholds -= TIE_TOLERANCE * torch.arange(1, len(members) + 1, device=pairs.device)[:, None]
         ranks = _count_others_above(pairs, thresholds)
@@ -203,7 +203,7 @@ def map_at_r(
     pairs = _sort_by_class(members, labels, masks, max_bytes, lambda block: 16 * len(labels))
     num_queries, num_gallery = pairs.sizes
     scores = torch.zeros((2, len(members), num_queries), device=pairs.device)
-    with _full_float32(pairs.device.type):
+    with full_float32(pairs.device.type):
         for start in range(0, num_queries, pairs.block):
             stop = min(start + pairs.block, num_queries)
             left, right = pairs.first[start], pairs.last[stop - 1]  # outside lie other classes only
@@ -370,9 +370,10 @@ def _inverse_norms(member: torch.Tensor, order: torch.Tensor, block: int) -> tor
 
 
 @contextlib.contextmanager
-def _full_float32(device_type: str) -> Iterator[None]:
-    """Matrix products in full float32, without autocast, TF32 or bfloat16; the caller's settings return afterwards."""
+def full_float32(device_type: str) -> Iterator[None]:
+    """Computes in full float32, without autocast, TF32 or bfloat16. The caller's settings return afterwards."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends += (torch.backends.cudnn.conv, torch.backends.mkldnn.conv)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

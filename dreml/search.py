@@ -141,11 +141,11 @@ def embed_images(option: str, items: list[Item], ensemble: nn.Module, batch_size
         batches = image_batches(fill, pieces, spec.size, ensemble.mean.device)
         for batch in progress_bar(batches, option, len(pieces), " batches"):
             if not problems:
-                rows.append(ensemble(batch) / math.sqrt(len(ensemble.members)))
+                rows.append(ensemble(batch))
     refuse(option, problems)
     rows = torch.cat(rows)
     if not torch.isfinite(rows).all():
-        raise RunError(f"{option}: the embedding of some images is not finite in {ensemble.precision}")
+        raise RunError(f"{option}: the embedding of some images is not finite")
     return rows
 
 
