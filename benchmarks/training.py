@@ -169,7 +169,7 @@ def steps(resident: ResidentStep, repeats: int) -> None:
     test_images = np.tile(resident.batch.images.cpu().numpy(), (4, 1, 1, 1))
 
     def embed_ours() -> None:
-        extract_features(resident.state.model, test_images, experiment.statistics, compute, 2 * batch_size)
+        extract_features(resident.state.model, test_images, experiment.statistics, 2 * batch_size)
 
     @torch.no_grad()
     def embed_plain() -> None:
@@ -177,7 +177,7 @@ def steps(resident: ResidentStep, repeats: int) -> None:
         for _ in range(4):
             model(images)
 
-    runs = {compute.precision: embed_ours, "fp32, contiguous": embed_plain}
+    runs = {"fp32, channels_last": embed_ours, "fp32, contiguous": embed_plain}
     rates(f"embedding, {text}: ", runs, 4 * batch_size, repeats, compute.device)
     resident.state.model.train()
 

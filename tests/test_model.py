@@ -253,23 +253,26 @@ def test_fp32_switches_an_outer_autocast_off():
 
 
 @pytest.mark.parametrize(
-    ("kind", "bf16", "capability", "expected"),
+    ("kind", "bf16", "capability", "name", "expected"),
     [
-        ("cuda", True, (9, 0), "bf16"),
-        ("cuda", False, (7, 0), "fp16"),  # V100
-        ("cuda", False, (6, 1), "fp32"),
-        ("mps", False, None, "fp32"),
-        ("cpu", True, None, "bf16"),
-        ("cpu", False, None, "fp32"),
+        ("cuda", True, (9, 0), "NVIDIA H100", "bf16"),
+        ("cuda", False, (7, 0), "Tesla V100-SXM2-16GB", "fp16"),
+        ("cuda", False, (7, 5), "NVIDIA GeForce RTX 2080 Ti", "fp16"),
+        ("cuda", False, (7, 5), "NVIDIA GeForce GTX 1660 SUPER", "fp32"),  # no tensor cores
+        ("cuda", False, (6, 1), "NVIDIA GeForce GTX 1080 Ti", "fp32"),
+        ("mps", False, None, "", "fp32"),
+        ("cpu", True, None, "", "bf16"),
+        ("cpu", False, None, "", "fp32"),
     ],
 )
-def test_the_precision_that_a_device_is_fast_in(monkeypatch, kind, bf16, capability, expected):
+def test_the_precision_that_a_device_is_fast_in(monkeypatch, kind, bf16, capability, name, expected):
     def is_bf16_supported(including_emulation=True):
         return bf16 or including_emulation
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert pick_precision(torch.device(kind)) == expected
@@ -288,7 +291,7 @@ def test_only_fp16_scales_its_gradients(precision):
 def test_features_fill_by_index_in_eval_mode():
     model, images = small_model(), random_pixels(7, 32)
     model.train()
-    logits = extract_features(model, images, STATISTICS, Compute(CPU), batch_size=3)
+    logits = extract_features(model, images, STATISTICS, batch_size=3)
     assert logits.shape == (7, 4) and logits.dtype == torch.float32 and not model.training
     with torch.no_grad():
         alone = [model(normalize(torch.from_numpy(image[None]), *STATISTICS))[0] for image in images]
@@ -301,7 +304,7 @@ def test_pooled_features_are_those_of_the_average_pooling(backbone):
     model, seen = small_model(backbone), []
     images = random_pixels(3, 64)  # pools 2 x 2
     model.train()
-    pooled = extract_features(model, images, STATISTICS, Compute(CPU), 2, "pooled")
+    pooled = extract_features(model, images, STATISTICS, 2, "pooled")
     model.avgpool.register_forward_hook(lambda module, inputs, output: seen.append(output[0, :, 0, 0]))
     with torch.no_grad():
         for image in images:
@@ -313,15 +316,31 @@ def test_pooled_features_are_those_of_the_average_pooling(backbone):
 def test_an_unknown_embedding_is_refused():
     model, images = small_model(), random_pixels(1, 32)
     with pytest.raises(ValueError, match="one of logits, pooled, not 'Pooled'"):
-        extract_features(model, images, STATISTICS, Compute(CPU), 2, "Pooled")
+        extract_features(model, images, STATISTICS, 2, "Pooled")
     with pytest.raises(ValueError, match="one of logits, pooled, not 'Pooled'"):
         features(model, normalize(torch.from_numpy(images), *STATISTICS), "Pooled")
 
 
-def test_pooled_features_are_computed_in_the_precision():
-    images = np.full((2, 32, 32, 3), 77, np.uint8)
-    pooled = extract_features(small_model(), images, (torch.zeros(3), torch.ones(3)), Compute(CPU, "bf16"), 2, "pooled")
-    assert pooled.dtype == torch.float32 and torch.equal(pooled.bfloat16().float(), pooled) and pooled.any()
+def test_features_are_computed_in_float32():
+    """Whatever is asked for around the call: autocast, and reduced precision of products and convolutions."""
+    images, model, seen = random_pixels(2, 32), small_model(), []
+    expected = extract_features(model, images, STATISTICS, 2)
+    backends = torch.backends.cudnn.conv, torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+
+    def look(module, inputs, output):
+        seen.append((output.dtype, *(backend.fp32_precision for backend in backends)))
+
+    model.layer1.register_forward_hook(look)
+    torch.backends.mkldnn.conv.fp32_precision = "bf16"
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = extract_features(model, images, STATISTICS, 2)
+        assert torch.backends.mkldnn.conv.fp32_precision == "bf16"
+    finally:
+        torch.backends.mkldnn.conv.fp32_precision = before[1]
+    assert seen == [(torch.float32, "ieee", "ieee", "ieee")]
+    assert torch.equal(found, expected) and [backend.fp32_precision for backend in backends] == before
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -364,7 +383,7 @@ def test_an_embedding_is_the_logits_of_each_member_with_length_1():
     images = torch.zeros(2, 2, 2, 3, dtype=torch.uint8)
     images[0, :, :, 0], images[1, :, :, 2] = 1, 5
     embedding = ensemble(images)
-    torch.testing.assert_close(embedding, torch.tensor([[0.6, 0.8, -1.0], [0.0, 1.0, 0.0]]))
+    torch.testing.assert_close(embedding, torch.tensor([[0.6, 0.8, -1.0], [0.0, 1.0, 0.0]]) / 2**0.5)
     assert all(parameter.requires_grad for parameter in ensemble.parameters()) and not embedding.requires_grad
     student = nn.Linear(3, 1)
     student(embedding).sum().backward()
@@ -372,7 +391,7 @@ def test_an_embedding_is_the_logits_of_each_member_with_length_1():
 
 
 def test_ensemble_from_a_run_folder(pooled_run, tiny_data):
-    """Its embedding of the test images is what is saved, each member's scaled to length 1, side by side."""
+    """Its embedding of the test images is what is saved, each member's scaled to length 1 / sqrt(L), side by side."""
     cases = [("logits", None, 2), ("logits", 1, 1), ("pooled", 2, 2), ("pooled", 1, 1)]
     for embedding, asked, num_members in cases:
         kind, width = {"logits": ("member", 3), "pooled": ("pooled", 512)}[embedding]
@@ -381,7 +400,7 @@ def test_ensemble_from_a_run_folder(pooled_run, tiny_data):
         images = read_cache(tiny_data, "tiny", ensemble.image_spec).array("test_images")
         result = ensemble(torch.from_numpy(np.array(images)))
         saved = [np.load(pooled_run / f"{kind}_00{member}.npy") for member in range(1, num_members + 1)]
-        expected = np.hstack([rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in saved])
+        expected = np.hstack([rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in saved]) / num_members**0.5
         assert result.shape == (36, num_members * width) and result.dtype == torch.float32
         np.testing.assert_allclose(result.numpy(), expected, atol=1e-5)
 
@@ -412,22 +431,24 @@ def test_members_are_taken_in_the_order_of_their_numbers(tiny_run, tmp_path):
     assert torch.equal(first, expected[1]) and torch.equal(second, expected[0])
 
 
-def test_an_ensemble_embeds_in_the_precision_of_its_run(tiny_run, tmp_path):
+@pytest.mark.parametrize("embedding", ["logits", "pooled"])
+def test_an_ensemble_embeds_in_float32_whatever_its_run_was_trained_in(tiny_run, tmp_path, embedding):
+    """Rows of length 1; their dot products are the means of the members' cosines."""
     shutil.copytree(tiny_run, tmp_path / "run", copy_function=os.link)  # records are replaced, not written over
     record = read_record(tmp_path / "run" / "args.json", RunRecord)
     record.settings = dataclasses.replace(record.settings, precision="bf16")
     write_record(tmp_path / "run" / "args.json", record)
     for path in (tmp_path / "run").glob("member_*.json"):
         write_record(path, read_record(path) | {"run": record.settings_hash})
-    for folder, expected in ((tiny_run, torch.float32), (tmp_path / "run", torch.bfloat16)):
-        ensemble, seen = load_ensemble(folder), []
-        ensemble.members[1].conv1.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
-        assert ensemble(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).dtype == torch.float32
-        assert [output.dtype for output in seen] == [expected]
-        ensemble.embedding = "pooled"
-        pooled = ensemble(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
-        assert pooled.dtype == torch.float32
-        torch.testing.assert_close(pooled.reshape(2, 512).norm(dim=1), torch.ones(2))
+    ensemble, seen = load_ensemble(tmp_path / "run", embedding=embedding), []
+    ensemble.members[1].conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    images = random_pixels(3, 32)
+    rows = ensemble(torch.from_numpy(images))
+    assert seen == [torch.float32] and rows.dtype == torch.float32
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
+    outputs = [extract_features(m, images, (ensemble.mean, ensemble.std), 3, embedding) for m in ensemble.members]
+    cosines = torch.stack([torch.cosine_similarity(o[:, None], o[None], dim=2) for o in outputs]).mean(0)
+    torch.testing.assert_close(rows @ rows.T, cosines, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_folder_is_read_as_data_only(tiny_run, tmp_path):
