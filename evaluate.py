@@ -40,9 +40,7 @@ from dreml.files import writable, write_csv
 from dreml.runs.folder import SUFFIXES, Run, TestSplit, read_run
 from dreml.runs.settings import EMBEDDINGS
 from dreml.runs.writer import run_lock
-from utils import map_at_r, recall_at_k, unmatched_queries
-
-MAX_BYTES = 2**30  # for similarities, beside the embeddings
+from utils import map_at_r, recall_at_k, similarity_memory, unmatched_queries
 
 # ------------------------------------------------------------------------------------------------ options
 
@@ -100,7 +98,8 @@ def score(member_embeddings: Sequence[torch.Tensor], split: TestSplit, ks: list[
     def precisions(max_bytes: int) -> torch.Tensor:
         return torch.stack(map_at_r(member_embeddings, split.labels, max_bytes=max_bytes, **masks), dim=1)
 
-    columns = [with_less_memory(recalls, MAX_BYTES), with_less_memory(precisions, MAX_BYTES)]
+    memory = similarity_memory(member_embeddings[0].device)
+    columns = [with_less_memory(recalls, memory), with_less_memory(precisions, memory)]
     return 100 * torch.cat(columns, dim=1).numpy()
 
 

@@ -44,7 +44,7 @@ from model import (
     read_weights,
     weights_tag,
 )
-from utils import capped_images, draws, meta_class_partition, recall_at_k, unmatched_queries
+from utils import capped_images, draws, meta_class_partition, recall_at_k, similarity_memory, unmatched_queries
 
 MAX_IMAGES_PER_CLASS = 300  # docs/METHOD.md, step 5: a larger class is cut to a random 300 for each member
 SECONDS_BETWEEN_READINGS = 2  # reading the loss makes the host wait for the device
@@ -403,8 +403,7 @@ def run(args: argparse.Namespace) -> None:
 def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSplit) -> None:
     """Raises InputError for numbers of meta-classes or K that the data set is too small for."""
     (num_classes, _), num_gallery = cache.counts["train"], int(split.is_gallery.sum())
-    size = settings.meta_class_size
-    if not 2 <= size <= num_classes:
+    if not 2 <= (size := settings.meta_class_size) <= num_classes:
         raise InputError(f"--meta_class_size {size} has to be in 2..{num_classes} (training classes)")
     if max(ks) >= num_gallery:
         raise InputError(f"--recalls: {max(ks)} is not below the number of gallery images, {num_gallery}")
@@ -438,7 +437,8 @@ def recall_table(split: TestSplit, ks: list[int], embeddings: list[torch.Tensor]
 def recall_percent(embeddings: list[torch.Tensor], split: TestSplit, ks: list[int]) -> np.ndarray:
     """`recall_at_k` in percent, `(L, len(ks)) float64`."""
     score = partial(recall_at_k, embeddings, split.labels, ks, is_query=split.is_query, is_gallery=split.is_gallery)
-    return 100 * console.with_less_memory(lambda max_bytes: score(max_bytes=max_bytes), 2**30).numpy()
+    memory = similarity_memory(embeddings[0].device)
+    return 100 * console.with_less_memory(lambda max_bytes: score(max_bytes=max_bytes), memory).numpy()
 
 
 def main(argv: list[str] | None = None) -> int:

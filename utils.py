@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 TIE_TOLERANCE = 1e-6  # a member: below it, two summed cosines count as equal (float32 rounding decides nothing)
+LARGEST_BLOCKS = {"cpu": 1024}  # rows of similarities at a time: larger ones are no faster there
+LARGEST_BLOCK = 2**14  # elsewhere: a GPU wants few large launches
 
 # ------------------------------------------------------------------------------------------------ partitions
 
@@ -58,7 +60,7 @@ def recall_at_k(
     *,
     is_query: torch.Tensor | None = None,
     is_gallery: torch.Tensor | None = None,
-    max_bytes: int = 2**30,
+    max_bytes: int | None = None,
 ) -> torch.Tensor:
     """The share of queries that have an image of their own class among the K most similar, for every ensemble size.
 
@@ -73,8 +75,8 @@ def recall_at_k(
         labels: `(N,)` integers.
         ks: positive integers.
         is_query, is_gallery: `(N,) bool`; None: every image. An image may be both, or neither.
-        max_bytes: bound on the memory used beside the arguments, for any class sizes, but for 12 bytes an image and
-            member (16 where queries and gallery differ), some 100 bytes an image, and blocks of at least 16 rows. No
+        max_bytes: bound on the memory used beside the arguments (None: `similarity_memory`). It holds for any class
+            sizes, but for 12 bytes an image and member (16 where queries and gallery differ), some 100 bytes an image, and blocks of at least 16 rows. No
             N x N matrix is made. The embeddings are copied, sorted and scaled, only where that fits into half of the
             bound; else blocks of rows are gathered, cast and scaled when needed.
 
@@ -97,6 +99,11 @@ def recall_at_k(
     has_match = pairs.num_own > 0
     hits = torch.stack([((ranks < k) & has_match).sum(1) for k in ks], dim=1)
     return hits.cpu().double() / len(has_match)
+
+
+def similarity_memory(device: torch.device) -> int:
+    """The bytes that scoring may use for similarities: on CUDA a quarter of what is free, elsewhere 1 GiB."""
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
 
 
 def unmatched_queries(
@@ -172,7 +179,7 @@ def map_at_r(
     *,
     is_query: torch.Tensor | None = None,
     is_gallery: torch.Tensor | None = None,
-    max_bytes: int = 2**30,
+    max_bytes: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """mAP@R and R-Precision for every ensemble size (Musgrave et al., "A Metric Learning Reality Check", 2020).
 
@@ -327,7 +334,7 @@ def _sort_by_class(
     members: Sequence[torch.Tensor],
     labels: torch.Tensor,
     masks: list[torch.Tensor],
-    max_bytes: int,
+    max_bytes: int | None,
     floats_of_a_row: Callable[[int], int],
 ) -> _Pairs:
     """Sorts the images by class, and chooses the size of the blocks in which similarities are computed.
@@ -335,8 +342,10 @@ def _sort_by_class(
     `floats_of_a_row(block)` says how many float32 each row of a block of similarities takes, beside the embeddings.
     """
     device = members[0].device
+    max_bytes = similarity_memory(device) if max_bytes is None else max_bytes
     # A block holds the rows of all members and, of four times as many gallery images, those of one.
-    block, width, widest = 1024, sum(m.shape[1] for m in members), max(m.shape[1] for m in members)
+    block = LARGEST_BLOCKS.get(device.type, LARGEST_BLOCK)
+    width, widest = sum(member.shape[1] for member in members), max(member.shape[1] for member in members)
     while block > 16 and 4 * block * (2 * width + 9 * widest + floats_of_a_row(block)) > max_bytes / 2:
         block //= 2
     labels, masks = torch.as_tensor(labels).to(device).long(), [mask.to(device) for mask in masks]

@@ -106,4 +106,4 @@ def test_the_python_of_the_readme(small_run, tmp_path):
     names = {}
     exec(code, names)
     assert number == 1 and names["embedding"].shape == (1, 6)
-    np.testing.assert_allclose((names["embedding"] ** 2).sum().item(), 2, rtol=1e-5)
+    np.testing.assert_allclose((names["embedding"] ** 2).sum().item(), 1, rtol=1e-5)

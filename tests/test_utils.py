@@ -13,7 +13,16 @@ from reference import slow_map, slow_recall
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils import capped_images, draws, map_at_r, meta_class_partition, recall_at_k, unmatched_queries
+import utils
+from utils import (
+    capped_images,
+    draws,
+    map_at_r,
+    meta_class_partition,
+    recall_at_k,
+    similarity_memory,
+    unmatched_queries,
+)
 
 # ------------------------------------------------------------------------------------------------ partition and draws
 
@@ -139,6 +148,46 @@ class Largest(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != self.points.data_ptr():
                 self.num_bytes = max(self.num_bytes, tensor.untyped_storage().nbytes())
         return result
+
+
+class Launches(TorchDispatchMode):
+    """How many operations are given to the device meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def test_scoring_takes_a_quarter_of_the_free_memory_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, 80 * 2**30))
+    assert similarity_memory(torch.device("cuda", 1)) == 15 * 2**30
+    assert similarity_memory(torch.device("cpu")) == similarity_memory(torch.device("mps")) == 2**30
+
+
+def test_a_gpu_gets_few_large_launches(monkeypatch):
+    """As many images as one of its blocks holds: a fixed number of operations a member, not one for each small block."""
+    generator = torch.Generator().manual_seed(0)
+    members, labels = [torch.randn(3000, 8, generator=generator) for _ in range(4)], torch.arange(3000) // 10
+    counts = {}
+    for largest in (64, 2**14):
+        monkeypatch.setitem(utils.LARGEST_BLOCKS, "cpu", largest)
+        for score in (
+            lambda **memory: recall_at_k(members, labels, [1], **memory),
+            lambda **memory: map_at_r(members, labels, **memory),
+        ):
+            with Launches() as launches:
+                score(max_bytes=2**34)
+            counts.setdefault(largest, []).append(launches.count)
+    own, others = counts[2**14]
+    assert own < 200 + 60 * len(members) and others < 100 + 60 * len(members)
+    assert all(few < many / 8 for few, many in zip(*reversed(counts.values()), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ Recall@K
