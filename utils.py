@@ -75,10 +75,10 @@ def recall_at_k(
         labels: `(N,)` integers.
         ks: positive integers.
         is_query, is_gallery: `(N,) bool`; None: every image. An image may be both, or neither.
-        max_bytes: bound on the memory used beside the arguments (None: `similarity_memory`). It holds for any class
-            sizes, but for 12 bytes an image and member (16 where queries and gallery differ), some 100 bytes an image, and blocks of at least 16 rows. No
-            N x N matrix is made. The embeddings are copied, sorted and scaled, only where that fits into half of the
-            bound; else blocks of rows are gathered, cast and scaled when needed.
+        max_bytes: bound on the memory used beside the arguments; None: `similarity_memory`. It holds for any class
+            sizes, but for 12 bytes an image and member (16 where queries and gallery differ), some 100 bytes an image,
+            and blocks of at least 16 rows. No N x N matrix is made. The embeddings are copied, sorted and scaled, only
+            where that fits into half of the bound; else blocks of rows are gathered, cast and scaled when needed.
 
     Returns:
         `(L, len(ks)) float64` on the CPU, in [0, 1]; row l-1 is the ensemble of the first l members.

@@ -172,7 +172,7 @@ def test_scoring_takes_a_quarter_of_the_free_memory_of_a_gpu(monkeypatch):
 
 
 def test_a_gpu_gets_few_large_launches(monkeypatch):
-    """As many images as one of its blocks holds: a fixed number of operations a member, not one for each small block."""
+    """Where all images fit into one block, the number of operations depends on the members only."""
     generator = torch.Generator().manual_seed(0)
     members, labels = [torch.randn(3000, 8, generator=generator) for _ in range(4)], torch.arange(3000) // 10
     counts = {}
