@@ -1,11 +1,11 @@
 """Scores runs again from their saved embeddings: Recall@K, mAP@R, R-Precision. Needs no images and trains nothing.
 
-    python evaluate.py results/RUN --recalls 1,10,100 --plot      evaluation.csv, members.csv and figures, into the run
+    python evaluate.py results/RUN --recalls 1,10,100 --plot      tables and figures, into the run folder
     python evaluate.py results/demo_* --output compared           several runs in one table; all files go to compared/
 
 Each run is scored for every ensemble size, and for each member alone. Several runs that differ only in their seed are
 also averaged, with the sample standard deviation. mAP@R and R-Precision: Musgrave et al., "A Metric Learning Reality
-Check", ECCV 2020.
+Check", ECCV 2020. thresholds.csv has the similarities below which retrieve.py --far says "not found".
 """
 
 import argparse
@@ -34,13 +34,21 @@ from dreml.console import (
     with_less_memory,
 )
 from dreml.data.known_sets import default_recalls
-from dreml.figures.curves import draw_comparison, draw_recall, draw_training
+from dreml.figures.curves import draw_comparison, draw_found, draw_recall, draw_training
 from dreml.figures.style import check_matplotlib, drawing, printable, save_figure
 from dreml.files import writable, write_csv
 from dreml.runs.folder import SUFFIXES, Run, TestSplit, read_run
 from dreml.runs.settings import EMBEDDINGS
 from dreml.runs.writer import run_lock
-from utils import map_at_r, recall_at_k, similarity_memory, unmatched_queries
+from dreml.thresholds import FARS, FEWEST_ABOVE, threshold_table
+from utils import (
+    TIE_TOLERANCE,
+    best_similarities,
+    map_at_r,
+    recall_at_k,
+    similarity_memory,
+    unmatched_queries,
+)
 
 # ------------------------------------------------------------------------------------------------ options
 
@@ -71,6 +79,8 @@ class Scores(NamedTuple):
 
     sizes: pd.DataFrame  # a row for each ensemble size
     alone: pd.DataFrame  # a row for each member by itself
+    thresholds: pd.DataFrame  # rows for each ensemble size, see `threshold_table`
+    found: pd.DataFrame  # the same at many false-accept rates and few ensemble sizes, for the figure
 
 
 def score_run(run: Run, ks: list[int], embedding: str, device: torch.device) -> Scores:
@@ -85,7 +95,8 @@ def score_run(run: Run, ks: list[int], embedding: str, device: torch.device) -> 
     sizes = score(members, split, ks)
     bar = progress_bar(members, f"{run.folder.name}: each member alone", len(members), " members")
     alone = np.concatenate([score([member], split, ks) for member in bar])
-    return Scores(score_table("ensemble_size", sizes, ks), score_table("member", alone, ks))
+    tables = score_table("ensemble_size", sizes, ks), score_table("member", alone, ks)
+    return Scores(*tables, *score_thresholds(members, split))
 
 
 def score(member_embeddings: Sequence[torch.Tensor], split: TestSplit, ks: list[int]) -> np.ndarray:
@@ -101,6 +112,34 @@ def score(member_embeddings: Sequence[torch.Tensor], split: TestSplit, ks: list[
     memory = similarity_memory(member_embeddings[0].device)
     columns = [with_less_memory(recalls, memory), with_less_memory(precisions, memory)]
     return 100 * torch.cat(columns, dim=1).numpy()
+
+
+def score_thresholds(members: Sequence[torch.Tensor], split: TestSplit) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The `thresholds` and `found` of Scores, from the members' embeddings `(M, d)`, or those of one network."""
+
+    def best(max_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        masks = {"is_query": split.is_query, "is_gallery": split.is_gallery}
+        return best_similarities(members, split.labels, max_bytes=max_bytes, **masks)
+
+    others, own = with_less_memory(best, similarity_memory(members[0].device))
+    num_gallery, size = int(split.is_gallery.sum()), len(members)
+    table = threshold_table(others, own, FARS, num_gallery, TIE_TOLERANCE)
+    few = sorted({1, max(1, size // 4), max(1, size // 2), size})
+    rows = [number - 1 for number in few]
+    curves = threshold_table(others[rows], own[rows], tuple(np.logspace(-4, 0, 81)), num_gallery, TIE_TOLERANCE)
+    curves.ensemble_size = [few[number - 1] for number in curves.ensemble_size]
+    return table, curves
+
+
+def threshold_text(table: pd.DataFrame, num_queries: int, num_members: int) -> str:
+    """The thresholds of the whole ensemble, and which false-accept rates have none, for people."""
+    rows = table[table.ensemble_size == num_members].itertuples()
+    parts = [f"FAR {100 * row.far:g} %: {row.threshold:.4f} (found {row.found:.2f} %)" for row in rows]
+    missing = [f"{100 * far:g} %" for far in FARS if far not in set(table.far)]
+    if missing:
+        few = f"under {FEWEST_ABOVE} of {num_queries:,} queries would be above it"
+        parts.append(f"none for {', '.join(missing)}: {few}")
+    return f"thresholds of {num_members} members: {'; '.join(parts)}"
 
 
 def score_table(index: str, values: np.ndarray, ks: list[int]) -> pd.DataFrame:
@@ -209,9 +248,10 @@ def run(args: argparse.Namespace) -> None:
         print_text(f"{one.folder}: {args.embedding}, percent")
         print(scores.sizes.assign(alone=scores.alone[first]).round(2).to_string(index=False))
         print(f"(alone: {first} of the last member of the row by itself)")
+        print(threshold_text(scores.thresholds, int(one.test.is_query.sum()), one.num_members))
         write_scores(one, scores, target, suffix, args.plot)
         figures = ", figures" if args.plot else ""
-        print_text(f"{target}/: evaluation{suffix}.csv, members{suffix}.csv{figures}\n")
+        print_text(f"{target}/: evaluation{suffix}.csv, members{suffix}.csv, thresholds{suffix}.csv{figures}\n")
 
     # 3. All of them together
     if len(runs) == 1:
@@ -258,14 +298,16 @@ def check_recalls(ks: list[int], run: Run) -> None:
 
 
 def write_scores(run: Run, scores: Scores, folder: Path, suffix: str, plot: bool) -> None:
-    """Writes evaluation.csv and members.csv; with `plot`, evaluation.png and training.png and both as SVG."""
+    """Writes the three tables; with `plot`, evaluation.png, thresholds.png and training.png and all as SVG."""
     with writable(folder, "--output"), lock_inside(folder, run):
         write_csv(folder / f"evaluation{suffix}.csv", scores.sizes, float_format="%.4f")
         write_csv(folder / f"members{suffix}.csv", scores.alone, float_format="%.4f")
+        write_csv(folder / f"thresholds{suffix}.csv", scores.thresholds, float_format="%.6f")
         if plot:
             records = [run.members.records[member] for member in range(1, run.num_members + 1)]
             with drawing():
                 save_figure(draw_recall(scores.sizes, scores.alone), folder, f"evaluation{suffix}")
+                save_figure(draw_found(scores.found), folder, f"thresholds{suffix}")
                 save_figure(draw_training(records), folder, "training")
 
 

@@ -10,6 +10,7 @@ solid green frame and a check mark, others a dashed red one and a cross; grey: t
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from dreml.console import (
     DEVICE_HELP,
     InputError,
     Parser,
+    cosine,
+    fraction,
     natural_number,
     pick_device,
     print_text,
@@ -30,7 +33,7 @@ from dreml.console import (
 from dreml.figures.neighbours import Thumbnails, draw_neighbours
 from dreml.figures.style import check_matplotlib
 from dreml.files import atomic_open, make_folder, writable, write_csv
-from dreml.runs.folder import SUFFIXES, TestSplit, read_run
+from dreml.runs.folder import SUFFIXES, Run, TestSplit, read_run
 from dreml.runs.settings import EMBEDDINGS
 from dreml.search import (
     Found,
@@ -44,6 +47,7 @@ from dreml.search import (
     test_items,
     unit_rows,
 )
+from dreml.thresholds import Threshold, read_threshold
 from model import Ensemble, load_ensemble
 from utils import unmatched_queries
 
@@ -70,6 +74,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     how("--num_members", type=natural_number, metavar="L", help="members 1 to L (default: all that are finished)")
     embedding_help = "logits (default), or pooled: the features before the last layer"
     how("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
+    far_help = 'neighbours are "not found" if a share F of searches in vain found better (thresholds.csv, evaluate.py)'
+    how("--far", type=fraction, metavar="F", help=far_help)
+    how("--threshold", type=cosine, metavar="T", help='neighbours are "not found" below this similarity')
     rest = parser.add_argument_group("the rest").add_argument
     rest("--output", type=Path, metavar="DIR", help="folder of what is written (default: RUN_FOLDER/retrieval)")
     rest("--data_path", type=Path, metavar="DIR", help="data sets, for the picture (default: as in training)")
@@ -79,6 +86,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise InputError("nothing to do: give --query, --worst or --export")
     if args.worst and (args.query or args.gallery):
         raise InputError("--worst looks for errors within the test split: it goes without --query and --gallery")
+    if args.far is not None and args.threshold is not None:
+        raise InputError("--far stands for a threshold: it goes without --threshold")
+    if (args.far is not None or args.threshold is not None) and not args.query and not args.worst:
+        raise InputError("--far and --threshold mark neighbours: they go with --query or --worst")
     return args
 
 
@@ -89,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
     # 1. The images; whatever can be wrong is found before anything is computed
     device = pick_device(args.device)
     trained = read_run(args.folder, args.num_members)
+    threshold = chosen_threshold(args.far, args.threshold, trained, args.embedding)
     data_path = args.data_path or Path(trained.record.options["data_path"])
     test = test_items(trained.test, data_path / trained.settings.data_name)
     if args.gallery:
@@ -142,10 +154,14 @@ def run(args: argparse.Namespace) -> None:
 
     # 5. The neighbours: a CSV, a list, a picture
     found = find_neighbours(queries, query_rows, gallery, gallery_rows, args.top)
+    for each in found:
+        each.threshold = threshold and threshold.value
     name = f"{name}{suffix}"
     with writable(output, "--output"):
         write_csv(output / f"{name}.csv", found_table(found))
     print_found(found)
+    if threshold:
+        print(f"\n{threshold_text(threshold, found, len(gallery))}")
     print_text(f"\n{output / name}.csv")
     with writable(output, "--output"):
         draw_neighbours(found[:MAX_ROWS], Thumbnails(trained, data_path), title, output, name)
@@ -156,6 +172,32 @@ def run(args: argparse.Namespace) -> None:
 def export_file(path: Path, suffix: str) -> Path:
     """The .npy file that --export names, or embedding.npy in the folder that it names."""
     return path if path.suffix == ".npy" else path / f"embedding{suffix}.npy"
+
+
+# ------------------------------------------------------------------------------------------------ none of these
+
+
+def chosen_threshold(far: float | None, value: float | None, run: Run, embedding: str) -> Threshold | None:
+    """The threshold that --far or --threshold asks for. Raises InputError where evaluate.py has not computed it."""
+    if far is None:
+        return None if value is None else Threshold(value)
+    command = f"python evaluate.py {shlex.quote(str(run.folder))}"
+    if embedding != "logits":
+        command += f" --embedding {embedding}"
+    path = run.folder / f"thresholds{SUFFIXES[embedding]}.csv"
+    return read_threshold(path, run.num_members, far, command)
+
+
+def threshold_text(threshold: Threshold, found: list[Found], num_gallery: int) -> str:
+    """How many queries have found nothing, and what the threshold stands for."""
+    nothing = sum(not each.passes[0] for each in found)
+    text = f"not found: nothing for {nothing:,} of {len(found):,} queries reaches {threshold.value:.4f}"
+    if threshold.far is None:
+        return text
+    return (
+        f"{text}; of test queries whose class is absent, {100 * threshold.far:g} % reached it in {threshold.gallery:,} "
+        f"images, and here are {num_gallery:,} (docs/THRESHOLDS.md)"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ embeddings
@@ -230,20 +272,23 @@ def print_found(found: list[Found]) -> None:
     words = {True: "right", False: "wrong", None: "-"}
     for each in found:
         class_name = f" ({each.query.class_name})" if each.query.class_name else ""
-        print_text(f"\n{each.query.name}{class_name}")
-        neighbours = zip(each.neighbours, each.similarities, each.right, strict=True)
-        for rank, (item, similarity, right) in enumerate(neighbours, 1):
-            print_text(f"{rank:4d}  {similarity:7.4f}  {words[right]:<5}  {item.class_name or '-'}  {item.path}")
+        print_text(f"\n{each.query.name}{class_name}{'' if each.passes[0] else ': none of these'}")
+        neighbours = zip(each.neighbours, each.similarities, each.right, each.passes, strict=True)
+        for rank, (item, similarity, right, passes) in enumerate(neighbours, 1):
+            word = words[right] if passes else "not found"
+            print_text(f"{rank:4d}  {similarity:7.4f}  {word:<5}  {item.class_name or '-'}  {item.path}")
 
 
 def found_table(found: list[Found]) -> pd.DataFrame:
-    """The CSV: one row for each neighbour. `right` and unknown classes are empty."""
+    """The CSV: one row for each neighbour. `right` and unknown classes are empty; `found` only with a threshold."""
     rows = []
     for each in found:
-        neighbours = zip(each.neighbours, each.similarities, each.right, strict=True)
-        for rank, (item, similarity, right) in enumerate(neighbours, 1):
-            rows.append((each.query.name, rank, item.path, item.class_name, f"{similarity:.6f}", right))
-    return pd.DataFrame(rows, columns=["query", "rank", "path", "class", "similarity", "right"], dtype=object)
+        neighbours = zip(each.neighbours, each.similarities, each.right, each.passes, strict=True)
+        for rank, (item, similarity, right, passes) in enumerate(neighbours, 1):
+            rows.append((each.query.name, rank, item.path, item.class_name, f"{similarity:.6f}", right, passes))
+    columns = ["query", "rank", "path", "class", "similarity", "right", "found"]
+    table = pd.DataFrame(rows, columns=columns, dtype=object)
+    return table if found[0].threshold is not None else table.drop(columns="found")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -139,34 +139,44 @@ def _best_own_similarities(pairs: "_Pairs") -> torch.Tensor:
 
 
 def _count_others_above(pairs: "_Pairs", thresholds: torch.Tensor) -> torch.Tensor:
-    """How many images of other classes reach each query's threshold, `(L, queries) int32`.
+    """How many images of other classes reach each query's threshold, `(L, queries) int32`."""
+    ranks = torch.zeros((pairs.num_members, pairs.sizes[0]), dtype=torch.int32, device=pairs.device)
+    reached = torch.empty(0, device=pairs.device)
+    for index, (start, stop), (left, right), sums in _other_class_sums(pairs):
+        if reached.shape != sums.shape:
+            reached = torch.empty_like(sums)
+        # 0.0 and 1.0 in place of bool: on the CPU their sums took a twentieth of the time.
+        torch.ge(sums, thresholds[index, start:stop, None], out=reached)
+        ranks[index, start:stop] += reached.sum(1).int()
+        rest = max(stop, left)
+        if pairs.symmetric and rest < right:
+            torch.ge(sums, thresholds[index, left:right], out=reached)
+            ranks[index, rest:right] += reached[:, rest - left :].sum(0).int()
+    return ranks
 
-    Where queries and gallery are the same images, each block of the symmetric similarity matrix is computed once and
-    counted for its rows and for its columns.
+
+def _other_class_sums(pairs: "_Pairs") -> Iterator[tuple[int, tuple[int, int], tuple[int, int], torch.Tensor]]:
+    """The similarities of queries to images of other classes, block by block.
+
+    Yields (index of the last member, (start, stop) of the queries, (left, right) of the gallery images, the summed
+    cosines of the members up to it, `(stop - start, right - left) float32`, -inf for a pair of one class).
+
+    Where queries and gallery are the same images, each block of the symmetric matrix is computed once: of the square on
+    the diagonal, both halves are in it; all else, from gallery image max(stop, left) on, counts the other way too.
     """
     queries, gallery, num_queries, num_gallery = pairs.queries, pairs.gallery, *pairs.sizes
-    ranks = torch.zeros((pairs.num_members, num_queries), dtype=torch.int32, device=pairs.device)
-    symmetric, width = queries is gallery, 4 * pairs.block
+    width = 4 * pairs.block
     for start in range(0, num_queries, pairs.block):
         stop = min(start + pairs.block, num_queries)
         query_rows = queries.rows_of_all(start, stop)
-        for left in range(start if symmetric else 0, num_gallery, width):
+        for left in range(start if pairs.symmetric else 0, num_gallery, width):
             right = min(left + width, num_gallery)
             sums = torch.zeros((stop - start, right - left), device=pairs.device)
             if left < pairs.last[stop - 1] and right > pairs.first[start]:  # else the block has no pair of one class
                 sums.masked_fill_(pairs.same_class(start, stop, left, right), -torch.inf)
-            reached = torch.empty_like(sums)
             for index, rows in enumerate(query_rows):
                 sums.addmm_(rows, gallery.rows(index, left, right).T)
-                # 0.0 and 1.0 in place of bool: on the CPU their sums took a twentieth of the time.
-                torch.ge(sums, thresholds[index, start:stop, None], out=reached)
-                ranks[index, start:stop] += reached.sum(1).int()
-                # Of the square on the diagonal, both halves have been counted; all else counts the other way too.
-                rest = max(stop, left)
-                if symmetric and rest < right:
-                    torch.ge(sums, thresholds[index, left:right], out=reached)
-                    ranks[index, rest:right] += reached[:, rest - left :].sum(0).int()
-    return ranks
+                yield index, (start, stop), (left, right), sums
 
 
 # ------------------------------------------------------------------------------------------------ mAP@R
@@ -244,6 +254,50 @@ def _precisions(own: torch.Tensor, others: torch.Tensor, num_own: torch.Tensor, 
     return torch.stack([(found * ordinal / position).sum(1) / num_own[:, 0], found.sum(1) / num_own[:, 0]])
 
 
+# ------------------------------------------------------------------------------------------------ none of these
+
+
+@torch.inference_mode()
+def best_similarities(
+    embeddings: torch.Tensor | Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    *,
+    is_query: torch.Tensor | None = None,
+    is_gallery: torch.Tensor | None = None,
+    max_bytes: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each query's similarity to the nearest image of another class, and to that of its own, for every ensemble size.
+
+    The similarity is the mean of the members' cosines. The first is what a search finds whose class is not in the
+    gallery. Arguments, errors and memory are those of `recall_at_k`.
+
+    Returns:
+        (other class, own class), each `(L, queries) float32` on the CPU, in [-1, 1], the queries in the order of the
+        rows; row l-1 is the ensemble of the first l members. -inf where there is no such image; a query is no image of
+        its own class.
+    """
+    members = [embeddings] if isinstance(embeddings, torch.Tensor) else list(embeddings)
+    masks = _checked_masks(members, labels, is_query, is_gallery)
+    pairs = _sort_by_class(members, labels, masks, max_bytes, lambda block: 12 * block)
+    with full_float32(pairs.device.type):
+        best = [_best_other_similarities(pairs), _best_own_similarities(pairs)]
+    sizes = torch.arange(1, len(members) + 1)[:, None]
+    by_row = torch.argsort(pairs.queries.order.cpu())
+    others, own = (sums.cpu()[:, by_row] / sizes for sums in best)
+    return others, own
+
+
+def _best_other_similarities(pairs: "_Pairs") -> torch.Tensor:
+    """Each query's best similarity to an image of another class, `(L, queries) float32`; -inf if there is none."""
+    best = torch.full((pairs.num_members, pairs.sizes[0]), -torch.inf, device=pairs.device)
+    for index, (start, stop), (left, right), sums in _other_class_sums(pairs):
+        best[index, start:stop] = torch.maximum(best[index, start:stop], sums.amax(1))
+        rest = max(stop, left)
+        if pairs.symmetric and rest < right:
+            best[index, rest:right] = torch.maximum(best[index, rest:right], sums[:, rest - left :].amax(0))
+    return best
+
+
 # ------------------------------------------------------------------------------------------------ images by class
 
 
@@ -293,6 +347,11 @@ class _Pairs:
     @property
     def num_members(self) -> int:
         return len(self.queries.members)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether queries and gallery are the same images."""
+        return self.queries is self.gallery
 
     @property
     def sizes(self) -> tuple[int, int]:

@@ -211,6 +211,17 @@ def fraction(text: str) -> float:
     return number
 
 
+def cosine(text: str) -> float:
+    """argparse type: a similarity, from -1 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not -1 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1")
+    return number
+
+
 def member_list(text: str) -> list[int]:
     """argparse type: members such as "13-24" or "1,5,7-9", sorted."""
     members = set()

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import nn
 from dreml.console import InputError, RunError, format_problems, is_utf8, num_cores, progress_bar, raise_if_interrupted
 from dreml.data.batches import image_batches, spans
 from dreml.data.images import BadImage, read_test_image
-from dreml.data.lists import class_folders
+from dreml.data.lists import LeftOut, class_folders
 
 # ------------------------------------------------------------------------------------------------ images
 
@@ -46,12 +47,13 @@ def test_items(test: pd.DataFrame, folder: Path) -> list[Item]:
 def folder_items(option: str, folder: Path) -> list[Item]:
     """All images below a folder, at any depth. The class of an image is the first folder below it on the way.
 
-    Raises InputError if there are no images. `option` is the option that names the folder.
+    Says which files are left out, for their types. Raises InputError if there are no images. `option` is the option
+    that names the folder.
     """
     if not os.path.isdir(folder):
         raise InputError(f"{option} {folder}: no such folder")
-    problems, items = [], []
-    for name, files in class_folders(folder, problems):
+    problems, items, left_out = [], [], LeftOut()
+    for name, files in class_folders(folder, problems, left_out):
         class_name = name.split("/")[0] or None
         for file in (folder / name / file for file in files):
             if is_utf8(str(file)):
@@ -60,7 +62,9 @@ def folder_items(option: str, folder: Path) -> list[Item]:
                 problems.append(f"{str(file)!a}: the name is not valid UTF-8")
     refuse(option, problems)
     if not items:
-        raise InputError(f"{option} {folder}: no images below it")
+        raise InputError(f"{option} {folder}: no images below it{f' ({left_out})' if left_out else ''}")
+    if left_out:
+        print(f"warning: {option} {folder}: {left_out}", file=sys.stderr)
     return items
 
 
@@ -188,12 +192,19 @@ class Found:
     query: Item
     neighbours: list[Item]
     similarities: list[float]
+    threshold: float | None = None  # neighbours below it count as not found
 
     @property
     def right(self) -> list[bool | None]:
         """Whether each neighbour is of the query's class, by its name; None where one of the classes is not known."""
         mine, theirs = self.query.class_name, [item.class_name for item in self.neighbours]
         return [None if None in (mine, other) else mine == other for other in theirs]
+
+    @property
+    def passes(self) -> list[bool]:
+        """Whether each neighbour reaches the threshold, both rounded to 1e-6."""
+        least = -math.inf if self.threshold is None else round(1e6 * self.threshold)
+        return [round(1e6 * similarity) >= least for similarity in self.similarities]
 
 
 def find_neighbours(

@@ -71,8 +71,16 @@ def odd_images(folder: Path) -> dict[str, np.ndarray]:
     scaled = np.stack([np.round(deep / 257).astype(np.uint8)] * 3, axis=-1)
     add("deep.png", Image.fromarray(deep), scaled)
     add("deep.tif", Image.fromarray(deep), scaled)
-    alpha = np.dstack([rgb, generator.integers(0, 256, rgb.shape[:2], dtype=np.uint8)])
-    add("alpha.WEBP", Image.fromarray(alpha), rgb, lossless=True, exact=True)
+    alpha = generator.integers(0, 256, rgb.shape[:2], dtype=np.uint8)
+    alpha[:9], alpha[9:19] = 0, 255  # nothing of the image, and all of it
+    cut_out = Image.fromarray(np.dstack([rgb, alpha]))
+    add("alpha.WEBP", cut_out, on_white(rgb, alpha), lossless=True, exact=True)
+    add("alpha.png", cut_out, on_white(rgb, alpha))
+    add("alpha.tif", cut_out, on_white(rgb, alpha))
+    grey_on_white = on_white(np.stack([grey] * 3, axis=-1), alpha)
+    add("grey_alpha.png", Image.fromarray(np.dstack([grey, alpha])), grey_on_white)
+    holes = deep == deep[7, 7]
+    add("deep_holes.png", Image.fromarray(deep), on_white(scaled, 255 - 255 * holes), transparency=int(deep[7, 7]))
     colours = generator.integers(0, 256, (16, 3), dtype=np.uint8)
     indices = generator.integers(0, 16, (40, 50), dtype=np.uint8)
     palette = Image.new("P", (50, 40))
@@ -80,6 +88,11 @@ def odd_images(folder: Path) -> dict[str, np.ndarray]:
     palette.putpalette(colours.ravel().tolist())
     add("palette.png", palette, colours[indices])
     add("palette.gif", palette, colours[indices])
+    for name in ("holes.png", "holes.gif"):  # one colour of the palette is transparent
+        add(name, palette, on_white(colours[indices], 255 - 255 * (indices == 3)), transparency=3)
+    colour = colours[indices]
+    hidden = on_white(colour, 255 - 255 * (colour == colours[5]).all(2))
+    add("rgb_holes.png", Image.fromarray(colour), hidden, transparency=tuple(colours[5].tolist()))
     cmyk = Image.fromarray(rgb).convert("CMYK")
     add("cmyk.tif", cmyk, 255 - np.asarray(cmyk)[..., :3])  # Pillow's CMYK has no black: the colours are complements
     for orientation, turned in {  # what the viewer should see, from the stored pixels `rgb`
@@ -94,7 +107,16 @@ def odd_images(folder: Path) -> dict[str, np.ndarray]:
         exif = Image.Exif()
         exif[0x0112] = orientation
         add(f"rotated_{orientation}.png", Image.fromarray(rgb), turned, exif=exif)
+        if orientation == 6:
+            add("rotated_alpha.png", cut_out, np.rot90(on_white(rgb, alpha), -1), exif=exif)
+            add("rotated_holes.png", palette, np.rot90(expected["holes.png"], -1), exif=exif, transparency=3)
     return expected
+
+
+def on_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """How `(H, W, 3) uint8` colours look on white paper with opacities `(H, W)`, 0 to 255."""
+    opacity = alpha[..., None] / 255
+    return (rgb * opacity + 255 * (1 - opacity)).round().astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------ raw data sets

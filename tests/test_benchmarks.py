@@ -1,16 +1,19 @@
 """The benchmarks run and print their tables, and the baseline that they compare with is right."""
 
 import re
+import shutil
 import subprocess
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from builders import edit_record, random_embeddings, save_image, write_run
 from processes import ROOT
-from reference import slow_recall
+from reference import slow_best_similarities, slow_recall
 
-from benchmarks import plain, recall, training
+from benchmarks import plain, recall, thresholds, training
+from dreml.files import sha256
 
 
 def table(output: str) -> dict[str, float]:
@@ -100,3 +103,34 @@ def test_benchmark_of_recall(capsys):
     assert {"N=200 d=1,024: recall_at_k / bare product", "N=81 d=576: recall_at_k / argsort"} <= set(ratios)
     assert sum("concatenation" in what for what in ratios) == 1
     assert re.search(r"N=605 d=8,000: [\d.]+ s, [\d.]+ GiB beside", output) and output.count("| 100 | 48 | 12 |") == 1
+
+
+def test_benchmark_of_thresholds(tiny_run, tmp_path, capsys):
+    """With enough queries for one rate: the three tables, and the images of the folder that is named."""
+    members, labels = random_embeddings(0, 2, 400), np.arange(400) % 4
+    run = write_run(tmp_path / "run", tiny_run, members, labels)
+    shutil.copy(tiny_run / "member_001.pth", run)
+    edit_record(run / "member_001.json", "sha256", "member_001.pth", value=sha256(run / "member_001.pth"))
+    save_image(tmp_path / "photos" / "1.png")
+    options = ["--num_members", "1", "--repeats", "2", "--number", "3", "--device", "cpu"]
+    assert thresholds.main([str(run), "--elsewhere", str(tmp_path / "photos"), *options]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"^\| 10 % \| [\d.]+ % \(.*\| [\d.]+ % \|", output, re.MULTILINE)
+    assert "\n| 1 % | too few queries |" in output
+    others, _ = slow_best_similarities(members[:1], labels, *[np.ones(400, bool)] * 2)
+    above = np.sort(others[0])[-41] + 1e-6
+    assert f"\n| 10 % | 400 | {above:.4f} | 10 % | 10 % |\n| 10 % | 200 | " in output
+    names = ["drawn noise", "drawn screens", str(tmp_path / "photos"), "all of these", "test queries, another class"]
+    last = output.split("searched in the whole test gallery")[1]
+    numbers = re.findall(r"^\| (.+?) \| (\d+) \| .+ \| ([\d.]+) % \|$", last, re.MULTILINE)
+    assert [row[:2] for row in numbers] == list(zip(names, ["3", "3", "1", "7", "400"], strict=True))
+    assert numbers[-1][2] == f"{100 * (others[0] > above - 5e-7).mean():.3g}"
+
+
+def test_halves_of_the_classes_share_none():
+    labels = torch.tensor([3, 1, 1, 2, 3, 5])
+    pairs = list(thresholds.class_halves(labels, 4))
+    assert len(pairs) == 8 and len({tuple(first.tolist()) for first, _ in pairs}) > 2
+    for first, other in pairs:
+        assert torch.equal(first, ~other) and not set(labels[first].tolist()) & set(labels[other].tolist())
+        assert len(labels[first].unique()) == 2

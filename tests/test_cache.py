@@ -87,7 +87,7 @@ CACHE_DAMAGES = {
     "missing": (shutil.rmtree, "is missing"),
     "no meta.json": (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing"),
     "truncated meta.json": (lambda folder: (folder / "meta.json").write_text('{"version": 1'), "is damaged"),
-    "older version": (damage_meta(lambda meta: meta.update(version=0)), "another version"),
+    "older version": (damage_meta(lambda meta: meta.update(version=1)), "another version"),
     "other size": (damage_meta(lambda meta: meta.update(image_size=64)), "other settings"),
     "changed entry": (
         lambda folder: (folder / "meta.json").write_text((folder / "meta.json").read_text().replace("train/", "test/")),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torchvision.transforms.functional as TF
 from builders import SPEC, build, odd_images, put, random_image, rewrite, tree, write_csv, write_image_folder
+from PIL import Image
 
 from dreml.console import InputError, RunError
 from dreml.data import cache_writer
@@ -36,14 +37,14 @@ def test_cache_equals_the_torchvision_pipeline(tmp_path, size, resize):
     larger, smaller = ([side, side] if resize == "squash" else side for side in (int(1.1 * size), size))
 
     pixels, offsets, sizes = (cache.array(f"train_{name}") for name in ("pixels", "offsets", "sizes"))
-    assert len(cache.meta.train["paths"]) == len(sizes) == 18 and offsets[-1] == len(pixels)
+    assert len(cache.meta.train["paths"]) == len(sizes) == 27 and offsets[-1] == len(pixels)
     for number, path in enumerate(cache.meta.train["paths"]):
         image = load_rgb(tmp_path / "data" / "mine" / path)
         expected = np.asarray(TF.resize(image, larger))
         cached = pixels[offsets[number] : offsets[number + 1]].reshape(*sizes[number], 3)
         np.testing.assert_array_equal(cached, expected, err_msg=path)
         np.testing.assert_array_equal(resize_train(image, spec), expected, err_msg=path)
-    assert cache.array("test_images").shape == (18, size, size, 3)
+    assert cache.array("test_images").shape == (27, size, size, 3)
     for number, path in enumerate(cache.meta.test["paths"]):
         image = load_rgb(tmp_path / "data" / "mine" / path)
         expected = np.asarray(TF.center_crop(TF.resize(image, smaller), size))
@@ -56,6 +57,21 @@ def test_statistics_of_other_sets_come_from_the_cached_training_pixels(tiny_data
     pixels = cache.array("train_pixels").reshape(-1, 3) / 255
     np.testing.assert_allclose(cache.meta.mean, pixels.mean(0), atol=1e-6)
     np.testing.assert_allclose(cache.meta.std, pixels.std(0), atol=1e-6)
+
+
+def test_worker_processes_read_what_phones_write(tmp_path, monkeypatch):
+    """HEIC: Pillow learns to read it in each process, when it is needed."""
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    write_image_folder(tmp_path / "mine")
+    path = tmp_path / "mine" / "train" / "train_0" / "photo.heic"
+    random_image(5).save(path)
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    cache = build(tmp_path, "mine", num_workers=2)
+    assert "HEIF" not in Image.OPEN  # not in this process
+    number = cache.meta.train["paths"].index("train/train_0/photo.heic")
+    first, last = cache.array("train_offsets")[number : number + 2]
+    expected = resize_train(load_rgb(path), SPEC)
+    np.testing.assert_array_equal(cache.array("train_pixels")[first:last], expected.ravel())
 
 
 # ------------------------------------------------------------------------------------------------ bad images

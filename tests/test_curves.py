@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dreml.figures.curves import draw_comparison, draw_recall, draw_training
+from dreml.figures.curves import draw_comparison, draw_found, draw_recall, draw_training
 from dreml.figures.style import drawing
 from dreml.runs.folder import read_run
 
@@ -21,6 +21,16 @@ def test_the_curves_show_the_tables():
     styles = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in list(lines.values())[:2]]
     assert all(first != second for first, second in zip(*styles, strict=True))
     assert axes.get_xlabel() == "ensemble size (members)" and axes.get_ylabel() == "Recall@K (%)"
+
+
+def test_the_thresholds_curve_shows_its_table():
+    """A curve for each size; without any threshold, empty axes."""
+    curves = pd.DataFrame({"ensemble_size": [1, 1, 4, 4], "far": [0.01, 0.1] * 2, "found": [10.0, 20, 30, 40]})
+    with drawing():
+        axes, empty = (draw_found(table).axes[0] for table in (curves, curves[:0]))
+    assert [line.get_label() for line in axes.lines] == ["1 member", "4 members"]
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 10], [10, 20]], [[1, 30], [10, 40]]]
+    assert axes.get_xscale() == "log" and "(%)" in axes.get_xlabel() and not empty.lines
 
 
 def test_training_curves_show_the_histories(tiny_run):

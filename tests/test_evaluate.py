@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from builders import LABELS, copy_run, random_embeddings, refused, write_pooled, write_run
 from PIL import Image
-from reference import slow_map, slow_recall
+from reference import slow_best_similarities, slow_map, slow_recall
 
 import evaluate
 from dreml.figures.style import COLORS
@@ -154,10 +154,38 @@ def test_the_pooled_embedding_has_files_of_its_own(tiny_run, tmp_path):
     folder, pooled = write_run(tmp_path / "run", tiny_run, random_embeddings(0)), random_embeddings(7)
     write_pooled(folder, pooled)
     assert evaluate.main([str(folder), "--recalls", "1", "--embedding", "pooled"]) == 0
-    assert not (folder / "evaluation.csv").exists()
+    assert not (folder / "evaluation.csv").exists() and not (folder / "thresholds.csv").exists()
+    assert (folder / "thresholds_pooled.csv").exists()
     expected = 100 * slow_recall(pooled, LABELS, [1])
     np.testing.assert_allclose(scores_in(folder, "evaluation_pooled")[:, 0], expected[:, 0], atol=5e-5)
     assert len(scores_in(folder, "members_pooled")) == 2
+
+
+# ------------------------------------------------------------------------------------------------ none of these
+
+
+def test_thresholds_are_those_of_the_definition(tiny_run, tmp_path, capsys):
+    """For every ensemble size: a tenth of the queries would find another class above it. Of too few, none is told."""
+    labels, members = np.arange(150) % 5, random_embeddings(3, 2, 150)
+    masks = np.arange(150) % 3 > 0, np.arange(150) % 7 > 0
+    folder = write_run(tmp_path / "run", tiny_run, members, labels % 4, *masks)
+    assert evaluate.main([str(folder)]) == 0
+    table = pd.read_csv(folder / "thresholds.csv")
+    assert table.ensemble_size.tolist() == [1, 2] and table.far.tolist() == [0.1] * 2
+    assert (table.queries == masks[0].sum()).all() and (table.gallery == masks[1].sum()).all()
+    for row, others, own in zip(table.itertuples(), *slow_best_similarities(members, labels % 4, *masks), strict=True):
+        eleventh = np.sort(others)[-11]  # of 100; two images are often nearest to each other, equally far
+        assert eleventh < row.threshold < eleventh + 3e-6
+        assert row.found == pytest.approx(100 * ((own > others) & (own >= row.threshold - 1e-6)).mean(), abs=1e-5)
+    out = capsys.readouterr().out
+    assert f"FAR 10 %: {row.threshold:.4f} (found {row.found:.2f} %); none for 1 %, 0.1 %: under 10 of 100" in out
+
+
+def test_a_test_split_that_is_too_small_has_no_threshold(tiny_run, tmp_path):
+    folder = write_run(tmp_path / "run", tiny_run, random_embeddings(0))
+    assert evaluate.main([str(folder), "--recalls", "1", "--plot"]) == 0
+    assert (folder / "thresholds.csv").read_text() == "ensemble_size,far,threshold,found,queries,gallery\n"
+    assert (folder / "thresholds.png").exists()
 
 
 # ------------------------------------------------------------------------------------------------ several runs
@@ -240,7 +268,8 @@ def test_figures_are_drawn_as_png_and_svg(tiny_run, tmp_path):
         assert evaluate.main(arguments) == 0
         drawn.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.suffix != ".csv"})
     assert drawn[0] == drawn[1]
-    assert sorted(drawn[0]) == ["evaluation.png", "evaluation.svg", "training.png", "training.svg"]
+    figures = ("evaluation", "thresholds", "training")
+    assert sorted(drawn[0]) == [f"{name}.{suffix}" for name in figures for suffix in ("png", "svg")]
     picture = tmp_path / "one" / "evaluation.png"
     assert [has_color(picture, color) for color in COLORS[:5]] == [True, True, True, False, False]
     assert Image.open(picture).width == round(300 * 3.4)  # a column at 300 dpi
@@ -266,9 +295,10 @@ def test_the_run_is_locked_while_its_folder_is_written(tiny_run, tmp_path, monke
     monkeypatch.setattr(evaluate, "write_csv", lambda path, *_, **__: written.append((path.name, len(locked))))
     assert evaluate.main([str(tmp_path / "link"), "--recalls", "1"]) == 0
     assert evaluate.main([str(folder), "--recalls", "1", "--output", str(tmp_path / "link")]) == 0
-    assert locked == [folder, folder] and written[:2] == [("evaluation.csv", 1), ("members.csv", 1)]
+    names = [("evaluation.csv", 1), ("members.csv", 1), ("thresholds.csv", 1)]
+    assert locked == [folder, folder] and written[:3] == names
     assert evaluate.main([str(folder), "--recalls", "1", "--output", str(tmp_path / "out")]) == 0
-    assert len(locked) == 2 and len(written) == 6
+    assert len(locked) == 2 and len(written) == 9
 
 
 # ------------------------------------------------------------------------------------------------ refusals

@@ -1,6 +1,7 @@
 """Opening and resizing images, and what is said of those that cannot be used."""
 
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,16 @@ import pytest
 from builders import SPEC, jpeg_bytes, odd_images, random_image
 from PIL import Image
 
-from dreml.data.images import BadImage, ImageSpec, load_rgb, probe_size, read_test_image, resize_test
+from dreml.data.images import (
+    BadImage,
+    ImageSpec,
+    image_suffixes,
+    load_rgb,
+    open_image,
+    probe_size,
+    read_test_image,
+    resize_test,
+)
 
 
 @pytest.mark.parametrize(("image_size", "shorter"), [(256, 281), (128, 140), (32, 35)])
@@ -30,6 +40,53 @@ def test_load_rgb_applies_the_orientation_of_a_jpeg(tmp_path):
     random_image(0, 50, 30).save(tmp_path / "b.jpg")
     upright = np.asarray(Image.open(tmp_path / "b.jpg"))
     np.testing.assert_array_equal(np.asarray(load_rgb(tmp_path / "a.jpg")), np.rot90(upright, -1))
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".jfif", ".jpe", ".heic", ".HEIF"])
+def test_files_of_phones_and_downloads(tmp_path, suffix, monkeypatch):
+    """Read as a JPEG of the same image is, about; HEIC by its content, also where nobody asked for it before."""
+    if suffix.lower() in (".heic", ".heif"):
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    path, kind = tmp_path / f"photo{suffix}", {".avif": "AVIF", ".heic": "HEIF", ".HEIF": "HEIF"}.get(suffix, "JPEG")
+    random_image(0, 64, 48).save(path, kind, quality=95)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    assert suffix.lower() in image_suffixes()
+    image = load_rgb(path)
+    assert image.mode == "RGB" and image.size == (64, 48)
+    assert abs(np.asarray(image).astype(int) - np.asarray(random_image(0, 64, 48))).mean() < 4
+    other = path.rename(tmp_path / "photo.jpg")  # as some programs name them
+    assert np.array_equal(load_rgb(other), image)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
+def test_transparent_parts_of_newer_formats_are_white(tmp_path, kind):
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    image = Image.new("RGBA", (64, 64), (200, 30, 30, 0))
+    image.paste((20, 40, 200, 255), (0, 0, 32, 64))
+    image.save(tmp_path / "image", kind, quality=95)
+    pixels = np.asarray(load_rgb(tmp_path / "image")).astype(int)
+    assert abs(pixels[:, :28] - [20, 40, 200]).max() < 16 and pixels[:, 36:].min() > 240
+
+
+def test_heic_without_the_package_that_reads_it(tmp_path, monkeypatch):
+    """It is no image of a folder then; where it is named, one line says what is missing."""
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    random_image().save(tmp_path / "photo.heic")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    assert ".heic" not in image_suffixes() and ".avif" in image_suffixes()
+    for read in (read_test_image, probe_test_image):
+        with pytest.raises(BadImage, match=r"photo\.heic: unreadable \(HEIC needs: pip install pillow-heif\)$"):
+            read(tmp_path / "photo.heic", SPEC)
+
+
+def test_grey_values_in_floating_point_are_refused(tmp_path):
+    """Values of 0 to 1 would be black, and nothing says what is white."""
+    Image.fromarray(np.random.default_rng(0).random((40, 36), np.float32)).save(tmp_path / "float.tif")
+    for read in (read_test_image, probe_test_image, lambda path, _: load_rgb(path), lambda path, _: open_image(path)):
+        with pytest.raises(BadImage, match=r"float\.tif: floating-point grey values have no defined black and white"):
+            read(tmp_path / "float.tif", SPEC)
 
 
 def test_squash_keeps_both_ends_of_a_wide_image_and_crop_does_not():

@@ -3,13 +3,14 @@
 import os
 import re
 import shutil
+import sys
 
 import pytest
 from builders import build, check_refused, put, random_image, rewrite, save_image, write_csv, write_image_folder
 
 from dreml.console import InputError
 from dreml.data.known_sets import count_images
-from dreml.data.lists import list_csv
+from dreml.data.lists import LeftOut, list_csv
 
 
 def test_csv_data_set(tmp_path, capsys):
@@ -92,6 +93,37 @@ def test_image_folder(tmp_path, capsys):
     assert meta.train["paths"] == ["train/a/1.JPG", "train/a/2.png", "train/b/deep/er/3.Tiff"]
     assert meta.test["paths"] == ["test/c/4.webp", "test/ü c/4.webp"]
     assert "1 images outside any class folder are left out" in capsys.readouterr().err
+
+
+def test_files_of_other_types_are_counted(tmp_path, capsys, monkeypatch):
+    """By suffix, in each split, without hidden files and known lists; a class that has nothing else is named."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    root = tmp_path / "mine"
+    write_image_folder(root)
+    for name in ("train_0/1.HEIC", "train_0/2.heic", "phone/3.heic", "phone/4.mov", "phone/deep/5.mov", "a/note.txt"):
+        (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "train" / name).write_bytes(b"x")
+    save_image(root / "train" / "a" / "b" / "image.png")  # so a has an image below it
+    for name in (".hidden.mov", "images.txt", "Thumbs.db", "README"):
+        (root / "test" / "test_0" / name).write_bytes(b"x")
+    build(tmp_path, "mine")
+    said = "3 .heic (pip install pillow-heif), 2 .mov, 1 .txt; classes without an image for that reason: "
+    line = f"mine: warning: {root / 'train'}: left out: {said}'phone/deep', 'phone'\n"
+    assert capsys.readouterr().err == line
+
+
+def test_types_beyond_the_eighth_are_counted_together():
+    left_out = LeftOut()
+    assert not left_out
+    for number in range(12):
+        for _ in range(20 - number):
+            left_out.add(f"file.type{number}")
+    for name in ("no_suffix", "a.b c", "x." + "y" * 30):
+        left_out.add(name)
+    left_out.empty_classes = [f"c{number}" for number in range(1200)]
+    text = str(left_out)
+    assert text.startswith("left out: 20 .type0, 19 .type1, ") and "13 .type7 and 45 of other types; classes" in text
+    assert text.endswith("'c8', 'c9' and 1,190 more") and "\n" not in text
 
 
 def test_a_folder_that_cannot_be_read_is_listed(tmp_path, monkeypatch):

@@ -116,6 +116,31 @@ def test_captions():
     )
 
 
+def test_below_the_threshold_a_neighbour_is_faded_and_grey(tiny_run, tmp_path):
+    """Whether it is right or wrong; the legend says so, and only what occurs."""
+    run = read_run(write_colored_run(tmp_path, tiny_run, random_embeddings(3)))
+    items = search.test_items(run.test, tmp_path / "data" / "colors")
+    found = [Found(items[0], [items[row] for row in (1, 2, 7)], [0.5, 0.4, 0.3], 0.5)]
+    with drawing(PICTURE_STYLE):
+        figure = neighbours_figure(found, Thumbnails(run, tmp_path / "data"), "cosine")
+    figure.savefig(tmp_path / "picture.png")
+    picture, texts = read(tmp_path / "picture.png"), figure.axes[0].texts
+    assert share(frame(picture, 0, 1), GREEN) > 0.98
+    np.testing.assert_allclose(inside(picture, 0, 1), IMAGE_COLORS[1], atol=3)
+    for column, row in ((2, 2), (3, 7)):
+        pixels = frame(picture, 0, column)
+        assert share(pixels, GREEN) == share(pixels, RED) == 0 and share(pixels, WHITE) > 0.3
+        np.testing.assert_allclose(inside(picture, 0, column), 255 - 0.35 * (255.0 - IMAGE_COLORS[row]), atol=3)
+    assert [text.get_text() for text in texts[2:-1:2]] == [
+        "1   ✓   0.500",
+        "2   not found   0.400",
+        "3   not found   0.300",
+    ]
+    assert [text.get_color() for text in texts[2:-1]] == ["black"] * 2 + [GREY] * 4
+    legend = texts[-1].get_text().replace("\n", " ")
+    assert legend == "green ✓: the query's class, faded, dotted grey: not found, below 0.500; cosine"
+
+
 @pytest.mark.parametrize(
     ("text", "width", "expected"),
     [("short", 5, "short"), ("abcdefgh", 5, "ab…gh"), ("abcdefgh", 4, "ab…h"), ("ab", 1, "…"), ("abcd", 2, "a…")],

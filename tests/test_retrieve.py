@@ -1,10 +1,13 @@
 """retrieve.py: queries, galleries, errors, the exported embedding, refusals."""
 
 import functools
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
+import builders
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,6 +26,7 @@ from builders import (
 from PIL import Image
 from reference import mean_cosines
 
+import evaluate
 import retrieve
 from dreml.figures.neighbours import tile_corner
 from model import load_ensemble
@@ -193,6 +197,87 @@ def test_another_gallery(tiny_run, tmp_path):
         assert rows.right.tolist() == [str(name == "dog") if known and name else "" for name in classes]
 
 
+def test_files_that_are_left_out_are_counted(tiny_run, tmp_path, capsys):
+    """Of a folder of queries as of a gallery; a folder without any image says why."""
+    photos = tmp_path / "photos"
+    save_image(photos / "a" / "1.png")
+    for name in ("a/2.mov", "b/3.mov", "b/4.txt", ".hidden.mov"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(b"x")
+    options = ("--top", "1", "--output", tmp_path / "out")
+    said = "left out: 2 .mov, 1 .txt; classes without an image for that reason: 'b'"
+    call(tiny_run, "--query", photos, *options)
+    assert capsys.readouterr().err == f"warning: --query {photos}: {said}\n"
+    call(tiny_run, "--query", "test:0", "--gallery", photos, *options)
+    assert capsys.readouterr().err == f"warning: --gallery {photos}: {said}\n"
+    message = refused(capsys, retrieve, tiny_run, "--query", photos / "b", *options)
+    assert message == f"retrieve.py: --query {photos / 'b'}: no images below it (left out: 1 .mov, 1 .txt)\n"
+
+
+def test_a_transparent_photo_is_that_photo_on_white(tiny_run, tmp_path):
+    """Whatever colours are hidden; in the picture too."""
+    pixels = np.full((40, 40, 4), 255, np.uint8)
+    pixels[10:30, 10:30, :3] = 40
+    names = ["white.png", "black.png", "opaque.png"]
+    for number, hidden in enumerate((255, 0)):
+        cut_out = pixels.copy()
+        cut_out[(pixels[..., 0] == 255), :] = (hidden, hidden, hidden, 0)
+        Image.fromarray(cut_out).save(tmp_path / names[number])
+    Image.fromarray(pixels[..., :3]).save(tmp_path / names[2])
+    call(tiny_run, "--query", *(tmp_path / name for name in names), "--top", "3", "--output", tmp_path / "out")
+    rows = [rows.iloc[:, 1:] for rows in found_in(tmp_path / "out").values()]
+    assert rows[0].equals(rows[2]) and rows[1].equals(rows[2])
+    picture = np.asarray(Image.open(tmp_path / "out" / "neighbours.png").convert("RGB"))
+    for row in range(3):
+        left, top = (round(150 * inches) for inches in tile_corner(row, 0))
+        assert (picture[top + 10 : top + 30, left + 10 : left + 30] == 255).all()
+
+
+# ------------------------------------------------------------------------------------------------ none of these
+
+
+def test_neighbours_below_a_threshold_are_not_found(drawn, tmp_path, capsys):
+    """In the CSV, the list and the summary; the threshold itself passes."""
+    members = random_embeddings(3, 2)
+    arguments = [*drawn(members), "--query", "test:0", "test:1", "test:5", "--top", "4"]
+    call(*arguments)
+    assert "not found" not in capsys.readouterr().out
+    similarities = np.array([rows.similarity for rows in found_in(tmp_path / "out").values()])
+    threshold = np.sort(similarities.ravel())[7]
+    call(*arguments, "--threshold", f"{threshold:.6f}")
+    out, table = capsys.readouterr().out, pd.read_csv(tmp_path / "out" / "neighbours.csv")
+    assert list(table.columns[-2:]) == ["right", "found"] and table.found.sum() == 5
+    assert table.found.tolist() == (similarities.ravel() >= threshold).tolist()
+    words = {True: "right", False: "wrong"}
+    for row in table.itertuples():
+        word = words[row.right] if row.found else "not found"
+        assert f"{row.rank:4d}  {row.similarity:7.4f}  {word:<5}  {row[4]}  {row.path}\n" in out
+    call(*arguments, "--threshold", "0.99")
+    out = capsys.readouterr().out
+    assert out.count(": none of these\n") == 3 and "not found: nothing for 3 of 3 queries reaches 0.9900\n" in out
+
+
+def test_far_takes_the_threshold_that_evaluate_wrote(drawn, tmp_path, capsys, monkeypatch):
+    """Of this embedding and number of members, made by the very command that is named where it is missing."""
+    monkeypatch.setattr(builders, "IMAGE_COLORS", np.full((200, 3), 9, np.uint8))
+    monkeypatch.setattr(retrieve, "MAX_ROWS", 1)
+    arguments = drawn(random_embeddings(0, 3, 200), np.arange(200) % 4)
+    write_pooled(tmp_path / "run", random_embeddings(1, 3, 200))
+    queries = ["--query", *(f"test:{row}" for row in range(30)), "--top", "2", "--num_members", "2"]
+    for embedding, suffix in (("logits", ""), ("pooled", "_pooled")):
+        search = [*arguments, *queries, "--embedding", embedding]
+        message = refused(capsys, retrieve, *search, "--far", "0.1")
+        command = re.search(r"thresholds\S*\.csv, which is missing; make it with: python evaluate\.py (.*)\n", message)
+        assert evaluate.main(shlex.split(command[1])) == 0
+        call(*search, "--far", "0.1")
+        table = pd.read_csv(tmp_path / "run" / f"thresholds{suffix}.csv")
+        row = table[(table.ensemble_size == 2) & (table.far == 0.1)].iloc[0]
+        found = pd.read_csv(tmp_path / "out" / f"neighbours{suffix}.csv")
+        assert found.found.tolist() == (found.similarity >= row.threshold).tolist() and len(set(found.found)) == 2
+        assert "10 % reached it in 200 images, and here are 200" in capsys.readouterr().out
+        assert "for 2 members" in refused(capsys, retrieve, *search, "--far", "0.3")
+
+
 # ------------------------------------------------------------------------------------------------ --worst
 
 
@@ -334,6 +419,11 @@ def test_the_run_folder_is_left_alone_if_told_so(tiny_run, tmp_path):
         (["--query", "test:0", "--num_members", "3"], "--num_members 3"),
         (["--query", "test:0", "--gallery", "nowhere"], "--gallery nowhere: no such folder"),
         (["--query", "bytes\udcff.png"], "the name is not valid UTF-8"),
+        (["--query", "test:0", "--far", "0.1"], "thresholds.csv, which is missing; make it with: python evaluate.py"),
+        (["--query", "test:0", "--far", "0.1", "--threshold", "0.5"], "--far stands for a threshold"),
+        (["--query", "test:0", "--far", "2"], "'2' is above 1"),
+        (["--query", "test:0", "--threshold", "1.5"], "'1.5' is not a number from -1 to 1"),
+        (["--export", "--threshold", "-0.5"], "they go with --query or --worst"),
     ],
 )
 def test_refusals(tiny_run, tmp_path, capsys, monkeypatch, options, message):

@@ -9,12 +9,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from reference import slow_map, slow_recall
+from reference import slow_best_similarities, slow_map, slow_recall
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
 from utils import (
+    best_similarities,
     capped_images,
     draws,
     map_at_r,
@@ -579,3 +580,37 @@ def test_lone_queries_are_left_out():
     points, labels = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), torch.tensor([5, 5, 9])
     assert [score.tolist() for score in map_at_r(points, labels)] == [[1], [1]]
     assert all(score.isnan().all() for score in map_at_r(points, torch.arange(3)))
+
+
+# ------------------------------------------------------------------------------------------------ none of these
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_best_similarities_equal_the_definition(seed):
+    """Of another class and of the own one, for every ensemble size, in the order of the rows."""
+    embeddings, labels, _ = random_case(seed)
+    masks = random_masks(seed, len(labels)) if seed % 4 else [np.ones(len(labels), bool)] * 2
+    options = as_masks(*masks) if seed % 4 else {}
+    expected = slow_best_similarities(embeddings, labels, *masks)
+    for max_bytes in MAX_BYTES:
+        best = best_similarities(tensors(embeddings), torch.from_numpy(labels), **options, max_bytes=max_bytes)
+        for similarities, values in zip(best, expected, strict=True):
+            assert similarities.dtype == torch.float32 and similarities.shape == (len(embeddings), masks[0].sum())
+            np.testing.assert_allclose(similarities, values, atol=1e-6)
+
+
+def test_best_similarities_compute_each_pair_once_and_keep_within_their_memory():
+    """1,500 images of 800 dimensions, as for the recall; and its first neighbours are those of the recall."""
+    points, labels, max_bytes = torch.randn(1500, 800), torch.arange(1500) // 10, 2**21
+    with Products() as products, Largest(points) as largest:
+        others, own = best_similarities(points, labels, max_bytes=max_bytes)
+    assert largest.num_bytes <= max_bytes / 2
+    assert sum(rows * columns for rows, columns in products.shapes) < 0.7 * 1500**2
+    assert (others < own - 1e-6).double().mean() == recall_at_k(points, labels, [1]).item()
+
+
+def test_best_similarities_refuse_what_recall_refuses():
+    with pytest.raises(ValueError, match="not finite: 10 of 10 rows"):
+        best_similarities(torch.full((10, 4), torch.nan), torch.arange(10) // 2)
+    with pytest.raises(ValueError, match=r"is_query has to be \(4,\) bool"):
+        best_similarities(torch.randn(4, 2), torch.tensor([0, 0, 1, 1]), is_query=torch.ones(3).bool())

@@ -12,7 +12,7 @@ from dreml.console import InputError, RunError, one_line
 from dreml.data.images import ImageSpec
 from dreml.files import crc32, read_record, sha256
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2  # 1: the hidden colours of transparent images
 ARRAYS = ["train_pixels", "train_offsets", "train_sizes", "train_labels"]
 ARRAYS += ["test_images", "test_labels", "test_is_query", "test_is_gallery"]
 

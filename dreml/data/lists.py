@@ -1,5 +1,6 @@
 """Which images a data set holds: its text and CSV lists, and folders of images. No image is opened here."""
 
+import collections
 import csv
 import io
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dreml.console import is_utf8, one_line
-from dreml.data.images import IMAGE_SUFFIXES
+from dreml.data.images import HEIF_REMEDY, HEIF_SUFFIXES, image_suffixes
 
 # ------------------------------------------------------------------------------------------------ what a list gives
 
@@ -164,7 +165,8 @@ def list_image_folder(root: Path, prefix: str) -> Listing | None:
         if not (root / split).is_dir():
             listing.problems.append(f"{root / split}: missing folder")
             continue
-        for class_name, files in class_folders(root / split, listing.problems):
+        left_out = LeftOut()
+        for class_name, files in class_folders(root / split, listing.problems, left_out):
             if class_name == "":
                 listing.warnings.append(f"{root / split}: {len(files)} images outside any class folder are left out")
                 continue
@@ -174,21 +176,62 @@ def list_image_folder(root: Path, prefix: str) -> Listing | None:
                     listing.entries.append(Entry(split, class_name, class_name, folder + file))
                 else:
                     listing.problems.append(f"{folder + file!a}: the name is not valid UTF-8")
+        if left_out:
+            listing.warnings.append(f"{root / split}: {left_out}")
     return listing
 
 
 # ------------------------------------------------------------------------------------------------ folders
 
 
+NEVER_IMAGES = {  # lists of the known sets and of this program, and what Windows leaves in folders
+    *("images.csv", "images.txt", "image_class_labels.txt", "classes.txt", "bounding_boxes.txt"),
+    *("train_test_split.txt", "README", "attributes.txt", "Ebay_train.txt", "Ebay_test.txt", "Ebay_info.txt"),
+    *("list_eval_partition.txt", "cars_annos.mat", "cars_train_annos.mat", "cars_test_annos.mat"),
+    *("cars_test_annos_withlabels.mat", "cars_meta.mat", "Thumbs.db", "desktop.ini"),
+}
+
+
+@dataclass
+class LeftOut:
+    """The files of other types that lie where images are looked for, and the classes that have nothing else."""
+
+    types: collections.Counter = field(default_factory=collections.Counter)  # suffix in lower case -> number
+    empty_classes: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.types)
+
+    def __str__(self) -> str:
+        """Says all of it on one line, the most frequent types first."""
+        parts = []
+        for suffix, number in self.types.most_common(8):
+            parts.append(f"{number:,} {suffix}" + (f" ({HEIF_REMEDY})" if suffix in HEIF_SUFFIXES else ""))
+        rest = self.types.total() - sum(number for _, number in self.types.most_common(8))
+        text = f"left out: {', '.join(parts)}" + (f" and {rest:,} of other types" if rest else "")
+        if self.empty_classes:
+            names, more = ", ".join(map(repr, self.empty_classes[:10])), len(self.empty_classes) - 10
+            text += f"; classes without an image for that reason: {names}" + (f" and {more:,} more" if more > 0 else "")
+        return text
+
+    def add(self, file: str) -> None:
+        """Counts one file by its suffix, but for NEVER_IMAGES."""
+        if file not in NEVER_IMAGES:
+            suffix = os.path.splitext(file)[1].lower()
+            self.types[suffix if re.fullmatch(r"\.[\w-]{1,12}", suffix) else "without a suffix"] += 1
+
+
 def class_folders(
-    folder: Path, problems: list[str], name: str = "", above: tuple[str, ...] = ()
+    folder: Path, problems: list[str], left_out: LeftOut | None = None, name: str = "", above: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, list[str]]]:
     """Yields (name, image files) of every folder that holds images, sorted, at any depth. The outermost is called "".
 
-    Adds a folder that cannot be read to `problems`. Does not follow links back to a folder above.
+    Adds a folder that cannot be read to `problems`, and files of other types to `left_out`, but for hidden ones. Does
+    not follow links back to a folder above.
     """
+    left_out = LeftOut() if left_out is None else left_out
     above = (*above, os.path.realpath(folder))
-    files, folders = [], []
+    files, folders, suffixes, others_before = [], [], image_suffixes(), left_out.types.total()
     try:
         items = sorted(os.scandir(folder), key=lambda item: item.name)
     except OSError as error:
@@ -199,13 +242,21 @@ def class_folders(
                 continue
             if item.is_dir():
                 folders.append(item.name)
-            elif os.path.splitext(item.name)[1].lower() in IMAGE_SUFFIXES:
+            elif os.path.splitext(item.name)[1].lower() in suffixes:
                 files.append(item.name)
+            else:
+                left_out.add(item.name)
+    is_empty = name and not files and left_out.types.total() > others_before
     if files:
         yield name, files
     for child in folders:
         if os.path.realpath(folder / child) not in above:
-            yield from class_folders(folder / child, problems, f"{name}/{child}" if name else child, above)
+            child_name = f"{name}/{child}" if name else child
+            for found in class_folders(folder / child, problems, left_out, child_name, above):
+                is_empty = False
+                yield found
+    if is_empty:
+        left_out.empty_classes.append(name)
 
 
 def subfolders(folder: Path) -> list[Path]:

@@ -33,6 +33,25 @@ def draw_recall(sizes: pd.DataFrame, alone: pd.DataFrame) -> "Figure":
     return figure
 
 
+def draw_found(curves: pd.DataFrame) -> "Figure":
+    """The share of queries that find their class against the false-accept rate, for a few ensemble sizes.
+
+    `curves` has the columns ensemble_size, far and found (percent).
+    """
+    figure = new_figure(2.9)
+    axes = figure.subplots()
+    for number, (size, rows) in enumerate(curves.groupby("ensemble_size")):
+        label = f"{size} members" if size > 1 else "1 member"
+        axes.plot(100 * rows.far, rows.found, label=label, **line_style(number, len(rows)))
+    axes.set_xscale("log")
+    axes.set_xlabel("false-accept rate: searches for an absent class that find one (%)")
+    axes.set_ylabel("first neighbour found and right (%)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    if len(curves):
+        figure.legend(loc="outside upper center", ncols=4, **LEGEND)
+    return figure
+
+
 def draw_training(records: list[MemberRecord]) -> "Figure":
     """Loss and accuracy of every epoch: all members and their mean."""
     figure = new_figure(3.6)

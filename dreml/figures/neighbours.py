@@ -32,6 +32,7 @@ FRAMES = {
     False: {"edgecolor": "#d7191c", "linewidth": 2.6, "linestyle": (0, (2.2, 1.1))},
     None: {"edgecolor": "#999999", "linewidth": 1.2},
 }
+NOT_FOUND, FADED = {"edgecolor": "#999999", "linewidth": 1.2, "linestyle": (0, (1, 1.5))}, 0.35  # below the threshold
 MEANINGS = {True: "green ✓: the query's class", False: "dashed red ✗: another class", None: "grey: class not known"}
 
 
@@ -91,19 +92,22 @@ def neighbours_figure(found: list[Found], thumbnails: Thumbnails, title: str) ->
 
     def put(row: int, column: int, item: Item, frame: dict, captions: list[str]) -> None:
         left, top = tile_corner(row, column)
-        axes.imshow(thumbnails.pixels(item), extent=(left, left + TILE, top + TILE, top))
+        look = {"alpha": FADED if frame is NOT_FOUND else 1}
+        axes.imshow(thumbnails.pixels(item), extent=(left, left + TILE, top + TILE, top), **look)
         edge = frame["linewidth"] / 72 / 2  # the frame lies around the image: gaps in a dashed one are white
         axes.add_patch(Rectangle((left - edge, top - edge), TILE + 2 * edge, TILE + 2 * edge, fill=False, **frame))
         for line, caption in enumerate(captions):
             text = shortened(printable(caption), fits)
-            axes.text(left + TILE / 2, top + TILE + 0.15 + 0.13 * line, text, ha="center", va="baseline")
+            look = {"color": "#999999" if frame is NOT_FOUND else "black", "ha": "center", "va": "baseline"}
+            axes.text(left + TILE / 2, top + TILE + 0.15 + 0.13 * line, text, **look)
 
     for row, each in enumerate(found):
         put(row, 0, each.query, QUERY_FRAME, [each.query.caption, each.query.class_name or ""])
-        neighbours = zip(each.neighbours, each.similarities, each.right, strict=True)
-        for rank, (item, similarity, right) in enumerate(neighbours, 1):
+        neighbours = zip(each.neighbours, each.similarities, each.right, each.passes, strict=True)
+        for rank, (item, similarity, right, passes) in enumerate(neighbours, 1):
             second = item.class_name or item.file.name
-            put(row, rank, item, FRAMES[right], [f"{rank}   {MARKS[right]}   {similarity:.3f}", second])
+            frame, mark = (FRAMES[right], MARKS[right]) if passes else (NOT_FOUND, "not found")
+            put(row, rank, item, frame, [f"{rank}   {mark}   {similarity:.3f}", second])
     axes.text(MARGIN, height - MARGIN, legend, va="bottom", color="#555555")
     axes.set(xlim=(0, width), ylim=(height, 0))
     return figure
@@ -117,8 +121,11 @@ def tile_corner(row: int, column: int) -> tuple[float, float]:
 
 def legend_text(found: list[Found]) -> str:
     """What the frames that occur mean."""
-    occurring = {right for each in found for right in each.right}
-    return ", ".join(meaning for right, meaning in MEANINGS.items() if right in occurring)
+    pairs = [pair for each in found for pair in zip(each.right, each.passes, strict=True)]
+    texts = [meaning for right, meaning in MEANINGS.items() if (right, True) in pairs]
+    if not all(passes for _, passes in pairs):
+        texts.append(f"faded, dotted grey: not found, below {found[0].threshold:.3f}")
+    return ", ".join(texts)
 
 
 def shortened(text: str, fits: Callable[[str], bool]) -> str:

@@ -1,0 +1,99 @@
+"""Thresholds of the similarity: below which the nearest image is "none of these". docs/THRESHOLDS.md."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dreml.console import InputError, one_line
+
+FARS = (0.1, 0.01, 0.001)  # false-accept rates: the share of searches for something that is not there that find it
+FEWEST_ABOVE = 10  # of fewer wrong neighbours above a threshold, their number says little
+COLUMNS = {"ensemble_size": int, "far": float, "threshold": float, "found": float, "queries": int, "gallery": int}
+
+
+class Threshold(NamedTuple):
+    """From which similarity on a neighbour counts as found, and what is known of it."""
+
+    value: float
+    far: float | None = None  # None: the user named the value
+    gallery: int | None = None  # images of the gallery that it was measured in
+
+
+# ------------------------------------------------------------------------------------------------ computing them
+
+
+def threshold_at(others: torch.Tensor, far: float) -> float | None:
+    """The similarity from which on a share `far` of wrong neighbours would count as found.
+
+    `others` `(queries,)` is each query's similarity to the nearest image of another class; -inf counts as no query.
+    Similarities are rounded to 1e-6, as in a search, and equal ones reach the threshold all or none, so that the share
+    is at most `far`. None where fewer than FEWEST_ABOVE queries are expected above it.
+    """
+    others = torch.round(others[torch.isfinite(others)].double() * 1e6).sort(descending=True).values
+    allowed = math.floor(far * len(others) + 1e-9)
+    if allowed < FEWEST_ABOVE:
+        return None
+    return (others[allowed].item() + 1) / 1e6 if allowed < len(others) else -1.0
+
+
+def accepted_share(similarities: torch.Tensor, threshold: float) -> float:
+    """The share of these similarities, rounded as in a search, that reach a threshold."""
+    return (torch.round(similarities.double() * 1e6) >= round(threshold * 1e6)).double().mean().item()
+
+
+def found_share(others: torch.Tensor, own: torch.Tensor, threshold: float, tie_tolerance: float) -> float:
+    """The share of queries whose first neighbour is of their class and reaches the threshold.
+
+    `others` and `own` `(queries,)`: each query's similarity to the nearest image of another class, and of its own. As
+    in Recall@K, ties count against the query: at a threshold of -1, this is the Recall@1.
+    """
+    is_right = others < own - tie_tolerance
+    return accepted_share(own.where(is_right, -torch.inf), threshold)
+
+
+def threshold_table(
+    others: torch.Tensor, own: torch.Tensor, fars: tuple[float, ...], num_gallery: int, tie_tolerance: float
+) -> pd.DataFrame:
+    """A row of COLUMNS for each ensemble size and each of `fars` that enough queries can tell; `found` is in percent.
+
+    `others` and `own` `(L, queries)` as for `found_share`; row l-1 is of the first l members.
+    """
+    rows, num_queries = [], others.shape[1]
+    for size, (of_others, of_own) in enumerate(zip(others, own, strict=True), 1):
+        for far in fars:
+            threshold = threshold_at(of_others, far)
+            if threshold is not None:
+                found = 100 * found_share(of_others, of_own, threshold, tie_tolerance)
+                rows.append((size, far, threshold, found, num_queries, num_gallery))
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+
+
+# ------------------------------------------------------------------------------------------------ reading them
+
+
+def read_threshold(path: Path, num_members: int, far: float, command: str) -> Threshold:
+    """Reads the threshold for a false-accept rate from the thresholds.csv of a run.
+
+    Raises InputError where the file, or the row, is not there; `command` makes the file.
+    """
+    try:
+        table = pd.read_csv(path, usecols=list(COLUMNS), dtype=COLUMNS)
+        if not np.isfinite(table).all(axis=None):
+            raise ValueError("a number is not finite")
+    except FileNotFoundError:
+        raise InputError(f"--far needs {path}, which is missing; make it with: {command}") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is damaged ({one_line(error)}); make it again with: {command}") from None
+    table = table[table.ensemble_size == num_members]
+    rows = table[np.isclose(table.far, far, rtol=1e-6, atol=0)]
+    if len(rows):
+        return Threshold(float(rows.threshold.iloc[0]), far, int(rows.gallery.iloc[0]))
+    known = ", ".join(f"{value:g}" for value in table.far)
+    if not known:
+        why = "it was made for fewer, or the test split has too few queries"
+        raise InputError(f"{path} has no threshold for {num_members} members: {why}; to make it again: {command}")
+    raise InputError(f"--far {far:g}: for {num_members} members, {path} has {known}; or give a --threshold")

@@ -1,0 +1,84 @@
+"""thresholds.py: a threshold lets through what it says, and what is found at it; reading a run's thresholds."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from dreml.console import InputError
+from dreml.thresholds import COLUMNS, Threshold, found_share, read_threshold, threshold_at, threshold_table
+
+
+@pytest.mark.parametrize("far", [0.1, 0.01, 0.25, 1.0])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_threshold_lets_its_share_through(far, tied):
+    """As near below the share as ties allow: the next lower value would let too many through."""
+    values = np.random.default_rng(0).uniform(-1, 1, size=2000)
+    values = (values.round(2) if tied else values).astype(np.float32)
+    threshold = threshold_at(torch.from_numpy(values), far)
+    rounded = values.astype(float).round(6)
+    assert (rounded >= threshold - 1e-9).mean() <= far
+    lower = rounded[rounded < threshold - 1e-9]
+    if far < 1:
+        assert (rounded >= lower.max()).mean() > far
+        assert tied or (rounded >= threshold - 1e-9).mean() == far
+    else:
+        assert threshold == -1 and not len(lower)
+
+
+def test_no_threshold_where_fewer_than_ten_are_expected_above_it():
+    """Queries without an image of another class are none."""
+    values = torch.linspace(0, 1, 1000)
+    assert threshold_at(values, 0.01) is not None and threshold_at(values[1:], 0.01) is None
+    values[:1] = -torch.inf
+    assert threshold_at(values, 0.01) is None
+    assert threshold_at(torch.full((1000,), -torch.inf), 1.0) is None
+
+
+def test_of_equal_similarities_none_passes():
+    """A collapsed embedding finds nothing at any rate."""
+    assert threshold_at(torch.ones(1000), 0.1) == pytest.approx(1.000001)
+
+
+def test_found_are_right_first_neighbours_at_or_above_the_threshold():
+    others = torch.tensor([0.2, 0.8, 0.5, 0.1, -torch.inf, 0.1])
+    own = torch.tensor([0.6, 0.7, 0.5 + 2e-7, 0.3, 0.4, -torch.inf])
+    for threshold, expected in ((-1.0, 3), (0.3, 3), (0.300001, 2), (0.6, 1), (0.600001, 0)):
+        assert found_share(others, own, threshold, 1e-6) == pytest.approx(expected / 6)
+
+
+def test_the_table_has_a_row_for_each_size_and_rate():
+    generator = torch.Generator().manual_seed(0)
+    others, own = torch.rand((2, 500), generator=generator), torch.rand((2, 500), generator=generator)
+    table = threshold_table(others, own, (0.1, 0.05, 0.001), 77, 1e-6)
+    assert list(table.columns) == list(COLUMNS) and (table.queries == 500).all() and (table.gallery == 77).all()
+    assert list(zip(table.ensemble_size, table.far, strict=True)) == [(1, 0.1), (1, 0.05), (2, 0.1), (2, 0.05)]
+    for row in table.itertuples():
+        of_others, of_own = others[row.ensemble_size - 1], own[row.ensemble_size - 1]
+        assert (of_others >= row.threshold).double().mean() == pytest.approx(row.far)
+        right = (of_own > of_others) & (of_own >= row.threshold)
+        assert row.found == pytest.approx(100 * right.double().mean().item())
+
+
+def test_reading_a_threshold(tmp_path):
+    """The row of this ensemble size and rate; else one line that says which there are, or which command makes them."""
+    path, command = tmp_path / "thresholds.csv", "python evaluate.py run"
+    rows = [(1, 0.1, 0.5, 90.0, 200, 300), (2, 0.1, 0.625, 80.0, 200, 300), (2, 0.05, 0.75, 70.0, 200, 300)]
+
+    def refused(size: int, far: float) -> str:
+        with pytest.raises(InputError) as refusal:
+            read_threshold(path, size, far, command)
+        assert "\n" not in str(refusal.value)
+        return str(refusal.value)
+
+    assert refused(1, 0.1) == f"--far needs {path}, which is missing; make it with: {command}"
+    pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(path, index=False, float_format="%.6f")
+    assert read_threshold(path, 1, 0.1, command) == Threshold(0.5, 0.1, 300)
+    assert read_threshold(path, 2, 0.05, command) == Threshold(0.75, 0.05, 300)
+    assert refused(2, 0.01).endswith(f"--far 0.01: for 2 members, {path} has 0.1, 0.05; or give a --threshold")
+    assert "no threshold for 3 members" in refused(3, 0.1) and refused(3, 0.1).endswith(command)
+    for damage in ("ensemble_size,far\n1,0.1\n", "", path.read_text().replace("0.625", "x"), "\0"):
+        path.write_text(damage)
+        assert f"{path} is damaged" in refused(2, 0.1) and refused(2, 0.1).endswith(f"make it again with: {command}")
+    path.write_text(",".join(COLUMNS) + "\n1,0.1,nan,0,1,1\n")
+    assert "is damaged" in refused(1, 0.1)
