@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     how("--num_members", type=natural_number, metavar="L", help="members 1 to L (default: all that are finished)")
     embedding_help = "logits (default), or pooled: the features before the last layer"
     how("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
-    far_help = 'neighbours are "not found" if a share F of searches in vain found better (thresholds.csv, evaluate.py)'
+    far_help = 'neighbours are "not found" below the similarity that a share F of vain searches reach (by evaluate.py)'
     how("--far", type=fraction, metavar="F", help=far_help)
     how("--threshold", type=cosine, metavar="T", help='neighbours are "not found" below this similarity')
     rest = parser.add_argument_group("the rest").add_argument
@@ -154,8 +154,8 @@ def run(args: argparse.Namespace) -> None:
 
     # 5. The neighbours: a CSV, a list, a picture
     found = find_neighbours(queries, query_rows, gallery, gallery_rows, args.top)
-    for each in found:
-        each.threshold = threshold and threshold.value
+    for each in found if threshold else []:
+        each.threshold = threshold.value
     name = f"{name}{suffix}"
     with writable(output, "--output"):
         write_csv(output / f"{name}.csv", found_table(found))

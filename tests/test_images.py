@@ -69,6 +69,18 @@ def test_transparent_parts_of_newer_formats_are_white(tmp_path, kind):
     assert abs(pixels[:, :28] - [20, 40, 200]).max() < 16 and pixels[:, 36:].min() > 240
 
 
+@pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
+def test_newer_formats_are_turned_as_a_viewer_shows_them(tmp_path, kind):
+    """They have a turn of their own beside EXIF; it is applied once."""
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    random_image(0, 64, 48).save(tmp_path / "image", kind, quality=95, exif=exif.tobytes())
+    upright = np.rot90(np.asarray(random_image(0, 64, 48)), -1).astype(int)
+    assert abs(np.asarray(load_rgb(tmp_path / "image")) - upright).mean() < 4
+
+
 def test_heic_without_the_package_that_reads_it(tmp_path, monkeypatch):
     """It is no image of a folder then; where it is named, one line says what is missing."""
     pytest.importorskip("pillow_heif").register_heif_opener()

@@ -138,7 +138,7 @@ def test_below_the_threshold_a_neighbour_is_faded_and_grey(tiny_run, tmp_path):
     ]
     assert [text.get_color() for text in texts[2:-1]] == ["black"] * 2 + [GREY] * 4
     legend = texts[-1].get_text().replace("\n", " ")
-    assert legend == "green ✓: the query's class, faded, dotted grey: not found, below 0.500; cosine"
+    assert legend == "green ✓: the query's class, dotted grey: not found, below 0.500; cosine"
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,7 @@ class LeftOut:
 
     types: collections.Counter = field(default_factory=collections.Counter)  # suffix in lower case -> number
     empty_classes: list[str] = field(default_factory=list)
+    suffixes: set[str] = field(default_factory=image_suffixes)  # of what is not left out
 
     def __bool__(self) -> bool:
         return bool(self.types)
@@ -231,7 +232,7 @@ def class_folders(
     """
     left_out = LeftOut() if left_out is None else left_out
     above = (*above, os.path.realpath(folder))
-    files, folders, suffixes, others_before = [], [], image_suffixes(), left_out.types.total()
+    files, folders, others_before = [], [], left_out.types.total()
     try:
         items = sorted(os.scandir(folder), key=lambda item: item.name)
     except OSError as error:
@@ -242,7 +243,7 @@ def class_folders(
                 continue
             if item.is_dir():
                 folders.append(item.name)
-            elif os.path.splitext(item.name)[1].lower() in suffixes:
+            elif os.path.splitext(item.name)[1].lower() in left_out.suffixes:
                 files.append(item.name)
             else:
                 left_out.add(item.name)

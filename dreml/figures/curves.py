@@ -44,8 +44,8 @@ def draw_found(curves: pd.DataFrame) -> "Figure":
         label = f"{size} members" if size > 1 else "1 member"
         axes.plot(100 * rows.far, rows.found, label=label, **line_style(number, len(rows)))
     axes.set_xscale("log")
-    axes.set_xlabel("false-accept rate: searches for an absent class that find one (%)")
-    axes.set_ylabel("first neighbour found and right (%)")
+    axes.set_xlabel("false-accept rate (%)")
+    axes.set_ylabel("found, and right (%)")
     axes.xaxis.set_major_formatter("{x:g}")
     if len(curves):
         figure.legend(loc="outside upper center", ncols=4, **LEGEND)

@@ -124,7 +124,7 @@ def legend_text(found: list[Found]) -> str:
     pairs = [pair for each in found for pair in zip(each.right, each.passes, strict=True)]
     texts = [meaning for right, meaning in MEANINGS.items() if (right, True) in pairs]
     if not all(passes for _, passes in pairs):
-        texts.append(f"faded, dotted grey: not found, below {found[0].threshold:.3f}")
+        texts.append(f"dotted grey: not found, below {found[0].threshold:.3f}")
     return ", ".join(texts)
 
 
