@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 from dreml.console import InputError, one_line, out_of_memory
@@ -24,10 +23,19 @@ IMAGENET_WEIGHTS = "IMAGENET1K_V1"  # torchvision's first recipe for every ResNe
 # ------------------------------------------------------------------------------------------------ network
 
 
+def torchvision_models():
+    """`torchvision.models`. It takes a second to import, and a search among saved embeddings does without it."""
+    import torchvision
+
+    return torchvision.models
+
+
 def backbone_names() -> list[str]:
     """Every ResNet, ResNeXt and Wide ResNet of torchvision."""
-    names = torchvision.models.list_models()
-    return [name for name in names if torchvision.models.get_model_builder(name).__module__.endswith("models.resnet")]
+    models = torchvision_models()
+    return [
+        name for name in models.list_models() if models.get_model_builder(name).__module__.endswith("models.resnet")
+    ]
 
 
 def check_backbone(name: str) -> None:
@@ -42,7 +50,7 @@ def build_model(backbone: str, num_meta_classes: int, weights: dict[str, torch.T
     Maps `(N, 3, S, S) float` to logits `(N, num_meta_classes)`. What `weights` (from `read_weights`) does not fill,
     at least the head, is drawn from torch's global CPU generator by torchvision's own initialisation.
     """
-    model = torchvision.models.get_model(backbone, weights=None, num_classes=num_meta_classes)
+    model = torchvision_models().get_model(backbone, weights=None, num_classes=num_meta_classes)
     model.fc = Head(model.fc.in_features, num_meta_classes)
     if weights is not None:
         model.load_state_dict(weights | {f"fc.{name}": value for name, value in model.fc.state_dict().items()})
@@ -65,7 +73,7 @@ def weights_tag(backbone: str, weights: str) -> str:
     if weights == "none":
         return "none"
     if weights == "imagenet":
-        return f"imagenet:{Path(torchvision.models.get_model_weights(backbone)[IMAGENET_WEIGHTS].url).name}"
+        return f"imagenet:{Path(torchvision_models().get_model_weights(backbone)[IMAGENET_WEIGHTS].url).name}"
     if not Path(weights).is_file():
         raise InputError(f"--weights {weights!r}: no such file (imagenet, none, or the path of a state dict)")
     return f"sha256:{sha256(Path(weights))}"
@@ -87,7 +95,7 @@ def read_weights(backbone: str, weights: str) -> dict[str, torch.Tensor] | None:
     if weights == "none":
         return None
     if weights == "imagenet":
-        entry = torchvision.models.get_model_weights(backbone)[IMAGENET_WEIGHTS]
+        entry = torchvision_models().get_model_weights(backbone)[IMAGENET_WEIGHTS]
         try:
             state = entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
         except Exception as error:  # no network, no disk, a damaged file among torch's downloads
@@ -110,7 +118,7 @@ def checked_weights(backbone: str, weights: str, state: object) -> dict[str, tor
     The counters `num_batches_tracked`, which BatchNorm never uses here, are not in older files and may be missing.
     """
     with torch.device("meta"):
-        expected = torchvision.models.get_model(backbone, weights=None).state_dict()
+        expected = torchvision_models().get_model(backbone, weights=None).state_dict()
     expected = {name: value.shape for name, value in expected.items() if not name.startswith("fc.")}
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"--weights {weights}: not a state dict in torchvision's format (name -> tensor)")
@@ -261,9 +269,10 @@ class Ensemble(nn.Module):
 
 def load_member(weights: Path, backbone: str, num_meta_classes: int) -> nn.Module:
     """The network of a trained member, `member_007.pth`, on the CPU."""
-    model = build_model(backbone, num_meta_classes, None)
-    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return model
+    with torch.device("meta"):  # no weights are drawn, only to be overwritten
+        model = build_model(backbone, num_meta_classes, None)
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), assign=True)
+    return model.to(memory_format=torch.channels_last)
 
 
 def load_ensemble(

@@ -1,29 +1,34 @@
-"""Finds the most similar images with a trained ensemble: a list, a CSV and one picture of queries and neighbours.
+"""Finds the most similar images with a trained ensemble: a list, a CSV, a picture.
 
-    python retrieve.py results/RUN --query photo.jpg photos/ test:17    images, folders, images of the test split
-    python retrieve.py results/RUN --query photo.jpg --gallery photos/  searches your own images
-    python retrieve.py results/RUN --worst                              the most confident errors of the test split
-    python retrieve.py results/RUN --export                             the embedding for faiss or a vector database
+    python retrieve.py RUN --query photo.jpg photos/ test:17  of the test split
+    python retrieve.py RUN --query photo.jpg --gallery DIR    your own images
+    python retrieve.py RUN --worst        confident errors within the test split
+    python retrieve.py RUN --export       the embedding, for a vector database
 
-The similarity is the mean of the members' cosines, from -1 to 1. In the picture, neighbours of the query's class have a
-solid green frame and a check mark, others a dashed red one and a cross; grey: the class is not known.
+The similarity is the mean of the members' cosines, from -1 to 1. In the picture,
+neighbours of the query's class have a solid green frame and a check mark, others
+a dashed red one and a cross; grey: the class is not known. docs/SEARCH.md: more.
 """
 
 import argparse
+import functools
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+from dreml.approximate import ApproximateSearch
 from dreml.console import (
     DEVICE_HELP,
     InputError,
     Parser,
     cosine,
     fraction,
+    name_interruption,
     natural_number,
     pick_device,
     print_text,
@@ -33,17 +38,19 @@ from dreml.console import (
 from dreml.figures.neighbours import Thumbnails, draw_neighbours
 from dreml.figures.style import check_matplotlib
 from dreml.files import atomic_open, make_folder, writable, write_csv
+from dreml.index import PhotoIndex, default_place, is_installed, model_checksum
 from dreml.runs.folder import SUFFIXES, Run, TestSplit, read_run
 from dreml.runs.settings import EMBEDDINGS
 from dreml.search import (
     Found,
-    Item,
-    embed_images,
+    embed_queries,
+    embeddings_of,
     find_neighbours,
     folder_items,
     nearest,
     places_of,
     query_items,
+    refuse,
     test_items,
     unit_rows,
 )
@@ -61,25 +68,31 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="retrieve.py", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run folder of train.py")
     what = parser.add_argument_group("what is done (at least one)").add_argument
-    query_help = "search for these: images, folders of images, or test:INDEX, a row of test.csv from 0"
+    query_help = "images, folders of images, or test:INDEX, a row of test.csv from 0"
     what("--query", nargs="+", metavar="Q", help=query_help)
-    worst_help = "the N test queries (default: 10) whose first neighbour is wrong and most similar"
+    worst_help = "N test queries (default: 10), surest wrong neighbour first"
     what("--worst", nargs="?", type=natural_number, const=10, metavar="N", help=worst_help)
-    export_help = "write what is searched as a matrix, to a .npy file or a folder (default: the output folder)"
+    export_help = "write what is searched to a .npy file or a folder (default: that of --output)"
     what("--export", nargs="?", const="", metavar="PATH", help=export_help)
     how = parser.add_argument_group("how it is searched").add_argument
     gallery_help = "search the images below DIR, a class for each subfolder (default: the gallery of the test split)"
     how("--gallery", type=Path, metavar="DIR", help=gallery_help)
     how("--top", type=natural_number, default=8, metavar="K", help="neighbours of each query (default: 8)")
     how("--num_members", type=natural_number, metavar="L", help="members 1 to L (default: all that are finished)")
-    embedding_help = "logits (default), or pooled: the features before the last layer"
+    embedding_help = "logits (default), or pooled: the last layer's input"
     how("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
     far_help = 'neighbours are "not found" below the similarity that a share F of vain searches reach (by evaluate.py)'
     how("--far", type=fraction, metavar="F", help=far_help)
     how("--threshold", type=cosine, metavar="T", help='neighbours are "not found" below this similarity')
+    keep = parser.add_argument_group("the index of --gallery (needs LanceDB: pip install lancedb)").add_argument
+    keep("--index", type=Path, metavar="DIR", help="where it is kept (default: in RUN_FOLDER/index)")
+    refresh_help = "always (default): embed new and changed photos first; never: search the index as it is"
+    keep("--refresh", choices=("always", "never"), metavar="WHEN", help=refresh_help)
+    keep("--ann", action="store_true", help="approximate, by a vector index; prints its recall at K")
     rest = parser.add_argument_group("the rest").add_argument
     rest("--output", type=Path, metavar="DIR", help="folder of what is written (default: RUN_FOLDER/retrieval)")
     rest("--data_path", type=Path, metavar="DIR", help="data sets, for the picture (default: as in training)")
+    rest("--no_picture", action="store_true", help="no picture: matplotlib is not needed")
     rest("--device", default="auto", help=DEVICE_HELP)
     args = parser.parse_args(argv)
     if not args.query and not args.worst and args.export is None:
@@ -90,6 +103,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise InputError("--far stands for a threshold: it goes without --threshold")
     if (args.far is not None or args.threshold is not None) and not args.query and not args.worst:
         raise InputError("--far and --threshold mark neighbours: they go with --query or --worst")
+    for option in ("index", "refresh", "ann"):
+        if getattr(args, option) and not args.gallery:
+            raise InputError(f"--{option} is for the photos of --gallery")
+        if getattr(args, option) and not is_installed():
+            raise InputError(f"--{option} needs LanceDB: pip install lancedb")
     return args
 
 
@@ -102,17 +120,22 @@ def run(args: argparse.Namespace) -> None:
     trained = read_run(args.folder, args.num_members)
     threshold = chosen_threshold(args.far, args.threshold, trained, args.embedding)
     data_path = args.data_path or Path(trained.record.options["data_path"])
-    test = test_items(trained.test, data_path / trained.settings.data_name)
+    data_folder = data_path / trained.settings.data_name
+    queries, bad_queries = query_items(args.query or [], trained.test, data_folder)
+    if not queries:
+        refuse("--query", bad_queries, shown=len(bad_queries))
+    index = find_index(trained, args.embedding, args.gallery, args.index) if args.gallery else None
     if args.gallery:
-        gallery = folder_items("--gallery", args.gallery)
+        gallery = [] if index else folder_items("--gallery", args.gallery)  # [] for now
     else:
+        test = test_items(trained.test, data_folder)
         gallery = [test[row] for row in np.flatnonzero(trained.test.is_gallery)]
-    queries = query_items(args.query or [], test)
-    if queries or args.worst:
+    searches = bool(queries or args.worst)
+    if searches and not args.no_picture:
         check_matplotlib()
+    if searches and not index:
         places_of(queries or [test[row] for row in np.flatnonzero(trained.test.is_query)], gallery, args.top)
-    has_files = any(item.row is None for item in [*queries, *gallery])
-    has_test_images = any(item.row is not None for item in [*queries, *gallery])
+    has_test_images = not args.gallery or any(item.row is not None for item in queries)
     if has_test_images:
         trained.require(args.embedding)
 
@@ -121,20 +144,26 @@ def run(args: argparse.Namespace) -> None:
     export_path = None
     if args.export is not None:
         export_path = export_file(Path(args.export or output), f"_gallery{suffix}" if args.gallery else suffix)
-    if queries or args.worst:
+    if searches:
         make_folder(output)
     if export_path:
         make_folder(export_path.parent)
 
-    # 3. The embeddings: the saved ones of the test split, new ones of image files
-    ensemble = saved = query_rows = None
-    if has_files:
-        ensemble = load_ensemble(trained.folder, device, args.embedding, trained.num_members)
+    # 3. The embeddings: the saved ones of the test split and of the index, new ones of other image files
+    load = functools.cache(lambda: load_ensemble(trained.folder, device, args.embedding, trained.num_members))
+    saved = query_rows = gallery_rows = approximate = None
     if has_test_images:
         saved = unit_rows(trained.embeddings(args.embedding, device))
     if queries:
-        query_rows = embeddings_of("--query", queries, saved, ensemble)
-    gallery_rows = embeddings_of("--gallery", gallery, saved, ensemble)
+        queries, query_rows = embed_queries(queries, saved, load, bad_queries)
+    if index:
+        update(index, args.refresh != "never", load)
+        approximate = ApproximateSearch(index, may_build=args.refresh != "never") if args.ann else None
+    if index and (export_path or not approximate):
+        gallery = index.photos()
+        gallery_rows = gallery.vectors.to(device)
+    elif not index:
+        gallery_rows = embeddings_of("--gallery", gallery, saved, load)
     if export_path and args.gallery:
         table = pd.DataFrame({"path": [item.path for item in gallery], "class": [item.class_name for item in gallery]})
         export(export_path, gallery_rows, table)
@@ -153,20 +182,31 @@ def run(args: argparse.Namespace) -> None:
         return
 
     # 5. The neighbours: a CSV, a list, a picture
-    found = find_neighbours(queries, query_rows, gallery, gallery_rows, args.top)
+    if approximate:
+        found = approximate.find(queries, query_rows, args.top)
+    else:
+        found = find_neighbours(queries, query_rows, gallery, gallery_rows, args.top)
     for each in found if threshold else []:
         each.threshold = threshold.value
-    name = f"{name}{suffix}"
+    path = output / f"{name}{suffix}"
     with writable(output, "--output"):
-        write_csv(output / f"{name}.csv", found_table(found))
+        write_csv(path.with_suffix(".csv"), found_table(found))
     print_found(found)
     if threshold:
-        print(f"\n{threshold_text(threshold, found, len(gallery))}")
-    print_text(f"\n{output / name}.csv")
-    with writable(output, "--output"):
-        draw_neighbours(found[:MAX_ROWS], Thumbnails(trained, data_path), title, output, name)
+        num_gallery = approximate.table.count_rows() if approximate else len(gallery)
+        print(f"\n{threshold_text(threshold, found, num_gallery)}")
+    print_text(f"\n{path}.csv")
+    if not args.no_picture:
+        draw(found, Thumbnails(trained, data_path), title, path)
+    refuse("--query", bad_queries, shown=len(bad_queries))  # now that the others are answered
+
+
+def draw(found: list[Found], thumbnails: Thumbnails, title: str, path: Path) -> None:
+    """Draws the first queries and their neighbours, and prints the name of the picture."""
+    with writable(path.parent, "--output"):
+        draw_neighbours(found[:MAX_ROWS], thumbnails, title, path.parent, path.name)
     rest = f", the first {MAX_ROWS} of {len(found)} queries" if len(found) > MAX_ROWS else ""
-    print_text(f"{output / name}.png{rest}")
+    print_text(f"{path}.png{rest}")
 
 
 def export_file(path: Path, suffix: str) -> Path:
@@ -200,29 +240,6 @@ def threshold_text(threshold: Threshold, found: list[Found], num_gallery: int) -
     )
 
 
-# ------------------------------------------------------------------------------------------------ embeddings
-
-
-def embeddings_of(
-    option: str, items: list[Item], saved: torch.Tensor | None, ensemble: Ensemble | None
-) -> torch.Tensor:
-    """The embeddings of images, `(N, d)` in their order: rows of `saved` for test images, computed for image files.
-
-    `saved` may be None where there are no test images, `ensemble` where there are no files. `option` asked for them.
-    """
-    of_test = [item.row for item in items if item.row is not None]
-    files = [item for item in items if item.row is None]
-    if not files:
-        return saved if of_test == list(range(len(saved))) else saved[of_test]
-    computed = with_less_memory(lambda size: embed_images(option, files, ensemble, size), BATCH_SIZE)
-    if not of_test:
-        return computed
-    is_file = torch.tensor([item.row is None for item in items], device=saved.device)
-    rows = saved.new_empty(len(items), saved.shape[1])
-    rows[is_file], rows[~is_file] = computed.to(saved.device), saved[of_test]
-    return rows
-
-
 def export(path: Path, rows: torch.Tensor, table: pd.DataFrame) -> None:
     """Writes the matrix as NAME.npy, `(N, d) float32`, and NAME.csv with a line for each of its rows."""
     with writable(path.parent, "--export"):
@@ -231,6 +248,25 @@ def export(path: Path, rows: torch.Tensor, table: pd.DataFrame) -> None:
         write_csv(path.with_suffix(".csv"), table)
     size = f"{rows.shape[0]:,} x {rows.shape[1]:,} float32"
     print_text(f"{path}: {size}, rows of length 1; {path.with_suffix('.csv').name}")
+
+
+# ------------------------------------------------------------------------------------------------ the index
+
+
+def find_index(trained: Run, embedding: str, photos: Path, place: Path | None) -> PhotoIndex | None:
+    """The index of a photo folder. Without LanceDB there is none, and a line says what it would bring."""
+    if not is_installed():
+        print(f"note: every search embeds {photos} anew; an index would keep the embeddings: pip install lancedb")
+        return None
+    model = model_checksum(trained, embedding)
+    return PhotoIndex(photos, place or default_place(trained, photos, model), model)
+
+
+def update(index: PhotoIndex, refresh: bool, load: Callable[[], Ensemble]) -> None:
+    """Embeds the photos that are new or have changed, unless the index is searched as it is."""
+    if refresh:
+        with name_interruption(f"the photos of {index.folder}; those embedded before are kept in the index"):
+            with_less_memory(lambda size: index.refresh(load, size), BATCH_SIZE)
 
 
 # ------------------------------------------------------------------------------------------------ --worst

@@ -41,10 +41,10 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def format_problems(problems: list[str]) -> str:
-    """The first 20 problems, a line each, and how many more there are."""
-    shown = "".join(f"\n  {problem}" for problem in problems[:20])
-    return shown + (f"\n  … and {len(problems) - 20:,} more" if len(problems) > 20 else "")
+def format_problems(problems: list[str], shown: int = 20) -> str:
+    """The first 20 problems, or `shown`, a line each, and how many more there are."""
+    lines = "".join(f"\n  {problem}" for problem in problems[:shown])
+    return lines + (f"\n  … and {len(problems) - shown:,} more" if len(problems) > shown else "")
 
 
 def print_text(text: str) -> None:

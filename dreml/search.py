@@ -3,7 +3,7 @@
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dreml.console import InputError, RunError, format_problems, is_utf8, num_cores, progress_bar, raise_if_interrupted
+from dreml.console import (
+    InputError,
+    RunError,
+    format_problems,
+    is_utf8,
+    num_cores,
+    progress_bar,
+    raise_if_interrupted,
+    with_less_memory,
+)
 from dreml.data.batches import image_batches, spans
 from dreml.data.images import BadImage, read_test_image
 from dreml.data.lists import LeftOut, class_folders
+
+BATCH_SIZE = 128  # images embedded at a time
 
 # ------------------------------------------------------------------------------------------------ images
 
@@ -38,10 +49,31 @@ class Item(NamedTuple):
         return self.file.name if self.row is None else self.name
 
 
+def test_item(test: pd.DataFrame, folder: Path, row: int) -> Item:
+    """An image of the test split, by its row of test.csv. `folder` is where the raw data set is, or was."""
+    path = test.path[row]
+    return Item(path, path, test.class_name[row], folder / path, row)
+
+
 def test_items(test: pd.DataFrame, folder: Path) -> list[Item]:
-    """All images of the test split, row by row of test.csv. `folder` is where the raw data set is, or was."""
+    """All images of the test split, row by row of test.csv."""
     pairs = zip(test.path, test.class_name, strict=True)
     return [Item(path, path, name, folder / path, row) for row, (path, name) in enumerate(pairs)]
+
+
+def image_names(option: str, folder: Path, problems: list[str], left_out: LeftOut) -> Iterator[tuple[str, str]]:
+    """Yields (subfolder, file name) of all images below a folder; the folder itself is called "".
+
+    Adds what cannot be read to `problems`, and counts files of other types in `left_out`. `option` names the folder.
+    """
+    if not os.path.isdir(folder):
+        raise InputError(f"{option} {folder}: no such folder")
+    for name, files in class_folders(folder, problems, left_out):
+        for file in files:
+            if is_utf8(f"{folder}/{name}/{file}"):
+                yield name, file
+            else:
+                problems.append(f"{str(folder / name / file)!a}: the name is not valid UTF-8")
 
 
 def folder_items(option: str, folder: Path) -> list[Item]:
@@ -50,16 +82,10 @@ def folder_items(option: str, folder: Path) -> list[Item]:
     Says which files are left out, for their types. Raises InputError if there are no images. `option` is the option
     that names the folder.
     """
-    if not os.path.isdir(folder):
-        raise InputError(f"{option} {folder}: no such folder")
     problems, items, left_out = [], [], LeftOut()
-    for name, files in class_folders(folder, problems, left_out):
-        class_name = name.split("/")[0] or None
-        for file in (folder / name / file for file in files):
-            if is_utf8(str(file)):
-                items.append(Item(str(file), str(file), class_name, file))
-            else:
-                problems.append(f"{str(file)!a}: the name is not valid UTF-8")
+    for name, file in image_names(option, folder, problems, left_out):
+        file = folder / name / file
+        items.append(Item(str(file), str(file), name.split("/")[0] or None, file))
     refuse(option, problems)
     if not items:
         raise InputError(f"{option} {folder}: no images below it{f' ({left_out})' if left_out else ''}")
@@ -68,39 +94,56 @@ def folder_items(option: str, folder: Path) -> list[Item]:
     return items
 
 
-def refuse(option: str, problems: list[str]) -> None:
-    """Raises InputError with all the problems, if there are any."""
+def refuse(option: str, problems: list[str], shown: int = 20) -> None:
+    """Raises InputError with the problems, if there are any; the first `shown` of them are named."""
     if len(problems) == 1:
         raise InputError(f"{option}: {problems[0]}")
     if problems:
-        raise InputError(f"{option}: {len(problems):,} problems:{format_problems(problems)}")
+        raise InputError(f"{option}: {len(problems):,} problems:{format_problems(problems, shown)}")
 
 
-def query_items(texts: Sequence[str], test: list[Item]) -> list[Item]:
-    """The images that --query asks for, in its order. The file of a test image counts as that test image."""
-    items = []
+def query_items(texts: Sequence[str], test: pd.DataFrame, folder: Path) -> tuple[list[Item], list[str]]:
+    """The images that --query asks for, in its order, and what is wrong with others.
+
+    The file of a test image counts as that test image; `folder` is where the raw data set is, or was.
+    """
+    items, problems = [], []
     for text in texts:
         if not is_utf8(text):
-            raise InputError(f"--query {text!a}: the name is not valid UTF-8")
-        if text.startswith("test:"):
+            problems.append(f"{text!a}: the name is not valid UTF-8")
+        elif text.startswith("test:"):
             number = text.removeprefix("test:")
             if not number.isascii() or not number.isdigit() or len(number) > 9 or int(number) >= len(test):
-                raise InputError(f"--query {text}: INDEX has to be in 0..{len(test) - 1}, a row of test.csv")
-            items.append(test[int(number)]._replace(name=text))
+                problems.append(f"{text}: INDEX has to be in 0..{len(test) - 1}, a row of test.csv")
+            else:
+                items.append(test_item(test, folder, int(number))._replace(name=text))
         elif os.path.isdir(text):  # unlike Path.is_dir, also for a text that is too long for a name
-            items += folder_items("--query", Path(text))
+            try:
+                items += folder_items("--query", Path(text))
+            except InputError as error:
+                problems.append(str(error).removeprefix("--query").lstrip(": "))
         elif os.path.isfile(text):
             items.append(Item(text, text, None, Path(text)))
         else:
-            raise InputError(f"--query {text}: no such image or folder (test:INDEX for a test image)")
-    if all(item.row is not None for item in items):
-        return items
-    test_of_file = {os.path.realpath(item.file): item for item in test}
-    for place, item in enumerate(items):
-        known = test_of_file.get(os.path.realpath(item.file))
-        if item.row is None and known:
-            items[place] = known._replace(name=item.name)
-    return items
+            problems.append(f"{text}: no such image or folder (test:INDEX for a test image)")
+    if any(item.row is None for item in items) and os.path.isdir(folder):  # else no file is that of a test image
+        rows = {file: row for row, file in enumerate(real_paths(os.path.join(folder, path) for path in test.path))}
+        for place, item in enumerate(items):
+            row = rows.get(os.path.realpath(item.file)) if item.row is None else None
+            if row is not None:
+                items[place] = test_item(test, folder, row)._replace(name=item.name)
+    return items, problems
+
+
+def real_paths(files: Iterable[str]) -> Iterator[str]:
+    """`os.path.realpath` of each file, in a fifth of the time: a folder is looked up once."""
+    folders: dict[str, str] = {}
+    for file in files:
+        folder, name = os.path.split(file)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        path = os.path.join(folders[folder], name)
+        yield os.path.realpath(path) if os.path.islink(path) else path
 
 
 # ------------------------------------------------------------------------------------------------ embedding
@@ -119,13 +162,28 @@ def unit_rows(member_embeddings: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def embed_images(option: str, items: list[Item], ensemble: nn.Module, batch_size: int) -> torch.Tensor:
+def embed_batch(option: str, images: torch.Tensor, ensemble: nn.Module) -> torch.Tensor:
+    """The embedding of images `(N, S, S, 3) uint8`, like that of `unit_rows`. `ensemble` is an `Ensemble` of model.py.
+
+    Raises RunError, which names `option`, if numbers are not finite.
+    """
+    rows = ensemble(images.to(ensemble.mean.device))
+    if not torch.isfinite(rows).all():
+        raise RunError(f"{option}: the embedding of some images is not finite")
+    return rows
+
+
+@torch.inference_mode()
+def embed_images(
+    option: str, items: list[Item], ensemble: nn.Module, batch_size: int, bad: dict[int, str] | None = None
+) -> torch.Tensor:
     """The embedding of image files, like that of `unit_rows`. `ensemble` is an `Ensemble` of model.py.
 
-    Raises InputError that names every bad image and `option`, which asked for them. After the first bad image, the
+    A bad image is added to `bad`, its place in `items` and what is wrong, and its row says nothing. Without `bad`,
+    raises InputError that names every bad image and `option`, which asked for them; after the first bad image, the
     others are only read, not embedded.
     """
-    files, problems, rows, spec = [item.file for item in items], [], [], ensemble.image_spec
+    files, problems, rows, spec = [item.file for item in items], {}, [], ensemble.image_spec
 
     def read(file: Path) -> np.ndarray | BadImage:
         try:
@@ -134,23 +192,67 @@ def embed_images(option: str, items: list[Item], ensemble: nn.Module, batch_size
             return error
 
     def fill(start: int, stop: int, out: np.ndarray) -> None:
-        for place, image in zip(out, threads.map(read, files[start:stop]), strict=True):
+        for place, image in enumerate(threads.map(read, files[start:stop])):
             if isinstance(image, BadImage):
-                problems.append(str(image))
+                problems[start + place], out[place] = str(image), 0
             else:
-                place[:] = image
+                out[place] = image
 
     with ThreadPoolExecutor(num_cores()) as threads:
         pieces = spans(0, len(files), batch_size)
         batches = image_batches(fill, pieces, spec.size, ensemble.mean.device)
         for batch in progress_bar(batches, option, len(pieces), " batches"):
-            if not problems:
-                rows.append(ensemble(batch))
-    refuse(option, problems)
-    rows = torch.cat(rows)
-    if not torch.isfinite(rows).all():
-        raise RunError(f"{option}: the embedding of some images is not finite")
+            if bad is not None or not problems:
+                rows.append(embed_batch(option, batch, ensemble))
+    if bad is None:
+        refuse(option, list(problems.values()))
+    else:
+        bad.update(problems)
+    return torch.cat(rows)
+
+
+def embeddings_of(
+    option: str,
+    items: list[Item],
+    saved: torch.Tensor | None,
+    load: Callable[[], nn.Module],
+    bad: dict[int, str] | None = None,
+) -> torch.Tensor:
+    """The embeddings of images, `(N, d)` in their order: rows of `saved` for test images, computed for image files.
+
+    `saved` may be None where there are no test images; `load` is called where there are files. `option` asked for them.
+    Bad files: see `embed_images`.
+    """
+    of_test = [item.row for item in items if item.row is not None]
+    files = [place for place, item in enumerate(items) if item.row is None]
+    if not files:
+        return saved if of_test == list(range(len(saved))) else saved[of_test]
+    of_files, ensemble, problems = [items[place] for place in files], load(), None if bad is None else {}
+    computed = with_less_memory(lambda size: embed_images(option, of_files, ensemble, size, problems), BATCH_SIZE)
+    if problems:
+        bad.update((files[number], problem) for number, problem in problems.items())
+    if not of_test:
+        return computed
+    is_file = torch.tensor([item.row is None for item in items], device=saved.device)
+    rows = saved.new_empty(len(items), saved.shape[1])
+    rows[is_file], rows[~is_file] = computed.to(saved.device), saved[of_test]
     return rows
+
+
+def embed_queries(
+    queries: list[Item], saved: torch.Tensor | None, load: Callable[[], nn.Module], problems: list[str]
+) -> tuple[list[Item], torch.Tensor]:
+    """The queries whose image can be used, and their embeddings. What is wrong with the others goes to `problems`.
+
+    Raises InputError if none can be used.
+    """
+    bad: dict[int, str] = {}
+    rows = embeddings_of("--query", queries, saved, load, bad)
+    problems += [bad[place] for place in sorted(bad)]
+    good = [place for place in range(len(queries)) if place not in bad]
+    if not good:
+        refuse("--query", problems, shown=len(problems))
+    return [queries[place] for place in good], rows[good]
 
 
 # ------------------------------------------------------------------------------------------------ search
@@ -208,7 +310,7 @@ class Found:
 
 
 def find_neighbours(
-    queries: list[Item], query_rows: torch.Tensor, gallery: list[Item], gallery_rows: torch.Tensor, top: int
+    queries: list[Item], query_rows: torch.Tensor, gallery: Sequence[Item], gallery_rows: torch.Tensor, top: int
 ) -> list[Found]:
     """The `top` gallery images nearest to each query, but for the query itself. Row i of a matrix embeds image i."""
     places = places_of(queries, gallery, top)
@@ -221,17 +323,20 @@ def find_neighbours(
     return found
 
 
-def places_of(queries: list[Item], gallery: list[Item], top: int) -> list[int]:
+def places_of(queries: list[Item], gallery: Sequence[Item], top: int) -> list[int]:
     """The place of each query itself in the gallery, or -1: the same row of test.csv or, in a folder, the same file.
 
-    Raises InputError if too few others are left for `top` neighbours.
+    A gallery that is no list finds a query by its own method `place_of`. Raises InputError if too few others are left
+    for `top` neighbours.
     """
-
-    def key(item: Item) -> int | str:
-        return os.path.realpath(item.file) if item.row is None or gallery[0].row is None else item.row
-
-    place_of_key = {key(item): place for place, item in enumerate(gallery)}
-    places = [place_of_key.get(key(query), -1) for query in queries]
+    if not isinstance(gallery, list):
+        places = [gallery.place_of(query) for query in queries]
+    elif gallery[0].row is None:
+        place_of_file = {file: place for place, file in enumerate(real_paths(str(item.file) for item in gallery))}
+        places = [place_of_file.get(os.path.realpath(query.file), -1) for query in queries]
+    else:  # a query that is not of the test split has no row
+        place_of_row = {item.row: place for place, item in enumerate(gallery)}
+        places = [place_of_row.get(query.row, -1) for query in queries]
     available = len(gallery)
     if max(places) >= 0:
         available -= 1

@@ -374,6 +374,46 @@ def embed_files(ensemble: Ensemble, files: list[Path]) -> list[np.ndarray]:
     return [member.numpy() for member in rows.chunk(len(ensemble.members), dim=1)]
 
 
+class ColorEnsemble(nn.Module):
+    """In the place of an `Ensemble` of one member where only the embeddings' way counts: an image's mean colour.
+
+    Counts the images of each batch. As in a network, the last bits hang on the whole batch.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.image_spec, self.members, self.precision, self.batches = ImageSpec(8), [None], "fp32", []
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.batches.append(len(images))
+        colors = images.float().mean((1, 2))
+        return nn.functional.normalize(torch.cat([colors - 120, colors[:, :1] * 0.5], 1) + 1e-6 * colors.mean())
+
+    @property
+    def num_embedded(self) -> int:
+        """How many images since it was asked last."""
+        self.batches, number = [], sum(self.batches)
+        return number
+
+
+def save_colors(folder: Path, names: list[str], seed: int = 0) -> None:
+    """Small images, each of its own random colour."""
+    for name, color in zip(names, np.random.default_rng(seed).integers(0, 256, (len(names), 3)), strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), tuple(color.tolist())).save(folder / name)
+
+
+def index_rows(place: Path) -> dict[str, dict]:
+    """The rows of the index of a photo folder, by path, read with LanceDB's own API. Each path has one row."""
+    import lancedb
+
+    rows = lancedb.connect(place).open_table("photos").to_arrow().to_pylist()
+    found = {row["path"]: row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
 def refused(capsys, script, *arguments: str | Path) -> str:
     """Runs a script that has to refuse its arguments. Returns the one line that it says."""
     capsys.readouterr()

@@ -14,12 +14,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from builders import TINY
-from processes import ROOT, Processes, wait_until
+from builders import TINY, index_rows, save_colors
+from processes import ENOUGH, ROOT, Processes, wait_until
 
 import data_utils
 import train
 from dreml.files import read_record
+from dreml.search import BATCH_SIZE
 
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -198,3 +199,42 @@ def check_torchrun(processes: Processes, tiny_data: Path, root: Path, num_proces
     assert script.err.count("terminated in member") == len(others), script.out + script.err
     assert "goes on after epoch 0" in script.out and " members: R@1" in script.out, script.out + script.err
     assert "\r" not in script.out + script.err  # no progress bars
+
+
+# ------------------------------------------------------------------------------------------------ an index
+
+
+def check_index_kills(
+    processes: Processes, run: Path, folder: Path, num_kills: int, num_photos: int, seed: int, num_processes: int = 1
+) -> None:
+    """Searches of a new photo folder are killed `num_kills` times while they embed it, after a random batch or in one.
+
+    Each goes on where the last one was killed. In the end the table has to equal that of an uninterrupted search, and
+    no stored batch was embedded twice. `num_processes` searches run at once.
+    """
+    draw, photos = random.Random(seed), folder / "photos"
+    save_colors(photos, [f"{number % 7}/{number}.png" for number in range(num_photos)])
+    (photos / "1" / "bad.png").write_text("no image")
+    command = ["retrieve.py", run, "--query", "test:0", "--no_picture", "--device", "cpu", "--gallery", photos]
+    options = [["--index", folder / name, "--output", folder / "out"] for name in ("killed", "whole")]
+    stored, batches = folder / "killed" / "photos.lance" / "_versions", -(-num_photos // BATCH_SIZE)
+
+    def num_stored() -> int:
+        return len(list(stored.glob("*.manifest")))
+
+    for kill in range(num_kills):
+        scripts = [processes.start(*command, *options[0], folder=folder) for _ in range(num_processes)]
+        wanted = max(num_stored(), batches * (kill + draw.random()) // num_kills)
+        end = time.perf_counter() + ENOUGH
+        while num_stored() < wanted and any(script.process.is_alive() for script in scripts):
+            assert time.perf_counter() < end
+            time.sleep(0.001)
+        time.sleep(draw.choice([0, 0.02 * draw.random(), 0.5 * draw.random()]))
+        for script in scripts:
+            os.kill(script.process.pid, signal.SIGKILL)
+            script.wait()
+    last = [processes.start(*command, *options[0], folder=folder) for _ in range(num_processes)]
+    assert [script.wait() for script in last] == [0] * num_processes, last[0].err
+    processes.run(*command, *options[1], folder=folder)
+    found, expected = (index_rows(folder / name) for name in ("killed", "whole"))
+    assert found == expected and len(found) == num_photos

@@ -16,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ["torch", "torchvision", "pandas", "scipy.io", "matplotlib.figure", "filelock", "pytest"]  # nothing of ours
+LIBRARIES += ["pyarrow.dataset", "lance_namespace"]  # most of lancedb, where it is; it starts a thread of its own
 CHANGES = ("replace", "rename", "fsync", "unlink", "mkdir", "rmdir")  # functions of `os` that change files
 ENOUGH = 120  # seconds; what takes longer hangs
 

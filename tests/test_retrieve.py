@@ -4,6 +4,7 @@ import functools
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from builders import (
     write_pooled,
 )
 from PIL import Image
+from processes import ROOT
 from reference import mean_cosines
 
 import evaluate
@@ -37,6 +39,12 @@ loaded = functools.cache(load_ensemble)
 @pytest.fixture(autouse=True)
 def loads_a_run_once(monkeypatch):
     monkeypatch.setattr(retrieve, "load_ensemble", loaded)
+
+
+@pytest.fixture(autouse=True)
+def no_index(monkeypatch):
+    """Without LanceDB, which has its tests in test_index.py: galleries are embedded anew."""
+    monkeypatch.setitem(sys.modules, "lancedb", None)
 
 
 def call(*arguments: str | Path) -> None:
@@ -405,10 +413,10 @@ def test_the_run_folder_is_left_alone_if_told_so(tiny_run, tmp_path):
     ("options", "message"),
     [
         ([], "nothing to do: give --query, --worst or --export"),
-        (["--query", "test:36"], "--query test:36: INDEX has to be in 0..35"),
+        (["--query", "test:36"], "--query: test:36: INDEX has to be in 0..35"),
         (["--query", "test:-1"], "INDEX has to be in 0..35"),
         (["--query", "test:x"], "INDEX has to be in 0..35"),
-        (["--query", "nothing.jpg"], "--query nothing.jpg: no such image or folder"),
+        (["--query", "nothing.jpg"], "--query: nothing.jpg: no such image or folder"),
         (["--query", "test:0", "--top", "36"], "--top 36 is over the number of images that can be found, 35"),
         (["--worst", "--top", "36"], "--top 36 is over the number of images that can be found, 35"),
         (["--worst", "0"], "'0' is not a positive integer"),
@@ -444,7 +452,7 @@ def test_run_folders_that_cannot_be_used(tiny_run, tmp_path, capsys):
 
 
 def test_bad_images_are_named(tiny_run, tmp_path, capsys):
-    """One in one line; several, of a folder, in a list. Nothing is written."""
+    """One in one line; several, of a folder, in a list. Bad queries leave the others; a bad gallery ends the search."""
     photos = tmp_path / "photos"
     save_image(photos / "good.png")
     (photos / "bad.jpg").write_text("no image")
@@ -455,7 +463,7 @@ def test_bad_images_are_named(tiny_run, tmp_path, capsys):
     (photos / "cut.png").write_bytes((photos / "cut.png").read_bytes()[:-200])
     save_image(photos / "thin.png", width=1, height=30_000)
     capsys.readouterr()
-    for option in ("--query", "--gallery"):
+    for option in ("--gallery", "--query"):
         options = [option, photos] if option == "--query" else ["--query", "test:0", option, photos]
         assert retrieve.main([str(argument) for argument in (tiny_run, *options, *out)]) == 2
         lines = capsys.readouterr().err.splitlines()
@@ -463,9 +471,11 @@ def test_bad_images_are_named(tiny_run, tmp_path, capsys):
         assert ["bad.jpg: unread" in lines[1], "cut.png: unread" in lines[2], "thin.png: 32 x" in lines[3]] == [
             True
         ] * 3
-    assert not list((tmp_path / "out").iterdir())
+        assert (tmp_path / "out" / "neighbours.csv").exists() == (option == "--query")
+    assert list(found_in(tmp_path / "out")) == [str(photos / "good.png")]
     (tmp_path / "empty").mkdir()
-    assert "no images below it" in refused(capsys, retrieve, tiny_run, "--query", tmp_path / "empty", *out)
+    message = refused(capsys, retrieve, tiny_run, "--query", tmp_path / "empty", *out)
+    assert f"--query: {tmp_path / 'empty'}: no images below it" in message
 
 
 def test_an_embedding_that_is_not_finite(tiny_run, tmp_path, capsys, monkeypatch):
@@ -481,7 +491,54 @@ def test_an_embedding_that_is_not_finite(tiny_run, tmp_path, capsys, monkeypatch
 def test_matplotlib_is_needed_for_a_picture_only(tiny_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     call(tiny_run, "--export", tmp_path / "x.npy")
-    assert "needs matplotlib" in refused(capsys, retrieve, tiny_run, "--query", "test:0", "--output", tmp_path)
+    arguments = [tiny_run, "--query", "test:0", "--output", tmp_path]
+    assert "needs matplotlib" in refused(capsys, retrieve, *arguments)
+    call(*arguments, "--no_picture")
+    assert list(found_in(tmp_path)) == ["test:0"] and not (tmp_path / "neighbours.png").exists()
+    assert "neighbours.png" not in capsys.readouterr().out
+
+
+def test_every_bad_query_is_named_and_the_others_are_answered(tiny_run, tmp_path, capsys):
+    """Also more than 20 of them; those found before and after the images are opened; the exit code is 2."""
+    save_image(tmp_path / "good.png")
+    bad = [tmp_path / f"{number}.png" for number in range(25)]
+    for path in bad:
+        path.write_text("no image")
+    queries = [bad[0], tmp_path / "good.png", "nothing.jpg", *bad[1:], "test:99", "test:3"]
+    options = ["--top", "2", "--output", tmp_path / "out"]
+    assert retrieve.main([str(each) for each in (tiny_run, "--query", *queries, *options)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("retrieve.py: --query: 27 problems:\n") and "more" not in error
+    assert all(f"  {path}: unreadable" in error for path in bad)
+    assert "  nothing.jpg: no such image" in error and "  test:99: INDEX has to be" in error
+    assert list(found_in(tmp_path / "out")) == [str(tmp_path / "good.png"), "test:3"]
+    assert found_in(tmp_path / "out")["test:3"].right[0] != ""
+    assert retrieve.main([str(each) for each in (tiny_run, "--query", *bad, *options[2:3], tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith("retrieve.py: --query: 25 problems:\n")
+    assert not list((tmp_path / "none").iterdir())
+
+
+def test_a_search_imports_what_it_needs(tiny_run, tmp_path):
+    """Among saved embeddings without a picture: neither torchvision nor matplotlib nor lancedb."""
+    code = f"""
+import sys, retrieve
+arguments = [{str(tiny_run)!r}, "--query", "test:0", "--no_picture", "--output", {str(tmp_path)!r}]
+assert retrieve.main(arguments) == 0
+print({{"torchvision", "matplotlib", "lancedb"}} & set(sys.modules))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert found.stdout.endswith("set()\n"), found
+
+
+def test_without_lancedb_a_line_says_what_it_would_bring(tiny_run, tmp_path, capsys):
+    save_image(tmp_path / "photos" / "a.png")
+    arguments = [tiny_run, "--query", "test:0", "--gallery", tmp_path / "photos", "--top", "1", "--output", tmp_path]
+    call(*arguments, "--no_picture")
+    assert "an index would keep the embeddings: pip install lancedb\n" in capsys.readouterr().out
+    for options in (["--index", tmp_path / "index"], ["--refresh", "always"], ["--ann"]):
+        message = refused(capsys, retrieve, *arguments, *options)
+        assert message == f"retrieve.py: {options[0]} needs LanceDB: pip install lancedb\n"
+        assert f"{options[0]} is for the photos of --gallery" in refused(capsys, retrieve, *arguments[:3], *options)
 
 
 def test_a_terminal_without_unicode(drawn, monkeypatch, tmp_path):
