@@ -183,6 +183,7 @@ def run(args: argparse.Namespace) -> None:
 
     # 5. The neighbours: a CSV, a list, a picture
     if approximate:
+        approximate.print_recall(args.top)
         found = approximate.find(queries, query_rows, args.top)
     else:
         found = find_neighbours(queries, query_rows, gallery, gallery_rows, args.top)

@@ -109,10 +109,7 @@ def similarity_memory(device: torch.device) -> int:
 def unmatched_queries(
     labels: torch.Tensor, is_query: torch.Tensor | None = None, is_gallery: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Which images are queries whose class has no other image in the gallery, `(N,) bool`: they can find nothing.
-
-    Recall@K counts them as misses; mAP@R leaves them out.
-    """
+    """Which images are queries whose class has no other image in the gallery, `(N,) bool`: misses in Recall@K."""
     everything = torch.ones(len(labels), dtype=torch.bool)
     is_query = everything if is_query is None else is_query
     is_gallery = everything if is_gallery is None else is_gallery
@@ -271,20 +268,16 @@ def best_similarities(
     The similarity is the mean of the members' cosines. The first is what a search finds whose class is not in the
     gallery. Arguments, errors and memory are those of `recall_at_k`.
 
-    Returns:
-        (other class, own class), each `(L, queries) float32` on the CPU, in [-1, 1], the queries in the order of the
-        rows; row l-1 is the ensemble of the first l members. -inf where there is no such image; a query is no image of
-        its own class.
+    Returns (other class, own class), each `(L, queries) float32` on the CPU, in [-1, 1], the queries in the order of
+    the rows; row l-1 is the ensemble of the first l members. -inf where there is no such image but the query itself.
     """
     members = [embeddings] if isinstance(embeddings, torch.Tensor) else list(embeddings)
     masks = _checked_masks(members, labels, is_query, is_gallery)
     pairs = _sort_by_class(members, labels, masks, max_bytes, lambda block: 12 * block)
     with full_float32(pairs.device.type):
-        best = [_best_other_similarities(pairs), _best_own_similarities(pairs)]
-    sizes = torch.arange(1, len(members) + 1)[:, None]
-    by_row = torch.argsort(pairs.queries.order.cpu())
-    others, own = (sums.cpu()[:, by_row] / sizes for sums in best)
-    return others, own
+        best = (_best_other_similarities(pairs), _best_own_similarities(pairs))
+    sizes, by_row = torch.arange(1, len(members) + 1)[:, None], torch.argsort(pairs.queries.order.cpu())
+    return tuple(sums.cpu()[:, by_row] / sizes for sums in best)
 
 
 def _best_other_similarities(pairs: "_Pairs") -> torch.Tensor:
@@ -442,7 +435,8 @@ def full_float32(device_type: str) -> Iterator[None]:
     """Computes in full float32, without autocast, TF32 or bfloat16. The caller's settings return afterwards."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     backends += (torch.backends.cudnn.conv, torch.backends.mkldnn.conv)
-    before = [backend.fp32_precision for backend in backends]
+    shared = torch.backends.fp32_precision
+    before = ["none" if each.fp32_precision == shared else each.fp32_precision for each in backends]  # none: inherited
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"

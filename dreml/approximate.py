@@ -19,7 +19,7 @@ class ApproximateSearch:
     """Searches a `PhotoIndex` by a vector index, which is made if there is none and `may_build` allows it."""
 
     def __init__(self, index: PhotoIndex, may_build: bool):
-        self.index, self.table = index, index.table()
+        self.index, self.table, self.may_write = index, index.table(), may_build
         num_rows = self.table.count_rows() if self.table else 0
         if num_rows < MIN_ROWS:
             raise InputError(
@@ -67,8 +67,9 @@ class ApproximateSearch:
             record = read_record(path)
         if {name: record.get(name) for name in now} != now:
             record = now | {"recall": self.measure_recall(top)}
-            with writable(self.index.place, "--index"):
-                write_record(path, record)
+            if self.may_write:  # not into an index that is to stay as it is
+                with writable(self.index.place, "--index"):
+                    write_record(path, record)
         print_text(
             f"approximate: recall@{top} {record['recall']:.4f} against exact search ({NUM_SAMPLES} sampled photos)"
         )

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import math
 import os
 import re
@@ -297,6 +298,8 @@ OUT_OF_MEMORY = re.compile(
 
 def out_of_memory(error: Exception) -> bool:
     """Whether the machine or the device had too little memory. Most libraries say so by a plain RuntimeError."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
     )

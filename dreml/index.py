@@ -23,7 +23,7 @@ from torch import nn
 from dreml.console import InputError, format_problems, one_line, print_text
 from dreml.data.cache import CACHE_VERSION
 from dreml.files import atomic_open, json_sha256, take_lock, writable
-from dreml.photos import IndexedPhotos, Photo, class_of, list_photos, read_photos, walk_order
+from dreml.photos import IndexedPhotos, Photo, Row, class_of, list_photos, read_photos, walk_order
 from dreml.runs.folder import Run, member_file
 from dreml.search import embed_batch
 
@@ -71,8 +71,6 @@ class PhotoIndex:
         self.folder, self.place, self.model = folder, place, model
         if os.path.exists(place) and not os.path.isdir(place):
             raise InputError(f"--index {place} is not a folder")
-
-    # -------------------------------------------------------------------------------------------- the table
 
     @staticmethod
     def schema(width: int):
@@ -146,8 +144,6 @@ class PhotoIndex:
         sizes, mtimes = (found[name].to_numpy()[order] for name in ("size", "mtime"))
         return IndexedPhotos(self.folder, paths, sizes, mtimes, torch.from_numpy(vectors))
 
-    # -------------------------------------------------------------------------------------------- keeping it up to date
-
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Waits until no other process changes the index, and keeps others from it."""
@@ -165,19 +161,30 @@ class PhotoIndex:
         Only new and changed photos are embedded, by the ensemble that `load` returns. Each batch is stored when it is
         done, so that a killed process loses the batch in hand.
         """
+        if not os.path.isdir(self.folder):
+            raise InputError(f"--gallery {self.folder}: no such folder")
         problems: list[str] = []
-        photos = list_photos(self.folder, problems)
         with self.locked():
-            table = self.table()
-            rows = self.scan(table, ["path", "size", "mtime", "hash", "model"]).to_pylist() if table else []
-            stored = {Photo(row["path"], row["size"], row["mtime"]) for row in rows}
+            photos = list_photos(self.folder, problems)  # as it is when nobody else changes the index
+            rows = self.rows()
+            stored, known = {row.photo for row in rows}, {row.hash for row in rows}
             pending = [photo for photo in photos if photo not in stored]
-            known = {row["hash"] for row in rows}
             added = self.add(pending, load(), known, batch_size, problems) if pending else []
             counts = self.count(rows, photos, added)
-            self.drop_stale(photos)
+            self.drop_stale(self.rows() if added else rows, photos)
             self.report(counts, problems)
         return counts
+
+    def rows(self) -> list[Row]:
+        """All rows of the table but their vectors, the older ones first."""
+        table = self.table()
+        if table is None:
+            return []
+        found = self.scan(table, ["path", "size", "mtime", "hash", "model"]).sort_by("_rowid")
+        columns = [found[name].to_pylist() for name in ("path", "size", "mtime", "hash", "_rowid")]
+        return [
+            Row(Photo(path, size, mtime), digest, id) for path, size, mtime, digest, id in zip(*columns, strict=True)
+        ]
 
     def add(
         self, pending: list[Photo], ensemble: nn.Module, known: set[str], batch_size: int, problems: list[str]
@@ -244,9 +251,9 @@ class PhotoIndex:
                     compact(table)
 
     @staticmethod
-    def count(rows: list[dict], photos: list[Photo], added: list[tuple[Photo, str, bool]]) -> collections.Counter:
+    def count(rows: list[Row], photos: list[Photo], added: list[tuple[Photo, str, bool]]) -> collections.Counter:
         """What a refresh did, by the rows before, the photos now, and the rows added. A renamed photo is "moved"."""
-        before = {row["path"]: row["hash"] for row in rows}
+        before = {row.photo.path: row.hash for row in rows}
         gone = before.keys() - {photo.path for photo in photos}
         gone_hashes = {before[path] for path in gone}
         counts = collections.Counter(photos=len(photos), removed=len(gone))
@@ -259,15 +266,14 @@ class PhotoIndex:
         counts["removed"] = max(0, counts["removed"] - counts["moved"])
         return counts
 
-    def drop_stale(self, photos: list[Photo]) -> None:
-        """Deletes all rows but the newest one of each photo as it is now, and compacts the table if it has changed."""
+    def drop_stale(self, rows: list[Row], photos: list[Photo]) -> None:
+        """Deletes all rows but the newest one of each photo as it is now. Compacts a table of many versions."""
+        newest = {row.photo: row.id for row in rows}
+        kept = {newest.get(photo) for photo in photos}
+        stale = [str(row.id) for row in rows if row.id not in kept]
         table = self.table()
         if table is None:
             return
-        rows = self.scan(table, ["path", "size", "mtime"]).sort_by("_rowid").to_pylist()
-        newest = {Photo(row["path"], row["size"], row["mtime"]): row["_rowid"] for row in rows}
-        kept = {newest.get(photo) for photo in photos}
-        stale = [str(row["_rowid"]) for row in rows if row["_rowid"] not in kept]
         with self.one_line_errors():
             if stale:
                 table.delete(f"_rowid IN ({', '.join(stale)})")

@@ -18,7 +18,7 @@ from dreml.console import InputError, num_cores, progress_bar
 from dreml.data.images import BadImage, ImageSpec, bad_image, read_test_image
 from dreml.data.lists import LeftOut
 from dreml.files import sha256
-from dreml.search import Item, image_names
+from dreml.search import Item, image_names, refuse
 
 
 class Photo(NamedTuple):
@@ -56,7 +56,8 @@ def list_photos(folder: Path, problems: list[str]) -> list[Photo]:
             photos.append(Photo(path, found.st_size, found.st_mtime_ns))
         except OSError as error:
             problems.append(str(bad_image(folder / path, error)))
-    if not photos and not problems:
+    if not photos:
+        refuse("--gallery", problems)
         raise InputError(f"--gallery {folder}: no images below it{f' ({left_out})' if left_out else ''}")
     if left_out:
         print(f"warning: --gallery {folder}: {left_out}", file=sys.stderr)
@@ -97,6 +98,14 @@ def read_photos(folder: Path, photos: list[Photo], spec: ImageSpec, known: set[s
             reading.extend(threads.submit(read, photo) for photo in itertools.islice(waiting, 1))
     finally:
         threads.shutdown(cancel_futures=True)
+
+
+class Row(NamedTuple):
+    """A row of the index, but for its vector."""
+
+    photo: Photo
+    hash: str  # SHA-256 of the file
+    id: int  # Lance's own; larger in later rows
 
 
 @dataclass

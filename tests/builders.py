@@ -22,7 +22,10 @@ from dreml.data.cache import Cache
 from dreml.data.cache_writer import build_cache
 from dreml.data.images import ImageSpec, load_rgb, resize_test
 from dreml.files import read_record, sha256, write_record
+from dreml.index import PhotoIndex
+from dreml.photos import walk_order
 from dreml.runs.folder import MemberRecord, PooledRecord, member_file, read_run_record
+from dreml.search import Item, embed_images, folder_items
 from model import Ensemble, Head
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # real data beside the checkout, where there is any
@@ -412,6 +415,46 @@ def index_rows(place: Path) -> dict[str, dict]:
     found = {row["path"]: row for row in rows}
     assert len(found) == len(rows)
     return found
+
+
+PHOTO_NAMES = [f"{number}.png" for number in range(3)]
+PHOTO_NAMES += [f"{name}/{n:02d}.png" for name in ("ant", "bee", "bee/hive", "bee hive", "cat") for n in range(9)]
+
+
+class Indexed:
+    """A photo folder, its index, and the ensemble that embeds it."""
+
+    def __init__(self, folder: Path):
+        self.photos, self.place, self.ensemble = folder / "photos", folder / "index", ColorEnsemble()
+        save_colors(self.photos, PHOTO_NAMES)
+
+    def index(self, model: str = "m" * 64) -> PhotoIndex:
+        return PhotoIndex(self.photos, self.place, model)
+
+    def refresh(self, batch_size: int = 10) -> dict[str, int]:
+        """The counts of a refresh."""
+        return dict(self.index().refresh(lambda: self.ensemble, batch_size))
+
+    def check(self) -> None:
+        """The index is what the folder says."""
+        rows = index_rows(self.place)
+        files = {str(path.relative_to(self.photos)): path for path in self.photos.rglob("*.png")}
+        assert rows.keys() == files.keys()
+        for name, file in files.items():
+            stat, row = file.stat(), rows[name]
+            assert (row["size"], row["mtime"], row["hash"]) == (stat.st_size, stat.st_mtime_ns, sha256(file))
+            assert row["class"] == (name.split("/")[0] if "/" in name else None) and row["model"] == "m" * 64
+        vectors = embed_images("", folder_items("", self.photos), ColorEnsemble(), 1000).numpy()
+        np.testing.assert_allclose([rows[name]["vector"] for name in sorted(rows, key=walk_order)], vectors, atol=1e-3)
+
+
+def queries_of(indexed: Indexed, folder: Path) -> tuple[list[Item], torch.Tensor]:
+    """A photo from elsewhere, one of the folder, a link to another, and their embeddings."""
+    save_colors(folder, ["elsewhere.png"], seed=7)
+    (folder / "link.png").symlink_to(indexed.photos / PHOTO_NAMES[20])
+    files = [folder / "elsewhere.png", indexed.photos / PHOTO_NAMES[10], folder / "link.png"]
+    items = [Item(str(file), str(file), None, file) for file in files]
+    return items, embed_images("--query", items, indexed.ensemble, 10)
 
 
 def refused(capsys, script, *arguments: str | Path) -> str:

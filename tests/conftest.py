@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import TINY, build_small_model, only_folder, save_image, train_tiny
+from builders import TINY, Indexed, build_small_model, only_folder, save_image, train_tiny
 from faults import linked
 from fuzz import Box
 from processes import Processes
@@ -188,3 +188,12 @@ def threads(monkeypatch) -> None:
 @pytest.fixture
 def box(threads, tiny_data, small_pooled_run, tmp_path, monkeypatch) -> Box:
     return Box(tmp_path / "root", tiny_data, small_pooled_run, monkeypatch)
+
+
+# ------------------------------------------------------------------------------------------------ an index
+
+
+@pytest.fixture
+def indexed(tmp_path) -> Indexed:
+    """A folder of 48 small photos, which has no index yet."""
+    return Indexed(tmp_path)

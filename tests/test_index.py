@@ -1,8 +1,7 @@
-"""index.py, photos.py, approximate.py: the index of a photo folder, its refresh, its search."""
+"""index.py: the index of a photo folder, its refresh, exact search in it."""
 
 import dataclasses
 import os
-import re
 import shutil
 import threading
 import time
@@ -12,54 +11,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import ColorEnsemble, index_rows, refused, save_colors, save_image
+from builders import PHOTO_NAMES, ColorEnsemble, index_rows, queries_of, refused, save_colors, save_image
 from faults import check_index_kills
 
 import retrieve
 from dreml import index as index_module
-from dreml.approximate import ApproximateSearch
 from dreml.console import InputError
-from dreml.files import sha256
 from dreml.index import PhotoIndex, default_place, model_checksum
-from dreml.photos import walk_order
 from dreml.runs.folder import read_run
-from dreml.search import Item, embed_images, find_neighbours, folder_items
+from dreml.search import find_neighbours, folder_items
 
 pytest.importorskip("lancedb", reason="LanceDB is an extra: pip install lancedb")
-NAMES = [f"{number}.png" for number in range(3)]
-NAMES += [f"{name}/{number:02d}.png" for name in ("ant", "bee", "bee/hive", "bee hive", "cat") for number in range(9)]
-
-
-class Indexed:
-    """A photo folder, its index, and the ensemble that embeds it."""
-
-    def __init__(self, folder: Path):
-        self.photos, self.place, self.ensemble = folder / "photos", folder / "index", ColorEnsemble()
-        save_colors(self.photos, NAMES)
-
-    def index(self, model: str = "m" * 64) -> PhotoIndex:
-        return PhotoIndex(self.photos, self.place, model)
-
-    def refresh(self, batch_size: int = 10) -> dict[str, int]:
-        """The counts of a refresh."""
-        return dict(self.index().refresh(lambda: self.ensemble, batch_size))
-
-    def check(self) -> None:
-        """The index is what the folder says."""
-        rows = index_rows(self.place)
-        files = {str(path.relative_to(self.photos)): path for path in self.photos.rglob("*.png")}
-        assert rows.keys() == files.keys()
-        for name, file in files.items():
-            stat, row = file.stat(), rows[name]
-            assert (row["size"], row["mtime"], row["hash"]) == (stat.st_size, stat.st_mtime_ns, sha256(file))
-            assert row["class"] == (name.split("/")[0] if "/" in name else None) and row["model"] == "m" * 64
-        vectors = embed_images("", folder_items("", self.photos), ColorEnsemble(), 1000).numpy()
-        np.testing.assert_allclose([rows[name]["vector"] for name in sorted(rows, key=walk_order)], vectors, atol=1e-3)
-
-
-@pytest.fixture
-def indexed(tmp_path) -> Indexed:
-    return Indexed(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ refresh
@@ -104,7 +66,7 @@ def test_only_new_and_changed_photos_are_embedded(indexed, capsys):
 def test_a_change_that_keeps_size_or_time_is_seen(indexed):
     """The size and the time of change both count."""
     indexed.refresh()
-    first, second = indexed.photos / NAMES[0], indexed.photos / NAMES[1]
+    first, second = indexed.photos / PHOTO_NAMES[0], indexed.photos / PHOTO_NAMES[1]
     content, times = second.read_bytes(), first.stat().st_mtime_ns
     first.write_bytes(content + b"x")
     os.utime(first, ns=(times, times))
@@ -126,6 +88,7 @@ def test_bad_files_are_skipped_and_listed(indexed, capsys):
     assert "  … and 5 more" in error and error.count("\n") == 22
     assert sum("/bad" in line for line in lines) == 23 and any("fifo.png" in line for line in lines)
     assert "ant/00.png" not in index_rows(indexed.place)
+    (indexed.photos / "pipe.png").rmdir()
     for path in (*indexed.photos.rglob("bad*"), indexed.photos / "fifo.png", indexed.photos / "ant" / "00.png"):
         path.unlink()
     assert "embedded" not in indexed.refresh() and not (indexed.place / "skipped.txt").exists()
@@ -134,7 +97,7 @@ def test_bad_files_are_skipped_and_listed(indexed, capsys):
 
 def test_a_photo_that_changes_while_it_is_read_is_left_out(indexed, monkeypatch, capsys):
     """Else the vector of one content would stand under the hash of another."""
-    read, target = index_module.read_photos.__globals__["read_test_image"], indexed.photos / NAMES[5]
+    read, target = index_module.read_photos.__globals__["read_test_image"], indexed.photos / PHOTO_NAMES[5]
 
     def changing(file, spec):
         if file == target and file.stat().st_mtime_ns != 99:
@@ -231,20 +194,11 @@ def test_old_versions_do_not_pile_up(indexed, monkeypatch):
 # ------------------------------------------------------------------------------------------------ search
 
 
-def queries_of(indexed: Indexed, folder: Path) -> tuple[list[Item], torch.Tensor]:
-    """A photo from elsewhere, one of the folder, a link to another, and their embeddings."""
-    save_colors(folder, ["elsewhere.png"], seed=7)
-    (folder / "link.png").symlink_to(indexed.photos / NAMES[20])
-    files = [folder / "elsewhere.png", indexed.photos / NAMES[10], folder / "link.png"]
-    items = [Item(str(file), str(file), None, file) for file in files]
-    return items, embed_images("--query", items, indexed.ensemble, 10)
-
-
 def test_exact_search_finds_what_a_search_without_index_finds(indexed, tmp_path):
     """To the row: with ties, and a query's own file left out. The rows lie in the table in another order."""
     for name in ("zebra/1.png", "ant/copy.png", "2copy.png", "bee hive/00 copy.png"):
         (indexed.photos / name).parent.mkdir(exist_ok=True)
-        shutil.copy(indexed.photos / NAMES[3], indexed.photos / name)
+        shutil.copy(indexed.photos / PHOTO_NAMES[3], indexed.photos / name)
     for name in ("cat", "bee"):
         os.rename(indexed.photos / name, tmp_path / name)
     indexed.refresh(4)
@@ -262,61 +216,8 @@ def test_exact_search_finds_what_a_search_without_index_finds(indexed, tmp_path)
         assert find_neighbours(queries, rows, photos, photos.vectors, top) == find_neighbours(
             queries, rows, gallery, vectors, top
         )
-    assert photos.place_of(queries[0]) == -1 and photos.paths[photos.place_of(queries[2])] == NAMES[20]
+    assert photos.place_of(queries[0]) == -1 and photos.paths[photos.place_of(queries[2])] == PHOTO_NAMES[20]
     assert find_neighbours(queries[1:2], rows[1:2], photos, photos.vectors, 1)[0].query.class_name == "ant"
-
-
-def test_approximate_search(tmp_path, capsys):
-    """Finds nearly all of what exact search finds, prints how much, and stays right when photos come and go."""
-    indexed = Indexed(tmp_path)
-    with pytest.raises(InputError, match=r"--ann needs at least 1,000 photos, .* has 0: search without --ann"):
-        ApproximateSearch(indexed.index(), may_build=True)
-    names = [f"dog/{number}.png" for number in range(1100)]
-    save_colors(indexed.photos, names, seed=3)
-    indexed.refresh(2000)
-    with pytest.raises(InputError, match="has no vector index yet"):
-        ApproximateSearch(indexed.index(), may_build=False)
-    queries, rows = queries_of(indexed, tmp_path)
-    for number in range(2):
-        approximate, photos = ApproximateSearch(indexed.index(), may_build=number == 0), indexed.index().photos()
-        found, exact = approximate.find(queries, rows, 8), find_neighbours(queries, rows, photos, photos.vectors, 8)
-        assert [each.query for each in found] == [each.query for each in exact]
-        shared = [
-            len({item.file for item in one.neighbours} & {item.file for item in other.neighbours})
-            for one, other in zip(found, exact, strict=True)
-        ]
-        assert sum(shared) >= 22
-        capsys.readouterr()
-        approximate.print_recall(8)
-        (recall,) = re.findall(r"recall@8 (\d\.\d{4}) against exact search \(100", capsys.readouterr().out)
-        assert float(recall) > 0.9
-        for name in names[:300]:
-            (indexed.photos / name).unlink(missing_ok=True)
-        save_colors(indexed.photos, [f"dog/new{number}.png" for number in range(250)], seed=4)
-        indexed.refresh(2000)
-
-
-def test_the_printed_recall_is_the_share_that_is_found(indexed, monkeypatch, capsys):
-    """By a search that gives only every second neighbour, and is measured once for a state of the table."""
-    save_colors(indexed.photos, [f"dog/{number}.png" for number in range(1100)], seed=3)
-    indexed.refresh(2000)
-    index = indexed.index()
-    photos, asked = index.photos(), []
-
-    def every_second(self, vector, top):
-        asked.append(1)
-        order = torch.argsort(photos.vectors @ vector, descending=True)
-        kept = torch.cat([order[:1], order[1 : 4 * top : 2]]).tolist()
-        paths, numbers = [photos.paths[row] for row in kept], np.array(kept)
-        return type(photos)(photos.folder, paths, photos.sizes[numbers], photos.mtimes[numbers], photos.vectors[kept])
-
-    monkeypatch.setattr(ApproximateSearch, "candidates", every_second)
-    for _ in range(2):
-        ApproximateSearch(index, may_build=True).print_recall(10)
-        assert "recall@10 0.5000 against exact search" in capsys.readouterr().out
-    assert len(asked) == 100
-    ApproximateSearch(index, may_build=True).print_recall(4)
-    assert "recall@4 0.50" in capsys.readouterr().out and len(asked) == 200
 
 
 # ------------------------------------------------------------------------------------------------ which index
@@ -331,15 +232,15 @@ def test_an_index_of_another_model_is_refused_and_left_alone(indexed):
     assert index_rows(indexed.place) == before
 
 
-def test_the_model_is_all_that_an_embedding_hangs_on(tiny_run, pooled_run, tmp_path, monkeypatch):
+def test_the_model_is_all_that_an_embedding_hangs_on(small_run, small_pooled_run, tmp_path, monkeypatch):
     """The run, its weights, how many members, which embedding, how pixels are read."""
-    run, photos = read_run(tiny_run), tmp_path / "my photos"
+    run, photos = read_run(small_run), tmp_path / "my photos"
     checksums = [
         model_checksum(run, "logits"),
         model_checksum(run, "pooled"),
-        model_checksum(read_run(tiny_run, 1), "logits"),
+        model_checksum(read_run(small_run, 1), "logits"),
     ]
-    assert model_checksum(read_run(pooled_run), "logits") == checksums[0]
+    assert model_checksum(read_run(small_pooled_run), "logits") == checksums[0]
     monkeypatch.setattr(index_module, "CACHE_VERSION", 99)
     checksums.append(model_checksum(run, "logits"))
     run.members.records[2].sha256["member_002.pth"] = "0" * 64
@@ -350,7 +251,7 @@ def test_the_model_is_all_that_an_embedding_hangs_on(tiny_run, pooled_run, tmp_p
     places = {default_place(run, photos, model) for model in checksums} | {
         default_place(run, tmp_path / "x" / "my photos", checksums[0])
     }
-    assert len(places) == 7 and all(place.parent == tiny_run / "index" for place in places)
+    assert len(places) == 7 and all(place.parent == small_run / "index" for place in places)
     assert all(place.name.startswith("my_photos_") for place in places)
     (tmp_path / "link").symlink_to(photos)
     assert default_place(run, tmp_path / "link", checksums[0]) in places
@@ -385,18 +286,16 @@ def test_folders_without_photos(indexed, tmp_path):
     indexed.photos.mkdir()
     with pytest.raises(InputError, match="no images below it"):
         indexed.refresh()
+    os.rmdir(indexed.photos)
+    indexed.photos.mkdir(mode=0)  # a folder that must not be read, unless by root
+    with pytest.raises(InputError):
+        indexed.refresh()
+    indexed.photos.chmod(0o700)
     assert len(index_rows(indexed.place)) == 48
     (indexed.photos / "bad.png").write_text("no image")
     indexed.refresh()
     with pytest.raises(InputError, match="no photo that can be searched"):
         indexed.index().photos()
-
-
-def test_the_order_is_that_of_the_walk(tmp_path):
-    names = ["b/x.png", "b.png", "a/z.png", "a/b/c.png", "a b/1.png", "a!/1.png", "a/b.png", "z.png", "a/b/a.png"]
-    save_colors(tmp_path, names)
-    walk = [item.file.relative_to(tmp_path).as_posix() for item in folder_items("", tmp_path)]
-    assert sorted(names, key=walk_order) == walk and walk[:3] == ["b.png", "z.png", "a/b.png"]
 
 
 # ------------------------------------------------------------------------------------------------ the command line

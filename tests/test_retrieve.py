@@ -219,7 +219,7 @@ def test_files_that_are_left_out_are_counted(tiny_run, tmp_path, capsys):
     call(tiny_run, "--query", "test:0", "--gallery", photos, *options)
     assert capsys.readouterr().err == f"warning: --gallery {photos}: {said}\n"
     message = refused(capsys, retrieve, tiny_run, "--query", photos / "b", *options)
-    assert message == f"retrieve.py: --query {photos / 'b'}: no images below it (left out: 1 .mov, 1 .txt)\n"
+    assert message == f"retrieve.py: --query: {photos / 'b'}: no images below it (left out: 1 .mov, 1 .txt)\n"
 
 
 def test_a_transparent_photo_is_that_photo_on_white(tiny_run, tmp_path):

@@ -1,0 +1,34 @@
+"""photos.py: the photos of a folder, and reading them ahead. What an index makes of them: test_index.py."""
+
+import numpy as np
+from builders import save_colors
+from PIL import Image
+
+from dreml.data.images import ImageSpec
+from dreml.files import sha256
+from dreml.photos import list_photos, read_photos, walk_order
+from dreml.search import folder_items
+
+
+def test_the_order_is_that_of_the_walk(tmp_path):
+    names = ["b/x.png", "b.png", "a/z.png", "a/b/c.png", "a b/1.png", "a!/1.png", "a/b.png", "z.png", "a/b/a.png"]
+    save_colors(tmp_path, names)
+    walk = [item.file.relative_to(tmp_path).as_posix() for item in folder_items("", tmp_path)]
+    assert sorted(names, key=walk_order) == walk and walk[:3] == ["b.png", "z.png", "a/b.png"]
+
+
+def test_photos_are_read_in_order_and_those_known_are_not_decoded(tmp_path):
+    """Whatever is read ahead."""
+    save_colors(tmp_path, [f"{number}.png" for number in range(30)])
+    (tmp_path / "17.png").write_text("no image")
+    photos = list_photos(tmp_path, [])
+    assert [photo.path for photo in photos] == sorted(f"{number}.png" for number in range(30))
+    known = {sha256(tmp_path / "3.png"), sha256(tmp_path / "17.png")}
+    for ahead in (1, 4, 100):
+        found = list(read_photos(tmp_path, photos, ImageSpec(8), known, ahead))
+        assert [each.photo for each in found] == photos and not any(each.problem for each in found)
+        assert [each.hash for each in found] == [sha256(tmp_path / photo.path) for photo in photos]
+        assert {each.photo.path for each in found if each.pixels is None} == {"3.png", "17.png"}
+        for each in found:
+            if each.pixels is not None:
+                assert (each.pixels == np.asarray(Image.open(tmp_path / each.photo.path))).all()
