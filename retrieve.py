@@ -68,11 +68,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="retrieve.py", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run folder of train.py")
     what = parser.add_argument_group("what is done (at least one)").add_argument
-    query_help = "images, folders of images, or test:INDEX, a row of test.csv from 0"
+    query_help = "images, folders, or test:INDEX (row of test.csv, from 0)"
     what("--query", nargs="+", metavar="Q", help=query_help)
-    worst_help = "N test queries (default: 10), surest wrong neighbour first"
+    worst_help = "N test queries (default: 10), surest errors first"
     what("--worst", nargs="?", type=natural_number, const=10, metavar="N", help=worst_help)
-    export_help = "write what is searched to a .npy file or a folder (default: that of --output)"
+    export_help = "what is searched, as .npy (default: into --output)"
     what("--export", nargs="?", const="", metavar="PATH", help=export_help)
     how = parser.add_argument_group("how it is searched").add_argument
     gallery_help = "search the images below DIR, a class for each subfolder (default: the gallery of the test split)"
@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     how("--num_members", type=natural_number, metavar="L", help="members 1 to L (default: all that are finished)")
     embedding_help = "logits (default), or pooled: the last layer's input"
     how("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
-    far_help = 'neighbours are "not found" below the similarity that a share F of vain searches reach (by evaluate.py)'
+    far_help = "as --threshold, for a false-accept rate F such as 0.01"
     how("--far", type=fraction, metavar="F", help=far_help)
     how("--threshold", type=cosine, metavar="T", help='neighbours are "not found" below this similarity')
     keep = parser.add_argument_group("the index of --gallery (needs LanceDB: pip install lancedb)").add_argument

@@ -122,7 +122,7 @@ def _best_own_similarities(pairs: "_Pairs") -> torch.Tensor:
     """Each query's best similarity to another image of its class, `(L, queries) float32`; -inf if there is none."""
     queries, gallery, num_queries = pairs.queries, pairs.gallery, len(pairs.queries.order)
     best = torch.full((pairs.num_members, num_queries), -torch.inf, device=pairs.device)
-    step = min(pairs.block, 256)
+    step = max(min(pairs.block, 256), pairs.block // 4)
     for start in range(0, num_queries, step):
         stop = min(start + step, num_queries)
         query_rows = queries.rows_of_all(start, stop)
@@ -440,7 +440,8 @@ def full_float32(device_type: str) -> Iterator[None]:
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        with torch.autocast(device_type, enabled=False):
+        known = torch.amp.is_autocast_available(device_type)  # not for the data-less device meta
+        with torch.autocast(device_type, enabled=False) if known else contextlib.nullcontext():
             yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
