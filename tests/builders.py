@@ -490,7 +490,7 @@ class SmallNetwork(nn.Module):
 def build_small_model(backbone: str, num_meta_classes: int, weights: dict | None) -> SmallNetwork:
     """In the place of `model.build_model`."""
     assert weights is None
-    return SmallNetwork(num_meta_classes)
+    return SmallNetwork(num_meta_classes).to(memory_format=torch.channels_last)
 
 
 def train_tiny(data: Path, results: Path, *options: str) -> int:
