@@ -13,6 +13,7 @@ import pytest
 import torch
 from builders import PHOTO_NAMES, ColorEnsemble, index_rows, queries_of, refused, save_colors, save_image
 from faults import check_index_kills
+from PIL import Image
 
 import retrieve
 from dreml import index as index_module
@@ -65,13 +66,30 @@ def test_only_new_and_changed_photos_are_embedded(indexed, capsys):
 
 def test_a_change_that_keeps_size_or_time_is_seen(indexed):
     """The size and the time of change both count."""
-    indexed.refresh()
     first, second = indexed.photos / PHOTO_NAMES[0], indexed.photos / PHOTO_NAMES[1]
-    content, times = second.read_bytes(), first.stat().st_mtime_ns
-    first.write_bytes(content + b"x")
+    Image.new("RGB", (8, 8), "red").save(second, "BMP")  # all of one size
+    indexed.refresh()
+    times, size = first.stat().st_mtime_ns, second.stat().st_size
+    save_image(first, 5)
     os.utime(first, ns=(times, times))
-    save_image(second, 5)
-    assert indexed.refresh()["changed"] == 2
+    Image.new("RGB", (8, 8), "blue").save(second, "BMP")
+    os.utime(second, ns=(0, 12345))
+    assert second.stat().st_size == size and indexed.refresh()["changed"] == 2
+    indexed.check()
+
+
+def test_photos_that_need_no_embedding_do_not_split_a_batch(indexed, monkeypatch):
+    """Many of them are stored while a batch still waits for more: a search that goes on makes the same batches."""
+    indexed.refresh()
+    indexed.ensemble.batches.clear()
+    for name in PHOTO_NAMES:
+        os.utime(indexed.photos / name, ns=(0, 12345))
+    save_colors(
+        indexed.photos, [f"{place}/new{number}.png" for place in ("ant", "bee", "cat") for number in range(3)], 1
+    )
+    monkeypatch.setattr(index_module, "MAX_WAITING", 3)
+    assert indexed.refresh(batch_size=4)["touched"] == 48
+    assert indexed.ensemble.batches == [4, 4, 1]
     indexed.check()
 
 
