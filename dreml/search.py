@@ -136,7 +136,7 @@ def query_items(texts: Sequence[str], test: pd.DataFrame, folder: Path) -> tuple
 
 
 def real_paths(files: Iterable[str]) -> Iterator[str]:
-    """`os.path.realpath` of each file, in a fifth of the time: a folder is looked up once."""
+    """`os.path.realpath` of each file. Each folder is looked up once."""
     folders: dict[str, str] = {}
     for file in files:
         folder, name = os.path.split(file)
