@@ -38,6 +38,8 @@ def test_training_curves_show_the_histories(tiny_run):
     with drawing():
         figure = draw_training(records)
     loss, accuracy = figure.axes
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert labels == ["training loss (nats)", "training accuracy (%)"] and accuracy.get_xlabel() == "epoch"
     histories = [pd.DataFrame(record.history) for record in records]
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
         curves = [line.get_ydata() for line in axes.lines]

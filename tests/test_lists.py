@@ -10,7 +10,7 @@ from builders import build, check_refused, put, random_image, rewrite, save_imag
 
 from dreml.console import InputError
 from dreml.data.known_sets import count_images
-from dreml.data.lists import LeftOut, list_csv
+from dreml.data.lists import LeftOut, list_csv, list_image_folder
 
 
 def test_csv_data_set(tmp_path, capsys):
@@ -179,3 +179,13 @@ DAMAGES = {
 def test_bad_input_is_named_and_an_earlier_cache_stays(tmp_path, damage):
     write = write_csv if damage.startswith("csv") else write_image_folder
     check_refused(tmp_path, "mine", write, *DAMAGES[damage])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file names are not bytes there")
+def test_a_file_name_that_is_not_utf8_is_a_problem(tmp_path):
+    write_image_folder(tmp_path)
+    name = os.fsdecode(b"\xff.png")
+    (tmp_path / "train" / "train_0" / "0.png").rename(tmp_path / "train" / "train_0" / name)
+    listing = list_image_folder(tmp_path, "")
+    assert listing.problems == ["'train/train_0/\\udcff.png': the name is not valid UTF-8"]
+    assert len(listing.entries) == 7

@@ -254,6 +254,7 @@ def test_neighbours_below_a_threshold_are_not_found(drawn, tmp_path, capsys):
     threshold = np.sort(similarities.ravel())[7]
     call(*arguments, "--threshold", f"{threshold:.6f}")
     out, table = capsys.readouterr().out, pd.read_csv(tmp_path / "out" / "neighbours.csv")
+    assert f"\n{tmp_path / 'out' / 'neighbours.csv'}\n" in out
     assert list(table.columns[-2:]) == ["right", "found"] and table.found.sum() == 5
     assert table.found.tolist() == (similarities.ravel() >= threshold).tolist()
     words = {True: "right", False: "wrong"}

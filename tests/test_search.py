@@ -11,7 +11,7 @@ from reference import mean_cosines
 from dreml.console import InputError
 from dreml.files import read_record, write_record
 from dreml.runs.folder import MemberRecord, member_file, read_run_record
-from dreml.search import embed_images, folder_items, nearest
+from dreml.search import Item, embed_images, find_neighbours, folder_items, nearest
 from model import load_ensemble
 
 
@@ -69,3 +69,13 @@ def test_photos_are_embedded_in_the_runs_own_way(tiny_run, tmp_path):
     np.testing.assert_allclose(embed_images("--gallery", items, ensemble, batch_size=2), rows, atol=1e-5)
     cropped = embed_images("--gallery", items, load_ensemble(tiny_run, num_members=1), batch_size=5)
     assert abs(cropped.numpy() - rows).max() > 0.01
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_photo_that_lies_in_the_gallery_has_its_class_and_does_not_find_itself(tmp_path, place):
+    """Also if it is the first one of the gallery."""
+    gallery = [Item(name, name, name, tmp_path / name) for name in "abc"]
+    query = gallery[place]._replace(class_name=None)
+    (found,) = find_neighbours([query], torch.eye(3)[[place]], gallery, torch.eye(3), 2)
+    assert found.query.class_name == gallery[place].class_name
+    assert [item.name for item in found.neighbours] == [item.name for item in gallery if item is not gallery[place]]
