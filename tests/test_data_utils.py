@@ -12,6 +12,7 @@ import data_utils
 from dreml.console import RunError
 from dreml.data.cache import read_cache
 from dreml.data.demo import draw_demo
+from dreml.data.images import ImageSpec
 
 
 def call(data: Path, *options: str) -> int:
@@ -146,3 +147,11 @@ def test_demo_is_drawn_once_and_never_over_another(tmp_path, capsys, monkeypatch
     mine = tree(tmp_path / "mine" / "demo" / "train")
     assert call(tmp_path / "mine", "--data_name", "demo", "--force") == 0
     assert tree(tmp_path / "mine" / "demo" / "train") == mine
+
+
+def test_the_demo_is_drawn_into_a_data_folder_that_may_exist(tmp_path, monkeypatch):
+    """Here by something quicker; the real one is tested in test_demo.py."""
+    monkeypatch.setattr(data_utils, "draw_demo", write_image_folder)
+    for data in (tmp_path, tmp_path / "not" / "yet"):
+        assert data_utils.main(["--data_path", str(data), "--data_name", "demo", "--image_size", "16"]) == 0
+        assert read_cache(data, "demo", ImageSpec(16)).counts == {"train": (2, 4), "test": (2, 4)}

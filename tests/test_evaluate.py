@@ -215,7 +215,10 @@ def test_runs_that_differ_in_their_seed_are_averaged(tiny_run, tmp_path, capsys)
     std = abs(pair[0] - pair[1]) / np.sqrt(2)  # of two values, with n - 1
     np.testing.assert_allclose(table.loc[0, ["R@1_std", "R@2_std"]].astype(float), std, atol=5e-5)
     assert table.loc[1:, [name for name in table if name.endswith("_std")]].isna().all(axis=None)
-    assert f"{pair[:, 0].mean():.2f} ± {std[0]:.2f}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{pair[:, 0].mean():.2f} ± {std[0]:.2f}" in out and "--output DIR writes" not in out
+    assert evaluate.main([*map(str, runs), "--recalls", "1,2"]) == 0
+    assert capsys.readouterr().out.endswith("(--output DIR writes this table, and with --plot a figure of it)\n")
     for name in plan:
         assert len(scores_in(output / name)) == len(members[name])
 
