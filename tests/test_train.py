@@ -527,6 +527,10 @@ def test_growing_an_ensemble(tiny_data, small_run, tmp_path, capsys, monkeypatch
     assert lines[0] == "ensemble_size,R@2,R@1" and len(lines) == 2
     assert pd.read_csv(only_folder(tmp_path) / "train.csv").member.tolist() == [1, 1, 2, 2]  # all that are finished
     assert lines[1].split(",")[2] == (small_run / "recall.csv").read_text().splitlines()[1].split(",")[1]
+    capsys.readouterr()
+    assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "4", "--members", "1") == 0
+    output = capsys.readouterr().out
+    assert "2 of 4 members are finished" in output and "not finished: member 3, 4; the process that" in output
 
 
 def test_a_finished_run_prints_its_table(tiny_data, tiny_run, tmp_path, capsys, no_training):
