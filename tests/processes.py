@@ -91,8 +91,11 @@ class Processes:
 def wait_until(condition: Callable[[], bool], script: Script) -> None:
     """Waits until the condition holds. The script has to run that long."""
     end = time.monotonic() + ENOUGH
-    while not condition():
-        assert script.process.is_alive() and time.monotonic() < end, script.out + script.err
+    while True:
+        in_time = script.process.is_alive() and time.monotonic() < end  # asked first: it may end as soon as it holds
+        if condition():
+            return
+        assert in_time, script.out + script.err
         time.sleep(0.01)
 
 
