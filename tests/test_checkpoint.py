@@ -77,14 +77,15 @@ def test_nobody_waits_for_a_gpu_but_the_thread_that_writes(tmp_path, monkeypatch
         progress.end_of_epoch({"model": tensor})
         assert OnGpu.calls == [("empty_like", False, None), ("copy_", None, True)]
         progress.interval = 0
-        for _ in range(2):
+        for new_memory in ([("empty_like", True, None)], []):
             OnGpu.calls.clear(), order.clear()
             progress.end_of_epoch({"model": tensor})
+            assert OnGpu.calls == [*new_memory, ("copy_", None, True)]
             progress.writing.result()
             assert [name for name, _ in order] == ["copied", "waited", "saved"]
             main, *threads = [thread for _, thread in order]
             assert main is threading.main_thread() and main not in threads
-    assert OnGpu.calls == [("copy_", None, True)] and progress.read()["model"].tolist() == [1, 1, 1]
+    assert progress.read()["model"].tolist() == [1, 1, 1]
 
 
 def test_a_gpu_that_is_short_of_memory_keeps_no_copy(tmp_path, monkeypatch):
@@ -101,7 +102,7 @@ def test_a_gpu_that_is_short_of_memory_keeps_no_copy(tmp_path, monkeypatch):
         progress.end_of_epoch({"model": tensor})
         assert progress.kept is not None
         free[0] = 0  # its memory is used again
-        progress.end_of_epoch({"model": tensor + 1})
+        progress.end_of_epoch({"model": tensor.add(1).as_subclass(OnGpu)})
         assert progress.kept["model"].tolist() == [2, 2, 2]
         progress.kept = None
     assert progress.read() is None

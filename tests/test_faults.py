@@ -78,6 +78,22 @@ def test_a_signal_within_an_epoch_loses_that_epoch_only(finished, tmp_path, caps
     check_same(root, finished)
 
 
+def test_an_interruption_at_the_end_of_an_epoch_loses_that_epoch_only(finished, tmp_path, capsys, monkeypatch):
+    """Before it is kept: what was kept of the one before has not changed."""
+    root, calls, end_of_epoch = tmp_path / "root", itertools.count(), Progress.end_of_epoch
+    shutil.copytree(finished / "data", root / "data", copy_function=os.link)
+
+    def interrupted_end(*args, **kwargs):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        end_of_epoch(*args, **kwargs)
+
+    monkeypatch.setattr(Progress, "end_of_epoch", interrupted_end)
+    assert [train.main([*TINY, *here(root)]) for _ in range(2)] == [130, 0]
+    assert "member 1/2: goes on after epoch 0" in capsys.readouterr().out
+    check_same(root, finished)
+
+
 @pytest.mark.parametrize(("optimizer", "interval"), [("adam", []), ("adam", EACH_EPOCH), ("sgd", [])])
 def test_the_optimizer_the_scaler_and_the_best_epoch_go_on_exactly(
     small_network, tiny_data, tmp_path, monkeypatch, optimizer, interval

@@ -420,6 +420,24 @@ def test_method_options_reach_the_training(tiny_data, tmp_path, small_network, s
     assert optimizers == {torch.optim.SGD} and torch.backends.cudnn.benchmark
 
 
+def test_the_seconds_between_progress_files_are_no_setting(
+    tiny_data, tmp_path, small_network, no_training, monkeypatch
+):
+    """They reach every member, and another number of them is the same run."""
+    intervals = []
+
+    class Spy(Progress):
+        def __enter__(self):
+            intervals.append(self.interval)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "Progress", Spy)
+    for options in (["--progress_seconds", "0"], ["--progress_seconds", "2.5"], []):
+        assert train_tiny(tiny_data, tmp_path, *options) == 130
+    assert intervals == [0, 2.5, 30]
+    assert only_folder(tmp_path).name == "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
+
+
 def test_squash_makes_another_run_from_its_own_cache(squashed_data, tiny_settings, tmp_path, small_network, seen):
     sizes = {}
     for resize in ("crop", "squash"):
