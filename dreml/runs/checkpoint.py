@@ -86,7 +86,8 @@ class Progress:
 
     def __init__(self, folder: Path, member: int, settings_hash: str, interval: float = SECONDS_BETWEEN_WRITES):
         self.path, self.owner = progress_file(folder, member), f"{settings_hash}, member {member}"
-        self.interval, self.started, self.took = interval, time.monotonic(), 0.0  # of the last write, in seconds
+        self.interval = interval
+        self.started, self.took = time.monotonic(), 0.0  # of the last write, in seconds
         self.writer, self.writing = ThreadPoolExecutor(1), None
         self.kept = None  # the end of the last epoch, if it was not given to the writer
         self.on_device, self.on_host = Copies(), Copies("cpu")
