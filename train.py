@@ -31,7 +31,7 @@ from dreml.data.cache import Cache, check_unchanged, read_cache
 from dreml.data.known_sets import default_recalls
 from dreml.files import make_folder, remove_leftovers, sha256
 from dreml.runs import writer
-from dreml.runs.checkpoint import Progress, snapshot
+from dreml.runs.checkpoint import SECONDS_BETWEEN_WRITES, Progress, snapshot
 from dreml.runs.folder import MemberRecord, Members, TestSplit, member_file
 from dreml.runs.settings import EMBEDDINGS, RECIPES, Settings, add_settings, settings_of
 from model import (
@@ -57,14 +57,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_settings(parser.add_argument_group("the method (these make another run folder)"))
     rest = parser.add_argument_group("the rest").add_argument
     rest("--ensemble_size", type=console.natural_number, default=12, metavar="L", help="members (default: 12)")
-    members_help = "train only these of them, such as 13-24 (default: all)"
-    rest("--members", type=console.member_list, metavar="I-J", help=members_help)
+    rest("--members", type=console.member_list, metavar="I-J", help="only these, such as 13-24 (default: all)")
     rest("--recalls", type=console.recall_list, metavar="K,K", help="Recall@K (default: 1,2,4,8; isc: 1,10,20,30)")
-    embedding_help = "logits (default), or pooled: the features before the last layer, of the same members"
-    rest("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
+    rest("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help="logits (default), or pooled features")
     rest("--data_path", type=Path, default=Path("data"), metavar="DIR", help="data sets (default: data)")
     rest("--results_path", type=Path, default=Path("results"), metavar="DIR", help="run folders (default: results)")
     rest("--device", default="auto", help=console.DEVICE_HELP)
+    progress_help = f"a progress file each S seconds (default: {SECONDS_BETWEEN_WRITES:g})"
+    rest("--progress_seconds", type=console.seconds, default=SECONDS_BETWEEN_WRITES, metavar="S", help=progress_help)
     rest("--deterministic", action="store_true", help="same bits each time on CUDA too, if it can; slower")
     args = parser.parse_args(argv)
     if args.ensemble_size > console.MAX_ENSEMBLE_SIZE:
@@ -186,8 +186,7 @@ def train_epoch(
                 next_reading = time.perf_counter() + SECONDS_BETWEEN_READINGS
     loss, num_correct, finite_steps = (each.item() for each in (sums.loss, sums.correct, sums.finite_steps))  # waits
     seconds, loss, accuracy = time.perf_counter() - start, loss / num_images, 100 * num_correct / num_images
-    rate = f"{num_images / seconds:,.0f} images/s"
-    print(f"{title}: loss {loss:.4f}, accuracy {accuracy:.2f}%, {rate}", flush=True)
+    print(f"{title}: loss {loss:.4f}, accuracy {accuracy:.2f}%, {num_images / seconds:,.0f} images/s", flush=True)
     if finite_steps < sums.steps:
         raise RunError(f"{title}, batch {finite_steps}: the loss is not finite; {compute.overflow_remedy()}")
     result = {"loss": loss, "accuracy": accuracy, "correct": num_correct, "images": num_images}
@@ -206,6 +205,7 @@ class Experiment:
     weights: dict[str, torch.Tensor] | None  # the backbone's initial weights; None: from scratch
     compute: Compute
     environment: dict[str, str | int | None]
+    progress_seconds: float = SECONDS_BETWEEN_WRITES
 
     @cached_property
     def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,12 +255,12 @@ def train_member(
         prepared = ((prepare(batch, *experiment.statistics), batch.targets) for batch in batches)
         with console.name_interruption(f"epoch {epoch}"):
             result = train_epoch(state, compute, prepared, len(images), f"{title} epoch {epoch}")
-        history.append({"epoch": epoch, "lr": rate} | result)
+        history = [*history, {"epoch": epoch, "lr": rate} | result]
         if best_epoch < 0 or result["correct"] > history[best_epoch]["correct"]:
             best_epoch, best_model = epoch, snapshot(state.model.state_dict(), compute.device)
         if progress:
             other_best = None if best_epoch == epoch else best_model  # None: the same as the model
-            progress.write(**state.state_dict(), history=history, best_epoch=best_epoch, best_model=other_best)
+            progress.end_of_epoch(state.state_dict(), history=history, best_epoch=best_epoch, best_model=other_best)
     state.model.load_state_dict(best_model)
     return state.model, {"best_epoch": best_epoch, "history": history, "partition": partition.tolist()}
 
@@ -292,7 +292,7 @@ def make_member(experiment: Experiment, members: Members, member: int, embedding
 
 def finish_member(experiment: Experiment, members: Members, member: int, title: str) -> MemberRecord:
     """Trains, embeds and saves one member. Returns its record."""
-    with Progress(members.folder, member, members.settings_hash) as progress:
+    with Progress(members.folder, member, members.settings_hash, experiment.progress_seconds) as progress:
         for name in (member_file(member, "*"), progress.path.name):
             remove_leftovers(members.folder, name)
         if member in members.not_embedded:
@@ -364,7 +364,7 @@ def run(args: argparse.Namespace) -> None:
     check_unchanged(cache)
 
     # 3. The members that are missing, one after the other; other processes may train others of them at the same time
-    experiment = Experiment(cache, settings, weights, Compute(device, settings.precision), here)
+    experiment = Experiment(cache, settings, weights, Compute(device, settings.precision), here, args.progress_seconds)
     table_of = partial(recall_table, split, args.recalls)
     score = partial(writer.update_logs, members, args.ensemble_size, device, table_of)
     if members.records:

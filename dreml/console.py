@@ -204,6 +204,17 @@ def positive_float(text: str) -> float:
     return number
 
 
+def seconds(text: str) -> float:
+    """argparse type: a finite number of 0 or more."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return number
+
+
 def fraction(text: str) -> float:
     """argparse type: a number above 0 and at most 1."""
     number = positive_float(text)

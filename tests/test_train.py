@@ -30,6 +30,7 @@ from dreml.data.images import ImageSpec
 from dreml.files import read_record, take_lock
 from dreml.runs import folder as run_folders
 from dreml.runs import writer
+from dreml.runs.checkpoint import Progress
 from dreml.runs.folder import HISTORY_COLUMNS, MemberRecord, PooledRecord, TestSplit, read_run_record
 from dreml.runs.settings import RECIPES, Settings, settings_of
 from model import Compute, Head, build_model, extract_features, load_ensemble, read_weights
@@ -182,7 +183,7 @@ def test_the_first_loss_that_is_not_finite_is_remembered():
     assert (sums.steps, sums.finite_steps.item()) == (4, 1)
 
 
-def test_train_and_embedding_steps_never_wait_for_the_device():
+def test_steps_and_the_end_of_an_epoch_never_wait_for_the_device(tmp_path):
     """The data-less device `meta` refuses .item(), copies to the host and mixed devices.
 
     It has no fused optimiser and no autocast: both are tested on the CPU.
@@ -196,6 +197,11 @@ def test_train_and_embedding_steps_never_wait_for_the_device():
     for batch in (Batch(images.to(meta), targets.to(meta), 2, s) for s in (None, sides.to(meta))):
         train_step(state, compute, prepare(batch, *statistics), batch.targets, sums)
     assert all(parameter.grad is not None for parameter in model.parameters())
+    progress = Progress(tmp_path, 1, "run")
+    for _ in range(2):
+        progress.end_of_epoch(state.state_dict(), best_model=None)
+    progress.remove()  # or leaving would copy it to the host
+    assert {each.device for each in progress.on_device.memory.values() if each.numel() > 1} == {meta}
     logits = extract_features(model, np.zeros((5, 64, 64, 3), np.uint8), statistics, batch_size=2)
     assert logits.device == meta and logits.shape == (5, 12)
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -412,6 +418,24 @@ def test_method_options_reach_the_training(tiny_data, tmp_path, small_network, s
     sides = np.concatenate([sides for _, _, sides in seen])
     assert sides.min() >= 16 and np.bincount(sides)[16:].all() and len(mirrored) == 15 and not any(mirrored)
     assert optimizers == {torch.optim.SGD} and torch.backends.cudnn.benchmark
+
+
+def test_the_seconds_between_progress_files_are_no_setting(
+    tiny_data, tmp_path, small_network, no_training, monkeypatch
+):
+    """They reach every member, and another number of them is the same run."""
+    intervals = []
+
+    class Spy(Progress):
+        def __enter__(self):
+            intervals.append(self.interval)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "Progress", Spy)
+    for options in (["--progress_seconds", "0"], ["--progress_seconds", "2.5"], []):
+        assert train_tiny(tiny_data, tmp_path, *options) == 130
+    assert intervals == [0, 2.5, 30]
+    assert only_folder(tmp_path).name == "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
 
 
 def test_squash_makes_another_run_from_its_own_cache(squashed_data, tiny_settings, tmp_path, small_network, seen):
@@ -925,6 +949,7 @@ def test_defaults_are_those_of_the_original_command_line():
     assert (args.recalls, args.batch_size, args.num_epochs) == ([1, 2, 4, 8], 128, 12)
     assert (args.ensemble_size, args.meta_class_size, args.weights) == (12, 12, "imagenet")
     assert settings_of(args).lr == RECIPES["adam"].lr == 1e-4
+    assert args.progress_seconds == 30
     assert train.parse_args("--data_name sop --recalls 1,10,100,1000".split()).recalls == [1, 10, 100, 1000]
     assert train.parse_args("--data_name sop".split()).recalls == [1, 2, 4, 8]
     assert train.parse_args("--data_name isc".split()).recalls == [1, 10, 20, 30]
@@ -956,6 +981,7 @@ def test_defaults_are_those_of_the_original_command_line():
         (["--members", "1-"], "'' is not a positive integer"),
         (["--members", "2,5"], "--members 5 is above --ensemble_size 2"),
         (["--lr", "nan"], "'nan' is not a positive number"),
+        (["--progress_seconds", "-1"], "--progress_seconds: '-1' is not a number of seconds"),
         (["--scale_min", "0"], "--scale_min: '0' is not a positive number"),
         (["--scale_min", "1.01"], "--scale_min: '1.01' is above 1"),
         (["--scale_min", "-1"], "--scale_min: '-1' is not a positive number"),

@@ -66,7 +66,7 @@ class Settings:
     )
     lr: float | None = option(None, "lr{!r}".format, "learning rate (default: 1e-4; for sgd 0.01)", type=positive_float)
     weights: str = option("imagenet", weights_in_name, "imagenet (default), none, or the path of a state dict", "W")
-    flip: bool = option(True, "noflip".format, "no mirroring, for images whose mirror image is another class")
+    flip: bool = option(True, "noflip".format, "no mirroring, where mirror images are another class")
     scale_min: float = option(1.0, "scale{!r}".format, SCALE_HELP, "M", fraction)
     precision: str = option("auto", "{}".format, PRECISION_HELP, "P", choices=("auto", *PRECISIONS))
 
