@@ -37,15 +37,15 @@ def test_cache_equals_the_torchvision_pipeline(tmp_path, size, resize):
     larger, smaller = ([side, side] if resize == "squash" else side for side in (int(1.1 * size), size))
 
     pixels, offsets, sizes = (cache.array(f"train_{name}") for name in ("pixels", "offsets", "sizes"))
-    assert len(cache.meta.train["paths"]) == len(sizes) == 27 and offsets[-1] == len(pixels)
-    for number, path in enumerate(cache.meta.train["paths"]):
+    assert len(cache.paths("train")) == len(sizes) == 27 and offsets[-1] == len(pixels)
+    for number, path in enumerate(cache.paths("train")):
         image = load_rgb(tmp_path / "data" / "mine" / path)
         expected = np.asarray(TF.resize(image, larger))
         cached = pixels[offsets[number] : offsets[number + 1]].reshape(*sizes[number], 3)
         np.testing.assert_array_equal(cached, expected, err_msg=path)
         np.testing.assert_array_equal(resize_train(image, spec), expected, err_msg=path)
     assert cache.array("test_images").shape == (27, size, size, 3)
-    for number, path in enumerate(cache.meta.test["paths"]):
+    for number, path in enumerate(cache.paths("test")):
         image = load_rgb(tmp_path / "data" / "mine" / path)
         expected = np.asarray(TF.center_crop(TF.resize(image, smaller), size))
         np.testing.assert_array_equal(cache.array("test_images")[number], expected, err_msg=path)
@@ -68,7 +68,7 @@ def test_worker_processes_read_what_phones_write(tmp_path, monkeypatch):
     monkeypatch.delitem(Image.OPEN, "HEIF")
     cache = build(tmp_path, "mine", num_workers=2)
     assert "HEIF" not in Image.OPEN  # not in this process
-    number = cache.meta.train["paths"].index("train/train_0/photo.heic")
+    number = cache.paths("train").index("train/train_0/photo.heic")
     first, last = cache.array("train_offsets")[number : number + 2]
     expected = resize_train(load_rgb(path), SPEC)
     np.testing.assert_array_equal(cache.array("train_pixels")[first:last], expected.ravel())
@@ -190,7 +190,7 @@ def _die(*_):
 @needs_fork
 def test_a_killed_worker_is_named(tmp_path, monkeypatch):
     write_image_folder(tmp_path / "mine")
-    monkeypatch.setattr(cache_writer, "store_image", _die)
+    monkeypatch.setattr(cache_writer, "store_chunk", _die)
     with pytest.raises(RunError, match="a worker process was killed"):
         build(tmp_path, "mine")
 

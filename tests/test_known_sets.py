@@ -57,9 +57,9 @@ def test_raw_layouts(tmp_path, capsys, layout, deeper):
     assert f"test: 2 classes and 4 images, published are {test[0]:,} and {test[1]:,}" in output.err
     assert cache.counts == {"train": (2, 4), "test": (2, 4)}
 
-    for split, meta in (("train", cache.meta.train), ("test", cache.meta.test)):
+    for split in ("train", "test"):
         assert cache.array(f"{split}_labels").tolist() == [0, 0, 1, 1]
-        for path in meta["paths"]:
+        for path in cache.paths(split):
             assert path.startswith(f"{deeper}/{folder}" if deeper else folder)
             assert (tmp_path / name / path).is_file()
     if name != "isc":
@@ -82,7 +82,7 @@ def test_in_shop_has_queries_and_a_gallery(tmp_path, capsys):
     assert cache.array("test_is_query").tolist() == [True, False] * 2
     assert cache.array("test_is_gallery").tolist() == [False, True] * 2
     assert cache.array("test_is_query").dtype == cache.array("test_is_gallery").dtype == bool
-    assert [path[-14:-12] for path in cache.meta.test["paths"]] == ["06", "07", "00", "01"]
+    assert [path[-14:-12] for path in cache.paths("test")] == ["06", "07", "00", "01"]
     assert "isc: query lists 2 classes, 2 images\nisc: gallery lists 2 classes, 2 images\n" in output.out
     assert "query: 2 classes and 2 images, published are 3,985 and 14,218" in output.err
     assert "gallery: 2 classes and 2 images, published are 3,985 and 12,612" in output.err
@@ -147,7 +147,7 @@ def test_lists_with_windows_line_ends_a_byte_order_mark_and_spaces(tmp_path):
     (tmp_path / "cub" / "images" / old).rename(tmp_path / "cub" / "images" / new)
     lines = (tmp_path / "cub" / "images.txt").read_text().replace(old, new).replace("\n", "\r\n")
     (tmp_path / "cub" / "images.txt").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\r\n\r\n")
-    assert f"images/{new}" in build(tmp_path, "cub").meta.test["paths"]
+    assert f"images/{new}" in build(tmp_path, "cub").paths("test")
 
 
 # ------------------------------------------------------------------------------------------------ bad input

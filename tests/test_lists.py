@@ -31,8 +31,8 @@ def test_csv_data_set(tmp_path, capsys):
     cache = build(tmp_path, "listed")
     assert cache.meta.train["classes"] == ["ant", "zebra"]
     assert cache.meta.test["classes"] == ['Grüße, "cat"', "fox"]
-    assert cache.meta.train["paths"] == ["photos/2.png", "photos/1.png"]
-    assert cache.meta.test["paths"] == [f"photos/{number}.png" for number in (4, 6, 3, 5)]
+    assert cache.paths("train") == ["photos/2.png", "photos/1.png"]
+    assert cache.paths("test") == [f"photos/{number}.png" for number in (4, 6, 3, 5)]
     assert cache.array("test_labels").tolist() == [0, 0, 1, 1]
     assert cache.array("test_is_query").tolist() == [False, True, True, False]
     assert cache.array("test_is_gallery").tolist() == [True, True, False, True]
@@ -72,7 +72,7 @@ def test_csv_as_pandas_and_other_libraries_write_it(tmp_path):
     (tmp_path / "images.csv").write_text("\n".join(lines))
     listing = list_csv(tmp_path, "")
     assert not listing.problems
-    assert [(entry.split, entry.is_query) for entry in listing.entries[1:]] == [("test", True), ("test", False)]
+    assert [(entry.split, entry.is_query) for entry in list(listing.entries)[1:]] == [("test", True), ("test", False)]
     (tmp_path / "images.csv").write_text("\n".join([*lines, "d.png,3,test,1", "e.png,3,test,1"]))
     (problem,) = list_csv(tmp_path, "").problems
     assert "line 5: the list has both test and validation images" in problem
@@ -88,10 +88,11 @@ def test_image_folder(tmp_path, capsys):
     (root / "test/empty").mkdir()
     (root / "test/ü c").symlink_to(root / "test/c", target_is_directory=True)  # a link is fine
     (root / "train/a/loop").symlink_to(root / "train", target_is_directory=True)  # and ends where it would go round
-    meta = build(tmp_path, "mine").meta
+    cache = build(tmp_path, "mine")
+    meta = cache.meta
     assert meta.train["classes"] == ["a", "b/deep/er"] and meta.test["classes"] == ["c", "ü c"]
-    assert meta.train["paths"] == ["train/a/1.JPG", "train/a/2.png", "train/b/deep/er/3.Tiff"]
-    assert meta.test["paths"] == ["test/c/4.webp", "test/ü c/4.webp"]
+    assert cache.paths("train") == ["train/a/1.JPG", "train/a/2.png", "train/b/deep/er/3.Tiff"]
+    assert cache.paths("test") == ["test/c/4.webp", "test/ü c/4.webp"]
     assert "1 images outside any class folder are left out" in capsys.readouterr().err
 
 
