@@ -90,7 +90,9 @@ CACHE_DAMAGES = {
     "older version": (damage_meta(lambda meta: meta.update(version=1)), "another version"),
     "other size": (damage_meta(lambda meta: meta.update(image_size=64)), "other settings"),
     "changed entry": (
-        lambda folder: (folder / "meta.json").write_text((folder / "meta.json").read_text().replace("character_0", "character_1")),
+        lambda folder: (folder / "meta.json").write_text(
+            (folder / "meta.json").read_text().replace("character_0", "character_1")
+        ),
         "its checksum does not fit",
     ),
     "entry of another kind": (damage_meta(lambda meta: meta.update(mean="grey")), "of another version"),
