@@ -1,5 +1,6 @@
 """Reading a cache: its windows, and the refusal of a damaged one."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -27,6 +28,23 @@ def test_crops_are_windows_of_the_cached_image(tiny_data):
         expected = np.zeros((SIZE, SIZE, 3), np.uint8)
         expected[:side, :side] = np.asarray(image)[top : top + side, left : left + side]
         np.testing.assert_array_equal(crop, expected)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="such names are not allowed there")
+def test_paths_are_read_row_by_row(tmp_path):
+    """Whatever they are made of; each ends with a line end, so that a program of any kind can read them."""
+    write_image_folder(tmp_path / "mine")
+    names = ["a\nb.png", "ü 1.png", "жук.png"]
+    for name in names:
+        shutil.copy(tmp_path / "mine/train/train_0/0.png", tmp_path / "mine/train/train_1" / name)
+    cache = build(tmp_path, "mine")
+    expected = [f"train/train_{name}" for name in ("0/0.png", "0/1.png", "1/0.png", "1/1.png")]
+    expected += [f"train/train_1/{name}" for name in names]
+    assert cache.paths("train") == expected and cache.counts == {"train": (2, 7), "test": (2, 4)}
+    for start in range(8):
+        for stop in range(start, 8):
+            assert cache.paths("train", start, stop) == expected[start:stop]
+    assert cache.array("test_paths").tobytes().decode().splitlines() == cache.paths("test")
 
 
 def test_both_caches_of_a_data_set_lie_beside_each_other(tmp_path):

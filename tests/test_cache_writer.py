@@ -10,7 +10,18 @@ import filelock
 import numpy as np
 import pytest
 import torchvision.transforms.functional as TF
-from builders import SPEC, build, odd_images, put, random_image, rewrite, tree, write_csv, write_image_folder
+from builders import (
+    SPEC,
+    build,
+    bytes_an_image,
+    odd_images,
+    put,
+    random_image,
+    rewrite,
+    tree,
+    write_csv,
+    write_image_folder,
+)
 from PIL import Image
 
 from dreml.console import InputError, RunError
@@ -72,6 +83,34 @@ def test_worker_processes_read_what_phones_write(tmp_path, monkeypatch):
     first, last = cache.array("train_offsets")[number : number + 2]
     expected = resize_train(load_rgb(path), SPEC)
     np.testing.assert_array_equal(cache.array("train_pixels")[first:last], expected.ravel())
+
+
+def test_memory_of_a_large_data_set(tmp_path, threads, monkeypatch):
+    """From its list to its cache, without the work of the workers, and what a checksum reads at a time."""
+    sizes = np.full((cache_writer.CHUNK, 2), 8, np.int32)
+
+    def found(*arguments):
+        return cache_writer.ChunkResult(sizes[: len(arguments[-1].paths)], {}, np.ones((3, 256), np.int64))
+
+    monkeypatch.setattr(cache_writer, "probe_chunk", found)
+    monkeypatch.setattr(cache_writer, "store_chunk", found)
+    monkeypatch.setattr(cache_writer, "crc32", lambda path: 0)
+
+    def make(num_images: int) -> None:
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        with open(tmp_path / "mine" / "images.csv", "w") as file:
+            file.write("path,label,split\n")
+            for number in range(num_images):
+                split = "test" if number % 2 else "train"
+                file.write(f"photos/{number % 97}/{number:08d}.jpg,class {number % 996},{split}\n")
+        cache = build(tmp_path, "mine", ImageSpec(8), num_workers=2, force=True)
+        assert cache.counts == {"train": (498, num_images // 2), "test": (498, num_images // 2)}
+        train_labels = cache.array("train_labels")
+        assert train_labels[-1] == 497 and (np.diff(train_labels) >= 0).all()
+        assert cache.paths("test", 0, 2) == ["photos/1/00000001.jpg", "photos/27/00000997.jpg"]
+
+    assert bytes_an_image(make) < 100
+    assert (tmp_path / "mine" / "cache_8" / "meta.json").stat().st_size < 60_000  # every process reads it whole
 
 
 # ------------------------------------------------------------------------------------------------ bad images

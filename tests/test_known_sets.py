@@ -1,11 +1,13 @@
 """The raw layouts of the data sets that are known by name, and what is wrong with their lists."""
 
+import collections
 import os
 import re
 import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.io
 from builders import (
@@ -27,7 +29,16 @@ from builders import (
 )
 
 from dreml.console import InputError
-from dreml.data.known_sets import PUBLISHED, count_images, default_recalls, list_data_set, read_car_annotations
+from dreml.data import known_sets
+from dreml.data.known_sets import (
+    PUBLISHED,
+    count_images,
+    default_recalls,
+    list_data_set,
+    read_car_annotations,
+    repeated_paths,
+)
+from dreml.data.lists import Entries, Entry
 
 LAYOUTS = {
     "car": ("car", write_car, "car_ims/"),
@@ -131,6 +142,21 @@ def test_images_listed_twice(tmp_path, capsys, split):
     else:
         with pytest.raises(InputError, match=message):
             build(tmp_path, "sop")
+
+
+def test_every_repeated_path_is_found_once(monkeypatch):
+    """Also where the hashes of different paths are equal."""
+    numbers = np.random.default_rng(0).integers(0, 300, 200).tolist()
+    entries = Entries()
+    for number in numbers:
+        entries.append(Entry("train", number % 7, "x", ("./" * (number % 3)) + f"a/{number}.png"))
+    entries.sort()
+    times = collections.Counter(f"a/{number}.png" for number in numbers)
+    expected = sorted(path for path, number in times.items() if number > 1)
+    assert sorted(repeated_paths(entries, range(200))) == expected and len(expected) > 20
+    monkeypatch.setattr(known_sets, "hash", len, raising=False)
+    assert sorted(repeated_paths(entries, range(200))) == expected
+    assert repeated_paths(entries, range(0)) == []
 
 
 def test_an_isc_list_of_another_length_than_it_says_is_a_warning(tmp_path, capsys):

@@ -5,12 +5,40 @@ import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from builders import build, check_refused, put, random_image, rewrite, save_image, write_csv, write_image_folder
 
 from dreml.console import InputError
 from dreml.data.known_sets import count_images
-from dreml.data.lists import LeftOut, list_csv, list_image_folder
+from dreml.data.lists import Entries, Entry, LeftOut, list_csv, list_image_folder
+
+
+@pytest.mark.parametrize("key", [int, str])
+def test_entries_are_sorted_by_split_and_class_and_else_stay_as_they_came(key):
+    """As a plain list of tuples would be."""
+    generator, entries = np.random.default_rng(0), Entries()
+    assert len(entries) == 0 and list(entries) == []
+    expected = []
+    for number, class_id in enumerate(generator.integers(0, 12, 200).tolist()):
+        split = "train" if generator.random() < 0.4 else "test"
+        roles = generator.random(2) < 0.5 if split == "test" else (True, True)
+        path = f"ü/{'x' * class_id}/{number}.png"
+        expected.append(Entry(split, key(class_id), f"ü{class_id}", path, *map(bool, roles)))
+        entries.append(expected[-1])
+    assert list(entries) == expected
+    entries.sort()
+    expected.sort(key=lambda entry: (entry.split != "train", entry.class_key))
+    assert list(entries) == expected and entries[-1] == expected[-1]
+    assert [entries[row].split for row in entries.rows_of("train")] == [e.split for e in expected if e.split == "train"]
+    assert [entries[row] for row in entries.rows_of("test")] == [e for e in expected if e.split == "test"]
+    kept = generator.random(200) < 0.3
+    for mask in (None, kept):
+        some = [e for e, keep in zip(expected, np.ones(200) if mask is None else mask, strict=True) if keep]
+        parts = {split: [e.class_key for e in some if e.split == split] for split in ("train", "test")}
+        parts["query"] = [e.class_key for e in some if e.split == "test" and e.is_query]
+        parts["gallery"] = [e.class_key for e in some if e.split == "test" and e.is_gallery]
+        assert count_images(entries, mask) == {part: (len(set(keys)), len(keys)) for part, keys in parts.items()}
 
 
 def test_csv_data_set(tmp_path, capsys):

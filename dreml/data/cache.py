@@ -75,7 +75,7 @@ class Cache:
 
     @functools.cached_property
     def _train(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.array("train_pixels"), self.array("train_offsets"), self.array("train_sizes").astype(np.int64)
+        return self.array("train_pixels"), self.array("train_offsets"), np.asarray(self.array("train_sizes"))
 
     @property
     def spec(self) -> ImageSpec:
