@@ -30,6 +30,7 @@ from reference import mean_cosines
 
 import evaluate
 import retrieve
+from dreml import search
 from dreml.figures.neighbours import tile_corner
 from model import load_ensemble
 
@@ -99,6 +100,18 @@ def test_neighbours_are_those_of_the_definition(drawn, tmp_path, capsys):
     best = found["test:11"].iloc[0]
     word = "right" if best.right == "True" else "wrong"
     assert "test:11 (d $x$)" in out and f"   1  {best.similarity:7.4f}  {word}  {best['class']}  {best.path}" in out
+
+
+def test_a_search_makes_the_few_images_that_it_shows(drawn, tmp_path, monkeypatch):
+    """Of 200 test images, not all of them: also --worst."""
+    monkeypatch.setattr(builders, "IMAGE_COLORS", np.full((200, 3), 9, np.uint8))
+    arguments, made, item = drawn(random_embeddings(0, 1, 200), np.arange(200) % 4), [], search.test_item
+    for module in (search, retrieve):
+        monkeypatch.setattr(module, "test_item", lambda *each: made.append(each) or item(*each))
+    call(*arguments, "--query", "test:17", "--top", "3", "--no_picture")
+    assert 3 < len(made) < 9
+    call(*arguments, "--worst", "2", "--top", "3", "--no_picture", "--export")
+    assert len(made) < 25
 
 
 def test_fewer_members(drawn, tmp_path):
