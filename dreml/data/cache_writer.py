@@ -338,11 +338,8 @@ def write_arrays(folder: Path, entries: Entries, images: Images, job: CacheJob) 
         write_paths(folder, split, entries, rows)
         classes = [entries.classes[number].name for number in np.flatnonzero(present)]
         splits[split] = {"classes": classes, "images": len(rows)}
-    with ThreadPoolExecutor(2) as threads:  # the two large files at once
-        sealed = threads.map(seal, [folder / f"{array_name}.npy" for array_name in sorted(ARRAYS)])
-        sums = dict(zip(sorted(ARRAYS), sealed, strict=True))
     mean, std = channel_statistics(images.histogram, job.name)
-    meta = CacheMeta(CACHE_VERSION, job.spec.size, job.spec.resize, mean, std, **splits, arrays=sums)
+    meta = CacheMeta(CACHE_VERSION, job.spec.size, job.spec.resize, mean, std, **splits, arrays=seal(folder))
     write_record(folder / "meta.json", meta)
 
 
@@ -373,11 +370,19 @@ def channel_statistics(histogram: np.ndarray, data_set: str) -> tuple[list[float
     return (mean / 255).round(6).tolist(), (std / 255).round(6).tolist()
 
 
-def seal(path: Path) -> dict[str, int]:
-    """Flushes a finished array to disk and returns its size and checksum."""
-    with open(path, "r+b") as file:
-        flush_to_disk(file)
-    return {"bytes": path.stat().st_size, "crc32": crc32(path)}
+def seal(folder: Path) -> dict[str, dict[str, int]]:
+    """Flushes all finished arrays to disk. Returns the size and the checksum of each."""
+
+    def flush(path: Path) -> None:
+        with open(path, "r+b") as file:
+            flush_to_disk(file)
+
+    names = sorted(ARRAYS)
+    paths = [folder / f"{name}.npy" for name in names]
+    with ThreadPoolExecutor(2) as disk, ThreadPoolExecutor(2) as threads:  # the two large files at once
+        flushed, sums = disk.map(flush, paths), threads.map(crc32, paths)  # while the disk writes, sums are computed
+        list(flushed)
+        return {n: {"bytes": p.stat().st_size, "crc32": crc} for n, p, crc in zip(names, paths, sums, strict=True)}
 
 
 def write_skipped(path: Path, skipped: list[str]) -> None:
