@@ -18,7 +18,7 @@ from dreml.console import InputError, num_cores, progress_bar
 from dreml.data.images import BadImage, ImageSpec, bad_image, read_test_image
 from dreml.data.lists import LeftOut
 from dreml.files import file_id, sha256
-from dreml.search import Item, image_names, refuse
+from dreml.search import Item, image_names, names_of, refuse
 
 
 class Photo(NamedTuple):
@@ -132,6 +132,6 @@ class IndexedPhotos(Sequence[Item]):
         except OSError:  # a test image whose file is gone
             return -1
         same = np.flatnonzero((self.sizes == found.st_size) & (self.mtimes == found.st_mtime_ns)).tolist()
-        same.sort(key=lambda place: os.path.basename(self.paths[place]) != query.file.name)  # one of its name first
-        own = found.st_dev, found.st_ino
+        names, own = names_of(query.file), (found.st_dev, found.st_ino)
+        same.sort(key=lambda place: os.path.basename(self.paths[place]) not in names)  # one of its name first
         return next((place for place in same if file_id(self.folder / self.paths[place]) == own), -1)

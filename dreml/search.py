@@ -151,13 +151,18 @@ def query_items(texts: Sequence[str], test: pd.DataFrame, folder: Path) -> tuple
     return items, problems
 
 
+def names_of(file: Path) -> set[str]:
+    """The name of a file, and of the file that it is a link to."""
+    return {os.path.basename(file), os.path.basename(os.path.realpath(file))}
+
+
 def own_rows(files: list[Path], test: pd.DataFrame, folder: Path) -> list[int | None]:
     """The row of test.csv whose image is each of some files, by whatever path; None for other photos.
 
     The disk is asked only for test images that have the name of one of the files, or of the file that it is a link to:
     asking for a million takes long.
     """
-    names = {os.path.basename(path) for file in files for path in (file, os.path.realpath(file))}
+    names = set().union(*map(names_of, files))
     rows: dict[tuple[int, int] | None, int] = {}
     for row, path in enumerate(test.path.tolist() if names else []):
         if path.rpartition("/")[2] in names:

@@ -222,6 +222,19 @@ def test_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
     assert not list((tmp_path / "mine").glob("*cache_32"))
 
 
+def test_a_cache_that_cannot_be_flushed_is_not_published(tmp_path, monkeypatch):
+    write_image_folder(tmp_path / "mine")
+
+    def fail(file):
+        if file.name.endswith("test_labels.npy"):
+            raise OSError("no such luck")
+
+    monkeypatch.setattr(cache_writer, "flush_to_disk", fail)
+    with pytest.raises(OSError, match="no such luck"):
+        build(tmp_path, "mine")
+    assert not list((tmp_path / "mine").glob("cache_32"))
+
+
 def _die(*_):
     os._exit(1)
 

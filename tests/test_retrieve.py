@@ -333,6 +333,19 @@ def test_worst_are_the_most_confident_errors(drawn, tmp_path, capsys):
     assert (tmp_path / "out" / "worst.png").exists()
 
 
+def test_worst_takes_the_largest_top_that_can_be_found(drawn, tmp_path, capsys):
+    """A query in the gallery does not find itself; where none is, there is one image more."""
+    for num_queries, top in ((12, 7), (4, 8)):
+        is_query, is_gallery = np.arange(12) < num_queries, np.arange(12) >= 4
+        arguments = drawn(random_embeddings(2), np.arange(12) % 2, is_query, is_gallery)
+        options = ["--worst", "1", "--no_picture", "--top"]
+        call(*arguments, *options, str(top))
+        assert len(found_in(tmp_path / "out", "worst").popitem()[1]) == top
+        assert f"--top {top + 1} is over" in refused(capsys, retrieve, *arguments, *options, str(top + 1))
+        shutil.rmtree(tmp_path / "run")
+        shutil.rmtree(tmp_path / "data")
+
+
 def test_worst_of_a_perfect_run(drawn, tmp_path, capsys):
     call(*drawn([np.eye(4, dtype=np.float32)[LABELS]]), "--worst", "--top", "2")
     assert f"0 of {len(LABELS)} test queries have a wrong first neighbour" in capsys.readouterr().out

@@ -79,10 +79,13 @@ class Images:
         self.bad.update((int(chunk.rows[place]), problem) for place, problem in result.bad.items())
         self.histogram += result.histogram
 
-    def num_bytes(self, rows: range | np.ndarray) -> np.ndarray:
+    def good_rows(self, rows: range) -> np.ndarray:
+        """Those of some rows whose images are good: `(n,) int64`."""
+        return rows.start + np.flatnonzero(self.good[rows.start : rows.stop])
+
+    def num_bytes(self, rows: np.ndarray) -> np.ndarray:
         """How many bytes the pixels of some images take: `(len(rows),) int64`."""
-        sizes = self.sizes[rows.start : rows.stop] if isinstance(rows, range) else self.sizes[rows]
-        return 3 * sizes[:, 0].astype(np.int64) * sizes[:, 1]
+        return 3 * self.sizes[rows].prod(1, dtype=np.int64)
 
 
 def build_cache(
@@ -203,10 +206,7 @@ def each_chunk(
 
     The pixels of the first image of each split begin at `starts` in their file, the others follow.
     """
-    rows_of = {split: entries.rows_of(split) for split in starts}
-    rows_of = {
-        split: rows.start + np.flatnonzero(images.good[rows.start : rows.stop]) for split, rows in rows_of.items()
-    }
+    rows_of = {split: images.good_rows(entries.rows_of(split)) for split in starts}
 
     def chunks() -> Iterator[Chunk]:
         for split, rows in rows_of.items():
@@ -241,7 +241,7 @@ def allocate(folder: Path, entries: Entries, images: Images, image_size: int) ->
     files = {split: pixel_file(folder, split) for split in ("train", "test")}
     for path in files.values():
         path.unlink(missing_ok=True)  # of the first try, when --skip_bad found damaged images
-    sizes = {split: int(images.num_bytes(entries.rows_of(split)).sum()) for split in files}
+    sizes = {split: int(images.num_bytes(images.good_rows(entries.rows_of(split))).sum()) for split in files}
     needed, free = sum(sizes.values()), shutil.disk_usage(folder).free
     if needed + 2**24 + 128 * len(entries) > free:  # with all that is not pixels
         sizes_text = f"needs {tqdm.format_sizeof(needed, 'B')}, only {tqdm.format_sizeof(free, 'B')} are free"
@@ -324,8 +324,7 @@ def write_arrays(folder: Path, entries: Entries, images: Images, job: CacheJob) 
 
     splits = {}
     for split in ("train", "test"):
-        rows = entries.rows_of(split)
-        rows = rows.start + np.flatnonzero(images.good[rows.start : rows.stop])
+        rows = images.good_rows(entries.rows_of(split))
         if split == "train":
             save("train_sizes", images.sizes[rows])
             save("train_offsets", offsets_of(images.num_bytes(rows)))
@@ -338,11 +337,8 @@ def write_arrays(folder: Path, entries: Entries, images: Images, job: CacheJob) 
         write_paths(folder, split, entries, rows)
         classes = [entries.classes[number].name for number in np.flatnonzero(present)]
         splits[split] = {"classes": classes, "images": len(rows)}
-    with ThreadPoolExecutor(2) as threads:  # the two large files at once
-        sealed = threads.map(seal, [folder / f"{array_name}.npy" for array_name in sorted(ARRAYS)])
-        sums = dict(zip(sorted(ARRAYS), sealed, strict=True))
     mean, std = channel_statistics(images.histogram, job.name)
-    meta = CacheMeta(CACHE_VERSION, job.spec.size, job.spec.resize, mean, std, **splits, arrays=sums)
+    meta = CacheMeta(CACHE_VERSION, job.spec.size, job.spec.resize, mean, std, **splits, arrays=seal(folder))
     write_record(folder / "meta.json", meta)
 
 
@@ -373,11 +369,19 @@ def channel_statistics(histogram: np.ndarray, data_set: str) -> tuple[list[float
     return (mean / 255).round(6).tolist(), (std / 255).round(6).tolist()
 
 
-def seal(path: Path) -> dict[str, int]:
-    """Flushes a finished array to disk and returns its size and checksum."""
-    with open(path, "r+b") as file:
-        flush_to_disk(file)
-    return {"bytes": path.stat().st_size, "crc32": crc32(path)}
+def seal(folder: Path) -> dict[str, dict[str, int]]:
+    """Flushes all finished arrays to disk. Returns the size and the checksum of each."""
+
+    def flush(path: Path) -> None:
+        with open(path, "r+b") as file:
+            flush_to_disk(file)
+
+    names = sorted(ARRAYS)
+    paths = [folder / f"{name}.npy" for name in names]
+    with ThreadPoolExecutor(2) as disk, ThreadPoolExecutor(2) as threads:  # the two large files at once
+        flushed, sums = disk.map(flush, paths), threads.map(crc32, paths)  # while the disk writes, sums are computed
+        list(flushed)
+        return {n: {"bytes": p.stat().st_size, "crc32": crc} for n, p, crc in zip(names, paths, sums, strict=True)}
 
 
 def write_skipped(path: Path, skipped: list[str]) -> None:

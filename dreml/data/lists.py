@@ -65,9 +65,8 @@ class Entries(Sequence[Entry]):
 
     def sort(self) -> None:
         """Puts training images first, and orders each split by class. Within a class, images stay as they came."""
-        numbers = sorted(
-            range(len(self.classes)), key=lambda n: (self.classes[n].split != "train", self.classes[n].key)
-        )
+        places = [(each.split != "train", each.key) for each in self.classes]
+        numbers = sorted(range(len(places)), key=places.__getitem__)
         self.classes = [self.classes[number] for number in numbers]
         new_numbers = np.empty(len(numbers), np.int32)
         new_numbers[numbers] = np.arange(len(numbers))
