@@ -13,7 +13,7 @@ from torch import nn
 from dreml.console import InputError, one_line, out_of_memory
 from dreml.data.batches import image_batches, normalize, spans
 from dreml.data.images import ImageSpec
-from dreml.files import sha256
+from dreml.files import read_ahead, sha256
 from dreml.runs.folder import Members, member_file, member_numbers, read_run_record
 from dreml.runs.settings import EMBEDDINGS
 from utils import full_float32
@@ -226,7 +226,12 @@ def extract_features(
     def fill(start: int, stop: int, out: np.ndarray) -> None:
         out[:] = images[start:stop]
 
-    loaded = image_batches(fill, batches, images.shape[1], device)
+    def ask(start: int, stop: int) -> None:
+        if isinstance(images, np.memmap):
+            size = images[0].nbytes
+            read_ahead(images.filename, spans(images.offset + start * size, images.offset + stop * size, size))
+
+    loaded = image_batches(fill, batches, images.shape[1], device, ask)
     with full_float32(device.type):
         for (start, stop), batch in zip(batches, loaded, strict=True):
             outputs[start:stop] = features(model, normalize(batch, *statistics), embedding)

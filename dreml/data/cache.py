@@ -11,7 +11,7 @@ import numpy as np
 
 from dreml.console import InputError, RunError, one_line
 from dreml.data.images import ImageSpec
-from dreml.files import crc32, read_record, sha256
+from dreml.files import crc32, read_ahead, read_record, sha256
 
 CACHE_VERSION = 3  # 1: the hidden colours of transparent images; 2: the paths in meta.json
 ARRAYS = ["train_pixels", "train_offsets", "train_sizes", "train_labels", "train_paths", "train_path_offsets"]
@@ -106,11 +106,19 @@ class Cache:
         `indices` `(B,)` says which, `corners` `(B, 2)` the (top, left) of each window, `sides` `(B,)` its side. Writes
         the windows to the top left corners of `out`, `(B, S, S, 3) uint8`, and 0 elsewhere.
         """
-        pixels, offsets, sizes = self._train
+        pixels, offsets, sizes = map(np.asarray, self._train)  # slices of a memmap are slow to make
         for crop, index, (top, left), side in zip(out, indices, corners, sides, strict=True):
             image = pixels[offsets[index] : offsets[index + 1]].reshape(*sizes[index], 3)
             crop[:side, :side] = image[top : top + side, left : left + side]
             crop[side:], crop[:side, side:] = 0, 0
+
+    def read_ahead(self, indices: np.ndarray, corners: np.ndarray, sides: np.ndarray) -> None:
+        """Asks the system for the rows of windows that `train_crops` will cut soon, without waiting for them."""
+        pixels, offsets, sizes = self._train
+        row_bytes = 3 * sizes[indices, 1]
+        starts = pixels.offset + offsets[indices] + corners[:, 0] * row_bytes
+        stops = starts + sides * row_bytes
+        read_ahead(self.folder / "train_pixels.npy", zip(starts.tolist(), stops.tolist(), strict=True))
 
 
 def cache_folder(data_path: Path, name: str, spec: ImageSpec) -> Path:
