@@ -25,6 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dreml import console
+from dreml.backbones import check_backbone, read_weights, weights_tag
 from dreml.console import InputError, RunError
 from dreml.data.augment import epoch_batches, prepare
 from dreml.data.cache import Cache, check_unchanged, read_cache
@@ -34,16 +35,7 @@ from dreml.runs import writer
 from dreml.runs.checkpoint import Progress, snapshot
 from dreml.runs.folder import MemberRecord, Members, TestSplit, member_file
 from dreml.runs.settings import EMBEDDINGS, RECIPES, Settings, add_settings, settings_of
-from model import (
-    Compute,
-    build_model,
-    check_backbone,
-    extract_features,
-    load_member,
-    pick_precision,
-    read_weights,
-    weights_tag,
-)
+from model import Compute, build_model, extract_features, load_member, pick_precision
 from utils import capped_images, draws, meta_class_partition, recall_at_k, similarity_memory, unmatched_queries
 
 MAX_IMAGES_PER_CLASS = 300  # docs/METHOD.md, step 5: a larger class is cut to a random 300 for each member
@@ -73,7 +65,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise InputError(f"--members {args.members[-1]} is above --ensemble_size {args.ensemble_size}")
     if args.batch_size < 2:
         raise InputError("--batch_size has to be at least 2: BatchNorm needs more than one image")
-    check_backbone(args.backbone)
+    check_backbone(args.backbone, args.image_size)
     args.recalls = args.recalls or default_recalls(args.data_name)
     return args
 
@@ -251,6 +243,7 @@ def train_member(
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         draw = partial(draws, settings.seed, member, epoch)
+        torch.manual_seed(int(draw("dropout").integers(2**63)))  # for networks that have some; a ResNet draws nothing
         batches = epoch_batches(cache, images, targets, settings, draw, compute.device)
         prepared = ((prepare(batch, *experiment.statistics), batch.targets) for batch in batches)
         with console.name_interruption(f"epoch {epoch}"):
@@ -347,7 +340,8 @@ def run(args: argparse.Namespace) -> None:
     with writer.run_lock(folder):
         earlier = writer.earlier_record(folder)
         if settings.precision == "auto":  # a run goes on, or is scored, as it was begun, on any device
-            settings = replace(settings, precision=earlier.settings.precision if earlier else pick_precision(device))
+            precision = earlier.settings.precision if earlier else pick_precision(device, settings.backbone)
+            settings = replace(settings, precision=precision)
         record = writer.make_run_record(settings, cache, vars(args), here)
         warning = writer.compare_with_earlier(folder, earlier, record)
         members = writer.find_members(folder, earlier, record)

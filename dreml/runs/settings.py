@@ -30,6 +30,11 @@ def weights_in_name(tag: str) -> str:
     return "" if tag.startswith("imagenet") else f"w{tag.removeprefix('sha256:')[:8]}"
 
 
+def backbone_in_name(backbone: str) -> str:
+    """The backbone in a run's name: Windows allows no colon there."""
+    return backbone.replace(":", "-")
+
+
 def option(
     default: object,
     in_name: Callable[[object], str],
@@ -54,7 +59,7 @@ class Settings:
     """What defines the members of a run. Another value of any of these makes another run folder."""
 
     data_name: str = option("car", "{}".format, DATA_HELP, "NAME", data_set_name)
-    backbone: str = option("resnet18", "{}".format, "a ResNet of torchvision (default: resnet18)", "NAME")
+    backbone: str = option("resnet18", backbone_in_name, "of torchvision, or timm:NAME (default: resnet18)", "NAME")
     meta_class_size: int = option(12, "D{}".format, "meta-classes (default: 12)", "D", natural_number)
     num_epochs: int = option(12, "e{}".format, "epochs a member (default: 12)", "E", natural_number)
     seed: int = option(0, "s{}".format, "start of all random draws (default: 0)", type=seed_number)
