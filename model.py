@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dreml.backbones import build_backbone, has_grouped_convolutions, without_drawing
+from dreml.backbones import build_backbone, gains_from_bf16, without_drawing
 from dreml.console import InputError, one_line, out_of_memory
 from dreml.data.batches import image_batches, normalize, spans
 from dreml.data.images import ImageSpec
@@ -78,7 +78,7 @@ class Compute:
 def pick_precision(device: torch.device, backbone: str) -> str:
     """The precision for `--precision auto`: bf16 where the device computes it natively, else fp16 on CUDA, else fp32.
 
-    On a CPU, bf16 made grouped and depthwise convolutions slower: networks with these compute in fp32 there.
+    On a CPU, fp32 also for the networks that bf16 would slow down.
 
     fp16 needs tensor cores to be worth its gradient scaling: compute capability 7.0 (V100) and above. The GTX 16 cards
     report 7.5 and have none; there fp16 is known for NaN.
@@ -90,7 +90,7 @@ def pick_precision(device: torch.device, backbone: str) -> str:
         has_tensor_cores = "GTX 16" not in torch.cuda.get_device_name(device)
         return "fp16" if has_tensor_cores and torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return "fp32" if has_grouped_convolutions(backbone) else "bf16"
+        return "bf16" if gains_from_bf16(backbone) else "fp32"
     return "fp32"
 
 

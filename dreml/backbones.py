@@ -1,6 +1,7 @@
 """The networks that a member can be: those of torchvision and, where installed, timm; and their initial weights."""
 
 import difflib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,9 +40,9 @@ def timm_library():
 
 
 def backbone_names() -> list[str]:
-    """Every classification network of torchvision that ends with a linear layer; SqueezeNet's end is a convolution."""
+    """Every classification network of torchvision."""
     models = torchvision_models()
-    return [name for name in models.list_models(module=models) if not name.startswith("squeezenet")]
+    return models.list_models(module=models)
 
 
 def check_backbone(backbone: str, image_size: int) -> None:
@@ -73,8 +74,14 @@ def build_backbone(backbone: str, num_classes: int) -> tuple[nn.Module, str]:
     """
     if backbone.startswith(TIMM):
         network = timm_library().create_model(backbone.removeprefix(TIMM), num_classes=num_classes)
-        last = network.get_classifier() if hasattr(network, "get_classifier") else None
-        heads = [name for name, layer in network.named_modules() if layer is last and isinstance(last, nn.Linear)]
+        last = network.get_classifier()
+        inside = list(last.modules()) if isinstance(last, nn.Module) else []  # two classifiers are a tuple
+        heads = [
+            name
+            for name, layer in network.named_modules()
+            if isinstance(layer, nn.Linear) and layer.out_features == num_classes and any(layer is m for m in inside)
+        ]
+        heads = heads if len(heads) == 1 else []
     else:
         options = {"aux_logits": False, "init_weights": True} if backbone in AUXILIARY else {}
         network = torchvision_models().get_model(backbone, weights=None, num_classes=num_classes, **options)
@@ -97,6 +104,7 @@ def without_drawing(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
+@functools.cache
 def check_image_size(backbone: str, size: int) -> None:
     """Raises InputError unless the network can train on images of `size` pixels. Names usual sizes that it can."""
     network = without_drawing(lambda: build_backbone(backbone, 2)[0]).to("meta").train()
@@ -111,15 +119,20 @@ def check_image_size(backbone: str, size: int) -> None:
 
     found = problem(size)
     if found:
+        network.eval()  # faster, and the same in this
         possible = ", ".join(str(usual) for usual in USUAL_SIZES if not problem(usual))
         takes = f"it takes {possible} among the usual sizes" if possible else "nor any other size"
         raise InputError(f"--image_size {size}: {backbone} cannot take it ({one_line(found)}); {takes}")
 
 
-def has_grouped_convolutions(backbone: str) -> bool:
-    """Whether the network has grouped or depthwise convolutions."""
-    network = without_drawing(lambda: build_backbone(backbone, 2)[0])
-    return any(getattr(layer, "groups", 1) > 1 for layer in network.modules() if isinstance(layer, nn.Conv2d))
+def gains_from_bf16(backbone: str) -> bool:
+    """Whether a CPU trains the network faster in bf16 than in fp32 (measured: docs/RESULTS.md).
+
+    Not so for depthwise convolutions with BatchNorm, as in MobileNet and EfficientNet. ConvNeXt has LayerNorm.
+    """
+    layers = list(without_drawing(lambda: build_backbone(backbone, 2)[0]).modules())
+    depthwise = any(isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in layers)
+    return not depthwise or any(isinstance(layer, nn.LayerNorm) for layer in layers)
 
 
 # ------------------------------------------------------------------------------------------------ initial weights
@@ -145,6 +158,14 @@ def torchvision_weights(backbone: str):
     """torchvision's entry for the ImageNet weights of one of its networks."""
     entries = torchvision_models().get_model_weights(backbone)
     return next(entries[recipe] for recipe in RECIPES if recipe in entries.__members__)
+
+
+def own_scaling(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the channels, in 0..1, with which the library scaled its weights' input."""
+    if backbone.startswith(TIMM):
+        entry = timm_library().models.get_pretrained_cfg(backbone.removeprefix(TIMM))
+        return entry.mean, entry.std
+    return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # every recipe of torchvision
 
 
 def read_weights(backbone: str, weights: str) -> dict[str, torch.Tensor] | None:

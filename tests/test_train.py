@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import data_utils
 import train
+from dreml.backbones import read_weights
 from dreml.data.augment import Batch, epoch_batches, prepare
 from dreml.data.cache import read_cache
 from dreml.data.demo import draw_demo
@@ -32,7 +33,7 @@ from dreml.runs import folder as run_folders
 from dreml.runs import writer
 from dreml.runs.folder import HISTORY_COLUMNS, MemberRecord, PooledRecord, TestSplit, read_run_record
 from dreml.runs.settings import RECIPES, Settings, settings_of
-from model import Compute, Head, build_model, extract_features, load_ensemble, read_weights
+from model import Compute, Head, build_model, extract_features, load_ensemble
 from train import (
     Experiment,
     Sums,
@@ -466,10 +467,10 @@ def test_auto_goes_on_in_the_precision_of_the_run(tiny_data, tmp_path, small_net
         train_step(state, compute, pixels, targets, sums)
 
     monkeypatch.setattr(train, "train_step", step)
-    monkeypatch.setattr(train, "pick_precision", lambda device: "bf16")
+    monkeypatch.setattr(train, "pick_precision", lambda device, backbone: "bf16")
     options = ["--precision", "auto", "--num_epochs", "1"]
     assert train_tiny(tiny_data, tmp_path, *options, "--ensemble_size", "1") == 0
-    monkeypatch.setattr(train, "pick_precision", lambda device: "fp32")
+    monkeypatch.setattr(train, "pick_precision", lambda device, backbone: "fp32")
     capsys.readouterr()
     assert train_tiny(tiny_data, tmp_path, *options, "--ensemble_size", "2") == 0
     assert "1 of 2 members are finished; device cpu" in (out := capsys.readouterr().out) and ", bf16\n" in out
@@ -963,7 +964,7 @@ def test_defaults_are_those_of_the_original_command_line():
         (["--scale_min", "x"], "--scale_min: 'x' is not a positive number"),
         (["--seed", "-1"], "'-1' is not an integer"),
         (["--seed", "4294967296"], "is not an integer in"),
-        (["--backbone", "vgg16"], "--backbone 'vgg16' is not one of .*resnet18"),
+        (["--backbone", "resnet19"], "--backbone 'resnet19' is no network of .*near it: resnet1"),
         (["--weights", "nowhere.pth"], "--weights 'nowhere.pth': no such file"),
         (["--device", "tpu"], "--device tpu is not one of auto, cuda, cuda:i, mps, cpu"),
         (["--device", "cuda:99"], "--device cuda:99 is not there"),
