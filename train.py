@@ -31,10 +31,11 @@ from dreml.data.augment import epoch_batches, prepare
 from dreml.data.cache import Cache, check_unchanged, read_cache
 from dreml.data.known_sets import default_recalls
 from dreml.files import make_folder, remove_leftovers, sha256
+from dreml.optimizers import learning_rate, make_optimizer
 from dreml.runs import writer
 from dreml.runs.checkpoint import Progress, snapshot
 from dreml.runs.folder import MemberRecord, Members, TestSplit, member_file
-from dreml.runs.settings import EMBEDDINGS, RECIPES, Settings, add_settings, settings_of
+from dreml.runs.settings import EMBEDDINGS, Settings, add_settings, settings_of
 from model import Compute, build_model, extract_features, load_member, pick_precision
 from utils import capped_images, draws, meta_class_partition, recall_at_k, similarity_memory, unmatched_queries
 
@@ -102,29 +103,6 @@ class Sums:
     def zeros(cls, device: torch.device) -> "Sums":
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         return cls(torch.zeros((), device=device), counts[0], counts[1])
-
-
-def make_optimizer(name: str, model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    """Adam, or SGD with momentum 0.9; neither with weight decay.
-
-    Fused on CUDA and CPU: one kernel, which also reads fp16's gradient scale without a wait for the device.
-    """
-    fused = device.type in ("cuda", "cpu")
-    if name == "adam":
-        return torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
-    if name != "sgd":
-        raise ValueError(f"no optimizer is called {name!r}")
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=fused)
-    for parameter in model.parameters():
-        # PyTorch's own start, uninitialised memory, is kept if fp16's scale overflows in the first step (2.6 to 2.15).
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
-def learning_rate(settings: Settings, epoch: int) -> float:
-    """The rate in an epoch, counted from 0: for each milestone a tenth from int(milestone * E) on, never in epoch 0."""
-    milestones = RECIPES[settings.optimizer].milestones
-    return settings.lr / 10 ** sum(epoch >= max(int(milestone * settings.num_epochs), 1) for milestone in milestones)
 
 
 def train_step(state: TrainState, compute: Compute, pixels: torch.Tensor, targets: torch.Tensor, sums: Sums) -> None:
