@@ -25,14 +25,14 @@ from torch import nn
 from tqdm import tqdm
 
 from dreml import console
-from dreml.backbones import check_backbone, read_weights, weights_tag
+from dreml.backbones import check_backbone, own_scaling, read_weights, weights_tag
 from dreml.console import InputError, RunError
 from dreml.data.augment import epoch_batches, prepare
 from dreml.data.cache import Cache, check_unchanged, read_cache
 from dreml.data.known_sets import default_recalls
 from dreml.files import make_folder, remove_leftovers, sha256
 from dreml.optimizers import learning_rate, make_optimizer
-from dreml.runs import writer
+from dreml.runs import baseline, writer
 from dreml.runs.checkpoint import Progress, snapshot
 from dreml.runs.folder import MemberRecord, Members, TestSplit, member_file
 from dreml.runs.settings import EMBEDDINGS, Settings, add_settings, settings_of
@@ -236,16 +236,18 @@ def train_member(
     return state.model, {"best_epoch": best_epoch, "history": history, "partition": partition.tolist()}
 
 
-def embed_test_images(experiment: Experiment, model: nn.Module, member: int, embedding: str) -> torch.Tensor:
+def embed_test_images(
+    experiment: Experiment, model: nn.Module, title: str, embedding: str, scaling: tuple | None = None
+) -> torch.Tensor:
     """The features of all test images, `(M, d) float32`, in batches twice as large as in training if they fit."""
-    images = experiment.cache.array("test_images")
+    images, scaling = experiment.cache.array("test_images"), scaling or experiment.statistics
 
     def extract(batch_size: int) -> torch.Tensor:
-        return extract_features(model, images, experiment.statistics, batch_size, embedding)
+        return extract_features(model, images, scaling, batch_size, embedding)
 
     outputs = console.with_less_memory(extract, 2 * experiment.settings.batch_size)
     if not torch.isfinite(outputs).all():
-        raise RunError(f"member {member}: its embedding is not finite; {experiment.compute.overflow_remedy()}")
+        raise RunError(f"{title}: its embedding is not finite; {experiment.compute.overflow_remedy()}")
     return outputs
 
 
@@ -272,7 +274,7 @@ def finish_member(experiment: Experiment, members: Members, member: int, title: 
             model, result = train_member(experiment, member, title, progress)
             owner = {"member": member, "run": members.settings_hash, "environment": experiment.environment}
             record = MemberRecord(**owner, **result, sha256={})
-        logits = embed_test_images(experiment, model, member, "logits")
+        logits = embed_test_images(experiment, model, f"member {member}", "logits")
         check_unchanged(experiment.cache)
         writer.save_member(members.folder, record, model, logits)
         progress.remove()
@@ -286,7 +288,7 @@ def pool_member(experiment: Experiment, members: Members, member: int) -> None:
     checksum = sha256(weights)
     if checksum != members.records[member].sha256[weights.name]:
         raise RunError(f"{weights} has changed since this run began; run the same command again")
-    pooled = embed_test_images(experiment, load_trained(experiment, members, member), member, "pooled")
+    pooled = embed_test_images(experiment, load_trained(experiment, members, member), f"member {member}", "pooled")
     check_unchanged(experiment.cache)
     writer.save_pooled(members.folder, member, members.settings_hash, checksum, pooled)
 
@@ -298,6 +300,23 @@ def load_trained(experiment: Experiment, members: Members, member: int) -> nn.Mo
 
 
 # ------------------------------------------------------------------------------------------------ the ensemble
+
+
+def score_baseline(experiment: Experiment, members: Members, split: TestSplit, ks: list[int], weights: str) -> None:
+    """Scores, once, what finds images without training: the pooled features of the initial weights, and the colours.
+
+    Pretrained weights see images scaled as they were for them; members are trained on the data set's own scaling.
+    """
+    backbone = experiment.settings.backbone
+
+    def initial_features() -> torch.Tensor:
+        initial = replace(experiment, weights=read_weights(backbone, weights))
+        scaling = own_scaling(backbone, experiment.compute.device) if initial.weights else None
+        return embed_test_images(initial, initial_state(initial, 1).model, "initial network", "pooled", scaling)
+
+    score, images = partial(recall_percent, split=split, ks=ks), experiment.cache.array("test_images")
+    with console.name_interruption("the scores before training"):
+        baseline.update_baseline(members, images, ks, initial_features, score)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -341,6 +360,8 @@ def run(args: argparse.Namespace) -> None:
     score = partial(writer.update_logs, members, args.ensemble_size, device, table_of)
     if members.records:
         score("logits")
+    if len(split.labels):
+        score_baseline(experiment, members, split, args.recalls, args.weights)
     num_made = 0
     while (locked := members.lock_next_missing(wanted, args.embedding)) is not None:
         (member, lock), start = locked, time.perf_counter()
@@ -365,7 +386,11 @@ def run(args: argparse.Namespace) -> None:
         which = "not finished" if args.embedding == "logits" else f"without {args.embedding} features"
         print(f"{which}: member {', '.join(map(str, missing))}; the process that finishes the last one scores")
         return
+    if not len(split.labels):
+        print(f"{len(embeddings)} members are finished in {folder}; there are no test images, and so no recall")
+        return
     alone = [recall_percent([embedding], split, args.recalls[:1]).item() for embedding in embeddings]
+    baseline.print_baseline(folder, members.settings_hash, table)
     print("\n" + table.assign(alone=alone).round(2).to_string(index=False))
     print(f"(alone: R@{args.recalls[0]} of the last member of the row by itself)")
     final = ", ".join(f"{name} {value:.2f}" for name, value in table.iloc[-1, 1:].items())
@@ -377,7 +402,7 @@ def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSpl
     (num_classes, _), num_gallery = cache.counts["train"], int(split.is_gallery.sum())
     if not 2 <= (size := settings.meta_class_size) <= num_classes:
         raise InputError(f"--meta_class_size {size} has to be in 2..{num_classes} (training classes)")
-    if max(ks) >= num_gallery:
+    if len(split.labels) and max(ks) >= num_gallery:
         raise InputError(f"--recalls: {max(ks)} is not below the number of gallery images, {num_gallery}")
 
 
@@ -391,6 +416,8 @@ def print_exceptions(cache: Cache, split: TestSplit, training: bool) -> None:
             f"{too_large.sum()} classes have more than {MAX_IMAGES_PER_CLASS} images: each member trains on a random "
             f"{MAX_IMAGES_PER_CLASS} of each and leaves out {left_out:,} of {num_images:,} images"
         )
+    if not len(split.labels):
+        print("no test images: all classes are trained on, and there will be no recall")
     if not (split.is_query & split.is_gallery).all():
         print(f"{int(split.is_query.sum()):,} queries against a gallery of {int(split.is_gallery.sum()):,} images")
     unmatched = int(unmatched_queries(*split).sum())
@@ -399,10 +426,11 @@ def print_exceptions(cache: Cache, split: TestSplit, training: bool) -> None:
 
 
 def recall_table(split: TestSplit, ks: list[int], embeddings: list[torch.Tensor]) -> pd.DataFrame:
-    """Recall@K in percent, a row for each ensemble size."""
-    recalls = recall_percent(embeddings, split, ks) if embeddings else np.empty((0, len(ks)))
+    """Recall@K in percent, a row for each ensemble size; no row without test images."""
+    is_scored = embeddings and len(split.labels)
+    recalls = recall_percent(embeddings, split, ks) if is_scored else np.empty((0, len(ks)))
     table = pd.DataFrame(recalls, columns=[f"R@{k}" for k in ks])
-    table.insert(0, "ensemble_size", range(1, len(embeddings) + 1))
+    table.insert(0, "ensemble_size", range(1, len(recalls) + 1))
     return table
 
 

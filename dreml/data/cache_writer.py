@@ -144,7 +144,7 @@ def write_cache(folder: Path, listing: Listing, job: CacheJob) -> list[str]:
         for entry, result in zip(listing.entries, results, strict=True)
         if isinstance(result, StoredImage)
     ]
-    check_stored([entry for entry, _ in stored], skipped, listing.problems, job)
+    check_stored([entry for entry, _ in stored], skipped, listing, job)
     write_arrays(folder, stored, job)
     return skipped
 
@@ -248,11 +248,13 @@ def store_image(source: Path, spec: ImageSpec, entry: Entry, place: Place) -> St
 # ------------------------------------------------------------------------------------------------ what goes beside them
 
 
-def check_stored(entries: list[Entry], skipped: list[str], of_lists: list[str], job: CacheJob) -> None:
+def check_stored(entries: list[Entry], skipped: list[str], listing: Listing, job: CacheJob) -> None:
     """Raises InputError with the problems of the lists, of the images, and with a split that is empty without them."""
+    of_lists, listed = listing.problems, count_images(listing.entries)
     problems = of_lists if job.skip_bad else of_lists + skipped
     if not problems:
-        problems = [f"no image is left in {part}" for part, (_, number) in count_images(entries).items() if number == 0]
+        left = count_images(entries).items()
+        problems = [f"no image is left in {part}" for part, (_, number) in left if number == 0 and listed[part][1]]
     if problems:
         only_images = skipped and not job.skip_bad and not of_lists
         remedy = "; --skip_bad goes on without bad images" if only_images else ""
