@@ -86,6 +86,8 @@ def build_backbone(backbone: str, num_classes: int) -> tuple[nn.Module, str]:
         options = {"aux_logits": False, "init_weights": True} if backbone in AUXILIARY else {}
         network = torchvision_models().get_model(backbone, weights=None, num_classes=num_classes, **options)
         heads = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+        if backbone.startswith("mnasnet"):  # its own loader wants a version number, which our files have not
+            network._load_from_state_dict = functools.partial(nn.Module._load_from_state_dict, network)
     if not heads:
         raise InputError(f"--backbone {backbone}: its last layer is not one linear layer, which the method replaces")
     return network, heads[-1]
