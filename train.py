@@ -31,7 +31,7 @@ from dreml.data.augment import epoch_batches, prepare
 from dreml.data.cache import Cache, check_unchanged, read_cache
 from dreml.data.known_sets import default_recalls
 from dreml.files import make_folder, remove_leftovers, sha256
-from dreml.optimizers import learning_rate, make_optimizer
+from dreml.optimizers import learning_rate, make_optimizer, with_rates
 from dreml.runs import baseline, writer
 from dreml.runs.checkpoint import Progress, snapshot
 from dreml.runs.folder import MemberRecord, Members, TestSplit, member_file
@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     members_help = "train only these of them, such as 13-24 (default: all)"
     rest("--members", type=console.member_list, metavar="I-J", help=members_help)
     rest("--recalls", type=console.recall_list, metavar="K,K", help="Recall@K (default: 1,2,4,8; isc: 1,10,20,30)")
-    embedding_help = "logits (default), or pooled: the features before the last layer, of the same members"
+    embedding_help = "logits (default), or pooled: the last layer's input"
     rest("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
     rest("--data_path", type=Path, default=Path("data"), metavar="DIR", help="data sets (default: data)")
     rest("--results_path", type=Path, default=Path("results"), metavar="DIR", help="run folders (default: results)")
@@ -200,7 +200,8 @@ def train_member(
     """Trains one member (docs/METHOD.md, "One member"), from where `progress` stands.
 
     Returns the network, on the device, with the weights of the epoch of the best training accuracy (counted during the
-    epoch; the earlier one on a tie), and how it came about: best epoch, history and partition.
+    epoch; the earlier one on a tie), or for "onecycle" of the last epoch, and how it came about: best epoch, history
+    and partition.
     """
     settings, compute, cache = experiment.settings, experiment.compute, experiment.cache
     labels, (num_classes, _) = cache.array("train_labels"), cache.counts["train"]
@@ -217,17 +218,16 @@ def train_member(
         print(f"{title}: goes on after epoch {len(history) - 1}", flush=True)
 
     for epoch in range(len(history), settings.num_epochs):
-        rate = learning_rate(settings, epoch)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
         draw = partial(draws, settings.seed, member, epoch)
         torch.manual_seed(int(draw("dropout").integers(2**63)))  # for networks that have some; a ResNet draws nothing
         batches = epoch_batches(cache, images, targets, settings, draw, compute.device)
         prepared = ((prepare(batch, *experiment.statistics), batch.targets) for batch in batches)
+        paced = with_rates(prepared, state.optimizer, settings, epoch, len(images))
         with console.name_interruption(f"epoch {epoch}"):
-            result = train_epoch(state, compute, prepared, len(images), f"{title} epoch {epoch}")
-        history.append({"epoch": epoch, "lr": rate} | result)
-        if best_epoch < 0 or result["correct"] > history[best_epoch]["correct"]:
+            result = train_epoch(state, compute, paced, len(images), f"{title} epoch {epoch}")
+        history.append({"epoch": epoch, "lr": learning_rate(settings, epoch + 0.5)} | result)
+        keeps_last = best_epoch < 0 or settings.schedule == "onecycle"  # whose last epoch has the smallest rates
+        if keeps_last or result["correct"] > history[best_epoch]["correct"]:
             best_epoch, best_model = epoch, snapshot(state.model.state_dict(), compute.device)
         if progress:
             other_best = None if best_epoch == epoch else best_model  # None: the same as the model

@@ -1,9 +1,13 @@
-"""The optimizers, and their learning rate in each epoch. `RECIPES` in `runs/settings.py` has their numbers."""
+"""The optimizers, and their learning rate in each step. `RECIPES` in `runs/settings.py` has their numbers."""
+
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
 from dreml.runs.settings import RECIPES, Settings
+
+RISE = 0.2  # the share of the training in which "onecycle" goes up
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:
@@ -23,7 +27,30 @@ def make_optimizer(name: str, model: nn.Module, lr: float, device: torch.device)
     return optimizer
 
 
-def learning_rate(settings: Settings, epoch: int) -> float:
-    """The rate in an epoch, counted from 0: for each milestone a tenth from int(milestone * E) on, never in epoch 0."""
+def learning_rate(settings: Settings, epochs: float) -> float:
+    """The rate after so many epochs, such as 2.5.
+
+    "steps": for each milestone a tenth from epoch int(milestone * E) on, counted from 0, never in epoch 0.
+    "onecycle": linearly from 0 up to `settings.lr` in the first fifth of the training, linearly down to 0 in the rest.
+    """
+    if settings.schedule == "onecycle":
+        done = epochs / settings.num_epochs
+        return settings.lr * min(done / RISE, (1 - done) / (1 - RISE))
     milestones = RECIPES[settings.optimizer].milestones
-    return settings.lr / 10 ** sum(epoch >= max(int(milestone * settings.num_epochs), 1) for milestone in milestones)
+    return settings.lr / 10 ** sum(epochs >= max(int(milestone * settings.num_epochs), 1) for milestone in milestones)
+
+
+def with_rates(
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    optimizer: torch.optim.Optimizer,
+    settings: Settings,
+    epoch: int,
+    num_images: int,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The (pixels, targets) of an epoch's batches. Before each, sets the optimizer's rate: that halfway in its step."""
+    done = 0
+    for pixels, targets in batches:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, epoch + (done + len(targets) / 2) / num_images)
+        yield pixels, targets
+        done += len(targets)

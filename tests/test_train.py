@@ -252,6 +252,14 @@ def test_the_best_epoch_by_training_accuracy_is_kept(
     assert [row["correct"] for row in record["history"]] == correct
     assert [row["epoch"] for row in record["history"]] == [0, 1, 2, 3]
     assert rates == [row["lr"] for row in record["history"]] == [1e-3, 1e-3, 1e-5, 1e-5]
+    steps = iter(range(4))
+    model, record = train_member(experiment_of(tiny_cache, replace(settings, schedule="onecycle")), 1, "title")
+    assert record["best_epoch"] == 3 and model.fc.bias.tolist() == [3] * 3  # whatever the accuracy was
+    assert (
+        rates[4:]
+        == [row["lr"] for row in record["history"]]
+        == pytest.approx([6.25e-4, 7.81e-4, 4.69e-4, 1.56e-4], rel=1e-2)
+    )
 
 
 def test_members_and_seeds_differ_in_every_draw(tiny_cache, tiny_settings, small_network, monkeypatch):
