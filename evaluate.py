@@ -37,6 +37,7 @@ from dreml.data.known_sets import default_recalls
 from dreml.figures.curves import draw_comparison, draw_found, draw_recall, draw_training
 from dreml.figures.style import check_matplotlib, drawing, printable, save_figure
 from dreml.files import writable, write_csv
+from dreml.runs.baseline import print_baseline, read_baseline
 from dreml.runs.folder import SUFFIXES, Run, TestSplit, read_run
 from dreml.runs.settings import EMBEDDINGS
 from dreml.runs.writer import run_lock
@@ -246,6 +247,7 @@ def run(args: argparse.Namespace) -> None:
         tables[one.folder] = scores.sizes
         first = scores.sizes.columns[1]
         print_text(f"{one.folder}: {args.embedding}, percent")
+        print_baseline(one.folder, one.record.settings_hash, scores.sizes)
         print(scores.sizes.assign(alone=scores.alone[first]).round(2).to_string(index=False))
         print(f"(alone: {first} of the last member of the row by itself)")
         print(threshold_text(scores.thresholds, int(one.test.is_query.sum()), one.num_members))
@@ -289,8 +291,10 @@ def common_recalls(runs: list[Run]) -> list[int]:
 
 
 def check_recalls(ks: list[int], run: Run) -> None:
-    """Raises InputError for a K that all images of the gallery would reach."""
+    """Raises InputError for a K that all images of the gallery would reach, and for a run without test images."""
     num_gallery = int(run.test.is_gallery.sum())
+    if not len(run.test):
+        raise InputError(f"{run.folder}: its data set has no test images: there is nothing to score")
     if max(ks) >= num_gallery:
         raise InputError(
             f"--recalls: {max(ks)} is not below the number of gallery images of {run.folder}, {num_gallery}"
@@ -305,8 +309,9 @@ def write_scores(run: Run, scores: Scores, folder: Path, suffix: str, plot: bool
         write_csv(folder / f"thresholds{suffix}.csv", scores.thresholds, float_format="%.6f")
         if plot:
             records = [run.members.records[member] for member in range(1, run.num_members + 1)]
+            baseline = read_baseline(run.folder, run.record.settings_hash)
             with drawing():
-                save_figure(draw_recall(scores.sizes, scores.alone), folder, f"evaluation{suffix}")
+                save_figure(draw_recall(scores.sizes, scores.alone, baseline), folder, f"evaluation{suffix}")
                 save_figure(draw_found(scores.found), folder, f"thresholds{suffix}")
                 save_figure(draw_training(records), folder, "training")
 

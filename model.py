@@ -1,4 +1,4 @@
-"""One member of the ensemble: a ResNet with a meta-class head, its precision and its features; and the Ensemble."""
+"""One member of the ensemble: a network with a meta-class head, its precision and its features; and the Ensemble."""
 
 import contextlib
 from collections.abc import Sequence
@@ -10,50 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dreml.backbones import build_backbone, gains_from_bf16, without_drawing
 from dreml.console import InputError, one_line, out_of_memory
 from dreml.data.batches import image_batches, normalize, spans
 from dreml.data.images import ImageSpec
-from dreml.files import read_ahead, sha256
+from dreml.files import read_ahead
 from dreml.runs.folder import Members, member_file, member_numbers, read_run_record
 from dreml.runs.settings import EMBEDDINGS
 from utils import full_float32
 
-IMAGENET_WEIGHTS = "IMAGENET1K_V1"  # torchvision's first recipe for every ResNet, the one that the paper's time had
-
 # ------------------------------------------------------------------------------------------------ network
-
-
-def torchvision_models():
-    """`torchvision.models`. It takes a second to import, and a search among saved embeddings does without it."""
-    import torchvision
-
-    return torchvision.models
-
-
-def backbone_names() -> list[str]:
-    """Every ResNet, ResNeXt and Wide ResNet of torchvision."""
-    models = torchvision_models()
-    return [
-        name for name in models.list_models() if models.get_model_builder(name).__module__.endswith("models.resnet")
-    ]
-
-
-def check_backbone(name: str) -> None:
-    """Raises InputError for a backbone that this program does not know."""
-    if name not in backbone_names():
-        raise InputError(f"--backbone {name!r} is not one of {', '.join(backbone_names())}")
 
 
 def build_model(backbone: str, num_meta_classes: int, weights: dict[str, torch.Tensor] | None) -> nn.Module:
     """A backbone whose last layer is one `Linear(features, num_meta_classes)` (paper, section 3).
 
     Maps `(N, 3, S, S) float` to logits `(N, num_meta_classes)`. What `weights` (from `read_weights`) does not fill,
-    at least the head, is drawn from torch's global CPU generator by torchvision's own initialisation.
+    at least the head, is drawn from torch's global CPU generator by the library's own initialisation.
     """
-    model = torchvision_models().get_model(backbone, weights=None, num_classes=num_meta_classes)
-    model.fc = Head(model.fc.in_features, num_meta_classes)
+    model, last = build_backbone(backbone, num_meta_classes)
+    head = Head(model.get_submodule(last).in_features, num_meta_classes)
+    model.set_submodule(last, head)
     if weights is not None:
-        model.load_state_dict(weights | {f"fc.{name}": value for name, value in model.fc.state_dict().items()})
+        model.load_state_dict(weights | {f"{last}.{name}": value for name, value in head.state_dict().items()})
     return model.to(memory_format=torch.channels_last)  # the layout that cuDNN and oneDNN compute fastest
 
 
@@ -65,75 +44,9 @@ class Head(nn.Linear):
             return super().forward(features.float())
 
 
-# ------------------------------------------------------------------------------------------------ initial weights
-
-
-def weights_tag(backbone: str, weights: str) -> str:
-    """What tells initial weights apart: "none", "imagenet:" and torchvision's file, or "sha256:" and a checksum."""
-    if weights == "none":
-        return "none"
-    if weights == "imagenet":
-        return f"imagenet:{Path(torchvision_models().get_model_weights(backbone)[IMAGENET_WEIGHTS].url).name}"
-    if not Path(weights).is_file():
-        raise InputError(f"--weights {weights!r}: no such file (imagenet, none, or the path of a state dict)")
-    return f"sha256:{sha256(Path(weights))}"
-
-
-def read_weights(backbone: str, weights: str) -> dict[str, torch.Tensor] | None:
-    """Reads the backbone's initial weights once, for all members.
-
-    Args:
-        weights: "imagenet" (torchvision's own download), "none", or the path of a state dict in torchvision's format,
-            which has to fit the backbone but for its head (`fc.*`).
-
-    Returns:
-        The state dict without `fc.*`, or None for "none".
-
-    Raises:
-        InputError: weights that cannot be had or do not fit. A file is read as data only: a pickle is not executed.
-    """
-    if weights == "none":
-        return None
-    if weights == "imagenet":
-        entry = torchvision_models().get_model_weights(backbone)[IMAGENET_WEIGHTS]
-        try:
-            state = entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        except Exception as error:  # no network, no disk, a damaged file among torch's downloads
-            raise InputError(
-                f"cannot download or read the ImageNet weights {entry.url} into {torch.hub.get_dir()} "
-                f"({one_line(error)}); give a copy of that file with --weights PATH, or train from scratch with "
-                "--weights none"
-            ) from None
-    else:
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged files raise a dozen kinds
-            raise InputError(f"--weights {weights}: not a readable state dict ({one_line(error)})") from None
-    return checked_weights(backbone, weights, state)
-
-
-def checked_weights(backbone: str, weights: str, state: object) -> dict[str, torch.Tensor]:
-    """The state dict without its head, if it fits the backbone in every other name and shape.
-
-    The counters `num_batches_tracked`, which BatchNorm never uses here, are not in older files and may be missing.
-    """
-    with torch.device("meta"):
-        expected = torchvision_models().get_model(backbone, weights=None).state_dict()
-    expected = {name: value.shape for name, value in expected.items() if not name.startswith("fc.")}
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"--weights {weights}: not a state dict in torchvision's format (name -> tensor)")
-    state = {name: value for name, value in state.items() if not str(name).startswith("fc.")}
-    wrong = [f"{name} is missing" for name in expected if name not in state and not name.endswith("_tracked")]
-    wrong += [f"{name} is unknown" for name in state if name not in expected]
-    wrong += [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in state and state[name].shape != shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 1} more differences" if len(wrong) > 1 else ""
-        raise InputError(f"--weights {weights} does not fit {backbone}: {wrong[0]}{more}")
-    return state
+def head_of(model: nn.Module) -> Head:
+    """The last layer of a network that `build_model` built."""
+    return next(layer for layer in model.modules() if isinstance(layer, Head))
 
 
 # ------------------------------------------------------------------------------------------------ precision
@@ -163,8 +76,10 @@ class Compute:
         return f"try a lower --lr, or --precision fp32 ({self.precision} was used)"
 
 
-def pick_precision(device: torch.device) -> str:
+def pick_precision(device: torch.device, backbone: str) -> str:
     """The precision for `--precision auto`: bf16 where the device computes it natively, else fp16 on CUDA, else fp32.
+
+    On a CPU, fp32 also for the networks that bf16 would slow down.
 
     fp16 needs tensor cores to be worth its gradient scaling: compute capability 7.0 (V100) and above. The GTX 16 cards
     report 7.5 and have none; there fp16 is known for NaN.
@@ -176,7 +91,7 @@ def pick_precision(device: torch.device) -> str:
         has_tensor_cores = "GTX 16" not in torch.cuda.get_device_name(device)
         return "fp16" if has_tensor_cores and torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return "bf16"
+        return "bf16" if gains_from_bf16(backbone) else "fp32"
     return "fp32"
 
 
@@ -193,15 +108,17 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def features(model: nn.Module, pixels: torch.Tensor, embedding: str) -> torch.Tensor:
     """What a member's embedding is made of, before it is scaled to length 1: `(N, 3, S, S) float` -> `(N, d) float32`.
 
-    For "logits" its D logits (the method); for "pooled" the input of its last layer, the backbone's feature after
-    average pooling.
+    For "logits" its D logits (the method); for "pooled" the input of its last layer, in most networks the
+    feature after average pooling.
     """
     if embedding not in EMBEDDINGS:
         raise ValueError(f"embedding has to be one of {', '.join(EMBEDDINGS)}, not {embedding!r}")
     if embedding == "logits":
         return model(pixels)
-    backbone = nn.Sequential(*list(model.children())[:-1], nn.Flatten())  # a ResNet's layers in order, but for the last
-    return backbone(pixels).float()
+    inputs_of_head = []
+    with head_of(model).register_forward_pre_hook(lambda head, inputs: inputs_of_head.append(inputs[0])):
+        model(pixels)
+    return inputs_of_head[0].float()
 
 
 @torch.inference_mode()
@@ -220,7 +137,8 @@ def extract_features(
     """
     model.eval()
     device, batches = statistics[0].device, spans(0, len(images), batch_size)
-    width = model.fc.out_features if embedding == "logits" else model.fc.in_features
+    head = head_of(model)
+    width = head.out_features if embedding == "logits" else head.in_features
     outputs = torch.empty((len(images), width), device=device)
 
     def fill(start: int, stop: int, out: np.ndarray) -> None:
@@ -274,8 +192,7 @@ class Ensemble(nn.Module):
 
 def load_member(weights: Path, backbone: str, num_meta_classes: int) -> nn.Module:
     """The network of a trained member, `member_007.pth`, on the CPU."""
-    with torch.device("meta"):  # no weights are drawn, only to be overwritten
-        model = build_model(backbone, num_meta_classes, None)
+    model = without_drawing(lambda: build_model(backbone, num_meta_classes, None))
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), assign=True)
     return model.to(memory_format=torch.channels_last)
 

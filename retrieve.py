@@ -120,6 +120,8 @@ def run(args: argparse.Namespace) -> None:
     # 1. The images; whatever can be wrong is found before anything is computed
     device = pick_device(args.device)
     trained = read_run(args.folder, args.num_members)
+    if not len(trained.test):
+        check_without_test_images(args)
     threshold = chosen_threshold(args.far, args.threshold, trained, args.embedding)
     data_path = args.data_path or Path(trained.record.options["data_path"])
     data_folder = data_path / trained.settings.data_name
@@ -204,6 +206,14 @@ def run(args: argparse.Namespace) -> None:
     if not args.no_picture:
         draw(found, Thumbnails(trained, data_path), title, path)
     refuse("--query", bad_queries, shown=len(bad_queries))  # now that the others are answered
+
+
+def check_without_test_images(args: argparse.Namespace) -> None:
+    """Raises InputError for what needs the test images of a run that has none."""
+    if not args.gallery:
+        raise InputError(f"{args.folder}: its data set has no test images to search: give --gallery DIR")
+    if args.far is not None:
+        raise InputError(f"{args.folder}: its data set has no test images, and so no thresholds: give --threshold T")
 
 
 def draw(found: list[Found], thumbnails: Thumbnails, title: str, path: Path) -> None:

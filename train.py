@@ -25,25 +25,18 @@ from torch import nn
 from tqdm import tqdm
 
 from dreml import console
+from dreml.backbones import check_backbone, own_scaling, read_weights, weights_tag
 from dreml.console import InputError, RunError
 from dreml.data.augment import epoch_batches, prepare
 from dreml.data.cache import Cache, check_unchanged, read_cache
 from dreml.data.known_sets import default_recalls
 from dreml.files import make_folder, remove_leftovers, sha256
-from dreml.runs import writer
+from dreml.optimizers import learning_rate, make_optimizer, with_rates
+from dreml.runs import baseline, writer
 from dreml.runs.checkpoint import SECONDS_BETWEEN_WRITES, Progress, snapshot
 from dreml.runs.folder import MemberRecord, Members, TestSplit, member_file
-from dreml.runs.settings import EMBEDDINGS, RECIPES, Settings, add_settings, settings_of
-from model import (
-    Compute,
-    build_model,
-    check_backbone,
-    extract_features,
-    load_member,
-    pick_precision,
-    read_weights,
-    weights_tag,
-)
+from dreml.runs.settings import EMBEDDINGS, Settings, add_settings, settings_of
+from model import Compute, build_model, extract_features, load_member, pick_precision
 from utils import capped_images, draws, meta_class_partition, recall_at_k, similarity_memory, unmatched_queries
 
 MAX_IMAGES_PER_CLASS = 300  # docs/METHOD.md, step 5: a larger class is cut to a random 300 for each member
@@ -73,7 +66,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise InputError(f"--members {args.members[-1]} is above --ensemble_size {args.ensemble_size}")
     if args.batch_size < 2:
         raise InputError("--batch_size has to be at least 2: BatchNorm needs more than one image")
-    check_backbone(args.backbone)
+    check_backbone(args.backbone, args.image_size)
     args.recalls = args.recalls or default_recalls(args.data_name)
     return args
 
@@ -110,29 +103,6 @@ class Sums:
     def zeros(cls, device: torch.device) -> "Sums":
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         return cls(torch.zeros((), device=device), counts[0], counts[1])
-
-
-def make_optimizer(name: str, model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    """Adam, or SGD with momentum 0.9; neither with weight decay.
-
-    Fused on CUDA and CPU: one kernel, which also reads fp16's gradient scale without a wait for the device.
-    """
-    fused = device.type in ("cuda", "cpu")
-    if name == "adam":
-        return torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
-    if name != "sgd":
-        raise ValueError(f"no optimizer is called {name!r}")
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=fused)
-    for parameter in model.parameters():
-        # PyTorch's own start, uninitialised memory, is kept if fp16's scale overflows in the first step (2.6 to 2.15).
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
-def learning_rate(settings: Settings, epoch: int) -> float:
-    """The rate in an epoch, counted from 0: for each milestone a tenth from int(milestone * E) on, never in epoch 0."""
-    milestones = RECIPES[settings.optimizer].milestones
-    return settings.lr / 10 ** sum(epoch >= max(int(milestone * settings.num_epochs), 1) for milestone in milestones)
 
 
 def train_step(state: TrainState, compute: Compute, pixels: torch.Tensor, targets: torch.Tensor, sums: Sums) -> None:
@@ -230,7 +200,8 @@ def train_member(
     """Trains one member (docs/METHOD.md, "One member"), from where `progress` stands.
 
     Returns the network, on the device, with the weights of the epoch of the best training accuracy (counted during the
-    epoch; the earlier one on a tie), and how it came about: best epoch, history and partition.
+    epoch; the earlier one on a tie), or for "onecycle" of the last epoch, and how it came about: best epoch, history
+    and partition.
     """
     settings, compute, cache = experiment.settings, experiment.compute, experiment.cache
     labels, (num_classes, _) = cache.array("train_labels"), cache.counts["train"]
@@ -247,16 +218,16 @@ def train_member(
         print(f"{title}: goes on after epoch {len(history) - 1}", flush=True)
 
     for epoch in range(len(history), settings.num_epochs):
-        rate = learning_rate(settings, epoch)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
         draw = partial(draws, settings.seed, member, epoch)
+        torch.manual_seed(int(draw("dropout").integers(2**63)))  # for networks that have some; a ResNet draws nothing
         batches = epoch_batches(cache, images, targets, settings, draw, compute.device)
         prepared = ((prepare(batch, *experiment.statistics), batch.targets) for batch in batches)
+        paced = with_rates(prepared, state.optimizer, settings, epoch, len(images))
         with console.name_interruption(f"epoch {epoch}"):
-            result = train_epoch(state, compute, prepared, len(images), f"{title} epoch {epoch}")
-        history = [*history, {"epoch": epoch, "lr": rate} | result]
-        if best_epoch < 0 or result["correct"] > history[best_epoch]["correct"]:
+            result = train_epoch(state, compute, paced, len(images), f"{title} epoch {epoch}")
+        history = [*history, {"epoch": epoch, "lr": learning_rate(settings, epoch + 0.5)} | result]
+        keeps_last = best_epoch < 0 or settings.schedule == "onecycle"  # whose last epoch has the smallest rates
+        if keeps_last or result["correct"] > history[best_epoch]["correct"]:
             best_epoch, best_model = epoch, snapshot(state.model.state_dict(), compute.device)
         if progress:
             other_best = None if best_epoch == epoch else best_model  # None: the same as the model
@@ -265,16 +236,18 @@ def train_member(
     return state.model, {"best_epoch": best_epoch, "history": history, "partition": partition.tolist()}
 
 
-def embed_test_images(experiment: Experiment, model: nn.Module, member: int, embedding: str) -> torch.Tensor:
+def embed_test_images(
+    experiment: Experiment, model: nn.Module, title: str, embedding: str, scaling: tuple | None = None
+) -> torch.Tensor:
     """The features of all test images, `(M, d) float32`, in batches twice as large as in training if they fit."""
-    images = experiment.cache.array("test_images")
+    images, scaling = experiment.cache.array("test_images"), scaling or experiment.statistics
 
     def extract(batch_size: int) -> torch.Tensor:
-        return extract_features(model, images, experiment.statistics, batch_size, embedding)
+        return extract_features(model, images, scaling, batch_size, embedding)
 
     outputs = console.with_less_memory(extract, 2 * experiment.settings.batch_size)
     if not torch.isfinite(outputs).all():
-        raise RunError(f"member {member}: its embedding is not finite; {experiment.compute.overflow_remedy()}")
+        raise RunError(f"{title}: its embedding is not finite; {experiment.compute.overflow_remedy()}")
     return outputs
 
 
@@ -301,7 +274,7 @@ def finish_member(experiment: Experiment, members: Members, member: int, title: 
             model, result = train_member(experiment, member, title, progress)
             owner = {"member": member, "run": members.settings_hash, "environment": experiment.environment}
             record = MemberRecord(**owner, **result, sha256={})
-        logits = embed_test_images(experiment, model, member, "logits")
+        logits = embed_test_images(experiment, model, f"member {member}", "logits")
         check_unchanged(experiment.cache)
         writer.save_member(members.folder, record, model, logits)
         progress.remove()
@@ -315,7 +288,7 @@ def pool_member(experiment: Experiment, members: Members, member: int) -> None:
     checksum = sha256(weights)
     if checksum != members.records[member].sha256[weights.name]:
         raise RunError(f"{weights} has changed since this run began; run the same command again")
-    pooled = embed_test_images(experiment, load_trained(experiment, members, member), member, "pooled")
+    pooled = embed_test_images(experiment, load_trained(experiment, members, member), f"member {member}", "pooled")
     check_unchanged(experiment.cache)
     writer.save_pooled(members.folder, member, members.settings_hash, checksum, pooled)
 
@@ -327,6 +300,23 @@ def load_trained(experiment: Experiment, members: Members, member: int) -> nn.Mo
 
 
 # ------------------------------------------------------------------------------------------------ the ensemble
+
+
+def score_baseline(experiment: Experiment, members: Members, split: TestSplit, ks: list[int], weights: str) -> None:
+    """Scores, once, what finds images without training: the pooled features of the initial weights, and the colours.
+
+    Pretrained weights see images scaled as they were for them; members are trained on the data set's own scaling.
+    """
+    backbone = experiment.settings.backbone
+
+    def initial_features() -> torch.Tensor:
+        initial = replace(experiment, weights=read_weights(backbone, weights))
+        scaling = own_scaling(backbone, experiment.compute.device) if initial.weights else None
+        return embed_test_images(initial, initial_state(initial, 1).model, "initial network", "pooled", scaling)
+
+    score, images = partial(recall_percent, split=split, ks=ks), experiment.cache.array("test_images")
+    with console.name_interruption("the scores before training"):
+        baseline.update_baseline(members, images, ks, initial_features, score)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -347,7 +337,8 @@ def run(args: argparse.Namespace) -> None:
     with writer.run_lock(folder):
         earlier = writer.earlier_record(folder)
         if settings.precision == "auto":  # a run goes on, or is scored, as it was begun, on any device
-            settings = replace(settings, precision=earlier.settings.precision if earlier else pick_precision(device))
+            precision = earlier.settings.precision if earlier else pick_precision(device, settings.backbone)
+            settings = replace(settings, precision=precision)
         record = writer.make_run_record(settings, cache, vars(args), here)
         warning = writer.compare_with_earlier(folder, earlier, record)
         members = writer.find_members(folder, earlier, record)
@@ -369,6 +360,8 @@ def run(args: argparse.Namespace) -> None:
     score = partial(writer.update_logs, members, args.ensemble_size, device, table_of)
     if members.records:
         score("logits")
+    if len(split.labels):
+        score_baseline(experiment, members, split, args.recalls, args.weights)
     num_made = 0
     while (locked := members.lock_next_missing(wanted, args.embedding)) is not None:
         (member, lock), start = locked, time.perf_counter()
@@ -393,7 +386,11 @@ def run(args: argparse.Namespace) -> None:
         which = "not finished" if args.embedding == "logits" else f"without {args.embedding} features"
         print(f"{which}: member {', '.join(map(str, missing))}; the process that finishes the last one scores")
         return
+    if not len(split.labels):
+        print(f"{len(embeddings)} members are finished in {folder}; there are no test images, and so no recall")
+        return
     alone = [recall_percent([embedding], split, args.recalls[:1]).item() for embedding in embeddings]
+    baseline.print_baseline(folder, members.settings_hash, table)
     print("\n" + table.assign(alone=alone).round(2).to_string(index=False))
     print(f"(alone: R@{args.recalls[0]} of the last member of the row by itself)")
     final = ", ".join(f"{name} {value:.2f}" for name, value in table.iloc[-1, 1:].items())
@@ -405,7 +402,7 @@ def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSpl
     (num_classes, _), num_gallery = cache.counts["train"], int(split.is_gallery.sum())
     if not 2 <= (size := settings.meta_class_size) <= num_classes:
         raise InputError(f"--meta_class_size {size} has to be in 2..{num_classes} (training classes)")
-    if max(ks) >= num_gallery:
+    if len(split.labels) and max(ks) >= num_gallery:
         raise InputError(f"--recalls: {max(ks)} is not below the number of gallery images, {num_gallery}")
 
 
@@ -419,6 +416,8 @@ def print_exceptions(cache: Cache, split: TestSplit, training: bool) -> None:
             f"{too_large.sum()} classes have more than {MAX_IMAGES_PER_CLASS} images: each member trains on a random "
             f"{MAX_IMAGES_PER_CLASS} of each and leaves out {left_out:,} of {num_images:,} images"
         )
+    if not len(split.labels):
+        print("no test images: all classes are trained on, and there will be no recall")
     if not (split.is_query & split.is_gallery).all():
         print(f"{int(split.is_query.sum()):,} queries against a gallery of {int(split.is_gallery.sum()):,} images")
     unmatched = int(unmatched_queries(*split).sum())
@@ -427,10 +426,11 @@ def print_exceptions(cache: Cache, split: TestSplit, training: bool) -> None:
 
 
 def recall_table(split: TestSplit, ks: list[int], embeddings: list[torch.Tensor]) -> pd.DataFrame:
-    """Recall@K in percent, a row for each ensemble size."""
-    recalls = recall_percent(embeddings, split, ks) if embeddings else np.empty((0, len(ks)))
+    """Recall@K in percent, a row for each ensemble size; no row without test images."""
+    is_scored = embeddings and len(split.labels)
+    recalls = recall_percent(embeddings, split, ks) if is_scored else np.empty((0, len(ks)))
     table = pd.DataFrame(recalls, columns=[f"R@{k}" for k in ks])
-    table.insert(0, "ensemble_size", range(1, len(embeddings) + 1))
+    table.insert(0, "ensemble_size", range(1, len(recalls) + 1))
     return table
 
 

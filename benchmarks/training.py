@@ -258,7 +258,7 @@ def run(args: argparse.Namespace) -> None:
 
     # 3. each part alone: the cache, the input, the step and the embedding, the epoch
     settings = Settings(data_name="images", image_size=args.image_size, batch_size=args.batch_size)
-    spec, compute = settings.image_spec, Compute(device, pick_precision(device))
+    spec, compute = settings.image_spec, Compute(device, pick_precision(device, settings.backbone))
     with tempfile.TemporaryDirectory() as folder:
         data = preprocessing(source, Path(folder), args.num_images, spec, repeats)
         inputs(Experiment(read_cache(data, "images", spec), settings, None, compute, {}), data, repeats)

@@ -130,7 +130,8 @@ def query_items(texts: Sequence[str], test: pd.DataFrame, folder: Path) -> tuple
         elif text.startswith("test:"):
             number = text.removeprefix("test:")
             if not number.isascii() or not number.isdigit() or len(number) > 9 or int(number) >= len(test):
-                problems.append(f"{text}: INDEX has to be in 0..{len(test) - 1}, a row of test.csv")
+                rows = f"INDEX has to be in 0..{len(test) - 1}, a row of test.csv"
+                problems.append(f"{text}: {rows if len(test) else 'the data set has no test images'}")
             else:
                 items.append(test_item(test, folder, int(number))._replace(name=text))
         elif os.path.isdir(text):  # unlike Path.is_dir, also for a text that is too long for a name

@@ -50,7 +50,7 @@ def test_training_goes_on_after_the_last_finished_epoch(finished, tmp_path, caps
     assert capsys.readouterr().err == last
     assert [path.name for path in root.glob("results/*/progress_*")] == ["progress_002.pt"]
     epochs, rate = [], train.learning_rate
-    monkeypatch.setattr(train, "learning_rate", lambda settings, epoch: epochs.append(epoch) or rate(settings, epoch))
+    monkeypatch.setattr(train, "learning_rate", lambda settings, done: epochs.append(int(done)) or rate(settings, done))
     assert train.main([*TINY, *here(root)]) == 0
     assert epochs == [1] and "member 2/2: goes on after epoch 0" in capsys.readouterr().out
     check_same(root, finished)

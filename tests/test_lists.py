@@ -195,7 +195,7 @@ DAMAGES = {
         "the gallery split has no images",
     ),
     "csv image": (put("photos/1.png", None), "photos/1.png: missing image"),
-    "no test folder": (lambda root: shutil.rmtree(root / "test"), "test: missing folder"),
+    "no train folder": (lambda root: shutil.rmtree(root / "train"), "train: missing folder"),
     "empty split": (lambda root: [path.unlink() for path in root.glob("test/*/*")], "the test split has no images"),
     "1-pixel-wide": (
         lambda root: random_image(0, 1, 14_000).save(root / "train/train_0/0.png"),

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import data_utils
 import train
+from dreml.backbones import read_weights
 from dreml.data.augment import Batch, epoch_batches, prepare
 from dreml.data.cache import read_cache
 from dreml.data.demo import draw_demo
@@ -33,13 +34,12 @@ from dreml.runs import writer
 from dreml.runs.checkpoint import Progress
 from dreml.runs.folder import HISTORY_COLUMNS, MemberRecord, PooledRecord, TestSplit, read_run_record
 from dreml.runs.settings import RECIPES, Settings, settings_of
-from model import Compute, Head, build_model, extract_features, load_ensemble, read_weights
+from model import Compute, Head, build_model, extract_features, load_ensemble
 from train import (
     Experiment,
     Sums,
     TrainState,
     initial_state,
-    learning_rate,
     make_optimizer,
     train_epoch,
     train_member,
@@ -55,41 +55,7 @@ def experiment_of(cache, settings: Settings, weights=None) -> Experiment:
     return Experiment(cache, settings, weights, FP32, environment={})
 
 
-# ------------------------------------------------------------------------------------------------ learning rate
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "tenths"),
-    [
-        ("adam", [0]),
-        ("adam", [0, 2]),
-        ("adam", [0, 1, 2]),
-        ("adam", [0] * 6 + [1] * 2 + [2] * 4),
-        ("adam", [0] * 10 + [1] * 4 + [2] * 6),
-        ("adam", [0] * 25 + [1] * 10 + [2] * 15),
-        ("sgd", [0]),
-        ("sgd", [0, 1, 2]),
-        ("sgd", [0] * 6 + [1] * 3 + [2] * 3),
-        ("sgd", [0] * 10 + [1] * 6 + [2] * 4),
-    ],
-)
-def test_learning_rate(optimizer, tenths):
-    settings = Settings(optimizer=optimizer, lr=0.5, num_epochs=len(tenths))
-    rates = [learning_rate(settings, epoch) for epoch in range(len(tenths))]
-    np.testing.assert_allclose(rates, [0.5 * 10.0**-tenth for tenth in tenths])
-
-
 # ------------------------------------------------------------------------------------------------ one step
-
-
-@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)])
-def test_the_optimizer_is_one_kernel(name, kind):
-    for device, fused in (("cpu", True), ("cuda", True), ("mps", False)):
-        optimizer = make_optimizer(name, nn.Linear(2, 2), 0.1, torch.device(device))
-        assert type(optimizer) is kind and optimizer.defaults["fused"] == fused
-        assert optimizer.defaults["weight_decay"] == 0
-    with pytest.raises(ValueError, match="no optimizer is called 'adamw'"):
-        make_optimizer("adamw", nn.Linear(2, 2), 0.1, CPU)
 
 
 def no_scaling() -> torch.amp.GradScaler:
@@ -292,6 +258,14 @@ def test_the_best_epoch_by_training_accuracy_is_kept(
     assert [row["correct"] for row in record["history"]] == correct
     assert [row["epoch"] for row in record["history"]] == [0, 1, 2, 3]
     assert rates == [row["lr"] for row in record["history"]] == [1e-3, 1e-3, 1e-5, 1e-5]
+    steps = iter(range(4))
+    model, record = train_member(experiment_of(tiny_cache, replace(settings, schedule="onecycle")), 1, "title")
+    assert record["best_epoch"] == 3 and model.fc.bias.tolist() == [3] * 3  # whatever the accuracy was
+    assert (
+        rates[4:]
+        == [row["lr"] for row in record["history"]]
+        == pytest.approx([6.25e-4, 7.81e-4, 4.69e-4, 1.56e-4], rel=1e-2)
+    )
 
 
 def test_members_and_seeds_differ_in_every_draw(tiny_cache, tiny_settings, small_network, monkeypatch):
@@ -384,6 +358,9 @@ def nothing_finite(model, images, statistics, batch_size, embedding) -> torch.Te
 def test_an_embedding_that_is_not_finite_ends_the_run(tiny_data, tmp_path, small_network, capsys, monkeypatch):
     monkeypatch.setattr(train, "extract_features", nothing_finite)
     assert train_tiny(tiny_data, tmp_path) == 1
+    assert "initial network: its embedding is not finite" in capsys.readouterr().err
+    monkeypatch.setattr(train, "score_baseline", lambda *args: None)
+    assert train_tiny(tiny_data, tmp_path) == 1
     assert "member 1: its embedding is not finite; try a lower --lr" in capsys.readouterr().err
     assert not list(only_folder(tmp_path).glob("member_*"))
 
@@ -471,7 +448,7 @@ def test_a_run_in_another_precision(tiny_data, tmp_path, small_network, precisio
     options = ["--precision", precision, "--ensemble_size", "1"]
     assert train_tiny(tiny_data, tmp_path, *options) == 0
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    assert set(seen) == {(True, dtype), (False, torch.float32)} and scaling == [precision == "fp16"]
+    assert set(seen) == {(True, dtype), (False, torch.float32)} and set(scaling) == {precision == "fp16"}
     folder = only_folder(tmp_path)
     assert folder.name.endswith(f"_wnone_{precision}")
     assert json.loads((folder / "args.json").read_text())["settings"]["precision"] == precision
@@ -490,10 +467,10 @@ def test_auto_goes_on_in_the_precision_of_the_run(tiny_data, tmp_path, small_net
         train_step(state, compute, pixels, targets, sums)
 
     monkeypatch.setattr(train, "train_step", step)
-    monkeypatch.setattr(train, "pick_precision", lambda device: "bf16")
+    monkeypatch.setattr(train, "pick_precision", lambda device, backbone: "bf16")
     options = ["--precision", "auto", "--num_epochs", "1"]
     assert train_tiny(tiny_data, tmp_path, *options, "--ensemble_size", "1") == 0
-    monkeypatch.setattr(train, "pick_precision", lambda device: "fp32")
+    monkeypatch.setattr(train, "pick_precision", lambda device, backbone: "fp32")
     capsys.readouterr()
     assert train_tiny(tiny_data, tmp_path, *options, "--ensemble_size", "2") == 0
     assert "1 of 2 members are finished; device cpu" in (out := capsys.readouterr().out) and ", bf16\n" in out
@@ -655,7 +632,7 @@ def test_out_of_memory_in_the_evaluation_costs_time_only(tiny_data, small_run, t
     monkeypatch.setattr(train, "extract_features", extract)
     monkeypatch.setattr(train, "recall_at_k", recall)
     assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "1") == 0
-    assert sizes["batch"] == [32, 16, 8] and sizes["block"][:3] == [2**30, 2**29, 2**28]
+    assert sizes["batch"] == 2 * [32, 16, 8] and sizes["block"][:3] == [2**30, 2**29, 2**28]
     logits = [np.load(folder / "member_001.npy") for folder in (only_folder(tmp_path), small_run)]
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
     first_two = [(folder / "recall.csv").read_text().splitlines()[:2] for folder in (only_folder(tmp_path), small_run)]
@@ -989,7 +966,7 @@ def test_defaults_are_those_of_the_original_command_line():
         (["--scale_min", "x"], "--scale_min: 'x' is not a positive number"),
         (["--seed", "-1"], "'-1' is not an integer"),
         (["--seed", "4294967296"], "is not an integer in"),
-        (["--backbone", "vgg16"], "--backbone 'vgg16' is not one of .*resnet18"),
+        (["--backbone", "resnet19"], "--backbone 'resnet19' is no network of .*near it: resnet1"),
         (["--weights", "nowhere.pth"], "--weights 'nowhere.pth': no such file"),
         (["--device", "tpu"], "--device tpu is not one of auto, cuda, cuda:i, mps, cpu"),
         (["--device", "cuda:99"], "--device cuda:99 is not there"),

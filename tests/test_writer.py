@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 def test_run_folder(tiny_run, tiny_data, tiny_cache):
     assert tiny_run.name == "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
-    names = {"args.json", "cache_compared.json", "recall.csv", "test.csv", "train.csv"}
+    names = {"args.json", "baseline.csv", "baseline.json", "cache_compared.json", "recall.csv", "test.csv", "train.csv"}
     names |= {f"member_00{member}.{suffix}" for member in (1, 2) for suffix in ("json", "npy", "pth")}
     assert {path.name for path in tiny_run.iterdir() if not path.name.endswith(".lock")} == names
 

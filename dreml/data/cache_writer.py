@@ -165,7 +165,7 @@ def write_cache(folder: Path, listing: Listing, job: CacheJob) -> list[str]:
 
     images = store_images(folder, listing.entries, job)
     skipped = [images.bad[row] for row in sorted(images.bad)]
-    check_stored(count_images(listing.entries, images.good), skipped, listing.problems, job)
+    check_stored(count_images(listing.entries, images.good), skipped, listing, job)
     write_arrays(folder, listing.entries, images, job)
     return skipped
 
@@ -305,11 +305,13 @@ def decode(path: Path, spec: ImageSpec, split: str) -> tuple[np.ndarray, list[in
 # ------------------------------------------------------------------------------------------------ what goes beside them
 
 
-def check_stored(counts: dict[str, tuple[int, int]], skipped: list[str], of_lists: list[str], job: CacheJob) -> None:
+def check_stored(counts: dict[str, tuple[int, int]], skipped: list[str], listing: Listing, job: CacheJob) -> None:
     """Raises InputError with the problems of the lists, of the images, and with a split that is empty without them."""
+    of_lists, listed = listing.problems, count_images(listing.entries)
     problems = of_lists if job.skip_bad else of_lists + skipped
     if not problems:
-        problems = [f"no image is left in {part}" for part, (_, number) in counts.items() if number == 0]
+        empty = (part for part, (_, number) in counts.items() if number == 0 and listed[part][1])
+        problems = [f"no image is left in {part}" for part in empty]
     if problems:
         only_images = skipped and not job.skip_bad and not of_lists
         remedy = "; --skip_bad goes on without bad images" if only_images else ""

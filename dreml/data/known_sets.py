@@ -35,7 +35,7 @@ LAYOUTS = """\
   data/isc/   list_eval_partition.txt and img/                 (In-Shop Clothes Retrieval of DeepFashion)
 or, with any other NAME:
   data/NAME/  images.csv with the columns path,label,split     (and is_query,is_gallery)
-  data/NAME/  train/ and test/, with a folder of images for each class
+  data/NAME/  train/ and test/, with a folder of images for each class (without test/, nothing is measured)
 The README says where to get them. Without any: python data_utils.py --data_name demo"""
 
 
@@ -313,7 +313,9 @@ def check_whole(listing: Listing, name: str) -> None:
         if repeated:
             reports.append(f"{len(repeated)} {split} images are listed more than once, such as {repeated[0]}")
     for part, found in count_images(entries).items():
-        if found[1] == 0 and not listing.problems:
+        if found[1] == 0 and part == "test" and name not in PUBLISHED:
+            listing.warnings.append("no test images: all classes are trained on, and nothing can be measured")
+        elif found[1] == 0 and not listing.problems:
             listing.problems.append(f"the {part} split has no images")
         published = PUBLISHED[name].counts.get(part, found) if name in PUBLISHED else found
         if found != published:

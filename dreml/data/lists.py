@@ -264,7 +264,8 @@ def list_image_folder(root: Path, prefix: str) -> Listing | None:
     listing = Listing()
     for split in ("train", "test"):
         if not (root / split).is_dir():
-            listing.problems.append(f"{root / split}: missing folder")
+            if split == "train":  # test/ may be missing: nothing is measured then
+                listing.problems.append(f"{root / split}: missing folder")
             continue
         left_out = LeftOut()
         for class_name, files in class_folders(root / split, listing.problems, left_out):
@@ -279,6 +280,8 @@ def list_image_folder(root: Path, prefix: str) -> Listing | None:
                     listing.problems.append(f"{folder + file!a}: the name is not valid UTF-8")
         if left_out:
             listing.warnings.append(f"{root / split}: {left_out}")
+        if split == "test" and not any(entry.split == "test" for entry in listing.entries) and not listing.problems:
+            listing.problems.append("the test split has no images")  # a folder test/ that is empty was not meant so
     return listing
 
 

@@ -1,0 +1,256 @@
+"""The networks that a member can be: those of torchvision and, where installed, timm; and their initial weights."""
+
+import difflib
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dreml.console import InputError, one_line
+from dreml.files import sha256
+
+TIMM = "timm:"  # before the name of a network of timm
+# torchvision's first recipe, the one that the paper's time had; vit_h_14 and regnet_y_128gf have only the second.
+RECIPES = ("IMAGENET1K_V1", "IMAGENET1K_SWAG_LINEAR_V1")
+AUXILIARY = {  # the two networks with further outputs for their training, which are left out
+    "googlenet": ("aux1.", "aux2."),
+    "inception_v3": ("AuxLogits.",),
+}
+USUAL_SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512)
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def torchvision_models():
+    """`torchvision.models`. It takes a second to import, and a search among saved embeddings does without it."""
+    import torchvision
+
+    return torchvision.models
+
+
+def timm_library():
+    """`timm`. Raises InputError where it is not installed."""
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError(f"--backbone {TIMM}NAME needs timm: pip install timm ({one_line(error)})") from None
+    return timm
+
+
+def backbone_names() -> list[str]:
+    """Every classification network of torchvision."""
+    models = torchvision_models()
+    return models.list_models(module=models)
+
+
+def check_backbone(backbone: str, image_size: int) -> None:
+    """Raises InputError for a backbone that is unknown, and for images of a size that it cannot take."""
+    if backbone.startswith(TIMM):
+        name, timm = backbone.removeprefix(TIMM), timm_library()
+        try:
+            known, names = timm.models.get_pretrained_cfg(name) is not None, timm.list_models
+        except RuntimeError:  # a known network, an unknown tag of its weights: resnet50.nobody
+            known, names = False, lambda: timm.list_pretrained(f"{name.partition('.')[0]}.*")
+        known = known and timm.is_model(name.partition(".")[0])
+    else:
+        name, names = backbone, backbone_names
+        known = name in names()
+    if not known:
+        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.3)
+        library = "timm" if backbone.startswith(TIMM) else f"torchvision, or {TIMM}NAME"
+        raise InputError(f"--backbone {backbone!r} is no network of {library}; near it: {', '.join(near) or 'none'}")
+    check_image_size(backbone, image_size)
+
+
+# ------------------------------------------------------------------------------------------------ networks
+
+
+def build_backbone(backbone: str, num_classes: int) -> tuple[nn.Module, str]:
+    """A network as its library builds it, drawn from torch's global CPU generator, and the name of its last layer.
+
+    That layer is `Linear(features, num_classes)`. Raises InputError for a network without such a layer.
+    """
+    if backbone.startswith(TIMM):
+        network = timm_library().create_model(backbone.removeprefix(TIMM), num_classes=num_classes)
+        last = network.get_classifier()
+        inside = list(last.modules()) if isinstance(last, nn.Module) else []  # two classifiers are a tuple
+        heads = [
+            name
+            for name, layer in network.named_modules()
+            if isinstance(layer, nn.Linear) and layer.out_features == num_classes and any(layer is m for m in inside)
+        ]
+        heads = heads if len(heads) == 1 else []
+    else:
+        options = {"aux_logits": False, "init_weights": True} if backbone in AUXILIARY else {}
+        network = torchvision_models().get_model(backbone, weights=None, num_classes=num_classes, **options)
+        heads = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+        if backbone.startswith("mnasnet"):  # its own loader wants a version number, which our files have not
+            network._load_from_state_dict = functools.partial(nn.Module._load_from_state_dict, network)
+    if not heads:
+        raise InputError(f"--backbone {backbone}: its last layer is not one linear layer, which the method replaces")
+    return network, heads[-1]
+
+
+def without_drawing(build: Callable[[], nn.Module]) -> nn.Module:
+    """What `build` returns, for weights that are read afterwards: on device meta if that is enough, else on the CPU."""
+    try:
+        with torch.device("meta"):
+            network = build()
+        if {name for name, _ in network.named_buffers()} <= set(network.state_dict()):
+            return network  # else it has tables, such as of positions, that no file holds
+    except NotImplementedError:  # RegNet computes its widths with tensors
+        pass
+    with torch.random.fork_rng(devices=[]):
+        return build()
+
+
+@functools.cache
+def check_image_size(backbone: str, size: int) -> None:
+    """Raises InputError unless the network can train on images of `size` pixels. Names usual sizes that it can."""
+    network = without_drawing(lambda: build_backbone(backbone, 2)[0]).to("meta").train()
+
+    def problem(size: int) -> Exception | None:
+        try:
+            outputs = network(torch.empty(2, 3, size, size, device="meta"))
+        except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+            return error
+        shape = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        return None if shape == (2, 2) else ValueError(f"its output is {shape}, not one row an image")
+
+    found = problem(size)
+    if found:
+        network.eval()  # faster, and the same in this
+        possible = ", ".join(str(usual) for usual in USUAL_SIZES if not problem(usual))
+        takes = f"it takes {possible} among the usual sizes" if possible else "nor any other size"
+        raise InputError(f"--image_size {size}: {backbone} cannot take it ({one_line(found)}); {takes}")
+
+
+def gains_from_bf16(backbone: str) -> bool:
+    """Whether a CPU trains the network faster in bf16 than in fp32 (measured: docs/RESULTS.md).
+
+    Not so for depthwise convolutions with BatchNorm, as in MobileNet and EfficientNet. ConvNeXt has LayerNorm.
+    """
+    layers = list(without_drawing(lambda: build_backbone(backbone, 2)[0]).modules())
+    depthwise = any(isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in layers)
+    return not depthwise or any(isinstance(layer, nn.LayerNorm) for layer in layers)
+
+
+# ------------------------------------------------------------------------------------------------ initial weights
+
+
+def weights_tag(backbone: str, weights: str) -> str:
+    """What tells initial weights apart: "none", "imagenet:" and the library's file, or "sha256:" and a checksum."""
+    if weights == "none":
+        return "none"
+    if weights == "imagenet" and backbone.startswith(TIMM):
+        entry = timm_library().models.get_pretrained_cfg(backbone.removeprefix(TIMM))
+        if not entry.has_weights:
+            raise InputError(f"timm has no pretrained weights for {backbone}: give --weights none, or a file")
+        return f"imagenet:{entry.hf_hub_id or Path(entry.url).name}"
+    if weights == "imagenet":
+        return f"imagenet:{Path(torchvision_weights(backbone).url).name}"
+    if not Path(weights).is_file():
+        raise InputError(f"--weights {weights!r}: no such file (imagenet, none, or the path of a state dict)")
+    return f"sha256:{sha256(Path(weights))}"
+
+
+def torchvision_weights(backbone: str):
+    """torchvision's entry for the ImageNet weights of one of its networks."""
+    entries = torchvision_models().get_model_weights(backbone)
+    return next(entries[recipe] for recipe in RECIPES if recipe in entries.__members__)
+
+
+def own_scaling(backbone: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the channels, in 0..1, `(3,)` each, for which the library trained its weights."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # every recipe of torchvision
+    if backbone.startswith(TIMM):
+        entry = timm_library().models.get_pretrained_cfg(backbone.removeprefix(TIMM))
+        mean, std = entry.mean, entry.std
+    return torch.tensor(mean, device=device), torch.tensor(std, device=device)
+
+
+def read_weights(backbone: str, weights: str) -> dict[str, torch.Tensor] | None:
+    """Reads the backbone's initial weights once, for all members.
+
+    Args:
+        weights: "imagenet" (the library's own download), "none", or the path of a state dict in the library's naming,
+            `.safetensors` or written by `torch.save`, which has to fit the backbone but for its last layer.
+
+    Returns:
+        The state dict without the last layer, or None for "none".
+
+    Raises:
+        InputError: weights that cannot be had or do not fit. A file is read as data only: a pickle is not executed.
+    """
+    if weights == "none":
+        return None
+    if weights == "imagenet":
+        state = download(backbone)
+    else:
+        try:
+            state = read_state_dict(Path(weights))
+        except Exception as error:  # damaged files raise a dozen kinds
+            raise InputError(f"--weights {weights}: not a readable state dict ({one_line(error)})") from None
+    return checked_weights(backbone, weights, state)
+
+
+def download(backbone: str) -> dict[str, torch.Tensor]:
+    """The state dict that the library downloads, or has downloaded before."""
+    source = weights_tag(backbone, "imagenet").removeprefix("imagenet:")
+    try:
+        if backbone.startswith(TIMM):
+            with torch.random.fork_rng(devices=[]):
+                return timm_library().create_model(backbone.removeprefix(TIMM), pretrained=True).state_dict()
+        source = torchvision_weights(backbone).url
+        return torchvision_weights(backbone).get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except Exception as error:  # no network, no disk, a damaged file among the downloads
+        where = "" if backbone.startswith(TIMM) else f" into {torch.hub.get_dir()}"
+        raise InputError(
+            f"cannot download or read the ImageNet weights {source}{where} ({one_line(error)}); give a copy of that "
+            "file with --weights PATH, or train from scratch with --weights none"
+        ) from None
+
+
+def read_state_dict(path: Path) -> object:
+    """What a file of weights holds, on the CPU."""
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise InputError("it needs safetensors: pip install safetensors") from None
+    return load_file(path)
+
+
+def checked_weights(backbone: str, weights: str, state: object) -> dict[str, torch.Tensor]:
+    """The state dict without its last layer, if it fits the backbone in every other name and shape.
+
+    The counters `num_batches_tracked`, which BatchNorm never uses here, are not in older files and may be missing.
+    """
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        library = "timm" if backbone.startswith(TIMM) else "torchvision"
+        raise InputError(f"--weights {weights}: not a state dict in {library}'s format (name -> tensor)")
+    head = ""
+
+    def build() -> nn.Module:
+        nonlocal head
+        network, head = build_backbone(backbone, 1000)
+        return network
+
+    network = without_drawing(build)
+    left_out = (f"{head}.", *AUXILIARY.get(backbone, ()))
+    expected = {name: value.shape for name, value in network.state_dict().items() if not name.startswith(left_out)}
+    state = {name: value for name, value in state.items() if not str(name).startswith(left_out)}
+    wrong = [f"{name} is missing" for name in expected if name not in state and not name.endswith("_tracked")]
+    wrong += [f"{name} is unknown" for name in state if name not in expected]
+    wrong += [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in state and state[name].shape != shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 1} more differences" if len(wrong) > 1 else ""
+        raise InputError(f"--weights {weights} does not fit {backbone}: {wrong[0]}{more}")
+    return state

@@ -1,0 +1,446 @@
+"""The networks of torchvision and timm: which there are, what they take, that they train; their initial weights."""
+
+import dataclasses
+import email.message
+import io
+import pickle
+import re
+import shutil
+import sys
+import urllib.error
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from builders import Payload, only_folder, train_tiny
+from torchvision.models import (
+    convnext,
+    densenet,
+    efficientnet,
+    maxvit,
+    mnasnet,
+    mobilenetv2,
+    regnet,
+    swin_transformer,
+    vision_transformer,
+)
+
+import data_utils
+import train
+from dreml.backbones import (
+    backbone_names,
+    check_backbone,
+    gains_from_bf16,
+    read_weights,
+    weights_tag,
+    without_drawing,
+)
+from dreml.console import InputError
+from dreml.data.cache import read_cache
+from dreml.data.images import ImageSpec
+from dreml.files import sha256, write_record
+from dreml.runs.folder import Members
+from dreml.runs.writer import make_run_record
+from model import Compute, build_model, extract_features, head_of, load_ensemble, load_member
+from train import Experiment
+
+# ------------------------------------------------------------------------------------------------ network
+
+
+FAMILIES = "resnet18 resnext50_32x4d alexnet vgg11 convnext_tiny densenet121 efficientnet_b0 googlenet inception_v3"
+FAMILIES += " maxvit_t mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_x_400mf shufflenet_v2_x0_5 swin_t vit_b_32"
+FAMILIES = FAMILIES.split()  # one network of each
+
+
+def test_backbones_are_all_classification_networks_of_torchvision():
+    names = backbone_names()
+    assert {"resnet152", "vit_h_14", *FAMILIES} <= set(names)
+    assert not {"fcn_resnet50", "raft_large", "quantized_resnet18"} & set(names)
+    for name, near in (("vgg", "vgg16"), ("ResNet18", "resnet18"), ("", "none")):
+        with pytest.raises(InputError, match=f"^--backbone '{name}' is no network of torchvision, .*near it: .*{near}"):
+            check_backbone(name, 224)
+    with pytest.raises(InputError, match=r"^--backbone squeezenet1_0: its last layer is not one linear layer"):
+        check_backbone("squeezenet1_0", 224)
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_every_family_gets_a_meta_class_head(backbone):
+    """In place of the layer that gave the 1,000 logits of ImageNet."""
+    model = without_drawing(lambda: build_model(backbone, 12, None)).to("meta").eval()
+    size = 96 if backbone == "inception_v3" else 64
+    if backbone in ("vit_b_32", "maxvit_t"):
+        size = 224
+    features = []
+    head_of(model).register_forward_hook(lambda head, inputs, output: features.append(inputs[0].shape))
+    assert model(torch.empty(2, 3, size, size, device="meta")).shape == (2, 12)
+    assert features == [(2, head_of(model).in_features)] and head_of(model).bias is not None
+    weights = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
+    assert weights_tag(backbone, "imagenet") == f"imagenet:{weights.url.rsplit('/')[-1]}"
+
+
+def test_the_largest_two_have_other_weights():
+    """Those for images of 224 pixels, as the network is built."""
+    assert weights_tag("vit_h_14", "imagenet") == "imagenet:vit_h_14_lc_swag-c1eb923e.pth"
+    assert weights_tag("regnet_y_128gf", "imagenet") == "imagenet:regnet_y_128gf_lc_swag-cbe8ce12.pth"
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size", "possible"),
+    [
+        ("alexnet", 32, "64, 96, 128, .*, 512"),
+        ("vit_b_32", 256, "224 among"),
+        ("maxvit_t", 112, "224 among"),
+    ],
+)
+def test_images_of_a_size_that_a_network_cannot_take_are_refused(backbone, size, possible):
+    with pytest.raises(InputError, match=f"^--image_size {size}: {backbone} cannot take it .*; it takes {possible}"):
+        check_backbone(backbone, size)
+    check_backbone(backbone, 224)
+
+
+def test_train_py_refuses_such_a_size_before_it_looks_for_data(tmp_path, capsys):
+    arguments = ["--data_path", str(tmp_path), "--data_name", "none", "--backbone", "vit_b_32", "--image_size", "96"]
+    assert train.main(arguments) == 2
+    assert "--image_size 96: vit_b_32 cannot take it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("backbone", "gains"),
+    [
+        *[("resnet18", True), ("resnext50_32x4d", True), ("swin_t", True), ("convnext_tiny", True)],
+        *[("efficientnet_b0", False), ("mobilenet_v2", False), ("shufflenet_v2_x0_5", False)],
+    ],
+)
+def test_which_networks_gain_from_bf16_on_a_cpu(backbone, gains):
+    assert gains_from_bf16(backbone) == gains
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+SMALL = {  # backbone -> the same family in small, for images of 32 pixels; ResNets: test_train.py
+    "convnext_tiny": partial(
+        convnext.ConvNeXt, [convnext.CNBlockConfig(8, 16, 1), convnext.CNBlockConfig(16, None, 1)], 0.1
+    ),
+    "densenet121": partial(densenet.DenseNet, 4, (1, 1), 8),
+    "efficientnet_b0": partial(
+        efficientnet.EfficientNet,
+        [efficientnet.MBConvConfig(1, 3, 1, 8, 8, 1), efficientnet.MBConvConfig(4, 3, 2, 8, 8, 2)],
+        dropout=0.2,
+        last_channel=32,
+    ),
+    "maxvit_t": partial(maxvit.MaxVit, (32, 32), 8, 2, [8, 16], [1, 1], head_dim=8, stochastic_depth_prob=0.2),
+    "mobilenet_v2": partial(mobilenetv2.MobileNetV2, width_mult=0.1, inverted_residual_setting=[[1, 16, 1, 2]]),
+    "mnasnet0_5": partial(mnasnet.MNASNet, 0.1),
+    "regnet_x_400mf": lambda **kwargs: regnet.RegNet(
+        regnet.BlockParams.from_init_params(depth=2, w_0=8, w_a=8.0, w_m=2.0, group_width=8), stem_width=8, **kwargs
+    ),
+    "swin_t": partial(swin_transformer.SwinTransformer, [4, 4], 8, [1, 2], [1, 2], [2, 2]),
+    "vit_b_32": partial(vision_transformer.VisionTransformer, 32, 16, 1, 2, 16, 32, dropout=0.1),
+}
+
+
+@pytest.mark.parametrize("backbone", [*SMALL, "timm:test_efficientnet"])
+def test_a_small_network_of_each_family_trains_goes_on_and_embeds(
+    backbone, tiny_cache, tiny_settings, tmp_path, monkeypatch, capsys
+):
+    """Two steps, killed between them, end with the bits of two steps at once; the member embeds as it was saved."""
+    if backbone in SMALL:
+        monkeypatch.setitem(torchvision.models._api.BUILTIN_MODELS, backbone, build_small(backbone))
+    else:
+        pytest.importorskip("timm", reason="timm is an extra")
+    settings = dataclasses.replace(tiny_settings, backbone=backbone, batch_size=36)
+    experiment = Experiment(tiny_cache, settings, None, Compute(torch.device("cpu")), {})
+    record = make_run_record(settings, tiny_cache, {"data_path": "data"}, {})
+    write_record(tmp_path / "args.json", record)
+    members, train_epoch = Members(tmp_path, record.settings_hash), train.train_epoch
+
+    def killed(*args):
+        assert args[-1] == "member epoch 0", "killed"
+        return train_epoch(*args)
+
+    monkeypatch.setattr(train, "train_epoch", killed)
+    with pytest.raises(AssertionError, match="killed"):
+        train.make_member(experiment, members, 1, "pooled", "member")
+    monkeypatch.setattr(train, "train_epoch", train_epoch)
+    train.make_member(experiment, members, 1, "pooled", "member")
+    assert "member: goes on after epoch 0" in capsys.readouterr().out
+    whole, images = train.train_member(experiment, 1, "whole")[0], np.array(tiny_cache.array("test_images"))
+    saved = {"logits": np.load(tmp_path / "member_001.npy"), "pooled": np.load(tmp_path / "pooled_001.npy")}
+    for embedding, rows in saved.items():
+        assert np.array_equal(rows, extract_features(whole, images, experiment.statistics, 72, embedding).numpy())
+        unit_rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        embedded = load_ensemble(tmp_path, embedding=embedding)(torch.from_numpy(images))
+        np.testing.assert_allclose(embedded.numpy(), unit_rows, atol=1e-5)
+    head = head_of(whole)
+    logits = saved["pooled"] @ head.weight.detach().numpy().T + head.bias.detach().numpy()
+    np.testing.assert_allclose(saved["logits"], logits, rtol=1e-4, atol=1e-5)
+    initial = train.initial_state(experiment, 1).model.parameters()
+    assert all(not torch.equal(*both) for both in zip(initial, whole.parameters(), strict=True))
+
+
+def build_small(backbone: str) -> Callable:
+    """In the place of a builder of torchvision."""
+
+    def build(weights=None, progress=True, **kwargs):
+        return SMALL[backbone](**kwargs)
+
+    return build
+
+
+def test_dropout_is_drawn_for_each_epoch_of_each_member(tiny_cache, tiny_settings, monkeypatch):
+    """Whatever was drawn before; two members and two epochs have other draws."""
+    draws = []
+
+    def look(state, compute, batches, num_images, title):
+        draws.append(torch.rand(()).item())
+        return {"correct": 0}
+
+    monkeypatch.setattr(train, "train_epoch", look)
+    settings = dataclasses.replace(tiny_settings, backbone="vit_b_32")
+    experiment = Experiment(tiny_cache, settings, None, Compute(torch.device("cpu")), {})
+    monkeypatch.setitem(torchvision.models._api.BUILTIN_MODELS, "vit_b_32", build_small("vit_b_32"))
+    for member in (1, 2, 1):
+        train.train_member(experiment, member, "")
+    assert draws[:2] == draws[4:] and len(set(draws)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", [*FAMILIES, "timm:tf_efficientnet_lite0"])
+def test_one_network_of_each_family_trains_by_the_command_line(backbone, tiny_data, tmp_path):
+    """In its own size, three steps. `pytest -m slow`."""
+    size = "224" if backbone in ("vit_b_32", "maxvit_t") else "96"
+    for split in ("train", "test"):
+        shutil.copytree(tiny_data / "tiny" / split, tmp_path / "tiny" / split)
+    assert data_utils.main(["--data_path", str(tmp_path), "--data_name", "tiny", "--image_size", size]) == 0
+    options = ["--backbone", backbone, "--image_size", size, "--num_epochs", "1", "--ensemble_size", "1"]
+    assert train_tiny(tmp_path, tmp_path / "results", *options, "--embedding", "pooled", "--recalls", "1") == 0
+    images = torch.from_numpy(np.array(read_cache(tmp_path, "tiny", ImageSpec(int(size))).array("test_images")))
+    rows = load_ensemble(only_folder(tmp_path / "results"), embedding="pooled")(images)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(36))
+
+
+def test_networks_of_timm_that_cannot_be_taken_are_refused():
+    pytest.importorskip("timm", reason="timm is an extra")
+    refusals = {
+        "timm:nothing_like_it": "is no network of timm; near it: ",
+        "timm:resnet50.nobody": r"is no network of timm; near it: resnet50\.",
+        "timm:": "is no network of timm",
+        "timm:crossvit_9_240": "its last layer is not one linear layer",  # but two
+        "timm:repvit_m0_9": "its last layer is not one linear layer",
+        "timm:test_vit3": "--image_size 96: timm:test_vit3 cannot take it .*; it takes 160 among the usual sizes",
+    }
+    for backbone, message in refusals.items():
+        with pytest.raises(InputError, match=message):
+            check_backbone(backbone, 96)
+    check_backbone("timm:test_vit3", 160)
+
+
+def test_without_timm_a_line_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InputError, match=r"^--backbone timm:NAME needs timm: pip install timm"):
+        check_backbone("timm:resnet18", 32)
+
+
+def test_tables_that_no_file_holds_are_there_in_a_member_that_is_loaded(tmp_path):
+    """timm's tables of positions are not in state dicts."""
+    pytest.importorskip("timm", reason="timm is an extra")
+    model = build_model("timm:test_coatnet", 3, None).eval()
+    assert {name for name, _ in model.named_buffers()} - set(model.state_dict())
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    before = torch.get_rng_state()
+    loaded = load_member(tmp_path / "w.pth", "timm:test_coatnet", 3).eval()
+    assert torch.equal(torch.get_rng_state(), before)
+    pixels = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels), model(pixels))
+
+
+# ------------------------------------------------------------------------------------------------ initial weights
+
+
+def save_weights(
+    path: Path, backbone: str = "resnet18", change: Callable[[dict], object] | None = None, num_classes: int = 1000
+) -> dict[str, torch.Tensor]:
+    """A state dict in torchvision's format, every value another than at any initialisation."""
+    torch.manual_seed(123)
+    state = torchvision.models.get_model(backbone, weights=None, num_classes=num_classes).state_dict()
+    if change:
+        change(state)
+    torch.save(state, path)
+    return {name: value for name, value in state.items() if not name.startswith("fc.")}
+
+
+@pytest.mark.parametrize("num_classes", [1000, 7])
+def test_weights_from_a_file_fill_all_but_the_head(tmp_path, num_classes):
+    saved = save_weights(tmp_path / "w.pth", num_classes=num_classes)
+    weights = read_weights("resnet18", str(tmp_path / "w.pth"))
+    assert weights_tag("resnet18", str(tmp_path / "w.pth")) == f"sha256:{sha256(tmp_path / 'w.pth')}"
+    heads = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        state = build_model("resnet18", 5, weights).state_dict()
+        heads.append(state["fc.weight"])
+        assert all(torch.equal(state[name], value) for name, value in saved.items())
+    assert heads[0].shape == (5, 512) and not torch.equal(*heads)
+
+
+def test_older_weights_lack_batchnorms_counter(tmp_path):
+    """torchvision's files of before 2018, which mirrors still carry, have 102 entries for resnet18, not 122."""
+
+    def drop(state):
+        for name in [name for name in state if name.endswith("num_batches_tracked")]:
+            del state[name]
+
+    saved = save_weights(tmp_path / "w.pth", change=drop)
+    assert len(saved) == 100
+    state = build_model("resnet18", 5, read_weights("resnet18", str(tmp_path / "w.pth"))).state_dict()
+    assert len(state) == 122 and torch.equal(state["layer4.1.bn2.weight"], saved["layer4.1.bn2.weight"])
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    path = tmp_path / "w.pth"
+
+    def refused(message, backbone="resnet18"):
+        with pytest.raises(InputError, match=message) as error:
+            weights_tag(backbone, str(path))
+            read_weights(backbone, str(path))
+        assert "\n" not in str(error.value)
+
+    refused("no such file")
+    path.write_bytes(b"")
+    refused("not a readable state dict")
+    path.write_text("<html>")
+    refused("not a readable state dict")
+    path.write_bytes(pickle.dumps(Payload(str(tmp_path / "owned")), protocol=2))
+    refused("not a readable state dict")
+    torch.save({"conv1.weight": Payload(str(tmp_path / "owned"))}, path)
+    refused("not a readable state dict")
+    assert not (tmp_path / "owned").exists()
+    torch.save([1, 2], path)
+    refused("not a state dict in torchvision's format")
+    torch.save({"state_dict": {}}, path)
+    refused("not a state dict in torchvision's format")
+    save_weights(path, change=lambda state: state.pop("conv1.weight"))
+    refused(r"does not fit resnet18: conv1.weight is missing$")
+    save_weights(path, change=lambda state: state.update(extra=torch.ones(1)))
+    refused(r"extra is unknown$")
+    save_weights(path, change=lambda state: state.update({"conv1.weight": torch.ones(64, 1, 7, 7)}))
+    refused(r"conv1.weight is \(64, 1, 7, 7\), not \(64, 3, 7, 7\)$")
+    save_weights(path)
+    refused("does not fit resnet34: .* more differences", backbone="resnet34")
+
+
+def test_no_network_names_the_ways_out(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr("torch.hub.urlopen", refuse)
+    with pytest.raises(InputError, match=r"cannot download .*no route.* --weights PATH.* --weights none"):
+        read_weights("resnet18", "imagenet")
+
+
+class Answer(io.BytesIO):
+    """What a server sends."""
+
+    def info(self):
+        return email.message.Message()
+
+
+def test_a_download_with_another_checksum_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: Answer(b"damaged"))
+    with pytest.raises(InputError, match=r"cannot download .*invalid hash value"):
+        read_weights("resnet18", "imagenet")
+
+
+def downloaded(torch_home: Path) -> Path:
+    """Where torchvision keeps the ImageNet weights of resnet18."""
+    (torch_home / "hub" / "checkpoints").mkdir(parents=True)
+    url = torchvision.models.get_model_weights("resnet18")["IMAGENET1K_V1"].url
+    return torch_home / "hub" / "checkpoints" / url.rsplit("/", 1)[1]
+
+
+@pytest.mark.parametrize("payload", [False, True])
+def test_a_damaged_download_is_refused_and_not_executed(tmp_path, monkeypatch, payload):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    damaged = pickle.dumps(Payload(str(tmp_path / "owned")), protocol=2) if payload else b""
+    downloaded(tmp_path).write_bytes(damaged)
+    with pytest.raises(InputError, match=re.escape(f"into {tmp_path / 'hub'} ")) as error:
+        read_weights("resnet18", "imagenet")
+    assert "\n" not in str(error.value) and not (tmp_path / "owned").exists()
+
+
+def test_imagenet_weights_are_torchvisions_file(tmp_path, monkeypatch):
+    """A file where torchvision keeps its downloads is taken, without network, and named in the weights' tag."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = downloaded(tmp_path)
+    saved = save_weights(path)
+    weights = read_weights("resnet18", "imagenet")
+    assert weights_tag("resnet18", "imagenet") == f"imagenet:{path.name}"
+    assert set(weights) == set(saved) and all(torch.equal(weights[name], value) for name, value in saved.items())
+
+
+def test_no_initial_weights():
+    assert read_weights("resnet18", "none") is None and weights_tag("resnet18", "none") == "none"
+
+
+# ------------------------------------------------------------------------------------------------ weights of timm
+
+
+def test_weights_of_timm_from_files(tmp_path):
+    """A state dict and its .safetensors; the tag of what would be downloaded."""
+    timm = pytest.importorskip("timm", reason="timm is an extra")
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an extra")
+    state = timm.create_model("test_efficientnet", num_classes=7).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    safetensors.save_file(state, tmp_path / "w.safetensors")
+    saved = {name: value for name, value in state.items() if not name.startswith("classifier.")}
+    for name in ("w.pth", "w.safetensors"):
+        weights = read_weights("timm:test_efficientnet", str(tmp_path / name))
+        assert set(weights) == set(saved) and all(torch.equal(weights[name], value) for name, value in saved.items())
+        model = build_model("timm:test_efficientnet", 5, weights)
+        assert torch.equal(model.state_dict()["conv_stem.weight"], saved["conv_stem.weight"])
+        assert model.classifier.out_features == 5
+    with pytest.raises(InputError, match=r"does not fit timm:test_resnet: .* more differences"):
+        read_weights("timm:test_resnet", str(tmp_path / "w.safetensors"))
+    (tmp_path / "w.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="not a readable state dict"):
+        read_weights("timm:test_efficientnet", str(tmp_path / "w.safetensors"))
+
+
+def test_pretrained_weights_are_those_that_timm_itself_loads(monkeypatch):
+    timm = pytest.importorskip("timm", reason="timm is an extra")
+    assert weights_tag("timm:test_resnet", "imagenet") == "imagenet:timm/test_resnet.r160_in1k"
+    with pytest.raises(InputError, match="timm has no pretrained weights for timm:coatnet_0_224"):
+        weights_tag("timm:coatnet_0_224", "imagenet")
+    network, create = timm.create_model("test_resnet"), timm.create_model
+
+    def downloaded(name, pretrained=False, **kwargs):
+        return network if pretrained else create(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", downloaded)
+    weights = read_weights("timm:test_resnet", "imagenet")
+    assert torch.equal(weights["conv1.0.weight"], network.state_dict()["conv1.0.weight"])
+    assert not any(name.startswith("fc.") for name in weights)
+
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(InputError, match=r"cannot download .* timm/test_resnet.r160_in1k .*no route.* --weights none"):
+        read_weights("timm:test_resnet", "imagenet")
+
+
+def test_the_auxiliary_outputs_of_two_networks_are_left_out_of_their_weights(tmp_path):
+    torch.manual_seed(0)
+    state = torchvision.models.googlenet(num_classes=1000, init_weights=False, aux_logits=True).state_dict()
+    assert any(name.startswith("aux1.") for name in state)
+    torch.save(state, tmp_path / "w.pth")
+    weights = read_weights("googlenet", str(tmp_path / "w.pth"))
+    assert not any(name.startswith(("aux", "fc.")) for name in weights) and len(weights) > 300
