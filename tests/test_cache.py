@@ -106,6 +106,12 @@ CACHE_DAMAGES = {
     "no meta.json": (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing"),
     "truncated meta.json": (lambda folder: (folder / "meta.json").write_text('{"version": 1'), "is damaged"),
     "older version": (damage_meta(lambda meta: meta.update(version=1)), "another version"),
+    "version 2": (
+        damage_meta(
+            lambda meta: [meta.update(version=2), meta["test"].pop("images"), meta["test"].update(paths=["x"])]
+        ),
+        "is of another version or has other settings; make it with: ",
+    ),
     "other size": (damage_meta(lambda meta: meta.update(image_size=64)), "other settings"),
     "changed entry": (
         lambda folder: (folder / "meta.json").write_text(

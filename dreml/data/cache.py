@@ -151,9 +151,10 @@ def read_cache(data_path: Path, name: str, spec: ImageSpec) -> Cache:
         )
     remedy = f"make it with: {command}"
     try:
-        meta = read_record(folder / "meta.json", CacheMeta)
-        if (meta.version, meta.image_size, meta.resize) != (CACHE_VERSION, spec.size, spec.resize):
+        found = read_record(folder / "meta.json")
+        if [found.get(key) for key in ("version", "image_size", "resize")] != [CACHE_VERSION, spec.size, spec.resize]:
             raise InputError(f"{folder} is of another version or has other settings; {remedy}")
+        meta = read_record(folder / "meta.json", CacheMeta)
         for array_name, expected in meta.arrays.items():
             if (folder / f"{array_name}.npy").stat().st_size != expected["bytes"]:
                 raise InputError(f"{folder / array_name}.npy has the wrong size; {remedy}")
