@@ -148,7 +148,7 @@ def write_test_csv(path: Path, cache: Cache) -> None:
             )
             columns = [cache.paths("test", start, stop), labels, is_query, is_gallery, class_names[labels]]
             table = pd.DataFrame(dict(zip(TEST_COLUMNS, columns, strict=True)))
-            table.to_csv(file, index=False, header=start == 0, lineterminator="\n")
+            table.to_csv(file, index=False, header=False, lineterminator="\n")
 
 
 def verify_once(folder: Path, cache: Cache) -> None:
