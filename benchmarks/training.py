@@ -2,15 +2,18 @@
 
     python -m benchmarks.training data/cub --image_size 256 --batch_size 32     a data set as data_utils.py reads it
     python -m benchmarks.training data/demo --image_size 32 --batch_size 128 --job      one whole job
+    TMPDIR=/mnt/disk python -m benchmarks.training data/cub --cold      input from a cache that is not in memory
 
 The images of the folder, both splits, are repeated as links in a temporary data set until there are --num_images of
 each split. Compares with the plain way, benchmarks/plain.py, and with the ceiling: the same step on one resident batch.
 """
 
 import argparse
+import collections
 import contextlib
 import io
 import itertools
+import os
 import statistics
 import subprocess
 import sys
@@ -27,7 +30,17 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.plain import PlainImages, compare, hardware, plain_step, plain_transforms, row, seconds
-from dreml.console import DEVICE_HELP, InputError, Parser, RunError, natural_number, num_cores, pick_device, run_main
+from dreml.console import (
+    DEVICE_HELP,
+    InputError,
+    Parser,
+    RunError,
+    natural_number,
+    num_cores,
+    pick_device,
+    run_main,
+    set_up_device,
+)
 from dreml.data.augment import Batch, batch_spans, epoch_batches, prepare
 from dreml.data.cache import Cache, read_cache
 from dreml.data.cache_writer import build_cache
@@ -115,6 +128,48 @@ def inputs(experiment: Experiment, data: Path, repeats: int) -> None:
 
     runs = {"uint8 on the device": pixels, "the same by a DataLoader": loader, "float, mirrored, normalised": floats}
     rates("input: ", {**runs, f"PIL to float in {workers} workers": plain}, len(paths), repeats, device)
+
+
+class FaultedCache(Cache):
+    """A cache that is read by page faults alone."""
+
+    def read_ahead(self, *windows: np.ndarray) -> None:
+        pass
+
+
+def cold_rate(data: Path, settings: Settings, kind: type[Cache]) -> float:
+    """Images a second of an epoch of uint8 batches of which nothing is in memory before."""
+    opened, device = read_cache(data, "images", settings.image_spec), torch.device("cpu")
+    cache = kind(opened.folder, opened.meta, opened.fingerprint)  # a new one: pages that are mapped cannot be evicted
+    experiment = Experiment(cache, settings, None, Compute(device), {})
+    targets, pixels = np.array(cache.array("train_labels")), cache.folder / "train_pixels.npy"
+    evict(pixels)
+    before = bytes_from_disk()
+    elapsed = seconds(lambda: collections.deque(first_epoch(experiment, targets), maxlen=0), device)
+    if bytes_from_disk() - before < pixels.stat().st_size / 2:
+        raise RunError(f"{data}: its files stay in memory; choose a folder on a disk by TMPDIR")
+    return len(targets) / elapsed
+
+
+def cold_input(data: Path, settings: Settings, repeats: int) -> None:
+    """The input from a cold cache: asked for ahead, and by page faults alone."""
+    rounds = [[cold_rate(data, settings, kind) for kind in (Cache, FaultedCache)] for _ in range(repeats)]
+    ours, other = (statistics.median(values) for values in zip(*rounds, strict=True))
+    text = "input: uint8 from a cold cache, asked for ahead / by page faults alone"
+    row(text, f"{ours:,.1f} images/s", f"{other:,.1f} images/s", ours / other)
+
+
+def evict(path: Path) -> None:
+    """Drops a file that is not open elsewhere from Linux's page cache."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bytes_from_disk() -> int:
+    """What Linux has read from disks for this process."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["read_bytes"])
 
 
 class CachedBatches(Dataset):
@@ -235,7 +290,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help=DEVICE_HELP)
     add("--repeats", type=natural_number, default=3, metavar="N", help="runs of each, in turns (default: 3)")
     add("--job", action="store_true", help="only a whole job on an image folder that has its cache")
+    add("--cold", action="store_true", help="only the input from a cache that is not in memory (Linux)")
     args = parser.parse_args(argv)
+    if args.cold and (args.job or sys.platform != "linux"):
+        raise InputError("--cold needs Linux, and does not go with --job")
     if args.job and (args.num_images or args.num_steps):
         raise InputError("--job takes the whole data set: it does not go with --num_images or --num_steps")
     args.num_images, args.num_steps = args.num_images or 1600, args.num_steps or 10
@@ -247,7 +305,7 @@ def run(args: argparse.Namespace) -> None:
     source, repeats, device = args.source, args.repeats, pick_device(args.device)
     if not source.is_dir():
         raise InputError(f"{source}: no such folder")
-    torch.backends.cudnn.benchmark = True
+    set_up_device(device, deterministic=False)
     print(f"{hardware(device)}; {source.name}, medians of {repeats}")
     print("\n| what | ours | other | ratio |\n|---|---|---|---|")
 
@@ -256,9 +314,19 @@ def run(args: argparse.Namespace) -> None:
         job(source, args.image_size, args.batch_size, repeats, device)
         return
 
-    # 3. each part alone: the cache, the input, the step and the embedding, the epoch
+    # 3. the input from a cold cache, or
     settings = Settings(data_name="images", image_size=args.image_size, batch_size=args.batch_size)
-    spec, compute = settings.image_spec, Compute(device, pick_precision(device, settings.backbone))
+    spec = settings.image_spec
+    if args.cold:
+        with tempfile.TemporaryDirectory() as folder:
+            repeated(source, Path(folder, "images"), args.num_images)
+            with contextlib.redirect_stdout(io.StringIO()):
+                build_cache(Path(folder), "images", spec, num_cores())
+            cold_input(Path(folder), settings, repeats)
+        return
+
+    # 4. each part alone: the cache, the input, the step and the embedding, the epoch
+    compute = Compute(device, pick_precision(device, settings.backbone))
     with tempfile.TemporaryDirectory() as folder:
         data = preprocessing(source, Path(folder), args.num_images, spec, repeats)
         inputs(Experiment(read_cache(data, "images", spec), settings, None, compute, {}), data, repeats)

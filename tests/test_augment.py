@@ -11,7 +11,7 @@ from builders import save_image
 import data_utils
 from dreml.data.augment import Batch, batch_spans, epoch_batches, prepare
 from dreml.data.batches import resize_windows
-from dreml.data.cache import read_cache
+from dreml.data.cache import Cache, read_cache
 from dreml.data.images import ImageSpec
 from utils import draws
 
@@ -133,6 +133,15 @@ def test_batches_draw_their_own_corners_and_flips(tiny_cache, tiny_settings, see
     """The images mirrored are first in each batch; how many varies."""
     mirrored = [b.num_mirrored for epoch in range(5) for b in batches_of(tiny_cache, tiny_settings, epoch=epoch)]
     assert not np.array_equal(seen[0][1], seen[1][1]) and len(set(mirrored)) > 4
+
+
+def test_the_windows_of_all_batches_are_asked_for_ahead(tiny_cache, tiny_settings, seen, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Cache, "read_ahead", lambda self, *windows: asked.append(windows))
+    batches_of(tiny_cache, replace(tiny_settings, scale_min=0.5))
+    assert len(asked) == len(seen) > 2
+    for ahead, cut in zip(asked, seen, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(ahead, cut, strict=True))
 
 
 def test_prepare_mirrors_enlarges_and_normalises():

@@ -40,6 +40,22 @@ def test_batches_are_prepared_two_ahead():
         list(batches)
 
 
+def test_what_a_batch_needs_is_asked_for_two_batches_before():
+    """Once; of the first batches before the first one."""
+    events = []
+
+    def read_ahead(start, stop):
+        events.append(("ask", start, stop))
+
+    def fill(start, stop, out):
+        events.append(("fill", start, stop))
+
+    list(image_batches(fill, spans(0, 9, 2), 4, CPU, read_ahead))
+    asked = [("ask", start, stop) for start, stop in spans(0, 9, 2)]
+    filled = [("fill", start, stop) for start, stop in spans(0, 9, 2)]
+    assert events == [*asked[:3], filled[0], asked[3], filled[1], asked[4], *filled[2:]]
+
+
 def wait_until(condition) -> None:
     for _ in range(500):
         if condition():

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,6 +65,26 @@ def test_benchmark_of_training(threads, small_network, tiny_data, capsys):
     assert all(ratio > 0 for ratio in ratios.values())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_benchmark_of_a_cold_cache(tiny_data, capsys):
+    options = "--image_size 32 --device cpu --repeats 2 --batch_size 4 --num_images 40 --cold"
+    code = training.main([str(tiny_data / "tiny"), *options.split()])
+    output = capsys.readouterr()
+    if "stay in memory" in output.err:
+        pytest.skip("the folder for temporary files is in memory")
+    assert code == 0, output.err
+    (what,) = table(output.out)
+    assert what.startswith("input: uint8 from a cold cache")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_a_cache_that_stays_in_memory_is_not_called_cold(tiny_data, monkeypatch, capsys):
+    monkeypatch.setattr(training, "evict", lambda path: path.read_bytes())
+    options = "--image_size 32 --device cpu --repeats 1 --batch_size 4 --num_images 40 --cold"
+    assert training.main([str(tiny_data / "tiny"), *options.split()]) == 1
+    assert "its files stay in memory; choose a folder on a disk by TMPDIR" in capsys.readouterr().err
+
+
 def test_benchmark_of_a_whole_job(processes, tiny_data, monkeypatch, capsys):
     """train.py and the plain script take the options that they are given, and both train and score."""
     scripts = []
@@ -90,6 +111,7 @@ def test_benchmark_of_a_whole_job(processes, tiny_data, monkeypatch, capsys):
         (training, ["nowhere"], "nowhere: no such folder"),
         (training, [".", "--job", "--num_steps", "3"], "does not go with --num_images"),
         (training, [".", "--job", "--image_size", "7"], "no cache"),
+        (training, [".", "--job", "--cold"], "--cold needs Linux, and does not go with --job"),
     ],
 )
 def test_benchmarks_refuse_in_one_line(benchmark, options, message, capsys):

@@ -11,6 +11,7 @@ import torchvision.transforms.functional as TF
 from builders import SPEC, build, flip_a_bit, random_image, tree, write_image_folder
 
 from dreml.console import InputError, RunError
+from dreml.data import cache as cache_module
 from dreml.data.cache import check_unchanged, make_command, read_cache, verify_cache
 from dreml.data.images import ImageSpec, load_rgb
 from dreml.files import read_record, write_record
@@ -45,6 +46,22 @@ def test_paths_are_read_row_by_row(tmp_path):
         for stop in range(start, 8):
             assert cache.paths("train", start, stop) == expected[start:stop]
     assert cache.array("test_paths").tobytes().decode().splitlines() == cache.paths("test")
+
+
+def test_the_rows_of_windows_are_asked_for_ahead(tiny_data, monkeypatch):
+    """No byte more: what is read there, cut on the left and right, are the windows."""
+    asked, cache = [], read_cache(tiny_data, "tiny", SPEC)
+    monkeypatch.setattr(cache_module, "read_ahead", lambda path, ranges: asked.append((path, list(ranges))))
+    windows = np.array([5, 0, 35, 7]), np.array([[0, 0], [3, 1], [0, 3], [10, 14]]), np.array([SIZE, SIZE, SIZE, 20])
+    cache.read_ahead(*windows)
+    crops = np.empty((4, SIZE, SIZE, 3), np.uint8)
+    cache.train_crops(*windows, crops)
+    ((path, ranges),) = asked
+    for crop, index, (_, left), side, (start, stop) in zip(crops, *windows, ranges, strict=True):
+        rows = np.frombuffer(path.read_bytes()[start:stop], np.uint8).reshape(
+            side, cache.array("train_sizes")[index, 1], 3
+        )
+        np.testing.assert_array_equal(rows[:, left : left + side], crop[:side, :side])
 
 
 def test_both_caches_of_a_data_set_lie_beside_each_other(tmp_path):

@@ -123,6 +123,19 @@ def test_features_fill_by_index_in_eval_mode():
     torch.testing.assert_close(logits, torch.stack(alone))
 
 
+def test_images_on_disk_are_asked_for_ahead(tmp_path, monkeypatch):
+    """Each once, as a range of its own: a hint for much is cut off. Images in memory are not on disk."""
+    asked, images = [], random_pixels(7, 32)
+    monkeypatch.setattr("model.read_ahead", lambda path, ranges: asked.extend((Path(path), *each) for each in ranges))
+    np.save(tmp_path / "images.npy", images)
+    expected = extract_features(small_model(), images, STATISTICS, 2)
+    assert not asked
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    assert torch.equal(extract_features(small_model(), mapped, STATISTICS, 2), expected)
+    parts = [path.read_bytes()[start:stop] for path, start, stop in asked]
+    assert parts == [image.tobytes() for image in images]
+
+
 @pytest.mark.parametrize("backbone", ["resnet18", "resnext50_32x4d"])
 def test_pooled_features_are_those_of_the_average_pooling(backbone):
     """By a hook on it, in eval mode, one image at a time."""
