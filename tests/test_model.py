@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
