@@ -23,7 +23,7 @@ from dreml.console import DEVICE_HELP, Parser, natural_number, pick_device, prog
 from dreml.data.images import resize_test
 from dreml.runs.folder import TestSplit, read_run
 from dreml.runs.settings import EMBEDDINGS
-from dreml.search import embed_images, folder_items, nearest, unit_rows
+from dreml.search import embed_batch, embed_images, folder_items, nearest, unit_rows
 from dreml.thresholds import FARS, accepted_share, found_share, threshold_at
 from model import Ensemble, load_ensemble
 from utils import TIE_TOLERANCE, best_similarities
@@ -187,12 +187,10 @@ def draw_screen(generator: np.random.Generator, width: int = 480, height: int = 
     return image
 
 
-@torch.inference_mode()
 def embed_drawn(images: list[Image.Image], ensemble: Ensemble) -> torch.Tensor:
     """The embedding of images in memory, as `embed_images` gives that of files."""
     pixels = np.stack([resize_test(image, ensemble.image_spec) for image in images])
-    batches = torch.from_numpy(pixels).to(ensemble.mean.device).split(BATCH_SIZE)
-    return torch.cat([ensemble(batch) for batch in batches]) / len(ensemble.members) ** 0.5
+    return torch.cat([embed_batch("drawn", batch, ensemble) for batch in torch.from_numpy(pixels).split(BATCH_SIZE)])
 
 
 def embed_elsewhere(folders: list[Path], number: int, ensemble: Ensemble) -> dict[str, torch.Tensor]:

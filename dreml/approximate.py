@@ -11,7 +11,8 @@ from dreml.index import COLUMNS, IndexedPhotos, PhotoIndex
 from dreml.search import Found, Item, find_neighbours, nearest
 
 MIN_ROWS = 1000  # below, an exact search takes milliseconds
-EF, REFINE = 200, 4  # the photos that the vector index looks at; for how many times K their own vectors are compared
+EF = 200  # photos that the vector index keeps in view on its way; more found no more (docs/SEARCH.md)
+REFINE = 4  # for how many times K photos the vectors themselves are compared, not the index's bytes
 NUM_SAMPLES = 100  # photos by which the recall is measured
 
 
@@ -47,8 +48,9 @@ class ApproximateSearch:
     def candidates(self, vector: torch.Tensor, top: int) -> IndexedPhotos:
         """Photos that are nearest to a vector `(d,) float32`, or nearly so: a few more than `top`."""
         with self.index.one_line_errors():
-            query = self.table.search(vector.numpy()).distance_type("cosine").ef(EF).refine_factor(REFINE)
-            return self.index.loaded(query.select([*COLUMNS, "_distance"]).with_row_id(True).limit(top + 8).to_arrow())
+            query = self.table.search(vector.numpy()).distance_type("cosine").limit(top + 8)
+            query = query.refine_factor(REFINE).ef(max(EF, REFINE * (top + 8)))  # Lance refuses a smaller one
+            return self.index.loaded(query.select([*COLUMNS, "_distance"]).with_row_id(True).to_arrow())
 
     def find(self, queries: list[Item], query_rows: torch.Tensor, top: int) -> list[Found]:
         """As `find_neighbours`, but it may miss some neighbours."""
@@ -82,5 +84,6 @@ class ApproximateSearch:
         for row, similarities in zip(sample.tolist(), exact, strict=True):
             nearby, vector = self.candidates(photos.vectors[row], top), photos.vectors[row]
             itself = nearby.paths.index(photos.paths[row]) if photos.paths[row] in nearby.paths else -1
-            hits += int((nearest(vector[None], nearby.vectors, top, [itself])[0] >= similarities[-1]).sum())
+            least = similarities[-1] - 1.5e-6  # products of other shapes can be rounded to the next 1e-6
+            hits += int((nearest(vector[None], nearby.vectors, top, [itself])[0] >= least).sum())
         return hits / (NUM_SAMPLES * top)

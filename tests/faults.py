@@ -231,7 +231,8 @@ def check_index_kills(
             time.sleep(0.001)
         time.sleep(draw.choice([0, 0.02 * draw.random(), 0.5 * draw.random()]))
         for script in scripts:
-            os.kill(script.process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was done before
+                os.kill(script.process.pid, signal.SIGKILL)
             script.wait()
     last = [processes.start(*command, *options[0], folder=folder) for _ in range(num_processes)]
     assert [script.wait() for script in last] == [0] * num_processes, last[0].err

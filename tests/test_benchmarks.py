@@ -14,6 +14,8 @@ from reference import slow_best_similarities, slow_recall
 
 from benchmarks import plain, recall, thresholds, training
 from dreml.files import sha256
+from dreml.search import embed_images, folder_items
+from model import load_ensemble
 
 
 def table(output: str) -> dict[str, float]:
@@ -125,6 +127,16 @@ def test_benchmark_of_thresholds(tiny_run, tmp_path, capsys):
     numbers = re.findall(r"^\| (.+?) \| (\d+) \| .+ \| ([\d.]+) % \|$", last, re.MULTILINE)
     assert [row[:2] for row in numbers] == list(zip(names, ["3", "3", "1", "7", "400"], strict=True))
     assert numbers[-1][2] == f"{100 * (others[0] > above - 5e-7).mean():.3g}"
+
+
+def test_drawn_images_are_embedded_as_photos_are(tiny_run, tmp_path):
+    """So that the similarities of both are on one scale, for several members too."""
+    ensemble, generator = load_ensemble(tiny_run), np.random.default_rng(0)
+    images = [thresholds.draw_noise(generator), thresholds.draw_screen(generator)]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    expected = embed_images("--elsewhere", folder_items("--elsewhere", tmp_path), ensemble, 2)
+    assert torch.equal(thresholds.embed_drawn(images, ensemble), expected)
 
 
 def test_halves_of_the_classes_share_none():
