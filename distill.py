@@ -47,6 +47,7 @@ from dreml.runs.student import (
     StudentRun,
     StudentSettings,
     complete_settings,
+    kept_text,
     read_student_run,
 )
 from dreml.stopwatch import Stopwatch
@@ -171,18 +172,24 @@ def initial_state(lesson: Lesson) -> TrainState:
     return TrainState(model, torch.optim.AdamW(model.parameters(), **options), lesson.compute.grad_scaler())
 
 
-def mixed_batches(lesson: Lesson, draw: Callable[[str], np.random.Generator]) -> Iterator[torch.Tensor]:
-    """The batches of an epoch, `(B, 3, S, S) float32` on the device: cropped, mirrored, normalised, mixed in pairs."""
-    device, num_images, batch_size = lesson.compute.device, len(lesson.images), lesson.settings.batch_size
+def draw_pairs(
+    num_images: int, batch_size: int, draw: Callable[[str], np.random.Generator], device: torch.device
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Partners and weights for each batch of an epoch, see `mix`. They go to the device once an epoch."""
     spans, generator = batch_spans(num_images, batch_size), draw("mix")
     partners = np.concatenate([generator.permutation(stop - start) for start, stop in spans])
     weights = generator.random(num_images, np.float32)
-    partners, weights = (torch.from_numpy(array).to(device) for array in (partners, weights))  # once an epoch
+    partners, weights = torch.from_numpy(partners).to(device), torch.from_numpy(weights).to(device)
+    return [(partners[start:stop], weights[start:stop]) for start, stop in spans]
+
+
+def mixed_batches(lesson: Lesson, draw: Callable[[str], np.random.Generator]) -> Iterator[torch.Tensor]:
+    """The batches of an epoch, `(B, 3, S, S) float32` on the device: cropped, mirrored, normalised, mixed in pairs."""
+    device, num_images, batch_size = lesson.compute.device, len(lesson.images), lesson.settings.batch_size
     settings, no_labels = replace(lesson.of_run, batch_size=batch_size), np.zeros(num_images, np.int64)
     batches = epoch_batches(lesson.images, np.arange(num_images), no_labels, settings, draw, device)
-    for (start, stop), batch in zip(spans, batches, strict=True):
-        pixels = prepare(batch, lesson.teacher.mean, lesson.teacher.std)
-        yield mix(pixels, partners[start:stop], weights[start:stop])
+    for batch, pairs in zip(batches, draw_pairs(num_images, batch_size, draw, device), strict=True):
+        yield mix(prepare(batch, lesson.teacher.mean, lesson.teacher.std), *pairs)
 
 
 def train_epoch(state: TrainState, lesson: Lesson, epoch: int) -> dict[str, float]:
@@ -268,16 +275,6 @@ def recall_table(student: StudentRun, of_run: Run, device: torch.device) -> pd.D
     return table.assign(kept=100 * table[recall] / whole)
 
 
-def print_kept(table: pd.DataFrame) -> None:
-    """Says which share of the recall of all members the student keeps; of their pooled features too, if saved."""
-    recall, student = table.columns[4], table[table.model == "student"]
-    for name, rows in table[table.model == "ensemble"].groupby("embedding", sort=False):
-        whole = rows.iloc[-1]
-        shares = 100 * student[recall] / whole[recall]
-        parts = [f"{share:.1f} % ({own})" for share, own in zip(shares, student.embedding, strict=True)]
-        print(f"of the {recall} of {whole.networks} members' {name}, the student keeps {' and '.join(parts)}")
-
-
 # ------------------------------------------------------------------------------------------------ the student
 
 
@@ -337,7 +334,7 @@ def run(args: argparse.Namespace) -> None:
         with drawing():
             save_figure(draw_student(table), folder, "recall")
     print("\n" + shown.round(2).to_string(index=False))
-    print_kept(table)
+    print(kept_text(table))
     console.print_text(f"in {folder}")
 
 

@@ -1,9 +1,11 @@
 """The students of a run (distill.py): what defines one, what its folder holds, reading it."""
 
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from dreml.backbones import check_backbone, weights_tag
@@ -142,7 +144,7 @@ def find_student(run_folder: Path, tag: str = "") -> Path:
     if tag in tags:
         return found[tags.index(tag)]
     if not found:
-        raise InputError(f"{run_folder} has no student; to make one: python distill.py {run_folder}")
+        raise InputError(f"{run_folder} has no student; to make one: python distill.py {shlex.quote(str(run_folder))}")
     which = f"no student {tag!r}" if tag else "several students"
     raise InputError(f"{run_folder} has {which}: give one of {', '.join(tags)}")
 
@@ -213,3 +215,21 @@ def read_student_run(run_folder: Path, tag: str = "") -> StudentRun:
     folder, student = read_student(run_folder, record, tag, EMBEDDING_FILES)
     members = Members(run_folder, record.settings_hash)  # nobody looks at them
     return StudentRun(folder, record, members, 1, read_test(run_folder), student)
+
+
+# ------------------------------------------------------------------------------------------------ its recall
+
+
+def kept_text(table: pd.DataFrame) -> str:
+    """Which share of the recall of all members the student keeps, by their logits and, where saved, pooled features.
+
+    `table` is that of distill.py: model, embedding, networks, dimensions, and recalls, the first of which counts.
+    """
+    lines, recall, student = [], table.columns[4], table[table.model == "student"]
+    for name, rows in table[table.model == "ensemble"].groupby("embedding", sort=False):
+        whole = rows.iloc[-1]
+        shares = 100 * student[recall] / whole[recall]
+        parts = [f"{share:.1f} % ({own})" for share, own in zip(shares, student.embedding, strict=True)]
+        what = f"{whole.networks} members' {'logits' if name == 'logits' else 'pooled features'}"
+        lines.append(f"of the {recall} of {what}, the student keeps {' and '.join(parts)}")
+    return "\n".join(lines)
