@@ -11,7 +11,6 @@ A rerun of the same command goes on after the last finished epoch. Start reading
 
 import argparse
 import math
-import os
 import shutil
 import sys
 import time
@@ -36,7 +35,7 @@ from dreml.figures.curves import draw_student
 from dreml.figures.style import check_matplotlib, drawing, save_figure
 from dreml.files import make_folder, write_csv
 from dreml.runs import writer
-from dreml.runs.checkpoint import Progress
+from dreml.runs.checkpoint import SECONDS_BETWEEN_WRITES, Progress
 from dreml.runs.folder import Run, read_run
 from dreml.runs.settings import EMBEDDINGS, Settings, add_settings, settings_of
 from dreml.runs.student import (
@@ -83,6 +82,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     rest = parser.add_argument_group("the rest").add_argument
     rest("--data_path", type=Path, metavar="DIR", help="data sets (default: as in training)")
     rest("--device", default="auto", help=console.DEVICE_HELP)
+    progress_help = f"a progress file each S seconds (default: {SECONDS_BETWEEN_WRITES:g})"
+    rest("--progress_seconds", type=console.seconds, default=SECONDS_BETWEEN_WRITES, metavar="S", help=progress_help)
     rest("--deterministic", action="store_true", help="same bits each time on CUDA too, if it can; slower")
     args = parser.parse_args(argv)
     if args.batch_size < 2:
@@ -229,9 +230,9 @@ def train_student(lesson: Lesson, progress: Progress | None = None) -> tuple[nn.
         print(f"goes on after epoch {len(history) - 1}", flush=True)
     for epoch in range(len(history), lesson.settings.num_epochs):
         with console.name_interruption(f"epoch {epoch}"):
-            history.append(train_epoch(state, lesson, epoch))
+            history = [*history, train_epoch(state, lesson, epoch)]
         if progress:
-            progress.write(**state.state_dict(), history=history)
+            progress.end_of_epoch(state.state_dict(), history=history)
     return state.model, history
 
 
@@ -290,8 +291,7 @@ def run(args: argparse.Namespace) -> None:
     if cache.fingerprint != of_run.record.data.fingerprint:
         raise InputError(f"{cache.folder} is not the cache of this run: it was made from other images")
     writer.verify_once(of_run.folder, cache)
-    test_files = (os.path.join(data_path, of_run.settings.data_name, path) for path in of_run.test.path)
-    photos = find_photos(args.images, test_files) if args.images else {}
+    photos = find_photos(args.images, of_run.test, data_path / of_run.settings.data_name) if args.images else {}
     settings = replace(settings, photos=photos_checksum(photos))
 
     # 2. The student's folder and what it holds; a second process that wants the same student waits here
@@ -305,7 +305,7 @@ def run(args: argparse.Namespace) -> None:
         console.print_text(f"{folder}: {what}; device {here['device']}, {settings.precision}")
 
         # 3. The training; of a finished student, only what is missing
-        with Progress(folder, 0, record.owner) as progress:
+        with Progress(folder, 0, record.owner, args.progress_seconds) as progress:
             if finished is None:
                 teacher = load_ensemble(of_run.folder, device, num_members=of_run.num_members)
                 weights = backbone_weights(teacher.members[0])
@@ -327,6 +327,9 @@ def run(args: argparse.Namespace) -> None:
         shutil.rmtree(folder / "photos", ignore_errors=True)
 
         # 4. What it keeps of the ensemble's recall
+        if not len(of_run.test):
+            print("no test images: there is no recall")
+            return
         table = recall_table(read_student_run(of_run.folder, tag), of_run, device)
         powers = [2**power for power in range(of_run.num_members.bit_length())]
         shown = table[(table.model == "student") | table.networks.isin([*powers, of_run.num_members])]

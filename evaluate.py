@@ -38,6 +38,7 @@ from dreml.data.known_sets import default_recalls
 from dreml.figures.curves import draw_comparison, draw_found, draw_recall, draw_training
 from dreml.figures.style import check_matplotlib, drawing, printable, save_figure
 from dreml.files import writable, write_csv
+from dreml.runs.baseline import print_baseline, read_baseline
 from dreml.runs.folder import SUFFIXES, Run, TestSplit, read_run
 from dreml.runs.settings import EMBEDDINGS
 from dreml.runs.student import StudentRun, read_student_run
@@ -249,6 +250,7 @@ def run(args: argparse.Namespace) -> None:
         first = scores.sizes.columns[1]
         print_text(f"{one.folder}: {args.embedding}, percent")
         if args.student is None:
+            print_baseline(one.folder, one.record.settings_hash, scores.sizes)
             print(scores.sizes.assign(alone=scores.alone[first]).round(2).to_string(index=False))
             print(f"(alone: {first} of the last member of the row by itself)")
         else:
@@ -295,8 +297,10 @@ def common_recalls(runs: list[Run]) -> list[int]:
 
 
 def check_recalls(ks: list[int], run: Run) -> None:
-    """Raises InputError for a K that all images of the gallery would reach."""
+    """Raises InputError for a K that all images of the gallery would reach, and for a run without test images."""
     num_gallery = int(run.test.is_gallery.sum())
+    if not len(run.test):
+        raise InputError(f"{run.folder}: its data set has no test images: there is nothing to score")
     if max(ks) >= num_gallery:
         raise InputError(
             f"--recalls: {max(ks)} is not below the number of gallery images of {run.folder}, {num_gallery}"
@@ -321,7 +325,8 @@ def write_scores(run: Run, scores: Scores, folder: Path, suffix: str, plot: bool
             save_figure(found, folder, f"thresholds{suffix}")
             if not is_student:
                 records = [run.members.records[member] for member in range(1, run.num_members + 1)]
-                save_figure(draw_recall(scores.sizes, scores.alone), folder, f"evaluation{suffix}")
+                baseline = read_baseline(run.folder, run.record.settings_hash)
+                save_figure(draw_recall(scores.sizes, scores.alone, baseline), folder, f"evaluation{suffix}")
                 save_figure(draw_training(records), folder, "training")
 
 

@@ -14,6 +14,7 @@ from dreml.backbones import build_backbone, gains_from_bf16, without_drawing
 from dreml.console import InputError, one_line, out_of_memory
 from dreml.data.batches import image_batches, normalize, spans
 from dreml.data.images import ImageSpec
+from dreml.files import read_ahead
 from dreml.runs.folder import Members, member_file, member_numbers, read_run_record
 from dreml.runs.settings import EMBEDDINGS
 from dreml.runs.student import WEIGHTS, read_student
@@ -166,7 +167,12 @@ def extract_features(
     def fill(start: int, stop: int, out: np.ndarray) -> None:
         out[:] = images[start:stop]
 
-    loaded = image_batches(fill, batches, images.shape[1], device)
+    def ask(start: int, stop: int) -> None:
+        if isinstance(images, np.memmap):
+            size = images[0].nbytes
+            read_ahead(images.filename, spans(images.offset + start * size, images.offset + stop * size, size))
+
+    loaded = image_batches(fill, batches, images.shape[1], device, ask)
     with full_float32(device.type):
         for (start, stop), batch in zip(batches, loaded, strict=True):
             outputs[start:stop] = features(model, normalize(batch, *statistics), embedding)

@@ -44,6 +44,8 @@ from dreml.runs.settings import EMBEDDINGS
 from dreml.runs.student import StudentRun, read_student_run
 from dreml.search import (
     Found,
+    Item,
+    SplitItems,
     embed_queries,
     embeddings_of,
     find_neighbours,
@@ -52,7 +54,7 @@ from dreml.search import (
     places_of,
     query_items,
     refuse,
-    test_items,
+    test_item,
     unit_rows,
 )
 from dreml.thresholds import Threshold, read_threshold
@@ -127,6 +129,8 @@ def run(args: argparse.Namespace) -> None:
         trained = read_run(args.folder, args.num_members)
     else:
         trained = read_student_run(args.folder, args.student)
+    if not len(trained.test):
+        check_without_test_images(args)
     threshold = chosen_threshold(args.far, args.threshold, trained, args.embedding)
     data_path = args.data_path or Path(trained.record.options["data_path"])
     data_folder = data_path / trained.settings.data_name
@@ -137,13 +141,12 @@ def run(args: argparse.Namespace) -> None:
     if args.gallery:
         gallery = [] if index else folder_items("--gallery", args.gallery)  # [] for now
     else:
-        test = test_items(trained.test, data_folder)
-        gallery = [test[row] for row in np.flatnonzero(trained.test.is_gallery)]
+        gallery = SplitItems(trained.test, data_folder, np.flatnonzero(trained.test.is_gallery))
     searches = bool(queries or args.worst)
     if searches and not args.no_picture:
         check_matplotlib()
     if searches and not index:
-        places_of(queries or [test[row] for row in np.flatnonzero(trained.test.is_query)], gallery, args.top)
+        places_of(queries or [any_query(trained.test, data_folder)], gallery, args.top)
     has_test_images = not args.gallery or any(item.row is not None for item in queries)
     if has_test_images:
         trained.require(args.embedding)
@@ -171,8 +174,10 @@ def run(args: argparse.Namespace) -> None:
     if index and (export_path or not approximate):
         gallery = index.photos()
         gallery_rows = gallery.vectors.to(device)
-    elif not index:
+    elif args.gallery and not index:
         gallery_rows = embeddings_of("--gallery", gallery, saved, load)
+    elif not index:
+        gallery_rows = saved if len(gallery) == len(saved) else saved[gallery.rows]
     if export_path and args.gallery:
         table = pd.DataFrame({"path": [item.path for item in gallery], "class": [item.class_name for item in gallery]})
         export(export_path, gallery_rows, table)
@@ -185,7 +190,8 @@ def run(args: argparse.Namespace) -> None:
         title = f"similarity: mean cosine of {trained.num_members} members"
     if args.worst:
         rows = worst_queries(trained.split, saved, gallery_rows, args.worst)
-        queries, query_rows = [test[row]._replace(name=f"test:{row}") for row in rows], saved[rows]
+        queries = [test_item(trained.test, data_folder, row)._replace(name=f"test:{row}") for row in rows]
+        query_rows = saved[rows]
         name, title = "worst", f"{title}; wrong first neighbours, the most similar first"
     if not queries:
         return
@@ -216,6 +222,14 @@ def load_network(trained: Run, device: torch.device, embedding: str) -> Ensemble
     if isinstance(trained, StudentRun):
         return load_student(trained.run_folder, trained.tag, device, embedding)
     return load_ensemble(trained.folder, device, embedding, trained.num_members)
+
+
+def check_without_test_images(args: argparse.Namespace) -> None:
+    """Raises InputError for what needs the test images of a run that has none."""
+    if not args.gallery:
+        raise InputError(f"{args.folder}: its data set has no test images to search: give --gallery DIR")
+    if args.far is not None:
+        raise InputError(f"{args.folder}: its data set has no test images, and so no thresholds: give --threshold T")
 
 
 def draw(found: list[Found], thumbnails: Thumbnails, title: str, path: Path) -> None:
@@ -289,6 +303,12 @@ def update(index: PhotoIndex, refresh: bool, load: Callable[[], Ensemble]) -> No
 
 
 # ------------------------------------------------------------------------------------------------ --worst
+
+
+def any_query(test: pd.DataFrame, folder: Path) -> Item:
+    """A query of the test split, one that lies in the gallery too if there is one."""
+    rows = np.flatnonzero(test.is_query & test.is_gallery)
+    return test_item(test, folder, int(rows[0] if len(rows) else np.flatnonzero(test.is_query)[0]))
 
 
 def worst_queries(split: TestSplit, rows: torch.Tensor, gallery_rows: torch.Tensor, number: int) -> list[int]:

@@ -25,16 +25,17 @@ from torch import nn
 from tqdm import tqdm
 
 from dreml import console
-from dreml.backbones import check_backbone, read_weights, weights_tag
+from dreml.backbones import check_backbone, own_scaling, read_weights, weights_tag
 from dreml.console import InputError, RunError
 from dreml.data.augment import epoch_batches, prepare
 from dreml.data.cache import Cache, check_unchanged, read_cache
 from dreml.data.known_sets import default_recalls
 from dreml.files import make_folder, remove_leftovers, sha256
-from dreml.runs import writer
-from dreml.runs.checkpoint import Progress, snapshot
+from dreml.optimizers import learning_rate, make_optimizer, with_rates
+from dreml.runs import baseline, writer
+from dreml.runs.checkpoint import SECONDS_BETWEEN_WRITES, Progress, snapshot
 from dreml.runs.folder import MemberRecord, Members, TestSplit, member_file
-from dreml.runs.settings import EMBEDDINGS, RECIPES, Settings, add_settings, settings_of
+from dreml.runs.settings import EMBEDDINGS, Settings, add_settings, settings_of
 from model import Compute, TrainState, build_model, extract_features, load_member, pick_precision
 from utils import capped_images, draws, meta_class_partition, recall_at_k, similarity_memory, unmatched_queries
 
@@ -49,14 +50,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_settings(parser.add_argument_group("the method (these make another run folder)"))
     rest = parser.add_argument_group("the rest").add_argument
     rest("--ensemble_size", type=console.natural_number, default=12, metavar="L", help="members (default: 12)")
-    members_help = "train only these of them, such as 13-24 (default: all)"
-    rest("--members", type=console.member_list, metavar="I-J", help=members_help)
+    rest("--members", type=console.member_list, metavar="I-J", help="only these, such as 13-24 (default: all)")
     rest("--recalls", type=console.recall_list, metavar="K,K", help="Recall@K (default: 1,2,4,8; isc: 1,10,20,30)")
-    embedding_help = "logits (default), or pooled: the features before the last layer, of the same members"
-    rest("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
+    rest("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help="logits (default), or pooled features")
     rest("--data_path", type=Path, default=Path("data"), metavar="DIR", help="data sets (default: data)")
     rest("--results_path", type=Path, default=Path("results"), metavar="DIR", help="run folders (default: results)")
     rest("--device", default="auto", help=console.DEVICE_HELP)
+    progress_help = f"a progress file each S seconds (default: {SECONDS_BETWEEN_WRITES:g})"
+    rest("--progress_seconds", type=console.seconds, default=SECONDS_BETWEEN_WRITES, metavar="S", help=progress_help)
     rest("--deterministic", action="store_true", help="same bits each time on CUDA too, if it can; slower")
     args = parser.parse_args(argv)
     if args.ensemble_size > console.MAX_ENSEMBLE_SIZE:
@@ -86,29 +87,6 @@ class Sums:
     def zeros(cls, device: torch.device) -> "Sums":
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         return cls(torch.zeros((), device=device), counts[0], counts[1])
-
-
-def make_optimizer(name: str, model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    """Adam, or SGD with momentum 0.9; neither with weight decay.
-
-    Fused on CUDA and CPU: one kernel, which also reads fp16's gradient scale without a wait for the device.
-    """
-    fused = device.type in ("cuda", "cpu")
-    if name == "adam":
-        return torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
-    if name != "sgd":
-        raise ValueError(f"no optimizer is called {name!r}")
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=fused)
-    for parameter in model.parameters():
-        # PyTorch's own start, uninitialised memory, is kept if fp16's scale overflows in the first step (2.6 to 2.15).
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
-def learning_rate(settings: Settings, epoch: int) -> float:
-    """The rate in an epoch, counted from 0: for each milestone a tenth from int(milestone * E) on, never in epoch 0."""
-    milestones = RECIPES[settings.optimizer].milestones
-    return settings.lr / 10 ** sum(epoch >= max(int(milestone * settings.num_epochs), 1) for milestone in milestones)
 
 
 def train_step(state: TrainState, compute: Compute, pixels: torch.Tensor, targets: torch.Tensor, sums: Sums) -> None:
@@ -162,8 +140,7 @@ def train_epoch(
                 next_reading = time.perf_counter() + SECONDS_BETWEEN_READINGS
     loss, num_correct, finite_steps = (each.item() for each in (sums.loss, sums.correct, sums.finite_steps))  # waits
     seconds, loss, accuracy = time.perf_counter() - start, loss / num_images, 100 * num_correct / num_images
-    rate = f"{num_images / seconds:,.0f} images/s"
-    print(f"{title}: loss {loss:.4f}, accuracy {accuracy:.2f}%, {rate}", flush=True)
+    print(f"{title}: loss {loss:.4f}, accuracy {accuracy:.2f}%, {num_images / seconds:,.0f} images/s", flush=True)
     if finite_steps < sums.steps:
         raise RunError(f"{title}, batch {finite_steps}: the loss is not finite; {compute.overflow_remedy()}")
     result = {"loss": loss, "accuracy": accuracy, "correct": num_correct, "images": num_images}
@@ -182,6 +159,7 @@ class Experiment:
     weights: dict[str, torch.Tensor] | None  # the backbone's initial weights; None: from scratch
     compute: Compute
     environment: dict[str, str | int | None]
+    progress_seconds: float = SECONDS_BETWEEN_WRITES
 
     @cached_property
     def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,7 +184,8 @@ def train_member(
     """Trains one member (docs/METHOD.md, "One member"), from where `progress` stands.
 
     Returns the network, on the device, with the weights of the epoch of the best training accuracy (counted during the
-    epoch; the earlier one on a tie), and how it came about: best epoch, history and partition.
+    epoch; the earlier one on a tie), or for "onecycle" of the last epoch, and how it came about: best epoch, history
+    and partition.
     """
     settings, compute, cache = experiment.settings, experiment.compute, experiment.cache
     labels, (num_classes, _) = cache.array("train_labels"), cache.counts["train"]
@@ -223,35 +202,36 @@ def train_member(
         print(f"{title}: goes on after epoch {len(history) - 1}", flush=True)
 
     for epoch in range(len(history), settings.num_epochs):
-        rate = learning_rate(settings, epoch)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
         draw = partial(draws, settings.seed, member, epoch)
         torch.manual_seed(int(draw("dropout").integers(2**63)))  # for networks that have some; a ResNet draws nothing
         batches = epoch_batches(cache, images, targets, settings, draw, compute.device)
         prepared = ((prepare(batch, *experiment.statistics), batch.targets) for batch in batches)
+        paced = with_rates(prepared, state.optimizer, settings, epoch, len(images))
         with console.name_interruption(f"epoch {epoch}"):
-            result = train_epoch(state, compute, prepared, len(images), f"{title} epoch {epoch}")
-        history.append({"epoch": epoch, "lr": rate} | result)
-        if best_epoch < 0 or result["correct"] > history[best_epoch]["correct"]:
+            result = train_epoch(state, compute, paced, len(images), f"{title} epoch {epoch}")
+        history = [*history, {"epoch": epoch, "lr": learning_rate(settings, epoch + 0.5)} | result]
+        keeps_last = best_epoch < 0 or settings.schedule == "onecycle"  # whose last epoch has the smallest rates
+        if keeps_last or result["correct"] > history[best_epoch]["correct"]:
             best_epoch, best_model = epoch, snapshot(state.model.state_dict(), compute.device)
         if progress:
             other_best = None if best_epoch == epoch else best_model  # None: the same as the model
-            progress.write(**state.state_dict(), history=history, best_epoch=best_epoch, best_model=other_best)
+            progress.end_of_epoch(state.state_dict(), history=history, best_epoch=best_epoch, best_model=other_best)
     state.model.load_state_dict(best_model)
     return state.model, {"best_epoch": best_epoch, "history": history, "partition": partition.tolist()}
 
 
-def embed_test_images(experiment: Experiment, model: nn.Module, member: int, embedding: str) -> torch.Tensor:
+def embed_test_images(
+    experiment: Experiment, model: nn.Module, title: str, embedding: str, scaling: tuple | None = None
+) -> torch.Tensor:
     """The features of all test images, `(M, d) float32`, in batches twice as large as in training if they fit."""
-    images = experiment.cache.array("test_images")
+    images, scaling = experiment.cache.array("test_images"), scaling or experiment.statistics
 
     def extract(batch_size: int) -> torch.Tensor:
-        return extract_features(model, images, experiment.statistics, batch_size, embedding)
+        return extract_features(model, images, scaling, batch_size, embedding)
 
     outputs = console.with_less_memory(extract, 2 * experiment.settings.batch_size)
     if not torch.isfinite(outputs).all():
-        raise RunError(f"member {member}: its embedding is not finite; {experiment.compute.overflow_remedy()}")
+        raise RunError(f"{title}: its embedding is not finite; {experiment.compute.overflow_remedy()}")
     return outputs
 
 
@@ -269,7 +249,7 @@ def make_member(experiment: Experiment, members: Members, member: int, embedding
 
 def finish_member(experiment: Experiment, members: Members, member: int, title: str) -> MemberRecord:
     """Trains, embeds and saves one member. Returns its record."""
-    with Progress(members.folder, member, members.settings_hash) as progress:
+    with Progress(members.folder, member, members.settings_hash, experiment.progress_seconds) as progress:
         for name in (member_file(member, "*"), progress.path.name):
             remove_leftovers(members.folder, name)
         if member in members.not_embedded:
@@ -278,7 +258,7 @@ def finish_member(experiment: Experiment, members: Members, member: int, title: 
             model, result = train_member(experiment, member, title, progress)
             owner = {"member": member, "run": members.settings_hash, "environment": experiment.environment}
             record = MemberRecord(**owner, **result, sha256={})
-        logits = embed_test_images(experiment, model, member, "logits")
+        logits = embed_test_images(experiment, model, f"member {member}", "logits")
         check_unchanged(experiment.cache)
         writer.save_member(members.folder, record, model, logits)
         progress.remove()
@@ -292,7 +272,7 @@ def pool_member(experiment: Experiment, members: Members, member: int) -> None:
     checksum = sha256(weights)
     if checksum != members.records[member].sha256[weights.name]:
         raise RunError(f"{weights} has changed since this run began; run the same command again")
-    pooled = embed_test_images(experiment, load_trained(experiment, members, member), member, "pooled")
+    pooled = embed_test_images(experiment, load_trained(experiment, members, member), f"member {member}", "pooled")
     check_unchanged(experiment.cache)
     writer.save_pooled(members.folder, member, members.settings_hash, checksum, pooled)
 
@@ -304,6 +284,23 @@ def load_trained(experiment: Experiment, members: Members, member: int) -> nn.Mo
 
 
 # ------------------------------------------------------------------------------------------------ the ensemble
+
+
+def score_baseline(experiment: Experiment, members: Members, split: TestSplit, ks: list[int], weights: str) -> None:
+    """Scores, once, what finds images without training: the pooled features of the initial weights, and the colours.
+
+    Pretrained weights see images scaled as they were for them; members are trained on the data set's own scaling.
+    """
+    backbone = experiment.settings.backbone
+
+    def initial_features() -> torch.Tensor:
+        initial = replace(experiment, weights=read_weights(backbone, weights))
+        scaling = own_scaling(backbone, experiment.compute.device) if initial.weights else None
+        return embed_test_images(initial, initial_state(initial, 1).model, "initial network", "pooled", scaling)
+
+    score, images = partial(recall_percent, split=split, ks=ks), experiment.cache.array("test_images")
+    with console.name_interruption("the scores before training"):
+        baseline.update_baseline(members, images, ks, initial_features, score)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -342,11 +339,13 @@ def run(args: argparse.Namespace) -> None:
     check_unchanged(cache)
 
     # 3. The members that are missing, one after the other; other processes may train others of them at the same time
-    experiment = Experiment(cache, settings, weights, Compute(device, settings.precision), here)
+    experiment = Experiment(cache, settings, weights, Compute(device, settings.precision), here, args.progress_seconds)
     table_of = partial(recall_table, split, args.recalls)
     score = partial(writer.update_logs, members, args.ensemble_size, device, table_of)
     if members.records:
         score("logits")
+    if len(split.labels):
+        score_baseline(experiment, members, split, args.recalls, args.weights)
     num_made = 0
     while (locked := members.lock_next_missing(wanted, args.embedding)) is not None:
         (member, lock), start = locked, time.perf_counter()
@@ -371,7 +370,11 @@ def run(args: argparse.Namespace) -> None:
         which = "not finished" if args.embedding == "logits" else f"without {args.embedding} features"
         print(f"{which}: member {', '.join(map(str, missing))}; the process that finishes the last one scores")
         return
+    if not len(split.labels):
+        print(f"{len(embeddings)} members are finished in {folder}; there are no test images, and so no recall")
+        return
     alone = [recall_percent([embedding], split, args.recalls[:1]).item() for embedding in embeddings]
+    baseline.print_baseline(folder, members.settings_hash, table)
     print("\n" + table.assign(alone=alone).round(2).to_string(index=False))
     print(f"(alone: R@{args.recalls[0]} of the last member of the row by itself)")
     final = ", ".join(f"{name} {value:.2f}" for name, value in table.iloc[-1, 1:].items())
@@ -383,7 +386,7 @@ def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSpl
     (num_classes, _), num_gallery = cache.counts["train"], int(split.is_gallery.sum())
     if not 2 <= (size := settings.meta_class_size) <= num_classes:
         raise InputError(f"--meta_class_size {size} has to be in 2..{num_classes} (training classes)")
-    if max(ks) >= num_gallery:
+    if len(split.labels) and max(ks) >= num_gallery:
         raise InputError(f"--recalls: {max(ks)} is not below the number of gallery images, {num_gallery}")
 
 
@@ -397,6 +400,8 @@ def print_exceptions(cache: Cache, split: TestSplit, training: bool) -> None:
             f"{too_large.sum()} classes have more than {MAX_IMAGES_PER_CLASS} images: each member trains on a random "
             f"{MAX_IMAGES_PER_CLASS} of each and leaves out {left_out:,} of {num_images:,} images"
         )
+    if not len(split.labels):
+        print("no test images: all classes are trained on, and there will be no recall")
     if not (split.is_query & split.is_gallery).all():
         print(f"{int(split.is_query.sum()):,} queries against a gallery of {int(split.is_gallery.sum()):,} images")
     unmatched = int(unmatched_queries(*split).sum())
@@ -405,10 +410,11 @@ def print_exceptions(cache: Cache, split: TestSplit, training: bool) -> None:
 
 
 def recall_table(split: TestSplit, ks: list[int], embeddings: list[torch.Tensor]) -> pd.DataFrame:
-    """Recall@K in percent, a row for each ensemble size."""
-    recalls = recall_percent(embeddings, split, ks) if embeddings else np.empty((0, len(ks)))
+    """Recall@K in percent, a row for each ensemble size; no row without test images."""
+    is_scored = embeddings and len(split.labels)
+    recalls = recall_percent(embeddings, split, ks) if is_scored else np.empty((0, len(ks)))
     table = pd.DataFrame(recalls, columns=[f"R@{k}" for k in ks])
-    table.insert(0, "ensemble_size", range(1, len(embeddings) + 1))
+    table.insert(0, "ensemble_size", range(1, len(recalls) + 1))
     return table
 
 

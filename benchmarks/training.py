@@ -92,7 +92,7 @@ def first_epoch(experiment: Experiment, targets: np.ndarray) -> Iterator[Batch]:
 def inputs(experiment: Experiment, data: Path, repeats: int) -> None:
     """One epoch of batches, nothing computed on them, against PIL and transforms in a DataLoader."""
     cache, settings, device = experiment.cache, experiment.settings, experiment.compute.device
-    paths = [data / "images" / path for path in cache.meta.train["paths"]]
+    paths = [data / "images" / path for path in cache.paths("train")]
     targets, workers = np.array(cache.array("train_labels")), num_cores()
     plain_set = PlainImages(paths, targets.tolist(), plain_transforms(settings.image_size, True, True))
 

@@ -86,6 +86,8 @@ def build_backbone(backbone: str, num_classes: int) -> tuple[nn.Module, str]:
         options = {"aux_logits": False, "init_weights": True} if backbone in AUXILIARY else {}
         network = torchvision_models().get_model(backbone, weights=None, num_classes=num_classes, **options)
         heads = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+        if backbone.startswith("mnasnet"):  # its own loader wants a version number, which our files have not
+            network._load_from_state_dict = functools.partial(nn.Module._load_from_state_dict, network)
     if not heads:
         raise InputError(f"--backbone {backbone}: its last layer is not one linear layer, which the method replaces")
     return network, heads[-1]
@@ -160,12 +162,13 @@ def torchvision_weights(backbone: str):
     return next(entries[recipe] for recipe in RECIPES if recipe in entries.__members__)
 
 
-def own_scaling(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the channels, in 0..1, with which the library scaled its weights' input."""
+def own_scaling(backbone: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the channels, in 0..1, `(3,)` each, for which the library trained its weights."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # every recipe of torchvision
     if backbone.startswith(TIMM):
         entry = timm_library().models.get_pretrained_cfg(backbone.removeprefix(TIMM))
-        return entry.mean, entry.std
-    return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # every recipe of torchvision
+        mean, std = entry.mean, entry.std
+    return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
 def read_weights(backbone: str, weights: str) -> dict[str, torch.Tensor] | None:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from dreml.console import InputError, format_problems, one_line, print_text
-from dreml.data.cache import CACHE_VERSION
+from dreml.data.images import IMAGE_VERSION
 from dreml.files import atomic_open, json_sha256, take_lock, writable
 from dreml.photos import IndexedPhotos, Photo, Row, class_of, list_photos, read_photos, walk_order
 from dreml.runs.folder import Run
@@ -45,7 +45,7 @@ def model_checksum(run: Run, embedding: str) -> str:
 
     Made from the run's settings and data, the kind of embedding, the members' weights, and how pixels are read.
     """
-    return json_sha256([run.record.settings_hash, embedding, run.num_members, run.weights, CACHE_VERSION])
+    return json_sha256([run.record.settings_hash, embedding, run.num_members, run.weights, IMAGE_VERSION])
 
 
 def default_place(run: Run, photos: Path, model: str) -> Path:

@@ -17,8 +17,8 @@ import torch
 from dreml.console import InputError, num_cores, progress_bar
 from dreml.data.images import BadImage, ImageSpec, bad_image, read_test_image
 from dreml.data.lists import LeftOut
-from dreml.files import sha256
-from dreml.search import Item, image_names, refuse
+from dreml.files import file_id, sha256
+from dreml.search import Item, image_names, names_of, refuse
 
 
 class Photo(NamedTuple):
@@ -128,8 +128,10 @@ class IndexedPhotos(Sequence[Item]):
     def place_of(self, query: Item) -> int:
         """The place of the photo that is the query's own file, by whatever path, or -1."""
         try:
-            found, file = os.stat(query.file), os.path.realpath(query.file)
+            found = os.stat(query.file)
         except OSError:  # a test image whose file is gone
             return -1
         same = np.flatnonzero((self.sizes == found.st_size) & (self.mtimes == found.st_mtime_ns)).tolist()
-        return next((place for place in same if os.path.realpath(self.folder / self.paths[place]) == file), -1)
+        names, own = names_of(query.file), (found.st_dev, found.st_ino)
+        same.sort(key=lambda place: os.path.basename(self.paths[place]) not in names)  # one of its name first
+        return next((place for place in same if file_id(self.folder / self.paths[place]) == own), -1)

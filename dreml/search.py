@@ -3,7 +3,7 @@
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from dreml.console import (
 from dreml.data.batches import image_batches, spans
 from dreml.data.images import BadImage, read_test_image
 from dreml.data.lists import LeftOut, class_folders
+from dreml.files import file_id
 
 BATCH_SIZE = 128  # images embedded at a time
 
@@ -55,10 +56,25 @@ def test_item(test: pd.DataFrame, folder: Path, row: int) -> Item:
     return Item(path, path, test.class_name[row], folder / path, row)
 
 
-def test_items(test: pd.DataFrame, folder: Path) -> list[Item]:
-    """All images of the test split, row by row of test.csv."""
-    pairs = zip(test.path, test.class_name, strict=True)
-    return [Item(path, path, name, folder / path, row) for row, (path, name) in enumerate(pairs)]
+class SplitItems(Sequence[Item]):
+    """Images of the test split, made when they are asked for: a search needs a few of a million."""
+
+    def __init__(self, test: pd.DataFrame, folder: Path, rows: np.ndarray):
+        self.test, self.folder = test, folder
+        self.rows = rows  # (N,) int64, of test.csv, in order
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Item:
+        return test_item(self.test, self.folder, int(self.rows[place]))
+
+    def place_of(self, query: Item) -> int:
+        """The place of a query, or -1: one that is not of the test split has no row."""
+        if query.row is None:
+            return -1
+        place = int(np.searchsorted(self.rows, query.row))
+        return place if place < len(self) and self.rows[place] == query.row else -1
 
 
 def image_names(option: str, folder: Path, problems: list[str], left_out: LeftOut) -> Iterator[tuple[str, str]]:
@@ -114,7 +130,8 @@ def query_items(texts: Sequence[str], test: pd.DataFrame, folder: Path) -> tuple
         elif text.startswith("test:"):
             number = text.removeprefix("test:")
             if not number.isascii() or not number.isdigit() or len(number) > 9 or int(number) >= len(test):
-                problems.append(f"{text}: INDEX has to be in 0..{len(test) - 1}, a row of test.csv")
+                rows = f"INDEX has to be in 0..{len(test) - 1}, a row of test.csv"
+                problems.append(f"{text}: {rows if len(test) else 'the data set has no test images'}")
             else:
                 items.append(test_item(test, folder, int(number))._replace(name=text))
         elif os.path.isdir(text):  # unlike Path.is_dir, also for a text that is too long for a name
@@ -126,24 +143,33 @@ def query_items(texts: Sequence[str], test: pd.DataFrame, folder: Path) -> tuple
             items.append(Item(text, text, None, Path(text)))
         else:
             problems.append(f"{text}: no such image or folder (test:INDEX for a test image)")
-    if any(item.row is None for item in items) and os.path.isdir(folder):  # else no file is that of a test image
-        rows = {file: row for row, file in enumerate(real_paths(os.path.join(folder, path) for path in test.path))}
-        for place, item in enumerate(items):
-            row = rows.get(os.path.realpath(item.file)) if item.row is None else None
+    if os.path.isdir(folder):  # else no file is that of a test image
+        places = [place for place, item in enumerate(items) if item.row is None]
+        rows = own_rows([items[place].file for place in places], test, folder)
+        for place, row in zip(places, rows, strict=True):
             if row is not None:
-                items[place] = test_item(test, folder, row)._replace(name=item.name)
+                items[place] = test_item(test, folder, row)._replace(name=items[place].name)
     return items, problems
 
 
-def real_paths(files: Iterable[str]) -> Iterator[str]:
-    """`os.path.realpath` of each file. Each folder is looked up once."""
-    folders: dict[str, str] = {}
-    for file in files:
-        folder, name = os.path.split(file)
-        if folder not in folders:
-            folders[folder] = os.path.realpath(folder)
-        path = os.path.join(folders[folder], name)
-        yield os.path.realpath(path) if os.path.islink(path) else path
+def names_of(file: Path) -> set[str]:
+    """The name of a file, and of the file that it is a link to."""
+    return {os.path.basename(file), os.path.basename(os.path.realpath(file))}
+
+
+def own_rows(files: list[Path], test: pd.DataFrame, folder: Path) -> list[int | None]:
+    """The row of test.csv whose image is each of some files, by whatever path; None for other photos.
+
+    The disk is asked only for test images that have the name of one of the files, or of the file that it is a link to:
+    asking for a million takes long.
+    """
+    names = set().union(*map(names_of, files))
+    rows: dict[tuple[int, int] | None, int] = {}
+    for row, path in enumerate(test.path.tolist() if names else []):
+        if path.rpartition("/")[2] in names:
+            rows.setdefault(file_id(os.path.join(folder, path)), row)
+    rows.pop(None, None)
+    return [rows.get(file_id(file)) for file in files]
 
 
 # ------------------------------------------------------------------------------------------------ embedding
@@ -331,12 +357,15 @@ def places_of(queries: list[Item], gallery: Sequence[Item], top: int) -> list[in
     """
     if not isinstance(gallery, list):
         places = [gallery.place_of(query) for query in queries]
-    elif gallery[0].row is None:
-        place_of_file = {file: place for place, file in enumerate(real_paths(str(item.file) for item in gallery))}
-        places = [place_of_file.get(os.path.realpath(query.file), -1) for query in queries]
-    else:  # a query that is not of the test split has no row
-        place_of_row = {item.row: place for place, item in enumerate(gallery)}
-        places = [place_of_row.get(query.row, -1) for query in queries]
+    else:
+        place_of_name = {item.file: place for place, item in enumerate(gallery)}
+        places = [place_of_name.get(query.file, -1) for query in queries]
+        if min(places) < 0:
+            place_of_file = {file_id(item.file): place for place, item in enumerate(gallery)}
+            place_of_file[None] = -1
+            for number, query in enumerate(queries):
+                if places[number] < 0:
+                    places[number] = place_of_file.get(file_id(query.file), -1)
     available = len(gallery)
     if max(places) >= 0:
         available -= 1

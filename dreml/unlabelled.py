@@ -2,32 +2,33 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from dreml.console import InputError, format_problems, num_cores, progress_bar
 from dreml.data.cache import Cache
-from dreml.data.cache_writer import CacheJob, store_images
-from dreml.data.images import BadImage
-from dreml.data.lists import Entry
+from dreml.data.cache_writer import CacheJob, offsets_of, store_images
+from dreml.data.lists import Entries, Entry
 from dreml.files import json_sha256, make_folder, sha256
-from dreml.search import folder_items, real_paths
+from dreml.search import folder_items, own_rows
 
 OPTION = "--images"
 
 
-def find_photos(folders: list[Path], forbidden: Iterable[str]) -> dict[str, Path]:
+def find_photos(folders: list[Path], test: pd.DataFrame, data_folder: Path) -> dict[str, Path]:
     """All images below the folders, by the SHA-256 of their files and in its order: each content counts once.
 
-    Raises InputError for a folder without images, and for files that are `forbidden`: the test images.
+    Raises InputError for a folder without images, and for files that are test images: those of test.csv, `test`, whose
+    paths are relative to `data_folder`.
     """
     files = [item.file for folder in folders for item in folder_items(OPTION, folder)]
-    test = set(real_paths(forbidden)) & set(real_paths(map(str, files)))
-    if test:
+    of_test = [file for file, row in zip(files, own_rows(files, test, data_folder), strict=True) if row is not None]
+    if of_test:
         raise InputError(
-            f"{OPTION}: {len(test):,} of the files are test images of this run, such as {sorted(test)[0]}: a student "
+            f"{OPTION}: {len(of_test):,} of the files are test images of this run, such as {of_test[0]}: a student "
             "that has seen them could not be measured by them"
         )
     photos = {sha256(file): file for file in progress_bar(files, f"{OPTION}: checksums", len(files))}
@@ -45,18 +46,19 @@ def store_photos(photos: dict[str, Path], folder: Path, cache: Cache) -> Cache:
     Those that cannot be used are left out and named. Raises InputError if none is left.
     """
     make_folder(folder)
-    entries = [Entry("train", "", "", os.path.abspath(file)) for file in photos.values()]
-    job = CacheJob(OPTION, Path(), cache.spec, num_cores(), skip_bad=True)
-    stored = store_images(folder, entries, job)
-    bad = [str(image) for image in stored if isinstance(image, BadImage)]
-    sizes = [(image.height, image.width) for image in stored if not isinstance(image, BadImage)]
-    if bad:
-        text = f"warning: {OPTION}: {len(bad):,} images cannot be used:{format_problems(bad)}"
+    entries = Entries()
+    for file in photos.values():
+        entries.append(Entry("train", "", "", os.path.abspath(file)))
+    images = store_images(folder, entries, CacheJob(OPTION, Path(), cache.spec, num_cores(), skip_bad=True))
+    if images.bad:
+        problems = format_problems([images.bad[row] for row in sorted(images.bad)])
+        text = f"warning: {OPTION}: {len(images.bad):,} images cannot be used:{problems}"
         print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
-    if not sizes:
+    good = np.flatnonzero(images.good)
+    if not len(good):
         raise InputError(f"{OPTION}: no image is left")
-    np.save(folder / "train_sizes.npy", np.array(sizes, np.int32))
-    np.save(folder / "train_offsets.npy", np.cumsum([0] + [height * width * 3 for height, width in sizes]))
+    np.save(folder / "train_sizes.npy", images.sizes[good])
+    np.save(folder / "train_offsets.npy", offsets_of(images.num_bytes(good)))
     return Cache(folder, cache.meta, fingerprint="")
 
 
@@ -79,6 +81,15 @@ class JoinedImages:
 
     def train_crops(self, indices: np.ndarray, corners: np.ndarray, sides: np.ndarray, out: np.ndarray) -> None:
         """As `Cache.train_crops`."""
-        for cache, start, stop in self.parts:
-            mine = np.flatnonzero((start <= indices) & (indices < stop))
+        for cache, start, mine in self._parts_of(indices):
             cache.train_crops(indices[mine] - start, corners[mine], sides[mine], [out[place] for place in mine])
+
+    def read_ahead(self, indices: np.ndarray, corners: np.ndarray, sides: np.ndarray) -> None:
+        """As `Cache.read_ahead`."""
+        for cache, start, mine in self._parts_of(indices):
+            cache.read_ahead(indices[mine] - start, corners[mine], sides[mine])
+
+    def _parts_of(self, indices: np.ndarray) -> Iterator[tuple[Cache, int, np.ndarray]]:
+        """For each cache, the number of its first image and which of the indices are of its images."""
+        for cache, start, stop in self.parts:
+            yield cache, start, np.flatnonzero((start <= indices) & (indices < stop))

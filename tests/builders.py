@@ -5,6 +5,7 @@ import hashlib
 import io
 import re
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -253,6 +254,17 @@ def write_image_folder(root: Path, classes: int = 2, images: int = 2) -> None:
 def build(data: Path, name: str, spec: ImageSpec = SPEC, **options) -> Cache:
     """The cache of data/NAME, made by one worker process."""
     return build_cache(data, name, spec, **{"num_workers": 1} | options)
+
+
+def bytes_an_image(call: Callable[[int], object]) -> float:
+    """By how much the peak memory of call(number of images) grows with each image."""
+    peaks = []
+    for number in (1_000, 5_000, 15_000):  # the first one fills caches
+        tracemalloc.start()
+        call(number)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    return (peaks[2] - peaks[1]) / 10_000
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -22,6 +22,8 @@ import train
 from dreml.files import read_record
 from dreml.search import BATCH_SIZE
 
+EACH_EPOCH = ["--progress_seconds", "0"]
+INTERVALS = [EACH_EPOCH, ["--progress_seconds", "0.01"], []]  # not shorter than 20 times what a write takes; 30 seconds
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 
 # ------------------------------------------------------------------------------------------------ data and results
@@ -85,12 +87,15 @@ def check_same(root: Path, expected: Path) -> None:
 
 
 def stop_in_epoch(monkeypatch: pytest.MonkeyPatch, stop: int, reason: type[BaseException]) -> None:
-    """Lets training be interrupted when epoch `stop` of any member begins."""
+    """Lets training be interrupted after the first step of epoch `stop` of any member."""
     train_epoch = train.train_epoch
 
+    def one(batches):
+        yield next(batches)
+        raise reason
+
     def until(state, compute, batches, num_images, title):
-        if title.endswith(f" epoch {stop}"):
-            raise reason
+        batches = one(batches) if title.endswith(f" epoch {stop}") else batches
         return train_epoch(state, compute, batches, num_images, title)
 
     monkeypatch.setattr(train, "train_epoch", until)
@@ -107,19 +112,23 @@ def interrupted(finished: Path, root: Path) -> Path:
     return root
 
 
-def check_kills(processes: Processes, expected: Path, root: Path, seed: int, small: bool = True) -> None:
+def check_kills(processes: Processes, expected: Path, root: Path, seed: int, small: bool = True) -> int:
     """Both scripts are killed five times each: by a signal after a random time, or before a random change to files.
 
-    In the end, `root` has to be as `expected`, where they were not killed.
+    In the end, `root` has to be as `expected`, where they were not killed. Returns the number of kills.
     """
-    draw, measured = random.Random(seed), root / "measured"
+    total, draw, measured = 0, random.Random(seed), root / "measured"
     for folder in (root, measured):
         raw = shutil.ignore_patterns("cache*", ".cache*")
         shutil.copytree(expected / "data", folder / "data", ignore=raw, copy_function=os.link)
-    preprocess, training = ["data_utils.py", "--data_name", "tiny", "--image_size", "32"], ["train.py", *TINY]
-    for command, product in ((preprocess, root / "data" / "tiny" / "cache_32"), (training, root / "results")):
-        whole, kills = processes.run(*command, folder=measured, small=small), 0
+    preprocess, training = (
+        ["data_utils.py", "--data_name", "tiny", "--image_size", "32"],
+        ["train.py", *TINY, *EACH_EPOCH],
+    )
+    for first, product in ((preprocess, root / "data" / "tiny" / "cache_32"), (training, root / "results")):
+        whole, kills = processes.run(*first, folder=measured, small=small), 0
         while kills < 5:
+            command = [*first, *draw.choice(INTERVALS)] if first is training else first
             reach = draw.choice([0.3, 1.0])  # training goes on, so it comes to its end in short pieces too
             if draw.random() < 0.5:
                 last_change = draw.randrange(int(reach * whole.num_changes))
@@ -140,8 +149,10 @@ def check_kills(processes: Processes, expected: Path, root: Path, seed: int, sma
                 kills += 1
             else:  # it was done before: from the beginning
                 shutil.rmtree(product)
-        processes.run(*command, folder=root, small=small)
+        processes.run(*first, folder=root, small=small)
+        total += kills
     check_same(root, expected)
+    return total
 
 
 def check_student_kills(processes: Processes, run: Path, folder: Path, num_kills: int, seed: int) -> None:
@@ -155,10 +166,12 @@ def check_student_kills(processes: Processes, run: Path, folder: Path, num_kills
     command = ["distill.py", "results/run", *STUDENT]
     whole, kills = processes.run(*command, folder=roots[1]), 0
     while kills < num_kills:
+        interval = draw.choice(INTERVALS)
         if draw.random() < 0.5:
-            script = processes.start(*command, folder=roots[0], last_change=draw.randrange(whole.num_changes))
+            last_change = draw.randrange(whole.num_changes)
+            script = processes.start(*command, *interval, folder=roots[0], last_change=last_change)
         else:
-            script = processes.start(*command, folder=roots[0])
+            script = processes.start(*command, *interval, folder=roots[0])
             time.sleep(draw.uniform(0.01, whole.seconds))
             script.process.kill()
         code = script.wait()
@@ -185,10 +198,10 @@ def damage(path: Path, draw: random.Random) -> None:
     path.write_bytes(content)
 
 
-def check_damages(finished: Path, folder: Path, read_errors: Callable[[], str], seed: int) -> None:
+def check_damages(finished: Path, folder: Path, read_errors: Callable[[], str], seed: int) -> int:
     """Damages every file, each in its turn: that is noticed and mended by the command that is named, or harmless.
 
-    `read_errors` returns what was printed to stderr since it was last called.
+    `read_errors` returns what was printed to stderr since it was last called. Returns the number of damaged files.
     """
     draw, stopped = random.Random(seed), interrupted(finished, folder / "stopped")
     parts = [path for part in ("data", "results") for path in (finished / part).rglob("*") if path.is_file()]
@@ -208,6 +221,7 @@ def check_damages(finished: Path, folder: Path, read_errors: Callable[[], str], 
             assert data_utils.main(shlex.split(remedy[2])) == 0 and train.main([*TINY, *here(root)]) == 0
         check_same(root, finished)
         shutil.rmtree(root)
+    return len(files) + 1
 
 
 # ------------------------------------------------------------------------------------------------ torchrun
@@ -217,7 +231,7 @@ def check_torchrun(processes: Processes, tiny_data: Path, root: Path, num_proces
     """Kills one of the processes of torchrun, which ends the others and starts all of them again: they go on."""
     shutil.copytree(tiny_data, root / "data", copy_function=os.link)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", "--max-restarts=1"]
-    script = processes.start(*launcher, ROOT / "train.py", *TINY, *options, folder=root)
+    script = processes.start(*launcher, ROOT / "train.py", *TINY, *EACH_EPOCH, *options, folder=root)
     wait_until(lambda: len(list(root.glob("results/*/.member_*.lock"))) == num_processes, script)
     pid = script.process.pid
     *others, victim = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())

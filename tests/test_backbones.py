@@ -22,6 +22,7 @@ from torchvision.models import (
     densenet,
     efficientnet,
     maxvit,
+    mnasnet,
     mobilenetv2,
     regnet,
     swin_transformer,
@@ -133,6 +134,7 @@ SMALL = {  # backbone -> the same family in small, for images of 32 pixels; ResN
     ),
     "maxvit_t": partial(maxvit.MaxVit, (32, 32), 8, 2, [8, 16], [1, 1], head_dim=8, stochastic_depth_prob=0.2),
     "mobilenet_v2": partial(mobilenetv2.MobileNetV2, width_mult=0.1, inverted_residual_setting=[[1, 16, 1, 2]]),
+    "mnasnet0_5": partial(mnasnet.MNASNet, 0.1),
     "regnet_x_400mf": lambda **kwargs: regnet.RegNet(
         regnet.BlockParams.from_init_params(depth=2, w_0=8, w_a=8.0, w_m=2.0, group_width=8), stem_width=8, **kwargs
     ),

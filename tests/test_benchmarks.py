@@ -9,11 +9,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import STUDENT, STUDENT_TAG, build, edit_record, random_embeddings, refused, save_image, write_run
+from builders import (
+    STUDENT,
+    STUDENT_TAG,
+    build,
+    build_small_model,
+    edit_record,
+    random_embeddings,
+    refused,
+    save_image,
+    write_run,
+)
 from processes import ROOT
 from reference import slow_best_similarities, slow_recall
 
-from benchmarks import distill_search, plain, recall, thresholds, training
+from benchmarks import distill_search, plain, progress, recall, thresholds, training
 from dreml.files import read_record, sha256
 from dreml.search import embed_images, folder_items
 from model import load_ensemble
@@ -106,6 +116,25 @@ def test_benchmark_of_recall(capsys):
     assert {"N=200 d=1,024: recall_at_k / bare product", "N=81 d=576: recall_at_k / argsort"} <= set(ratios)
     assert sum("concatenation" in what for what in ratios) == 1
     assert re.search(r"N=605 d=8,000: [\d.]+ s, [\d.]+ GiB beside", output) and output.count("| 100 | 48 | 12 |") == 1
+
+
+def test_benchmark_of_progress(monkeypatch, capsys):
+    """On a disk so slow that every file takes longer than an epoch; in a fifth of the epochs, each has one."""
+    monkeypatch.setattr(progress, "build_model", build_small_model)
+    options = "--num_epochs 10 --epoch_seconds 0.01 --megabytes 0.5 --device cpu".split()
+    assert progress.main(options) == 0
+    before, now = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[-2:])
+    assert before[:3] == ["| after each epoch", "2", "2"] and now[:4] == ["| each 30 s", "10", "0", ""]
+    assert float(before[4].removesuffix(" s")) > 0.01
+
+
+def test_the_slow_disk_is_slow(tmp_path):
+    """As slow as it is said to be, and what is written is there."""
+    disk, start = progress.SlowDisk(1e4), progress.time.perf_counter()
+    with disk.open(tmp_path / "a", "wb") as file:
+        file.write(bytes(1000))
+    assert progress.time.perf_counter() - start >= 0.1 and (tmp_path / "a").read_bytes() == bytes(1000)
+    assert (disk.num_files, disk.num_bytes) == (1, 1000)
 
 
 def test_benchmark_of_thresholds(tiny_run, tmp_path, capsys):

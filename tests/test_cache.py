@@ -1,5 +1,6 @@
 """Reading a cache: its windows, and the refusal of a damaged one."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -23,10 +24,27 @@ def test_crops_are_windows_of_the_cached_image(tiny_data):
     crops = np.full((4, SIZE, SIZE, 3), 99, np.uint8)
     cache.train_crops(np.array([5, 0, 5, 7]), corners, sides, crops)
     for crop, index, (top, left), side in zip(crops, (5, 0, 5, 7), corners, sides, strict=True):
-        image = TF.resize(load_rgb(tiny_data / "tiny" / cache.meta.train["paths"][index]), int(1.1 * SIZE))
+        image = TF.resize(load_rgb(tiny_data / "tiny" / cache.paths("train")[index]), int(1.1 * SIZE))
         expected = np.zeros((SIZE, SIZE, 3), np.uint8)
         expected[:side, :side] = np.asarray(image)[top : top + side, left : left + side]
         np.testing.assert_array_equal(crop, expected)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="such names are not allowed there")
+def test_paths_are_read_row_by_row(tmp_path):
+    """Whatever they are made of; each ends with a line end, so that a program of any kind can read them."""
+    write_image_folder(tmp_path / "mine")
+    names = ["a\nb.png", "ü 1.png", "жук.png"]
+    for name in names:
+        shutil.copy(tmp_path / "mine/train/train_0/0.png", tmp_path / "mine/train/train_1" / name)
+    cache = build(tmp_path, "mine")
+    expected = [f"train/train_{name}" for name in ("0/0.png", "0/1.png", "1/0.png", "1/1.png")]
+    expected += [f"train/train_1/{name}" for name in names]
+    assert cache.paths("train") == expected and cache.counts == {"train": (2, 7), "test": (2, 4)}
+    for start in range(8):
+        for stop in range(start, 8):
+            assert cache.paths("train", start, stop) == expected[start:stop]
+    assert cache.array("test_paths").tobytes().decode().splitlines() == cache.paths("test")
 
 
 def test_both_caches_of_a_data_set_lie_beside_each_other(tmp_path):
@@ -88,16 +106,24 @@ CACHE_DAMAGES = {
     "no meta.json": (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing"),
     "truncated meta.json": (lambda folder: (folder / "meta.json").write_text('{"version": 1'), "is damaged"),
     "older version": (damage_meta(lambda meta: meta.update(version=1)), "another version"),
+    "version 2": (
+        damage_meta(
+            lambda meta: [meta.update(version=2), meta["test"].pop("images"), meta["test"].update(paths=["x"])]
+        ),
+        "is of another version or has other settings; make it with: ",
+    ),
     "other size": (damage_meta(lambda meta: meta.update(image_size=64)), "other settings"),
     "changed entry": (
-        lambda folder: (folder / "meta.json").write_text((folder / "meta.json").read_text().replace("train/", "test/")),
+        lambda folder: (folder / "meta.json").write_text(
+            (folder / "meta.json").read_text().replace("character_0", "character_1")
+        ),
         "its checksum does not fit",
     ),
     "entry of another kind": (damage_meta(lambda meta: meta.update(mean="grey")), "of another version"),
     "whole numbers": (damage_meta(lambda meta: meta.update(mean=[0, 1, 0])), "of another version"),
     "size as a fraction": (damage_meta(lambda meta: meta.update(image_size=32.0)), "of another version"),
     "true as a number": (damage_meta(lambda meta: meta["arrays"]["test_images"].update(crc32=True)), "another version"),
-    "no paths": (damage_meta(lambda meta: meta["test"].pop("paths")), "of another version"),
+    "no number": (damage_meta(lambda meta: meta["test"].pop("images")), "of another version"),
     "numbered class": (damage_meta(lambda meta: meta["test"]["classes"].append(7)), "of another version"),
     "split of another kind": (damage_meta(lambda meta: meta.update(train=[])), "of another version"),
     "one array less": (damage_meta(lambda meta: meta["arrays"].pop("test_labels")), "of another version"),
@@ -105,7 +131,10 @@ CACHE_DAMAGES = {
     "one entry less": (damage_meta(lambda meta: meta.pop("std")), "of another version"),
     "one entry more": (damage_meta(lambda meta: meta.update(colour="RGB")), "of another version"),
     "two channels": (damage_meta(lambda meta: meta.update(std=[0.1, 0.1])), "three channels"),
-    "other number of images": (damage_meta(lambda meta: meta["test"]["paths"].pop()), "does not fit test_labels.npy"),
+    "other number of images": (
+        damage_meta(lambda meta: meta["test"].update(images=35)),
+        "does not fit test_labels.npy",
+    ),
     "missing array": (lambda folder: (folder / "test_labels.npy").unlink(), "test_labels.npy is missing"),
     "no array": (
         lambda folder: (folder / "test_is_gallery.npy").write_bytes(

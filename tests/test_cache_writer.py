@@ -10,7 +10,18 @@ import filelock
 import numpy as np
 import pytest
 import torchvision.transforms.functional as TF
-from builders import SPEC, build, odd_images, put, random_image, rewrite, tree, write_csv, write_image_folder
+from builders import (
+    SPEC,
+    build,
+    bytes_an_image,
+    odd_images,
+    put,
+    random_image,
+    rewrite,
+    tree,
+    write_csv,
+    write_image_folder,
+)
 from PIL import Image
 
 from dreml.console import InputError, RunError
@@ -37,15 +48,15 @@ def test_cache_equals_the_torchvision_pipeline(tmp_path, size, resize):
     larger, smaller = ([side, side] if resize == "squash" else side for side in (int(1.1 * size), size))
 
     pixels, offsets, sizes = (cache.array(f"train_{name}") for name in ("pixels", "offsets", "sizes"))
-    assert len(cache.meta.train["paths"]) == len(sizes) == 27 and offsets[-1] == len(pixels)
-    for number, path in enumerate(cache.meta.train["paths"]):
+    assert len(cache.paths("train")) == len(sizes) == 27 and offsets[-1] == len(pixels)
+    for number, path in enumerate(cache.paths("train")):
         image = load_rgb(tmp_path / "data" / "mine" / path)
         expected = np.asarray(TF.resize(image, larger))
         cached = pixels[offsets[number] : offsets[number + 1]].reshape(*sizes[number], 3)
         np.testing.assert_array_equal(cached, expected, err_msg=path)
         np.testing.assert_array_equal(resize_train(image, spec), expected, err_msg=path)
     assert cache.array("test_images").shape == (27, size, size, 3)
-    for number, path in enumerate(cache.meta.test["paths"]):
+    for number, path in enumerate(cache.paths("test")):
         image = load_rgb(tmp_path / "data" / "mine" / path)
         expected = np.asarray(TF.center_crop(TF.resize(image, smaller), size))
         np.testing.assert_array_equal(cache.array("test_images")[number], expected, err_msg=path)
@@ -68,10 +79,38 @@ def test_worker_processes_read_what_phones_write(tmp_path, monkeypatch):
     monkeypatch.delitem(Image.OPEN, "HEIF")
     cache = build(tmp_path, "mine", num_workers=2)
     assert "HEIF" not in Image.OPEN  # not in this process
-    number = cache.meta.train["paths"].index("train/train_0/photo.heic")
+    number = cache.paths("train").index("train/train_0/photo.heic")
     first, last = cache.array("train_offsets")[number : number + 2]
     expected = resize_train(load_rgb(path), SPEC)
     np.testing.assert_array_equal(cache.array("train_pixels")[first:last], expected.ravel())
+
+
+def test_memory_of_a_large_data_set(tmp_path, threads, monkeypatch):
+    """From its list to its cache, without the work of the workers, and what a checksum reads at a time."""
+    sizes = np.full((cache_writer.CHUNK, 2), 8, np.int32)
+
+    def found(*arguments):
+        return cache_writer.ChunkResult(sizes[: len(arguments[-1].paths)], {}, np.ones((3, 256), np.int64))
+
+    monkeypatch.setattr(cache_writer, "probe_chunk", found)
+    monkeypatch.setattr(cache_writer, "store_chunk", found)
+    monkeypatch.setattr(cache_writer, "crc32", lambda path: 0)
+
+    def make(num_images: int) -> None:
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        with open(tmp_path / "mine" / "images.csv", "w") as file:
+            file.write("path,label,split\n")
+            for number in range(num_images):
+                split = "test" if number % 2 else "train"
+                file.write(f"photos/{number % 97}/{number:08d}.jpg,class {number % 996},{split}\n")
+        cache = build(tmp_path, "mine", ImageSpec(8), num_workers=2, force=True)
+        assert cache.counts == {"train": (498, num_images // 2), "test": (498, num_images // 2)}
+        train_labels = cache.array("train_labels")
+        assert train_labels[-1] == 497 and (np.diff(train_labels) >= 0).all()
+        assert cache.paths("test", 0, 2) == ["photos/1/00000001.jpg", "photos/27/00000997.jpg"]
+
+    assert bytes_an_image(make) < 100
+    assert (tmp_path / "mine" / "cache_8" / "meta.json").stat().st_size < 60_000  # every process reads it whole
 
 
 # ------------------------------------------------------------------------------------------------ bad images
@@ -183,6 +222,19 @@ def test_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
     assert not list((tmp_path / "mine").glob("*cache_32"))
 
 
+def test_a_cache_that_cannot_be_flushed_is_not_published(tmp_path, monkeypatch):
+    write_image_folder(tmp_path / "mine")
+
+    def fail(file):
+        if file.name.endswith("test_labels.npy"):
+            raise OSError("no such luck")
+
+    monkeypatch.setattr(cache_writer, "flush_to_disk", fail)
+    with pytest.raises(OSError, match="no such luck"):
+        build(tmp_path, "mine")
+    assert not list((tmp_path / "mine").glob("cache_32"))
+
+
 def _die(*_):
     os._exit(1)
 
@@ -190,7 +242,7 @@ def _die(*_):
 @needs_fork
 def test_a_killed_worker_is_named(tmp_path, monkeypatch):
     write_image_folder(tmp_path / "mine")
-    monkeypatch.setattr(cache_writer, "store_image", _die)
+    monkeypatch.setattr(cache_writer, "store_chunk", _die)
     with pytest.raises(RunError, match="a worker process was killed"):
         build(tmp_path, "mine")
 

@@ -21,6 +21,11 @@ def test_the_curves_show_the_tables():
     styles = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in list(lines.values())[:2]]
     assert all(first != second for first, second in zip(*styles, strict=True))
     assert axes.get_xlabel() == "ensemble size (members)" and axes.get_ylabel() == "Recall@K (%)"
+    baseline = pd.DataFrame({"baseline": ["a", "b"], "R@1": [7.0, 8], "R@5": [0.0, 0]})
+    with drawing():
+        lines, others = (draw_recall(sizes, alone, table).axes[0].lines for table in (baseline, baseline[["baseline"]]))
+    assert [(line.get_label(), line.get_ydata()[0]) for line in lines[4:]] == [("a, 7.0 %", 7), ("b, 8.0 %", 8)]
+    assert len({line.get_linestyle() for line in lines[4:]}) == 2 and len(others) == 4
 
 
 def test_the_thresholds_curve_shows_its_table():

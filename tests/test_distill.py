@@ -22,15 +22,17 @@ from builders import (
     digests,
     edit_record,
     flip_a_bit,
+    only_folder,
     refused,
     save_image,
     train_tiny,
 )
-from faults import check_same
+from faults import EACH_EPOCH, check_same
 from processes import wait_until
 from reference import slow_recall
 from torch import nn
 
+import data_utils
 import distill
 from distill import (
     Lesson,
@@ -44,14 +46,14 @@ from distill import (
     student_step,
     train_student,
 )
-from dreml.console import Terminated
+from dreml.console import InputError, Terminated
 from dreml.data.augment import epoch_batches, prepare
 from dreml.data.cache import Cache
 from dreml.data.images import ImageSpec
 from dreml.files import read_record, sha256
 from dreml.runs.student import StudentRecord, StudentSettings
 from dreml.unlabelled import JoinedImages
-from model import Compute, Ensemble, TrainState, backbone_weights, load_ensemble
+from model import Compute, Ensemble, TrainState, backbone_weights, load_ensemble, load_student
 from utils import draws
 
 CPU = torch.device("cpu")
@@ -331,6 +333,33 @@ def test_neither_labels_nor_test_images_are_read_in_training(small_run, tmp_path
     assert distill.main([str(run), *STUDENT]) == 0 and (student_folder(run) / "logits.npy").exists()
 
 
+def test_the_start_is_the_first_member_unless_weights_are_given(small_run, tmp_path, monkeypatch):
+    run, starts = copied(small_run, tmp_path / "run"), []
+
+    def training(lesson, progress):
+        starts.append(lesson.weights)
+        raise InputError("training would begin")
+
+    monkeypatch.setattr(distill, "train_student", training)
+    monkeypatch.setattr(distill, "read_weights", lambda *arguments: arguments)
+    for options in ([], ["--weights", "none"], ["--backbone", "resnet34"]):
+        assert distill.main([str(run), *STUDENT, *options]) == 2
+    first = torch.load(run / "member_001.pth", weights_only=True)
+    assert same(starts[0], {name: value for name, value in first.items() if not name.startswith("fc.")})
+    assert starts[1:] == [("resnet18", "none"), ("resnet34", "imagenet")]
+
+
+def test_a_run_without_test_images_has_a_student_without_recall(small_run, tiny_data, tmp_path, capsys):
+    data, results = tmp_path / "data", tmp_path / "results"
+    shutil.copytree(tiny_data / "tiny" / "train", data / "tiny" / "train")
+    assert data_utils.main(["--data_path", str(data), "--data_name", "tiny", "--image_size", "32"]) == 0
+    assert train_tiny(data, results) == 0
+    run = only_folder(results)
+    assert distill.main([str(run), *STUDENT]) == 0
+    assert capsys.readouterr().out.endswith("no test images: there is no recall\n")
+    assert not (student_folder(run) / "recall.csv").exists() and load_student(run).embedding == "pooled"
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_other_precisions(small_run, tmp_path, precision):
     """The backbone of the student computes in it; what is saved is float32."""
@@ -368,7 +397,7 @@ def test_a_student_that_is_killed_is_the_same(processes, small_pooled_run, small
     roots = [tmp_path / "killed", tmp_path / "whole"]
     for root, run in zip(roots, (small_pooled_run, small_student), strict=True):
         copied(run, root / "results" / "run")
-    command = ["distill.py", "results/run", *STUDENT]
+    command = ["distill.py", "results/run", *STUDENT, *EACH_EPOCH]
     script = processes.start(*command, folder=roots[0])
     wait_until(lambda: bool(list(roots[0].rglob("progress_000.pt"))), script)
     script.process.kill()

@@ -4,6 +4,7 @@ tests/slow/test_faults.py has the long versions.
 """
 
 import io
+import itertools
 import os
 import re
 import shutil
@@ -14,7 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 from builders import TINY
-from faults import check_damages, check_kills, check_same, check_torchrun, here, interrupted, linked, stop_in_epoch
+from faults import (
+    CODES,
+    EACH_EPOCH,
+    check_damages,
+    check_kills,
+    check_same,
+    check_torchrun,
+    here,
+    interrupted,
+    linked,
+    stop_in_epoch,
+)
 from processes import wait_until
 
 import train
@@ -27,8 +39,9 @@ EIGHT_MEMBERS = [*TINY, "--ensemble_size", "8"]
 # ------------------------------------------------------------------------------------------------ kills
 
 
-def test_a_run_that_is_killed_again_and_again_ends_in_the_same_state(processes, finished, tmp_path):
-    check_kills(processes, finished, tmp_path / "root", seed=5)  # one that leaves half-written files behind
+def test_a_run_that_is_killed_again_and_again_ends_in_the_same_state(processes, finished, tmp_path, record_property):
+    kills = check_kills(processes, finished, tmp_path / "root", seed=5)  # one that leaves half-written files behind
+    record_property("kills", kills)
 
 
 def test_training_goes_on_after_the_last_finished_epoch(finished, tmp_path, capsys, monkeypatch):
@@ -37,21 +50,59 @@ def test_training_goes_on_after_the_last_finished_epoch(finished, tmp_path, caps
     assert capsys.readouterr().err == last
     assert [path.name for path in root.glob("results/*/progress_*")] == ["progress_002.pt"]
     epochs, rate = [], train.learning_rate
-    monkeypatch.setattr(train, "learning_rate", lambda settings, epoch: epochs.append(epoch) or rate(settings, epoch))
+    monkeypatch.setattr(train, "learning_rate", lambda settings, done: epochs.append(int(done)) or rate(settings, done))
     assert train.main([*TINY, *here(root)]) == 0
     assert epochs == [1] and "member 2/2: goes on after epoch 0" in capsys.readouterr().out
     check_same(root, finished)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_within_an_epoch_loses_that_epoch_only(finished, tmp_path, capsys, monkeypatch, number):
+    """The last finished epoch, which was not on disk yet, is written then; the run ends with the same bits."""
+    root, steps, train_step, found = tmp_path / "root", itertools.count(), train.train_step, []
+    shutil.copytree(finished / "data", root / "data", copy_function=os.link)
+
+    def step(*args):
+        train_step(*args)
+        if next(steps) == 4:  # the second of three of epoch 1
+            found.extend(root.glob("results/*/*progress_*"))
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", step)
+        assert train.main([*TINY, *here(root)]) == CODES[number]
+    assert re.search(r" in member 1/2, epoch 1; run the same command again to go on\n$", capsys.readouterr().err)
+    assert not found and [path.name for path in root.glob("results/*/*progress_*")] == ["progress_001.pt"]
+    assert train.main([*TINY, *here(root)]) == 0
+    assert "member 1/2: goes on after epoch 0" in capsys.readouterr().out
+    check_same(root, finished)
+
+
+def test_an_interruption_at_the_end_of_an_epoch_loses_that_epoch_only(finished, tmp_path, capsys, monkeypatch):
+    """Before it is kept: what was kept of the one before has not changed."""
+    root, calls, end_of_epoch = tmp_path / "root", itertools.count(), Progress.end_of_epoch
+    shutil.copytree(finished / "data", root / "data", copy_function=os.link)
+
+    def interrupted_end(*args, **kwargs):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        end_of_epoch(*args, **kwargs)
+
+    monkeypatch.setattr(Progress, "end_of_epoch", interrupted_end)
+    assert [train.main([*TINY, *here(root)]) for _ in range(2)] == [130, 0]
+    assert "member 1/2: goes on after epoch 0" in capsys.readouterr().out
+    check_same(root, finished)
+
+
+@pytest.mark.parametrize(("optimizer", "interval"), [("adam", []), ("adam", EACH_EPOCH), ("sgd", [])])
 def test_the_optimizer_the_scaler_and_the_best_epoch_go_on_exactly(
-    small_network, tiny_data, tmp_path, monkeypatch, optimizer
+    small_network, tiny_data, tmp_path, monkeypatch, optimizer, interval
 ):
-    """Stopped after each of four epochs, with a gradient scale so large that it makes steps be skipped."""
+    """Stopped within each of four epochs, with a gradient scale so large that it makes steps be skipped."""
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda kind, enabled: scaler(kind, 2.0**124, growth_interval=2))
     roots, options = [tmp_path / "straight", tmp_path / "stopped"], ["--num_epochs", "4", "--ensemble_size", "1"]
-    options += ["--lr", "1", "--optimizer", optimizer]  # so large a rate that training gets worse again
+    options += ["--lr", "1", "--optimizer", optimizer, *interval]  # so large a rate that training gets worse again
     for root in roots:
         shutil.copytree(tiny_data, root / "data", copy_function=os.link)
     assert train.main([*TINY, *here(roots[0]), *options]) == 0
@@ -67,8 +118,9 @@ def test_the_optimizer_the_scaler_and_the_best_epoch_go_on_exactly(
 # ------------------------------------------------------------------------------------------------ damaged files
 
 
-def test_a_damaged_file_never_changes_a_number(threads, finished, tmp_path, capsys):
-    check_damages(finished, tmp_path, lambda: capsys.readouterr().err, seed=0)
+def test_a_damaged_file_never_changes_a_number(threads, finished, tmp_path, capsys, record_property):
+    damaged = check_damages(finished, tmp_path, lambda: capsys.readouterr().err, seed=0)
+    record_property("damaged files", damaged)
 
 
 @pytest.mark.parametrize("other", ["run", "member"])
@@ -80,7 +132,7 @@ def test_progress_of_another_run_or_member_is_not_used(finished, tmp_path, capsy
     assert member == "2"
     run, member = ("another", 2) if other == "run" else (run, 1)
     with Progress(tmp_path, member, run) as progress:
-        progress.write(**state)
+        progress.end_of_epoch(state)
     shutil.move(progress.path, path)
     assert train.main([*TINY, *here(root)]) == 0
     assert "progress_002.pt is damaged or of another run: the member is begun anew" in capsys.readouterr().err

@@ -259,7 +259,7 @@ def test_the_model_is_all_that_an_embedding_hangs_on(small_run, small_pooled_run
         model_checksum(read_run(small_run, 1), "logits"),
     ]
     assert model_checksum(read_run(small_pooled_run), "logits") == checksums[0]
-    monkeypatch.setattr(index_module, "CACHE_VERSION", 99)
+    monkeypatch.setattr(index_module, "IMAGE_VERSION", 99)
     checksums.append(model_checksum(run, "logits"))
     run.members.records[2].sha256["member_002.pth"] = "0" * 64
     checksums.append(model_checksum(run, "logits"))

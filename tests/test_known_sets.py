@@ -1,11 +1,13 @@
 """The raw layouts of the data sets that are known by name, and what is wrong with their lists."""
 
+import collections
 import os
 import re
 import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.io
 from builders import (
@@ -27,7 +29,16 @@ from builders import (
 )
 
 from dreml.console import InputError
-from dreml.data.known_sets import PUBLISHED, count_images, default_recalls, list_data_set, read_car_annotations
+from dreml.data import known_sets
+from dreml.data.known_sets import (
+    PUBLISHED,
+    count_images,
+    default_recalls,
+    list_data_set,
+    read_car_annotations,
+    repeated_paths,
+)
+from dreml.data.lists import Entries, Entry
 
 LAYOUTS = {
     "car": ("car", write_car, "car_ims/"),
@@ -57,9 +68,9 @@ def test_raw_layouts(tmp_path, capsys, layout, deeper):
     assert f"test: 2 classes and 4 images, published are {test[0]:,} and {test[1]:,}" in output.err
     assert cache.counts == {"train": (2, 4), "test": (2, 4)}
 
-    for split, meta in (("train", cache.meta.train), ("test", cache.meta.test)):
+    for split in ("train", "test"):
         assert cache.array(f"{split}_labels").tolist() == [0, 0, 1, 1]
-        for path in meta["paths"]:
+        for path in cache.paths(split):
             assert path.startswith(f"{deeper}/{folder}" if deeper else folder)
             assert (tmp_path / name / path).is_file()
     if name != "isc":
@@ -82,7 +93,7 @@ def test_in_shop_has_queries_and_a_gallery(tmp_path, capsys):
     assert cache.array("test_is_query").tolist() == [True, False] * 2
     assert cache.array("test_is_gallery").tolist() == [False, True] * 2
     assert cache.array("test_is_query").dtype == cache.array("test_is_gallery").dtype == bool
-    assert [path[-14:-12] for path in cache.meta.test["paths"]] == ["06", "07", "00", "01"]
+    assert [path[-14:-12] for path in cache.paths("test")] == ["06", "07", "00", "01"]
     assert "isc: query lists 2 classes, 2 images\nisc: gallery lists 2 classes, 2 images\n" in output.out
     assert "query: 2 classes and 2 images, published are 3,985 and 14,218" in output.err
     assert "gallery: 2 classes and 2 images, published are 3,985 and 12,612" in output.err
@@ -133,6 +144,21 @@ def test_images_listed_twice(tmp_path, capsys, split):
             build(tmp_path, "sop")
 
 
+def test_every_repeated_path_is_found_once(monkeypatch):
+    """Also where the hashes of different paths are equal."""
+    numbers = np.random.default_rng(0).integers(0, 300, 200).tolist()
+    entries = Entries()
+    for number in numbers:
+        entries.append(Entry("train", number % 7, "x", ("./" * (number % 3)) + f"a/{number}.png"))
+    entries.sort()
+    times = collections.Counter(f"a/{number}.png" for number in numbers)
+    expected = sorted(path for path, number in times.items() if number > 1)
+    assert sorted(repeated_paths(entries, range(200))) == expected and len(expected) > 20
+    monkeypatch.setattr(known_sets, "hash", len, raising=False)
+    assert sorted(repeated_paths(entries, range(200))) == expected
+    assert repeated_paths(entries, range(0)) == []
+
+
 def test_an_isc_list_of_another_length_than_it_says_is_a_warning(tmp_path, capsys):
     write_isc(tmp_path / "isc")
     path = tmp_path / "isc" / "list_eval_partition.txt"
@@ -147,7 +173,7 @@ def test_lists_with_windows_line_ends_a_byte_order_mark_and_spaces(tmp_path):
     (tmp_path / "cub" / "images" / old).rename(tmp_path / "cub" / "images" / new)
     lines = (tmp_path / "cub" / "images.txt").read_text().replace(old, new).replace("\n", "\r\n")
     (tmp_path / "cub" / "images.txt").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\r\n\r\n")
-    assert f"images/{new}" in build(tmp_path, "cub").meta.test["paths"]
+    assert f"images/{new}" in build(tmp_path, "cub").paths("test")
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -5,12 +5,40 @@ import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from builders import build, check_refused, put, random_image, rewrite, save_image, write_csv, write_image_folder
 
 from dreml.console import InputError
 from dreml.data.known_sets import count_images
-from dreml.data.lists import LeftOut, list_csv, list_image_folder
+from dreml.data.lists import Entries, Entry, LeftOut, list_csv, list_image_folder
+
+
+@pytest.mark.parametrize("key", [int, str])
+def test_entries_are_sorted_by_split_and_class_and_else_stay_as_they_came(key):
+    """As a plain list of tuples would be."""
+    generator, entries = np.random.default_rng(0), Entries()
+    assert len(entries) == 0 and list(entries) == []
+    expected = []
+    for number, class_id in enumerate(generator.integers(0, 12, 200).tolist()):
+        split = "train" if generator.random() < 0.4 else "test"
+        roles = generator.random(2) < 0.5 if split == "test" else (True, True)
+        path = f"ü/{'x' * class_id}/{number}.png"
+        expected.append(Entry(split, key(class_id), f"ü{class_id}", path, *map(bool, roles)))
+        entries.append(expected[-1])
+    assert list(entries) == expected
+    entries.sort()
+    expected.sort(key=lambda entry: (entry.split != "train", entry.class_key))
+    assert list(entries) == expected and entries[-1] == expected[-1]
+    assert [entries[row].split for row in entries.rows_of("train")] == [e.split for e in expected if e.split == "train"]
+    assert [entries[row] for row in entries.rows_of("test")] == [e for e in expected if e.split == "test"]
+    kept = generator.random(200) < 0.3
+    for mask in (None, kept):
+        some = [e for e, keep in zip(expected, np.ones(200) if mask is None else mask, strict=True) if keep]
+        parts = {split: [e.class_key for e in some if e.split == split] for split in ("train", "test")}
+        parts["query"] = [e.class_key for e in some if e.split == "test" and e.is_query]
+        parts["gallery"] = [e.class_key for e in some if e.split == "test" and e.is_gallery]
+        assert count_images(entries, mask) == {part: (len(set(keys)), len(keys)) for part, keys in parts.items()}
 
 
 def test_csv_data_set(tmp_path, capsys):
@@ -31,8 +59,8 @@ def test_csv_data_set(tmp_path, capsys):
     cache = build(tmp_path, "listed")
     assert cache.meta.train["classes"] == ["ant", "zebra"]
     assert cache.meta.test["classes"] == ['Grüße, "cat"', "fox"]
-    assert cache.meta.train["paths"] == ["photos/2.png", "photos/1.png"]
-    assert cache.meta.test["paths"] == [f"photos/{number}.png" for number in (4, 6, 3, 5)]
+    assert cache.paths("train") == ["photos/2.png", "photos/1.png"]
+    assert cache.paths("test") == [f"photos/{number}.png" for number in (4, 6, 3, 5)]
     assert cache.array("test_labels").tolist() == [0, 0, 1, 1]
     assert cache.array("test_is_query").tolist() == [False, True, True, False]
     assert cache.array("test_is_gallery").tolist() == [True, True, False, True]
@@ -72,7 +100,7 @@ def test_csv_as_pandas_and_other_libraries_write_it(tmp_path):
     (tmp_path / "images.csv").write_text("\n".join(lines))
     listing = list_csv(tmp_path, "")
     assert not listing.problems
-    assert [(entry.split, entry.is_query) for entry in listing.entries[1:]] == [("test", True), ("test", False)]
+    assert [(entry.split, entry.is_query) for entry in list(listing.entries)[1:]] == [("test", True), ("test", False)]
     (tmp_path / "images.csv").write_text("\n".join([*lines, "d.png,3,test,1", "e.png,3,test,1"]))
     (problem,) = list_csv(tmp_path, "").problems
     assert "line 5: the list has both test and validation images" in problem
@@ -88,10 +116,11 @@ def test_image_folder(tmp_path, capsys):
     (root / "test/empty").mkdir()
     (root / "test/ü c").symlink_to(root / "test/c", target_is_directory=True)  # a link is fine
     (root / "train/a/loop").symlink_to(root / "train", target_is_directory=True)  # and ends where it would go round
-    meta = build(tmp_path, "mine").meta
+    cache = build(tmp_path, "mine")
+    meta = cache.meta
     assert meta.train["classes"] == ["a", "b/deep/er"] and meta.test["classes"] == ["c", "ü c"]
-    assert meta.train["paths"] == ["train/a/1.JPG", "train/a/2.png", "train/b/deep/er/3.Tiff"]
-    assert meta.test["paths"] == ["test/c/4.webp", "test/ü c/4.webp"]
+    assert cache.paths("train") == ["train/a/1.JPG", "train/a/2.png", "train/b/deep/er/3.Tiff"]
+    assert cache.paths("test") == ["test/c/4.webp", "test/ü c/4.webp"]
     assert "1 images outside any class folder are left out" in capsys.readouterr().err
 
 
@@ -166,7 +195,7 @@ DAMAGES = {
         "the gallery split has no images",
     ),
     "csv image": (put("photos/1.png", None), "photos/1.png: missing image"),
-    "no test folder": (lambda root: shutil.rmtree(root / "test"), "test: missing folder"),
+    "no train folder": (lambda root: shutil.rmtree(root / "train"), "train: missing folder"),
     "empty split": (lambda root: [path.unlink() for path in root.glob("test/*/*")], "the test split has no images"),
     "1-pixel-wide": (
         lambda root: random_image(0, 1, 14_000).save(root / "train/train_0/0.png"),

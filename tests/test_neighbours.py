@@ -60,7 +60,7 @@ def share(pixels: np.ndarray, color: str) -> float:
 def test_the_picture(tiny_run, tmp_path):
     """Two queries: the images in their places, a whole green frame for right ones, a dashed red one for wrong ones."""
     run = read_run(write_colored_run(tmp_path, tiny_run, random_embeddings(3)))
-    items = search.test_items(run.test, tmp_path / "data" / "colors")
+    items = search.SplitItems(run.test, tmp_path / "data" / "colors", np.arange(len(run.test)))
     found = [
         Found(items[query], [items[row] for row in rows], [0.5] * 5)
         for query, rows in ((0, [1, 7, 2, 9, 3]), (7, [8, 0, 1, 9, 11]))
@@ -119,7 +119,7 @@ def test_captions():
 def test_below_the_threshold_a_neighbour_is_faded_and_grey(tiny_run, tmp_path):
     """Whether it is right or wrong; the legend says so, and only what occurs."""
     run = read_run(write_colored_run(tmp_path, tiny_run, random_embeddings(3)))
-    items = search.test_items(run.test, tmp_path / "data" / "colors")
+    items = search.SplitItems(run.test, tmp_path / "data" / "colors", np.arange(len(run.test)))
     found = [Found(items[0], [items[row] for row in (1, 2, 7)], [0.5, 0.4, 0.3], 0.5)]
     with drawing(PICTURE_STYLE):
         figure = neighbours_figure(found, Thumbnails(run, tmp_path / "data"), "cosine")

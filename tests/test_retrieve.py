@@ -31,6 +31,7 @@ from reference import mean_cosines
 
 import evaluate
 import retrieve
+from dreml import search
 from dreml.figures.neighbours import tile_corner
 from model import load_ensemble
 
@@ -100,6 +101,18 @@ def test_neighbours_are_those_of_the_definition(drawn, tmp_path, capsys):
     best = found["test:11"].iloc[0]
     word = "right" if best.right == "True" else "wrong"
     assert "test:11 (d $x$)" in out and f"   1  {best.similarity:7.4f}  {word}  {best['class']}  {best.path}" in out
+
+
+def test_a_search_makes_the_few_images_that_it_shows(drawn, tmp_path, monkeypatch):
+    """Of 200 test images, not all of them: also --worst."""
+    monkeypatch.setattr(builders, "IMAGE_COLORS", np.full((200, 3), 9, np.uint8))
+    arguments, made, item = drawn(random_embeddings(0, 1, 200), np.arange(200) % 4), [], search.test_item
+    for module in (search, retrieve):
+        monkeypatch.setattr(module, "test_item", lambda *each: made.append(each) or item(*each))
+    call(*arguments, "--query", "test:17", "--top", "3", "--no_picture")
+    assert 3 < len(made) < 9
+    call(*arguments, "--worst", "2", "--top", "3", "--no_picture", "--export")
+    assert len(made) < 25
 
 
 def test_fewer_members(drawn, tmp_path):
@@ -368,6 +381,19 @@ def test_worst_are_the_most_confident_errors(drawn, tmp_path, capsys):
             in capsys.readouterr().out
         )
     assert (tmp_path / "out" / "worst.png").exists()
+
+
+def test_worst_takes_the_largest_top_that_can_be_found(drawn, tmp_path, capsys):
+    """A query in the gallery does not find itself; where none is, there is one image more."""
+    for num_queries, top in ((12, 7), (4, 8)):
+        is_query, is_gallery = np.arange(12) < num_queries, np.arange(12) >= 4
+        arguments = drawn(random_embeddings(2), np.arange(12) % 2, is_query, is_gallery)
+        options = ["--worst", "1", "--no_picture", "--top"]
+        call(*arguments, *options, str(top))
+        assert len(found_in(tmp_path / "out", "worst").popitem()[1]) == top
+        assert f"--top {top + 1} is over" in refused(capsys, retrieve, *arguments, *options, str(top + 1))
+        shutil.rmtree(tmp_path / "run")
+        shutil.rmtree(tmp_path / "data")
 
 
 def test_worst_of_a_perfect_run(drawn, tmp_path, capsys):

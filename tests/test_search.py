@@ -3,15 +3,17 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from builders import copy_run, embed_files, save_image
 from reference import mean_cosines
 
+from dreml import search
 from dreml.console import InputError
-from dreml.files import read_record, write_record
+from dreml.files import file_id, read_record, write_record
 from dreml.runs.folder import MemberRecord, member_file, read_run_record
-from dreml.search import Item, embed_images, find_neighbours, folder_items, nearest
+from dreml.search import Item, SplitItems, embed_images, find_neighbours, folder_items, nearest, own_rows, query_items
 from model import load_ensemble
 
 
@@ -79,3 +81,37 @@ def test_a_photo_that_lies_in_the_gallery_has_its_class_and_does_not_find_itself
     (found,) = find_neighbours([query], torch.eye(3)[[place]], gallery, torch.eye(3), 2)
     assert found.query.class_name == gallery[place].class_name
     assert [item.name for item in found.neighbours] == [item.name for item in gallery if item is not gallery[place]]
+
+
+def test_a_photo_is_known_as_a_test_image_by_its_name_and_then_by_its_file(tmp_path, monkeypatch):
+    """By any path, through links, but not by its name alone. The disk is not asked for images of other names."""
+    paths = [f"{name}/{number}.png" for name in "ab" for number in range(100)]
+    test = pd.DataFrame({"path": paths, "class_name": "x"})
+    for path in paths:
+        (tmp_path / "data" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / path).write_bytes(b"")
+    (tmp_path / "data" / "b" / "6.png").unlink()
+    (tmp_path / "7.png").write_bytes(b"")  # a photo from elsewhere
+    (tmp_path / "link.png").symlink_to(tmp_path / "data" / "b" / "8.png")
+    (tmp_path / "link_to_a").symlink_to(tmp_path / "data" / "a")
+    names = ["7.png", "link.png", "link_to_a/9.png", "data/a/../b/10.png", "data/a/5.png", "data/a/6.png", "gone.png"]
+    asked = []
+    monkeypatch.setattr(search, "file_id", lambda path: asked.append(path) or file_id(path))
+    rows = own_rows([tmp_path / name for name in names], test, tmp_path / "data")
+    assert rows == [None, 108, 9, 110, 5, 6, None]
+    assert len(asked) == 6 * 2 + len(names)
+    (tmp_path / "gone.png").write_bytes(b"")
+    queries, problems = query_items(
+        [str(tmp_path / names[2]), "test:3", str(tmp_path / "gone.png")], test, tmp_path / "data"
+    )
+    assert [query.row for query in queries] == [9, 3, None] and not problems
+
+
+def test_images_of_the_test_split_are_made_when_they_are_asked_for(tmp_path):
+    test = pd.DataFrame({"path": [f"{row}.png" for row in range(9)], "class_name": list("aabbccdde")})
+    gallery = SplitItems(test, tmp_path, np.array([1, 2, 5, 8]))
+    assert [item.row for item in gallery] == [1, 2, 5, 8] and gallery[-1].class_name == "e"
+    assert gallery[2] == Item("5.png", "5.png", "c", tmp_path / "5.png", 5)
+    places = [gallery.place_of(gallery[2]._replace(row=row)) for row in (None, 0, 1, 2, 3, 5, 7, 8)]
+    assert places == [-1, -1, 0, 1, -1, 2, -1, 3]
+    assert SplitItems(test, tmp_path, np.array([1, 2])).place_of(gallery[3]) == -1

@@ -31,6 +31,7 @@ from dreml.data.images import ImageSpec
 from dreml.files import read_record, take_lock
 from dreml.runs import folder as run_folders
 from dreml.runs import writer
+from dreml.runs.checkpoint import Progress
 from dreml.runs.folder import HISTORY_COLUMNS, MemberRecord, PooledRecord, TestSplit, read_run_record
 from dreml.runs.settings import RECIPES, Settings, settings_of
 from model import Compute, Head, build_model, extract_features, load_ensemble
@@ -39,7 +40,6 @@ from train import (
     Sums,
     TrainState,
     initial_state,
-    learning_rate,
     make_optimizer,
     train_epoch,
     train_member,
@@ -55,41 +55,7 @@ def experiment_of(cache, settings: Settings, weights=None) -> Experiment:
     return Experiment(cache, settings, weights, FP32, environment={})
 
 
-# ------------------------------------------------------------------------------------------------ learning rate
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "tenths"),
-    [
-        ("adam", [0]),
-        ("adam", [0, 2]),
-        ("adam", [0, 1, 2]),
-        ("adam", [0] * 6 + [1] * 2 + [2] * 4),
-        ("adam", [0] * 10 + [1] * 4 + [2] * 6),
-        ("adam", [0] * 25 + [1] * 10 + [2] * 15),
-        ("sgd", [0]),
-        ("sgd", [0, 1, 2]),
-        ("sgd", [0] * 6 + [1] * 3 + [2] * 3),
-        ("sgd", [0] * 10 + [1] * 6 + [2] * 4),
-    ],
-)
-def test_learning_rate(optimizer, tenths):
-    settings = Settings(optimizer=optimizer, lr=0.5, num_epochs=len(tenths))
-    rates = [learning_rate(settings, epoch) for epoch in range(len(tenths))]
-    np.testing.assert_allclose(rates, [0.5 * 10.0**-tenth for tenth in tenths])
-
-
 # ------------------------------------------------------------------------------------------------ one step
-
-
-@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)])
-def test_the_optimizer_is_one_kernel(name, kind):
-    for device, fused in (("cpu", True), ("cuda", True), ("mps", False)):
-        optimizer = make_optimizer(name, nn.Linear(2, 2), 0.1, torch.device(device))
-        assert type(optimizer) is kind and optimizer.defaults["fused"] == fused
-        assert optimizer.defaults["weight_decay"] == 0
-    with pytest.raises(ValueError, match="no optimizer is called 'adamw'"):
-        make_optimizer("adamw", nn.Linear(2, 2), 0.1, CPU)
 
 
 def no_scaling() -> torch.amp.GradScaler:
@@ -183,7 +149,7 @@ def test_the_first_loss_that_is_not_finite_is_remembered():
     assert (sums.steps, sums.finite_steps.item()) == (4, 1)
 
 
-def test_train_and_embedding_steps_never_wait_for_the_device():
+def test_steps_and_the_end_of_an_epoch_never_wait_for_the_device(tmp_path):
     """The data-less device `meta` refuses .item(), copies to the host and mixed devices.
 
     It has no fused optimiser and no autocast: both are tested on the CPU.
@@ -197,6 +163,11 @@ def test_train_and_embedding_steps_never_wait_for_the_device():
     for batch in (Batch(images.to(meta), targets.to(meta), 2, s) for s in (None, sides.to(meta))):
         train_step(state, compute, prepare(batch, *statistics), batch.targets, sums)
     assert all(parameter.grad is not None for parameter in model.parameters())
+    progress = Progress(tmp_path, 1, "run")
+    for _ in range(2):
+        progress.end_of_epoch(state.state_dict(), best_model=None)
+    progress.remove()  # or leaving would copy it to the host
+    assert {each.device for each in progress.on_device.memory.values() if each.numel() > 1} == {meta}
     logits = extract_features(model, np.zeros((5, 64, 64, 3), np.uint8), statistics, batch_size=2)
     assert logits.device == meta and logits.shape == (5, 12)
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -287,6 +258,14 @@ def test_the_best_epoch_by_training_accuracy_is_kept(
     assert [row["correct"] for row in record["history"]] == correct
     assert [row["epoch"] for row in record["history"]] == [0, 1, 2, 3]
     assert rates == [row["lr"] for row in record["history"]] == [1e-3, 1e-3, 1e-5, 1e-5]
+    steps = iter(range(4))
+    model, record = train_member(experiment_of(tiny_cache, replace(settings, schedule="onecycle")), 1, "title")
+    assert record["best_epoch"] == 3 and model.fc.bias.tolist() == [3] * 3  # whatever the accuracy was
+    assert (
+        rates[4:]
+        == [row["lr"] for row in record["history"]]
+        == pytest.approx([6.25e-4, 7.81e-4, 4.69e-4, 1.56e-4], rel=1e-2)
+    )
 
 
 def test_members_and_seeds_differ_in_every_draw(tiny_cache, tiny_settings, small_network, monkeypatch):
@@ -379,6 +358,9 @@ def nothing_finite(model, images, statistics, batch_size, embedding) -> torch.Te
 def test_an_embedding_that_is_not_finite_ends_the_run(tiny_data, tmp_path, small_network, capsys, monkeypatch):
     monkeypatch.setattr(train, "extract_features", nothing_finite)
     assert train_tiny(tiny_data, tmp_path) == 1
+    assert "initial network: its embedding is not finite" in capsys.readouterr().err
+    monkeypatch.setattr(train, "score_baseline", lambda *args: None)
+    assert train_tiny(tiny_data, tmp_path) == 1
     assert "member 1: its embedding is not finite; try a lower --lr" in capsys.readouterr().err
     assert not list(only_folder(tmp_path).glob("member_*"))
 
@@ -415,6 +397,24 @@ def test_method_options_reach_the_training(tiny_data, tmp_path, small_network, s
     assert optimizers == {torch.optim.SGD} and torch.backends.cudnn.benchmark
 
 
+def test_the_seconds_between_progress_files_are_no_setting(
+    tiny_data, tmp_path, small_network, no_training, monkeypatch
+):
+    """They reach every member, and another number of them is the same run."""
+    intervals = []
+
+    class Spy(Progress):
+        def __enter__(self):
+            intervals.append(self.interval)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "Progress", Spy)
+    for options in (["--progress_seconds", "0"], ["--progress_seconds", "2.5"], []):
+        assert train_tiny(tiny_data, tmp_path, *options) == 130
+    assert intervals == [0, 2.5, 30]
+    assert only_folder(tmp_path).name == "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
+
+
 def test_squash_makes_another_run_from_its_own_cache(squashed_data, tiny_settings, tmp_path, small_network, seen):
     sizes = {}
     for resize in ("crop", "squash"):
@@ -448,7 +448,7 @@ def test_a_run_in_another_precision(tiny_data, tmp_path, small_network, precisio
     options = ["--precision", precision, "--ensemble_size", "1"]
     assert train_tiny(tiny_data, tmp_path, *options) == 0
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    assert set(seen) == {(True, dtype), (False, torch.float32)} and scaling == [precision == "fp16"]
+    assert set(seen) == {(True, dtype), (False, torch.float32)} and set(scaling) == {precision == "fp16"}
     folder = only_folder(tmp_path)
     assert folder.name.endswith(f"_wnone_{precision}")
     assert json.loads((folder / "args.json").read_text())["settings"]["precision"] == precision
@@ -632,7 +632,7 @@ def test_out_of_memory_in_the_evaluation_costs_time_only(tiny_data, small_run, t
     monkeypatch.setattr(train, "extract_features", extract)
     monkeypatch.setattr(train, "recall_at_k", recall)
     assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "1") == 0
-    assert sizes["batch"] == [32, 16, 8] and sizes["block"][:3] == [2**30, 2**29, 2**28]
+    assert sizes["batch"] == 2 * [32, 16, 8] and sizes["block"][:3] == [2**30, 2**29, 2**28]
     logits = [np.load(folder / "member_001.npy") for folder in (only_folder(tmp_path), small_run)]
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
     first_two = [(folder / "recall.csv").read_text().splitlines()[:2] for folder in (only_folder(tmp_path), small_run)]
@@ -926,6 +926,7 @@ def test_defaults_are_those_of_the_original_command_line():
     assert (args.recalls, args.batch_size, args.num_epochs) == ([1, 2, 4, 8], 128, 12)
     assert (args.ensemble_size, args.meta_class_size, args.weights) == (12, 12, "imagenet")
     assert settings_of(args).lr == RECIPES["adam"].lr == 1e-4
+    assert args.progress_seconds == 30
     assert train.parse_args("--data_name sop --recalls 1,10,100,1000".split()).recalls == [1, 10, 100, 1000]
     assert train.parse_args("--data_name sop".split()).recalls == [1, 2, 4, 8]
     assert train.parse_args("--data_name isc".split()).recalls == [1, 10, 20, 30]
@@ -957,6 +958,7 @@ def test_defaults_are_those_of_the_original_command_line():
         (["--members", "1-"], "'' is not a positive integer"),
         (["--members", "2,5"], "--members 5 is above --ensemble_size 2"),
         (["--lr", "nan"], "'nan' is not a positive number"),
+        (["--progress_seconds", "-1"], "--progress_seconds: '-1' is not a number of seconds"),
         (["--scale_min", "0"], "--scale_min: '0' is not a positive number"),
         (["--scale_min", "1.01"], "--scale_min: '1.01' is above 1"),
         (["--scale_min", "-1"], "--scale_min: '-1' is not a positive number"),

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from dreml.data.workers import WorkerDied, worker_pool
+from dreml.data.workers import WorkerDied, map_ahead, worker_pool
 
 
 def test_a_worker_that_dies_is_noticed():
@@ -18,6 +20,26 @@ def test_a_worker_that_dies_is_noticed():
 def test_what_a_worker_raises_is_raised():
     with pytest.raises(ValueError, match="invalid literal"), worker_pool(1) as pool:
         pool.submit(int, "x").result()
+
+
+def test_a_few_tasks_are_taken_ahead_and_the_results_come_in_order():
+    taken = []
+
+    def tasks():
+        for number in range(40):
+            taken.append(number)
+            yield number
+
+    def square(number: int) -> int:
+        time.sleep(0.001 * (number % 3))
+        return number**2
+
+    with ThreadPoolExecutor(3) as pool:
+        for number, (task, result) in enumerate(map_ahead(pool, square, tasks(), ahead=5)):
+            assert (task, result) == (number, number**2) and len(taken) == min(number + 5, 40)
+        assert number == 39
+        assert list(map_ahead(pool, square, iter([3]), ahead=5)) == [(3, 9)]
+        assert list(map_ahead(pool, square, iter([]), ahead=5)) == []
 
 
 BUSY = """

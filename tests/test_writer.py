@@ -9,12 +9,13 @@ import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import copy_run, digests, edit_record, only_folder, train_tiny
+from builders import bytes_an_image, copy_run, digests, edit_record, only_folder, train_tiny
 from reference import slow_recall
 from torch import nn
 
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 
 def test_run_folder(tiny_run, tiny_data, tiny_cache):
     assert tiny_run.name == "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
-    names = {"args.json", "cache_compared.json", "recall.csv", "test.csv", "train.csv"}
+    names = {"args.json", "baseline.csv", "baseline.json", "cache_compared.json", "recall.csv", "test.csv", "train.csv"}
     names |= {f"member_00{member}.{suffix}" for member in (1, 2) for suffix in ("json", "npy", "pth")}
     assert {path.name for path in tiny_run.iterdir() if not path.name.endswith(".lock")} == names
 
@@ -53,6 +54,33 @@ def test_run_folder(tiny_run, tiny_data, tiny_cache):
         hashes = digests(tiny_run, f"member_00{member}.[np]*")
         assert finished["sha256"] == hashes and finished["member"] == member
         assert np.load(tiny_run / f"member_00{member}.npy").dtype == np.float32
+
+
+def test_test_csv_is_written_a_piece_at_a_time(tmp_path):
+    """As one table would be. A row of it takes 400 bytes in memory."""
+    generator = np.random.default_rng(0)
+
+    class LargeCache:
+        def __init__(self, number: int):
+            self.number, self.counts = number, {"test": (50, number)}
+            self.meta = SimpleNamespace(test={"classes": [f'ü, "{label}"' for label in range(50)]})
+            self.arrays = {name: generator.integers(0, 2, number).astype(bool) for name in ("is_query", "is_gallery")}
+            self.arrays["labels"] = generator.integers(0, 50, number)
+
+        def array(self, name: str) -> np.ndarray:
+            return self.arrays[name.removeprefix("test_")]
+
+        def paths(self, split: str, start: int, stop: int) -> list[str]:
+            return [f"{split}/ж, {row}.png" for row in range(start, stop)]
+
+    caches = {number: LargeCache(number) for number in (1_000, 5_000, 15_000)}
+    assert bytes_an_image(lambda number: writer.write_test_csv(tmp_path / "test.csv", caches[number])) < 20
+    cache = caches[15_000]
+    table = pd.DataFrame({"path": cache.paths("test", 0, 15_000)} | {"label": cache.arrays["labels"]})
+    table = table.assign(is_query=cache.arrays["is_query"], is_gallery=cache.arrays["is_gallery"])
+    table["class_name"] = np.array(cache.meta.test["classes"], object)[table.label]
+    table.to_csv(tmp_path / "whole.csv", index=False, lineterminator="\n")
+    assert (tmp_path / "test.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 def test_train_log(tiny_run):

@@ -60,9 +60,12 @@ def epoch_batches(
     def fill(start: int, stop: int, out: np.ndarray) -> None:
         cache.train_crops(order[start:stop], corners[start:stop], sides[start:stop], out)
 
+    def read_ahead(start: int, stop: int) -> None:
+        cache.read_ahead(order[start:stop], corners[start:stop], sides[start:stop])
+
     epoch_targets = torch.from_numpy(targets[order]).to(device)
     epoch_sides = torch.from_numpy(sides).to(device) if settings.scale_min < 1 else None
-    loaded = image_batches(fill, spans, size, device)
+    loaded = image_batches(fill, spans, size, device, read_ahead)
     for (start, stop), pixels, mirror in zip(spans, loaded, num_mirrored, strict=True):
         batch_sides = None if epoch_sides is None else epoch_sides[start:stop]
         yield Batch(pixels, epoch_targets[start:stop], mirror, batch_sides)

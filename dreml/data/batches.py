@@ -1,7 +1,7 @@
 """From images in memory to the network's input: batches loaded ahead, normalised, enlarged."""
 
 import collections
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,18 +20,23 @@ def spans(start: int, stop: int, step: int) -> list[tuple[int, int]]:
 
 def image_batches(
     fill: Callable[[int, int, np.ndarray], None],
-    batches: Iterable[tuple[int, int]],
+    batches: Sequence[tuple[int, int]],
     image_size: int,
     device: torch.device,
+    read_ahead: Callable[[int, int], None] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yields a batch `(stop - start, S, S, 3) uint8` on the device for each (start, stop) of `batches`.
 
     `fill(start, stop, out)` writes its pixels. It runs in a thread, two batches ahead: copying rows from a memory map
     releases Python's lock, and a DataLoader's processes, which pass every batch on through shared memory, were slower
-    (benchmarks/README.md).
+    (benchmarks/README.md). `read_ahead(start, stop)` runs two batches before it, to ask a slow disk for what it needs.
     """
 
-    def load(start: int, stop: int) -> torch.Tensor:
+    def load(number: int) -> torch.Tensor:
+        if read_ahead:
+            for later in batches[number + BATCHES_AHEAD if number else 0 : number + BATCHES_AHEAD + 1]:
+                read_ahead(*later)
+        start, stop = batches[number]
         shape = (stop - start, image_size, image_size, 3)
         # Nobody waits for a copy from pinned memory; PyTorch reuses it when the copy is done.
         batch = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -39,11 +44,11 @@ def image_batches(
         return batch
 
     with ThreadPoolExecutor(1) as loader:
-        waiting, loading = collections.deque(batches), collections.deque()
+        waiting, loading = collections.deque(range(len(batches))), collections.deque()
         while waiting or loading:
             raise_if_interrupted()
             while waiting and len(loading) <= BATCHES_AHEAD:
-                loading.append(loader.submit(load, *waiting.popleft()))
+                loading.append(loader.submit(load, waiting.popleft()))
             yield loading.popleft().result().to(device, non_blocking=device.type == "cuda")
 
 

@@ -1,6 +1,7 @@
 """The cached pixels of a data set: opening them, and whether they are sound. `cache_writer` makes them."""
 
 import functools
+import itertools
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,11 +11,11 @@ import numpy as np
 
 from dreml.console import InputError, RunError, one_line
 from dreml.data.images import ImageSpec
-from dreml.files import crc32, read_record, sha256
+from dreml.files import crc32, read_ahead, read_record, sha256
 
-CACHE_VERSION = 2  # 1: the hidden colours of transparent images
-ARRAYS = ["train_pixels", "train_offsets", "train_sizes", "train_labels"]
-ARRAYS += ["test_images", "test_labels", "test_is_query", "test_is_gallery"]
+CACHE_VERSION = 3  # 1: the hidden colours of transparent images; 2: the paths in meta.json
+ARRAYS = ["train_pixels", "train_offsets", "train_sizes", "train_labels", "train_paths", "train_path_offsets"]
+ARRAYS += ["test_images", "test_labels", "test_is_query", "test_is_gallery", "test_paths", "test_path_offsets"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class CacheMeta:
     resize: str
     mean: list[float]  # of each channel, in 0..1
     std: list[float]
-    train: dict[str, list[str]]  # "classes": the names of labels 0, 1, ...; "paths": relative to data/NAME
-    test: dict[str, list[str]]
+    train: dict[str, list[str] | int]  # "classes": the names of labels 0, 1, ...; "images": their number
+    test: dict[str, list[str] | int]
     arrays: dict[str, dict[str, int]]  # name -> "bytes" and "crc32" of its file
 
     def __post_init__(self):
@@ -37,7 +38,8 @@ class CacheMeta:
             and has_types(self.mean, float)
             and has_types(self.std, float)
             and has_types([self.train, self.test, self.arrays], dict)
-            and all(has_types(split.get(key), str) for split in (self.train, self.test) for key in ("classes", "paths"))
+            and all(has_types(split.get("classes"), str) for split in (self.train, self.test))
+            and has_types([split.get("images") for split in (self.train, self.test)], int)
             and sorted(self.arrays) == sorted(ARRAYS)
             and has_types(list(self.arrays.values()), dict)
             and all(has_types([of_file.get("bytes"), of_file.get("crc32")], int) for of_file in self.arrays.values())
@@ -66,13 +68,14 @@ class Cache:
 
         `train_pixels (bytes,) uint8`, `train_offsets (N + 1,) int64`, `train_sizes (N, 2) int32` (height, width),
         `train_labels (N,) int64`; `test_images (M, S, S, 3) uint8`, `test_labels (M,) int64`,
-        `test_is_query (M,) bool`, `test_is_gallery (M,) bool`. Labels count the split's classes from 0.
+        `test_is_query (M,) bool`, `test_is_gallery (M,) bool`. Labels count the split's classes from 0. Of each split,
+        `paths (bytes,) uint8`, UTF-8 with a line end after each, and `path_offsets (N + 1,) int64`: see `paths`.
         """
         return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
     @functools.cached_property
     def _train(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.array("train_pixels"), self.array("train_offsets"), self.array("train_sizes").astype(np.int64)
+        return self.array("train_pixels"), self.array("train_offsets"), np.asarray(self.array("train_sizes"))
 
     @property
     def spec(self) -> ImageSpec:
@@ -83,12 +86,19 @@ class Cache:
     def counts(self) -> dict[str, tuple[int, int]]:
         """Split -> (number of classes, number of images)."""
         splits = {"train": self.meta.train, "test": self.meta.test}
-        return {name: (len(split["classes"]), len(split["paths"])) for name, split in splits.items()}
+        return {name: (len(split["classes"]), split["images"]) for name, split in splits.items()}
 
     @property
     def num_bytes(self) -> int:
         """Size on disk."""
         return sum(path.stat().st_size for path in self.folder.iterdir())
+
+    def paths(self, split: str, start: int = 0, stop: int | None = None) -> list[str]:
+        """The paths of the images `start` to `stop` of a split, relative to data/NAME. Reads no others."""
+        offsets = self.array(f"{split}_path_offsets")[start : None if stop is None else stop + 1]
+        text = self.array(f"{split}_paths")[offsets[0] : offsets[-1]].tobytes()
+        ends = (offsets - offsets[0]).tolist()
+        return [text[left : right - 1].decode() for left, right in itertools.pairwise(ends)]
 
     def train_crops(self, indices: np.ndarray, corners: np.ndarray, sides: np.ndarray, out: np.ndarray) -> None:
         """Cuts one square window out of each of B training images.
@@ -96,11 +106,19 @@ class Cache:
         `indices` `(B,)` says which, `corners` `(B, 2)` the (top, left) of each window, `sides` `(B,)` its side. Writes
         the windows to the top left corners of `out`, `(B, S, S, 3) uint8`, and 0 elsewhere.
         """
-        pixels, offsets, sizes = self._train
+        pixels, offsets, sizes = map(np.asarray, self._train)  # slices of a memmap are slow to make
         for crop, index, (top, left), side in zip(out, indices, corners, sides, strict=True):
             image = pixels[offsets[index] : offsets[index + 1]].reshape(*sizes[index], 3)
             crop[:side, :side] = image[top : top + side, left : left + side]
             crop[side:], crop[:side, side:] = 0, 0
+
+    def read_ahead(self, indices: np.ndarray, corners: np.ndarray, sides: np.ndarray) -> None:
+        """Asks the system for the rows of windows that `train_crops` will cut soon, without waiting for them."""
+        pixels, offsets, sizes = self._train
+        row_bytes = 3 * sizes[indices, 1]
+        starts = pixels.offset + offsets[indices] + corners[:, 0] * row_bytes
+        stops = starts + sides * row_bytes
+        read_ahead(self.folder / "train_pixels.npy", zip(starts.tolist(), stops.tolist(), strict=True))
 
 
 def cache_folder(data_path: Path, name: str, spec: ImageSpec) -> Path:
@@ -133,9 +151,10 @@ def read_cache(data_path: Path, name: str, spec: ImageSpec) -> Cache:
         )
     remedy = f"make it with: {command}"
     try:
-        meta = read_record(folder / "meta.json", CacheMeta)
-        if (meta.version, meta.image_size, meta.resize) != (CACHE_VERSION, spec.size, spec.resize):
+        found = read_record(folder / "meta.json")
+        if [found.get(key) for key in ("version", "image_size", "resize")] != [CACHE_VERSION, spec.size, spec.resize]:
             raise InputError(f"{folder} is of another version or has other settings; {remedy}")
+        meta = read_record(folder / "meta.json", CacheMeta)
         for array_name, expected in meta.arrays.items():
             if (folder / f"{array_name}.npy").stat().st_size != expected["bytes"]:
                 raise InputError(f"{folder / array_name}.npy has the wrong size; {remedy}")

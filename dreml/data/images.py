@@ -14,6 +14,7 @@ HEIF_REMEDY = "pip install pillow-heif"
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 MAX_RESIZED_PIXELS = 16_000_000  # a 1 x 10,000 image would grow to 281 x 2,810,000
 RESIZES = ("crop", "squash")
+IMAGE_VERSION = 2  # of how a file becomes pixels; 1: the hidden colours of transparent images
 
 
 class BadImage(Exception):
@@ -76,6 +77,9 @@ def load_rgb(path: str | Path) -> Image.Image:
             white = Image.new("RGB", image.size, "white")
             white.paste(image, mask=image.getchannel("A"))
             return white
+        if image.mode == "RGB":
+            image.load()
+            return image  # its file is closed; a copy would take a fortieth of the time of a photograph
         return image.convert("RGB")
 
 
@@ -120,15 +124,19 @@ def register_heif(path: str | Path) -> None:
     pillow_heif.register_heif_opener()
 
 
+def resized(image: Image.Image, spec: ImageSpec, shorter: int) -> Image.Image:
+    """An image with `shorter` as its shorter side; for squash, as both."""
+    return image.resize(spec.resized_size(*image.size, shorter), Image.Resampling.BILINEAR)
+
+
 def resize_train(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     """A training image before the random crop: `(H, W, 3) uint8`, the shorter side int(1.1 * size)."""
-    size = spec.resized_size(*image.size, spec.train_size)
-    return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+    return np.asarray(resized(image, spec, spec.train_size))
 
 
 def resize_test(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     """A test image as the network sees it: `(size, size, 3) uint8`, the centre of the resized image."""
-    image = image.resize(spec.resized_size(*image.size, spec.size), Image.Resampling.BILINEAR)
+    image = resized(image, spec, spec.size)
     left, top = (round((side - spec.size) / 2) for side in image.size)  # torchvision's rounding
     return np.asarray(image.crop((left, top, left + spec.size, top + spec.size)))
 

@@ -1,14 +1,16 @@
 """Which images a data set holds: its text and CSV lists, and folders of images. No image is opened here."""
 
+import array
 import collections
 import csv
-import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from dreml.console import is_utf8, one_line
 from dreml.data.images import HEIF_REMEDY, HEIF_SUFFIXES, image_suffixes
@@ -27,11 +29,90 @@ class Entry(NamedTuple):
     is_gallery: bool = True  # and whether it is searched among
 
 
+QUERY, GALLERY = 1, 2  # bits of an image's roles
+
+
+class EntryClass(NamedTuple):
+    """A class of one split."""
+
+    split: str
+    key: int | str
+    name: str  # that of its last image
+
+
+class Entries(Sequence[Entry]):
+    """Many entries in little memory: 17 bytes each and their paths. A list of tuples would take 500.
+
+    Entries are appended; once `sort` was called, no more can be.
+    """
+
+    def __init__(self):
+        self.classes: list[EntryClass] = []  # by their number
+        self._numbers: dict[tuple[str, int | str], int] = {}  # (split, class key) -> the number of the class
+        self._text = bytearray()  # all paths in UTF-8, one after the other
+        self._starts, self._lengths = array.array("q"), array.array("i")  # of each path, in bytes
+        self._class_numbers, self._roles = array.array("i"), array.array("B")
+
+    def append(self, entry: Entry) -> None:
+        number = self._numbers.setdefault((entry.split, entry.class_key), len(self.classes))
+        self.classes[number : number + 1] = [EntryClass(entry.split, entry.class_key, entry.class_name)]
+        path = entry.path.encode()
+        self._starts.append(len(self._text))
+        self._lengths.append(len(path))
+        self._text += path
+        self._class_numbers.append(number)
+        self._roles.append(QUERY * entry.is_query + GALLERY * entry.is_gallery)
+
+    def sort(self) -> None:
+        """Puts training images first, and orders each split by class. Within a class, images stay as they came."""
+        places = [(each.split != "train", each.key) for each in self.classes]
+        numbers = sorted(range(len(places)), key=places.__getitem__)
+        self.classes = [self.classes[number] for number in numbers]
+        new_numbers = np.empty(len(numbers), np.int32)
+        new_numbers[numbers] = np.arange(len(numbers))
+        class_numbers = new_numbers[self.class_numbers]
+        order = np.argsort(class_numbers, kind="stable")
+        self._class_numbers, self._roles = class_numbers[order], self.roles[order]
+        self._starts, self._lengths = np.asarray(self._starts)[order], np.asarray(self._lengths)[order]
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, row: int) -> Entry:
+        roles, (split, key, name) = self._roles[row], self.classes[self._class_numbers[row]]
+        return Entry(split, key, name, self.path(row), bool(roles & QUERY), bool(roles & GALLERY))
+
+    def path(self, row: int) -> str:
+        """The path of one image."""
+        start = self._starts[row]
+        return self._text[start : start + self._lengths[row]].decode()
+
+    @property
+    def class_numbers(self) -> np.ndarray:
+        """The class of every image, as a place in `classes`: `(N,) int32`."""
+        return np.asarray(self._class_numbers)
+
+    @property
+    def roles(self) -> np.ndarray:
+        """`(N,) uint8`: QUERY, GALLERY or both."""
+        return np.asarray(self._roles)
+
+    @property
+    def path_lengths(self) -> np.ndarray:
+        """The length of every path in UTF-8: `(N,) int32`."""
+        return np.asarray(self._lengths)
+
+    def rows_of(self, split: str) -> range:
+        """The rows of a split. Only once sorted."""
+        num_train = np.searchsorted(self.class_numbers, sum(each.split == "train" for each in self.classes))
+        return range(num_train) if split == "train" else range(num_train, len(self))
+
+
 @dataclass
 class Listing:
     """The images of a raw data set, and what is wrong with its lists."""
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: Entries = field(default_factory=Entries)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -55,26 +136,22 @@ def text_rows(path: Path, columns: int, listing: Listing, skip: int = 0) -> Iter
 
     The last field may contain spaces.
     """
-    for number, line in enumerate(read_text(path, listing).splitlines(), 1):
+    for number, line in enumerate(text_lines(path, listing), 1):
         fields = line.split(maxsplit=columns - 1)
         if number <= skip:
             continue
         if len(fields) == columns:
             yield f"{path}, line {number}", [field.strip() for field in fields]
         elif fields:
-            listing.problems.append(f"{path}, line {number}: malformed line: {columns} fields expected: {line[:80]!r}")
+            shown = line.rstrip("\n")[:80]
+            listing.problems.append(f"{path}, line {number}: malformed line: {columns} fields expected: {shown!r}")
 
 
 def csv_rows(
     path: Path, needed: tuple[str, ...], optional: tuple[str, ...], listing: Listing
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields ("file, line n", column -> field) of a CSV file with a header. Blank lines are left out."""
-    text = read_text(path, listing)
-    if "\0" in text:
-        line = len(text[: text.index("\0") + 1].encode().splitlines())
-        listing.problems.append(f"{path}, line {line}: a NUL byte")
-        return
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = csv.reader(lines_without_nul(path, listing), strict=True)
     header, line = None, 1
     try:
         for row in rows:
@@ -99,19 +176,43 @@ def csv_rows(
         listing.problems.append(f"{path}: empty; its first line has to be {','.join(needed)}")
 
 
-def read_text(path: Path, listing: Listing) -> str:
-    """Reads a list in UTF-8, without its byte order mark. If that fails, adds a problem and returns ""."""
+def lines_without_nul(path: Path, listing: Listing) -> Iterator[str]:
+    """Yields the lines of a list with the ends that they have. At a NUL byte, adds a problem and stops."""
+    for number, line in enumerate(text_lines(path, listing, newline=""), 1):
+        if "\0" in line:
+            listing.problems.append(f"{path}, line {number}: a NUL byte")
+            return
+        yield line
+
+
+def text_lines(path: Path, listing: Listing, newline: str | None = None) -> Iterator[str]:
+    """Yields the lines of a list in UTF-8, without its byte order mark. If that fails, adds a problem and stops.
+
+    `newline` as for `open`. The list is never in memory as a whole.
+    """
     try:
-        content = path.read_bytes()
-        return content.decode("utf-8-sig")
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            yield from file
     except FileNotFoundError:
         listing.problems.append(f"{path}: missing file")
     except UnicodeDecodeError as error:
-        line = len(content[: error.start + 1].splitlines())
+        line = first_line_not_utf8(path)
         listing.problems.append(f"{path}: not a readable text file in UTF-8 (line {line}: {one_line(error)})")
     except OSError as error:
         listing.problems.append(f"{path}: not a readable text file in UTF-8 ({one_line(error)})")
-    return ""
+
+
+def first_line_not_utf8(path: Path) -> int:
+    """The number of the first line that is not valid UTF-8."""
+    number = 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return number + len(line[: error.start + 1].splitlines())
+            number += len(line.splitlines())
+    return number
 
 
 # ------------------------------------------------------------------------------------------------ data sets of any name
@@ -163,7 +264,8 @@ def list_image_folder(root: Path, prefix: str) -> Listing | None:
     listing = Listing()
     for split in ("train", "test"):
         if not (root / split).is_dir():
-            listing.problems.append(f"{root / split}: missing folder")
+            if split == "train":  # test/ may be missing: nothing is measured then
+                listing.problems.append(f"{root / split}: missing folder")
             continue
         left_out = LeftOut()
         for class_name, files in class_folders(root / split, listing.problems, left_out):
@@ -178,6 +280,8 @@ def list_image_folder(root: Path, prefix: str) -> Listing | None:
                     listing.problems.append(f"{folder + file!a}: the name is not valid UTF-8")
         if left_out:
             listing.warnings.append(f"{root / split}: {left_out}")
+        if split == "test" and not any(entry.split == "test" for entry in listing.entries) and not listing.problems:
+            listing.problems.append("the test split has no images")  # a folder test/ that is empty was not meant so
     return listing
 
 
@@ -234,11 +338,7 @@ def class_folders(
     above = (*above, os.path.realpath(folder))
     files, folders, others_before = [], [], left_out.types.total()
     try:
-        items = sorted(os.scandir(folder), key=lambda item: item.name)
-    except OSError as error:
-        problems.append(f"{folder}: unreadable folder ({one_line(error)})")
-    else:
-        for item in items:
+        for item in os.scandir(folder):
             if item.name.startswith("."):
                 continue
             if item.is_dir():
@@ -247,10 +347,12 @@ def class_folders(
                 files.append(item.name)
             else:
                 left_out.add(item.name)
+    except OSError as error:
+        problems.append(f"{folder}: unreadable folder ({one_line(error)})")
     is_empty = name and not files and left_out.types.total() > others_before
     if files:
-        yield name, files
-    for child in folders:
+        yield name, sorted(files)
+    for child in sorted(folders):
         if os.path.realpath(folder / child) not in above:
             child_name = f"{name}/{child}" if name else child
             for found in class_folders(folder / child, problems, left_out, child_name, above):

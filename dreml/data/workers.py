@@ -1,16 +1,20 @@
 """Worker processes that end with the process that started them."""
 
+import collections
 import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
 
 from dreml.console import raise_if_interrupted
+
+Task, Result = TypeVar("Task"), TypeVar("Result")
 
 
 class WorkerDied(Exception):
@@ -29,6 +33,23 @@ def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
         raise WorkerDied from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def map_ahead(
+    pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Iterable[Task], ahead: int
+) -> Iterator[tuple[Task, Result]]:
+    """Yields (task, function(task)) in the order of the tasks, at most `ahead` of which wait or are worked on.
+
+    `pool.map` would take all tasks, and keep all results, at once.
+    """
+    waiting: collections.deque[tuple[Task, Future[Result]]] = collections.deque()
+    for task in tasks:
+        waiting.append((task, pool.submit(function, task)))
+        if len(waiting) == ahead:
+            task, future = waiting.popleft()
+            yield task, future.result()
+    for task, future in waiting:
+        yield task, future.result()
 
 
 def end_with_parent() -> None:

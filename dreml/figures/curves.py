@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_recall(sizes: pd.DataFrame, alone: pd.DataFrame) -> "Figure":
-    """Recall@K against the ensemble size, and each member alone at the first K. The tables are those of evaluate.py."""
+def draw_recall(sizes: pd.DataFrame, alone: pd.DataFrame, baseline: pd.DataFrame | None = None) -> "Figure":
+    """Recall@K against the ensemble size; at the first K, each member alone and what finds images without training.
+
+    The first two tables are those of evaluate.py, the third is `baseline.csv`.
+    """
     figure = new_figure(2.9)
     axes = figure.subplots()
     names = [name for name in sizes if name.startswith("R@")]
@@ -26,10 +29,15 @@ def draw_recall(sizes: pd.DataFrame, alone: pd.DataFrame) -> "Figure":
     (members,) = axes.plot(alone.member, alone[names[0]], linestyle="", label=f"each member alone, {names[0]}", **dots)
     dotted = {"color": "#666666", "linestyle": (0, (1, 1)), "linewidth": 1}
     average = axes.axhline(mean, label=f"their mean, {mean:.1f} %", **dotted)
+    before = []
+    for number, row in enumerate(baseline.to_dict("records") if baseline is not None and names[0] in baseline else []):
+        line = {"color": "#666666", "linestyle": ("--", "-.")[number % 2], "linewidth": 1}
+        label = f"{row['baseline']}, {row[names[0]]:.1f} %"
+        before.append(axes.axhline(row[names[0]], label=label, **line))
     axes.set_ylabel("Recall@K (%)")
     set_size_axis(axes, len(sizes))
     figure.legend(handles=curves, loc="outside upper center", ncols=min(len(names), 4), **LEGEND)
-    figure.legend(handles=[members, average], loc="outside lower center", ncols=2, **LEGEND)
+    figure.legend(handles=[members, average, *before], loc="outside lower center", ncols=2, **LEGEND)
     return figure
 
 

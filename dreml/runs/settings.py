@@ -50,7 +50,8 @@ def option(
 
 ALWAYS_IN_NAME = ("data_name", "backbone", "meta_class_size", "num_epochs", "seed")  # others where not at their default
 DATA_HELP = "car (default), cub, sop, isc, or another with a cache"
-SCALE_HELP = "random resize: crop windows of random side, from M * S to S, enlarged to S (default: 1.0, all S)"
+SCALE_HELP = "crop windows of random side, M * S to S (default: 1.0)"
+SCHEDULE_HELP = "steps (default), or onecycle: up, then down to 0"
 PRECISION_HELP = "auto (default: bf16, or fp16, where the device is fast in it, else fp32), fp32, bf16 or fp16"
 
 
@@ -69,9 +70,10 @@ class Settings:
     optimizer: str = option(
         "adam", "{}".format, "adam (default), or sgd: with momentum 0.9, decay later", "O", choices=tuple(RECIPES)
     )
+    schedule: str = option("steps", "{}".format, SCHEDULE_HELP, "S", choices=("steps", "onecycle"))
     lr: float | None = option(None, "lr{!r}".format, "learning rate (default: 1e-4; for sgd 0.01)", type=positive_float)
     weights: str = option("imagenet", weights_in_name, "imagenet (default), none, or the path of a state dict", "W")
-    flip: bool = option(True, "noflip".format, "no mirroring, for images whose mirror image is another class")
+    flip: bool = option(True, "noflip".format, "no mirroring: mirror images are other classes")
     scale_min: float = option(1.0, "scale{!r}".format, SCALE_HELP, "M", fraction)
     precision: str = option("auto", "{}".format, PRECISION_HELP, "P", choices=("auto", *PRECISIONS))
 

@@ -1,6 +1,6 @@
 """The long versions of tests/test_faults.py: hundreds of kills, with ResNets too, and of damaged files.
 
-pytest -m slow tests/slow/test_faults.py
+pytest -m slow tests/slow/test_faults.py      says at its end how many there were
 """
 
 import os
@@ -15,19 +15,23 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_run_that_is_killed_again_and_again_ends_in_the_same_state(processes, finished, tmp_path, seed):
-    check_kills(processes, finished, tmp_path / "root", seed)
+def test_a_run_that_is_killed_again_and_again_ends_in_the_same_state(
+    processes, finished, tmp_path, record_property, seed
+):
+    record_property("kills", check_kills(processes, finished, tmp_path / "root", seed))
 
 
 @pytest.mark.parametrize("seed", range(20, 30))
-def test_a_resnet_that_is_killed_again_and_again_ends_in_the_same_state(processes, tiny_data, tiny_run, tmp_path, seed):
+def test_a_resnet_that_is_killed_again_and_again_ends_in_the_same_state(
+    processes, tiny_data, tiny_run, tmp_path, record_property, seed
+):
     expected = linked(tiny_data, tiny_run.parent, tmp_path / "expected")
-    check_kills(processes, expected, tmp_path / "root", seed, small=False)
+    record_property("kills", check_kills(processes, expected, tmp_path / "root", seed, small=False))
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_damaged_file_never_changes_a_number(threads, finished, tmp_path, capsys, seed):
-    check_damages(finished, tmp_path, lambda: capsys.readouterr().err, seed)
+def test_a_damaged_file_never_changes_a_number(threads, finished, tmp_path, capsys, record_property, seed):
+    record_property("damaged files", check_damages(finished, tmp_path, lambda: capsys.readouterr().err, seed))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")

@@ -1,0 +1,62 @@
+"""dreml/optimizers.py: the optimizers and their learning rate. Their steps: test_train.py."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dreml.optimizers import learning_rate, make_optimizer, with_rates
+from dreml.runs.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "tenths"),
+    [
+        ("adam", [0]),
+        ("adam", [0, 2]),
+        ("adam", [0, 1, 2]),
+        ("adam", [0] * 6 + [1] * 2 + [2] * 4),
+        ("adam", [0] * 10 + [1] * 4 + [2] * 6),
+        ("adam", [0] * 25 + [1] * 10 + [2] * 15),
+        ("sgd", [0]),
+        ("sgd", [0, 1, 2]),
+        ("sgd", [0] * 6 + [1] * 3 + [2] * 3),
+        ("sgd", [0] * 10 + [1] * 6 + [2] * 4),
+    ],
+)
+def test_learning_rate(optimizer, tenths):
+    settings = Settings(optimizer=optimizer, lr=0.5, num_epochs=len(tenths))
+    for within in (0, 0.5, 0.999999):
+        rates = [learning_rate(settings, epoch + within) for epoch in range(len(tenths))]
+        np.testing.assert_allclose(rates, [0.5 * 10.0**-tenth for tenth in tenths])
+
+
+def test_one_cycle_goes_up_over_a_fifth_and_down_to_0():
+    settings = Settings(schedule="onecycle", lr=0.8, num_epochs=10)
+    rates = [learning_rate(settings, epochs) for epochs in (0, 0.5, 1, 2, 4, 6, 9.5, 10)]
+    np.testing.assert_allclose(rates, [0, 0.2, 0.4, 0.8, 0.6, 0.4, 0.05, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("onecycle", [0.5, 0.875, 0.6875, 0.5, 0.25, 0.0625]), ("steps", [1.0] * 3 + [0.01] * 3)]
+)
+def test_each_step_has_the_rate_of_its_middle(schedule, expected):
+    """Two epochs of 10 images in batches of 4, 4 and 2, which are passed on as they are."""
+    settings = Settings(schedule=schedule, lr=1.0, num_epochs=2)
+    optimizer, rates = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=9.0), []
+    batches = [(torch.ones(size, 3), torch.zeros(size)) for size in (4, 4, 2)]
+    for epoch in range(2):
+        for number, batch in enumerate(with_rates(iter(batches), optimizer, settings, epoch, 10)):
+            assert batch[0] is batches[number][0] and batch[1] is batches[number][1]
+            rates.append(optimizer.param_groups[0]["lr"])
+    np.testing.assert_allclose(rates, expected)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)])
+def test_the_optimizer_is_one_kernel(name, kind):
+    for device, fused in (("cpu", True), ("cuda", True), ("mps", False)):
+        optimizer = make_optimizer(name, nn.Linear(2, 2), 0.1, torch.device(device))
+        assert type(optimizer) is kind and optimizer.defaults["fused"] == fused
+        assert optimizer.defaults["weight_decay"] == 0
+    with pytest.raises(ValueError, match="no optimizer is called 'adamw'"):
+        make_optimizer("adamw", nn.Linear(2, 2), 0.1, torch.device("cpu"))
