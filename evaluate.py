@@ -39,9 +39,9 @@ from dreml.figures.curves import draw_comparison, draw_found, draw_recall, draw_
 from dreml.figures.style import check_matplotlib, drawing, printable, save_figure
 from dreml.files import writable, write_csv
 from dreml.runs.baseline import print_baseline, read_baseline
-from dreml.runs.folder import SUFFIXES, Run, TestSplit, read_run
+from dreml.runs.folder import SUFFIXES, Run, TestSplit
 from dreml.runs.settings import EMBEDDINGS
-from dreml.runs.student import StudentRun, read_student_run
+from dreml.runs.student import StudentRun, read_run_or_student
 from dreml.runs.writer import run_lock
 from dreml.thresholds import FARS, FEWEST_ABOVE, threshold_table
 from utils import (
@@ -231,10 +231,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         check_matplotlib()
     device = pick_device(args.device)
-    if args.student is None:
-        runs = [read_run(folder, args.num_members) for folder in args.folders]
-    else:
-        runs = [read_student_run(folder, args.student) for folder in args.folders]
+    runs = [read_run_or_student(folder, args.num_members, args.student) for folder in args.folders]
     groups = group_by_settings(runs)
     targets = output_folders(runs, args.output)
     ks = args.recalls or common_recalls(runs)

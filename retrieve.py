@@ -39,9 +39,9 @@ from dreml.figures.neighbours import Thumbnails, draw_neighbours
 from dreml.figures.style import check_matplotlib
 from dreml.files import atomic_open, make_folder, writable, write_csv
 from dreml.index import PhotoIndex, default_place, is_installed, model_checksum
-from dreml.runs.folder import SUFFIXES, Run, TestSplit, read_run
+from dreml.runs.folder import SUFFIXES, Run, TestSplit
 from dreml.runs.settings import EMBEDDINGS
-from dreml.runs.student import StudentRun, read_student_run
+from dreml.runs.student import StudentRun, read_run_or_student
 from dreml.search import (
     Found,
     Item,
@@ -125,10 +125,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     # 1. The images; whatever can be wrong is found before anything is computed
     device = pick_device(args.device)
-    if args.student is None:
-        trained = read_run(args.folder, args.num_members)
-    else:
-        trained = read_student_run(args.folder, args.student)
+    trained = read_run_or_student(args.folder, args.num_members, args.student)
     if not len(trained.test):
         check_without_test_images(args)
     threshold = chosen_threshold(args.far, args.threshold, trained, args.embedding)

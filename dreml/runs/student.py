@@ -11,7 +11,7 @@ import torch
 from dreml.backbones import check_backbone, weights_tag
 from dreml.console import InputError, natural_number, one_line, positive_float, seed_number
 from dreml.files import json_sha256, read_record, sha256
-from dreml.runs.folder import Members, Run, RunRecord, read_run_record, read_test
+from dreml.runs.folder import Members, Run, RunRecord, read_run, read_run_record, read_test
 from dreml.runs.settings import (
     EMBEDDINGS,
     PRECISIONS,
@@ -215,6 +215,11 @@ def read_student_run(run_folder: Path, tag: str = "") -> StudentRun:
     folder, student = read_student(run_folder, record, tag, EMBEDDING_FILES)
     members = Members(run_folder, record.settings_hash)  # nobody looks at them
     return StudentRun(folder, record, members, 1, read_test(run_folder), student)
+
+
+def read_run_or_student(run_folder: Path, num_members: int | None, tag: str | None) -> Run:
+    """Opens the first members of a run, or its student with this tag: see `read_run` and `read_student_run`."""
+    return read_run(run_folder, num_members) if tag is None else read_student_run(run_folder, tag)
 
 
 # ------------------------------------------------------------------------------------------------ its recall
