@@ -1,4 +1,4 @@
-"""One member of the ensemble: a network with a meta-class head, its precision and its features; and the Ensemble."""
+"""A network with a meta-class head, its precision and its features; the Ensemble, and the Student of one."""
 
 import contextlib
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from dreml.data.images import ImageSpec
 from dreml.files import read_ahead
 from dreml.runs.folder import Members, member_file, member_numbers, read_run_record
 from dreml.runs.settings import EMBEDDINGS
+from dreml.runs.student import WEIGHTS, read_student
 from utils import full_float32
 
 # ------------------------------------------------------------------------------------------------ network
@@ -49,6 +50,12 @@ def head_of(model: nn.Module) -> Head:
     return next(layer for layer in model.modules() if isinstance(layer, Head))
 
 
+def backbone_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of such a network without its last layer, for another one to begin with."""
+    head = next(name for name, layer in model.named_modules() if isinstance(layer, Head))
+    return {name: value for name, value in model.state_dict().items() if not name.startswith(f"{head}.")}
+
+
 # ------------------------------------------------------------------------------------------------ precision
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,6 +81,22 @@ class Compute:
         if self.precision == "fp32":
             return "try a lower --lr"
         return f"try a lower --lr, or --precision fp32 ({self.precision} was used)"
+
+
+@dataclass
+class TrainState:
+    """What a training step changes: the network, its optimizer, and the scale of fp16's gradients."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    def state_dict(self) -> dict[str, dict]:
+        return {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        for name in ("model", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
 
 
 def pick_precision(device: torch.device, backbone: str) -> str:
@@ -186,7 +209,11 @@ class Ensemble(nn.Module):
         """
         pixels = normalize(images, self.mean, self.std)
         with full_float32(images.device.type):
-            outputs = [features(member, pixels, self.embedding) for member in self.members]
+            return self.embed(pixels)
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The same from normalised pixels, `(N, 3, S, S) float`, in the precision that the caller has set."""
+        outputs = [features(member, pixels, self.embedding) for member in self.members]
         return torch.cat([F.normalize(output, dim=1) for output in outputs], dim=1) / len(outputs) ** 0.5
 
 
@@ -232,3 +259,47 @@ def load_ensemble(
     data = record.data
     ensemble = Ensemble(networks, settings.image_spec, data.mean, data.std, embedding)
     return ensemble.to(device).eval()
+
+
+# ------------------------------------------------------------------------------------------------ the student
+
+
+def unit_blocks(rows: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """Scales each of the L blocks of every row to length 1 / sqrt(L), `(N, L * d) -> (N, L * d)`.
+
+    So the rows have length 1, as those of an `Ensemble`, and a dot product is the mean of the blocks' cosines.
+    """
+    blocks = rows.unflatten(1, (num_blocks, -1))
+    return F.normalize(blocks, dim=2).flatten(1) / num_blocks**0.5
+
+
+class Student(Ensemble):
+    """The one network that has learned from the members of a run (distill.py); see `load_student`."""
+
+    def __init__(self, network: nn.Module, num_blocks: int, *of_the_run):
+        super().__init__([network], *of_the_run)
+        self.num_blocks = num_blocks  # of its logits: one for each member, or 1
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        num_blocks = self.num_blocks if self.embedding == "logits" else 1
+        return unit_blocks(features(self.members[0], pixels, self.embedding), num_blocks)
+
+
+def load_student(
+    run_folder: str | Path, tag: str = "", device: str | torch.device = "cpu", embedding: str = "pooled"
+) -> Student:
+    """Loads the student of a run, `run_folder/student_<tag>`, which is used as an `Ensemble` is.
+
+    `tag` "": the only one that there is. Raises InputError if there is none, or a file does not match its checksum.
+    """
+    record = read_run_record(Path(run_folder))
+    folder, student = read_student(Path(run_folder), record, tag, [WEIGHTS])
+    settings, width = student.settings, student.settings.width(record.settings)
+    try:
+        network = load_member(folder / WEIGHTS, settings.backbone, width)
+    except Exception as error:  # as above
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{folder} is damaged ({one_line(error)}); distill.py makes it again") from None
+    of_the_run = record.settings.image_spec, record.data.mean, record.data.std, embedding
+    return Student(network, settings.num_blocks, *of_the_run).to(device).eval()

@@ -36,7 +36,7 @@ from dreml.runs import baseline, writer
 from dreml.runs.checkpoint import SECONDS_BETWEEN_WRITES, Progress, snapshot
 from dreml.runs.folder import MemberRecord, Members, TestSplit, member_file
 from dreml.runs.settings import EMBEDDINGS, Settings, add_settings, settings_of
-from model import Compute, build_model, extract_features, load_member, pick_precision
+from model import Compute, TrainState, build_model, extract_features, load_member, pick_precision
 from utils import capped_images, draws, meta_class_partition, recall_at_k, similarity_memory, unmatched_queries
 
 MAX_IMAGES_PER_CLASS = 300  # docs/METHOD.md, step 5: a larger class is cut to a random 300 for each member
@@ -72,22 +72,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 # ------------------------------------------------------------------------------------------------ one step
-
-
-@dataclass
-class TrainState:
-    """What a step changes: the network, its optimizer, and the scale of fp16's gradients."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-
-    def state_dict(self) -> dict[str, dict]:
-        return {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-
-    def load_state_dict(self, state: dict[str, dict]) -> None:
-        for name in ("model", "optimizer", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
 
 
 @dataclass

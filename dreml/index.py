@@ -24,7 +24,7 @@ from dreml.console import InputError, format_problems, one_line, print_text
 from dreml.data.images import IMAGE_VERSION
 from dreml.files import atomic_open, json_sha256, take_lock, writable
 from dreml.photos import IndexedPhotos, Photo, Row, class_of, list_photos, read_photos, walk_order
-from dreml.runs.folder import Run, member_file
+from dreml.runs.folder import Run
 from dreml.search import embed_batch
 
 TABLE = "photos"
@@ -45,9 +45,7 @@ def model_checksum(run: Run, embedding: str) -> str:
 
     Made from the run's settings and data, the kind of embedding, the members' weights, and how pixels are read.
     """
-    numbers = range(1, run.num_members + 1)
-    weights = [run.members.records[number].sha256[member_file(number, "pth")] for number in numbers]
-    return json_sha256([run.record.settings_hash, embedding, run.num_members, weights, IMAGE_VERSION])
+    return json_sha256([run.record.settings_hash, embedding, run.num_members, run.weights, IMAGE_VERSION])
 
 
 def default_place(run: Run, photos: Path, model: str) -> Path:

@@ -9,14 +9,25 @@ import tempfile
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from builders import build_small_model, edit_record, random_embeddings, save_image, write_run
+from builders import (
+    STUDENT,
+    STUDENT_TAG,
+    build,
+    build_small_model,
+    edit_record,
+    random_embeddings,
+    refused,
+    save_image,
+    write_run,
+)
 from processes import ROOT
 from reference import slow_best_similarities, slow_recall
 
-from benchmarks import plain, progress, recall, thresholds, training
-from dreml.files import in_page_cache, sha256
+from benchmarks import distill_search, plain, progress, recall, thresholds, training
+from dreml.files import in_page_cache, read_record, sha256
 from dreml.search import embed_images, folder_items
 from model import load_ensemble
 
@@ -191,3 +202,85 @@ def test_halves_of_the_classes_share_none():
     for first, other in pairs:
         assert torch.equal(first, ~other) and not set(labels[first].tolist()) & set(labels[other].tolist())
         assert len(labels[first].unique()) == 2
+
+
+# ------------------------------------------------------------------------------------------------ ways of distilling
+
+
+def try_recipe(run, *options: str) -> dict:
+    """The row that a try adds to the run's table."""
+    assert distill_search.main(["try", str(run), *STUDENT, *options]) == 0
+    return pd.read_csv(run / "distill_search.csv").iloc[-1].to_dict()
+
+
+def test_without_options_a_try_is_the_student_of_distill(small_student, tmp_path):
+    """The same draws and steps, so the same bits; its teacher's recall stands beside it."""
+    run = shutil.copytree(small_student, tmp_path / "run")
+    history = read_record(run / f"student_{STUDENT_TAG}" / "student.json")["history"]
+    recall = pd.read_csv(run / f"student_{STUDENT_TAG}" / "recall.csv")
+    row = try_recipe(run)
+    assert row["loss"] == history[-1]["loss"] and row["num_members"] == 2 and row["weights"] == "member1"
+    np.testing.assert_allclose([row["logits"], row["pooled"], row["ensemble"]], recall["R@1"][[0, 1, 3]], atol=5e-5)
+
+
+def test_every_way_of_distilling_is_another_student(small_run, tmp_path, capsys):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    options = [["--targets", name] for name in distill_search.TARGETS] + [["--mix", "cutmix"], ["--mix", "none"]]
+    options += [["--average"], ["--weight_decay", "0.5"], ["--targets", "labels", "--mix", "none"]]
+    losses = [try_recipe(run, *each)["loss"] for each in options]
+    assert len(set(losses)) == len(options) and np.isfinite(losses).all()
+    assert pd.read_csv(run / "distill_search.csv").dim.tolist() == [0, 512, 512, 512, 32, 0, 0, 0, 0, 0, 0]
+    assert "does not go with --targets labels" in refused(
+        capsys, distill_search, "try", run, "--targets", "labels", "--dim", "3"
+    )
+
+
+def test_a_fifth_of_the_training_classes_becomes_the_test_split(tiny_data, tmp_path, capsys):
+    """The real test images are nowhere; the links are a data set that can be cached."""
+    source = tmp_path / "set"
+    shutil.copytree(tiny_data / "tiny" / "train", source / "train")
+    shutil.copytree(tiny_data / "tiny" / "test", source / "test")
+    assert distill_search.main(["split", str(source)]) == 0
+    assert capsys.readouterr().out == f"{source}_fifth: 5 classes to train on, 1 to judge by\n"
+    counts = build(tmp_path, "set_fifth").counts
+    assert counts == {"train": (5, 30), "test": (1, 6)}
+    files = [path.resolve() for path in (tmp_path / "set_fifth").rglob("*.png")]
+    assert sorted(files) == sorted((source / "train").rglob("*.png"))
+    assert "is there already" in refused(capsys, distill_search, "split", source)
+
+
+def test_cutmix_puts_a_box_of_the_partner_into_an_image():
+    """Of area 1 - weight, cut at the border; the share of the image is what is left."""
+    pixels = torch.stack([torch.full((3, 20, 20), float(number)) for number in range(3)])
+    mixing = distill_search.Mixing(
+        torch.tensor([1, 2, 2]), torch.tensor([0.75, 0.75, 0.0]), torch.tensor([[0.5, 0.25], [0.0, 1.0], [0.5, 0.5]])
+    )
+    mixed, shares = distill_search.cutmix(pixels, mixing)
+    expected = pixels.clone()
+    expected[0, :, 5:15, 0:10] = 1
+    expected[1, :, :5, 15:] = 2
+    assert torch.equal(mixed, expected)
+    torch.testing.assert_close(shares, torch.tensor([0.75, 1 - 25 / 400, 0.0]))
+
+
+def test_the_losses_of_the_search():
+    """Against their formulas, pair by pair and block by block."""
+    generator = np.random.default_rng(0)
+    outputs, answers = generator.normal(size=(4, 6)), generator.normal(size=(4, 5))
+    answers /= np.linalg.norm(answers, axis=1, keepdims=True)
+    unit = outputs / np.linalg.norm(outputs, axis=1, keepdims=True)
+    total = 0.0
+    for one in range(4):
+        mean = np.mean([np.linalg.norm(unit[one] - other) for other in unit])
+        for other in set(range(4)) - {one}:
+            distance = np.linalg.norm(unit[one] - unit[other]) / mean
+            alike = np.exp(-(np.linalg.norm(answers[one] - answers[other]) ** 2))
+            total += alike * distance**2 + (1 - alike) * max(0, 1 - distance) ** 2
+    found = distill_search.relaxed_contrastive_loss(torch.from_numpy(outputs), torch.from_numpy(answers))
+    assert found.item() == pytest.approx(total / 12)
+
+    shares = np.array([[[0.3, 0.7, 0.0], [1.0, 0.0, 0.0]]] * 4)  # (B, L, D)
+    blocks = outputs.reshape(4, 2, 3)
+    logs = blocks - np.log(np.exp(blocks).sum(2, keepdims=True))
+    found = distill_search.hard_label_loss(torch.from_numpy(outputs), torch.from_numpy(shares))
+    assert found.item() == pytest.approx(-(shares * logs).sum(2).mean())

@@ -15,7 +15,7 @@ import torch
 
 from dreml.console import InputError, one_line, out_of_memory
 from dreml.files import json_sha256, read_record, sha256, take_lock
-from dreml.runs.settings import PRECISIONS, Settings
+from dreml.runs.settings import EMBEDDINGS, PRECISIONS, Settings
 
 FORMAT = 2  # of args.json and the members' records; folders of another format are refused
 TEST_COLUMNS = {"path": str, "label": np.int64, "is_query": bool, "is_gallery": bool, "class_name": str}  # test.csv
@@ -292,6 +292,31 @@ class Run:
     def split(self) -> TestSplit:
         return TestSplit.from_arrays(self.test.label, self.test.is_query, self.test.is_gallery)
 
+    @property
+    def name(self) -> str:
+        """The name of the run folder, also where it was given as "." or by a link."""
+        return self.folder.resolve().name
+
+    @property
+    def weights(self) -> list[str]:
+        """The checksums of its networks' weights."""
+        members = range(1, self.num_members + 1)
+        return [self.members.records[member].sha256[member_file(member, "pth")] for member in members]
+
+    def without_seed(self) -> dict[str, object]:
+        """All that defines its networks, except the seed: the settings and the data."""
+        return self.settings.without_seed() | {"cache": self.record.data.fingerprint[:8]}
+
+    def statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the data set's channels, `(3,)` each, on the device."""
+        return tuple(torch.tensor(values, device=device) for values in (self.record.data.mean, self.record.data.std))
+
+    def saved_embeddings(self) -> tuple[str, ...]:
+        """Which embeddings every network has."""
+        self.members.refresh("pooled")
+        has_pooled = not self.members.missing(range(1, self.num_members + 1), "pooled")
+        return EMBEDDINGS if has_pooled else EMBEDDINGS[:1]
+
     def require(self, embedding: str) -> None:
         """Raises InputError unless every member has this embedding."""
         self.members.refresh(embedding)
@@ -305,9 +330,14 @@ class Run:
     def embeddings(self, embedding: str, device: torch.device) -> list[torch.Tensor]:
         """The members' outputs for the test images, `(M, d) float32` each, on the device."""
         arrays = self.members.embeddings(self.num_members, embedding, device)
-        if any(len(array) != len(self.test) for array in arrays):
-            raise InputError(f"{self.folder / 'test.csv'} has {len(self.test)} images, the embeddings {len(arrays[0])}")
+        for array in arrays:
+            self.check_length(array)
         return arrays
+
+    def check_length(self, rows: torch.Tensor | np.ndarray) -> None:
+        """Raises InputError unless an embedding has a row for every image of test.csv."""
+        if len(rows) != len(self.test):
+            raise InputError(f"{self.folder}: test.csv has {len(self.test)} images, the embeddings {len(rows)}")
 
 
 def open_run(folder: Path) -> tuple[RunRecord, Members]:
@@ -334,9 +364,13 @@ def read_run(folder: Path, num_members: int | None = None) -> Run:
         raise InputError(f"{folder}: member 1 is missing, and so every ensemble; train.py trains it")
     if num_members and num_members > finished:
         raise InputError(f"--num_members {num_members}: {folder} has {finished}, member {finished + 1} is missing")
+    return Run(folder, record, members, num_members or finished, read_test(folder))
+
+
+def read_test(folder: Path) -> pd.DataFrame:
+    """Reads `test.csv`, with TEST_COLUMNS. Raises InputError if it is missing or damaged."""
     path = folder / "test.csv"
     try:
-        test = pd.read_csv(path, usecols=list(TEST_COLUMNS), dtype=TEST_COLUMNS, keep_default_na=False)
+        return pd.read_csv(path, usecols=list(TEST_COLUMNS), dtype=TEST_COLUMNS, keep_default_na=False)
     except (ValueError, OSError) as error:
         raise InputError(f"{path} is missing or damaged ({one_line(error)}); train.py writes it again") from None
-    return Run(folder, record, members, num_members or finished, test)

@@ -38,7 +38,7 @@ def backbone_in_name(backbone: str) -> str:
 def option(
     default: object,
     in_name: Callable[[object], str],
-    help_text: str,
+    help_text: str | None,
     metavar: str | None = None,
     type: Callable | None = None,
     choices: tuple[str, ...] | None = None,
@@ -78,13 +78,7 @@ class Settings:
     precision: str = option("auto", "{}".format, PRECISION_HELP, "P", choices=("auto", *PRECISIONS))
 
     def __post_init__(self):
-        for each in fields(self):
-            choices, value = each.metadata["argument"]["choices"], getattr(self, each.name)
-            kinds = (float, type(None)) if each.name == "lr" else (type(each.default),)
-            if type(value) not in kinds:  # from a record of somebody else's
-                raise ValueError(f"{each.name} is {value!r}, not a {kinds[0].__name__}")
-            if choices and value not in choices:
-                raise ValueError(f"{each.name} is {value!r}, not one of {', '.join(choices)}")
+        check_values(self)
         if self.lr is None:
             object.__setattr__(self, "lr", RECIPES[self.optimizer].lr)
 
@@ -98,29 +92,53 @@ class Settings:
 
         Made before "auto" becomes a precision, and after `weights` became a tag (`model.weights_tag`).
         """
-        defaults = replace(Settings(), lr=RECIPES[self.optimizer].lr)
-        tags = []
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if each.name in ALWAYS_IN_NAME or value != getattr(defaults, each.name):
-                tags.append(each.metadata["in_name"](value))
-        return "_".join(tag for tag in tags if tag)
+        return joined_tags(self, replace(Settings(), lr=RECIPES[self.optimizer].lr), ALWAYS_IN_NAME)
 
     def without_seed(self) -> dict[str, object]:
         """What several seeds of one experiment share."""
         return {name: value for name, value in asdict(self).items() if name != "seed"}
 
 
-def add_settings(group: argparse._ArgumentGroup) -> None:
-    """Adds the option of every field of `Settings` to a parser. A field that is true at its default is --no_FIELD."""
-    for each in fields(Settings):
+# ------------------------------------------------------------------------------------------------ any kind of settings
+
+
+def check_values(settings: object) -> None:
+    """Raises ValueError for a value that is of another type than its default, or none of its choices.
+
+    Settings also come from records, which may be somebody else's. A default of None stands for a float.
+    """
+    for each in fields(settings):
+        choices, value = each.metadata["argument"]["choices"], getattr(settings, each.name)
+        kinds = (float, type(None)) if each.default is None else (type(each.default),)
+        if type(value) not in kinds:
+            raise ValueError(f"{each.name} is {value!r}, not a {kinds[0].__name__}")
+        if choices and value not in choices:
+            raise ValueError(f"{each.name} is {value!r}, not one of {', '.join(choices)}")
+
+
+def joined_tags(settings: object, defaults: object, always: tuple[str, ...]) -> str:
+    """The tags of the fields in `always`, and of those that differ from their defaults, as a name."""
+    tags = []
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        if each.name in always or value != getattr(defaults, each.name):
+            tags.append(each.metadata["in_name"](value))
+    return "_".join(tag for tag in tags if tag)
+
+
+def add_settings(group: argparse._ArgumentGroup, kind: type = Settings) -> None:
+    """Adds the option of every field of `kind` to a parser. A field that is true at its default is --no_FIELD.
+
+    One without a help text has no option.
+    """
+    for each in fields(kind):
         argument = {key: value for key, value in each.metadata["argument"].items() if value is not None}
         if each.default is True:
             group.add_argument(f"--no_{each.name}", dest=each.name, action="store_false", **argument)
-        else:
+        elif "help" in argument:
             group.add_argument(f"--{each.name}", default=each.default, **argument)
 
 
-def settings_of(args: argparse.Namespace) -> Settings:
-    """The settings among parsed options."""
-    return Settings(**{each.name: getattr(args, each.name) for each in fields(Settings)})
+def settings_of(args: argparse.Namespace, kind: type = Settings) -> object:
+    """The settings among parsed options, an instance of `kind`."""
+    return kind(**{each.name: getattr(args, each.name) for each in fields(kind) if hasattr(args, each.name)})

@@ -17,10 +17,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dreml.console import InputError
+from dreml.console import InputError, one_line
 from dreml.data.batches import spans
 from dreml.data.cache import Cache, verify_cache
-from dreml.files import atomic_open, make_folder, remove_leftovers, sha256, take_lock, write_csv, write_record
+from dreml.files import (
+    atomic_open,
+    make_folder,
+    read_record,
+    remove_leftovers,
+    sha256,
+    take_lock,
+    write_csv,
+    write_record,
+)
 from dreml.runs.checkpoint import remove_progress
 from dreml.runs.folder import (
     FORMAT,
@@ -37,6 +46,11 @@ from dreml.runs.folder import (
     read_run_record,
 )
 from dreml.runs.settings import Settings
+from dreml.runs.student import HISTORY_COLUMNS as STUDENT_COLUMNS
+from dreml.runs.student import RECORD, WEIGHTS, StudentRecord
+
+DIGITS = {"loss": 6, "accuracy": 4, "seconds": 3, "images_per_second": 1}  # of the logs of training
+DIGITS |= {"teacher_seconds": 3, "student_seconds": 3}
 
 # ------------------------------------------------------------------------------------------------ the run
 
@@ -174,10 +188,7 @@ def verify_once(folder: Path, cache: Cache) -> None:
 def save_member(folder: Path, record: MemberRecord, model: nn.Module, logits: torch.Tensor) -> None:
     """Writes `member_007.pth`, `.npy` and, last, `.json`, which makes the member finished."""
     weights, embedding = (folder / member_file(record.member, suffix) for suffix in ("pth", "npy"))
-    buffer = io.BytesIO()  # torch.save would report a full disk as a RuntimeError
-    torch.save({name: value.cpu() for name, value in model.state_dict().items()}, buffer)
-    with atomic_open(weights, "wb") as file:
-        file.write(buffer.getbuffer())
+    save_weights(weights, model)
     save_array(embedding, logits)
     record.sha256 = {path.name: sha256(path) for path in (weights, embedding)}
     write_record(folder / member_file(record.member, "json"), record)
@@ -188,6 +199,14 @@ def save_pooled(folder: Path, member: int, run: str, weights: str, features: tor
     path = folder / member_file(member, "npy", "pooled")
     save_array(path, features)
     write_record(path.with_suffix(".json"), PooledRecord(member, run, weights, sha256(path)))
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Writes the state dict of a network, on the CPU."""
+    buffer = io.BytesIO()  # torch.save would report a full disk as a RuntimeError
+    torch.save({name: value.cpu() for name, value in model.state_dict().items()}, buffer)
+    with atomic_open(path, "wb") as file:
+        file.write(buffer.getbuffer())
 
 
 def save_array(path: Path, array: torch.Tensor) -> None:
@@ -206,6 +225,40 @@ def print_outlook(folder: Path, files: str, remaining: int, seconds: float) -> N
     print(f"the other {remaining} members need about {duration} and {sizes}")
     if needed > free:
         print("warning: the disk will be full before the ensemble is finished", file=sys.stderr)
+
+
+def earlier_student(folder: Path, record: StudentRecord) -> StudentRecord | None:
+    """The record of the student if it is finished and its weights are sound; removes what killed processes left.
+
+    One that is damaged is named: it is made again. Raises InputError for a student of other members.
+    """
+    remove_leftovers(folder, "*")
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    try:
+        earlier = read_record(path, StudentRecord)
+        damaged = earlier.damaged_files(folder, [WEIGHTS])
+        if damaged:
+            raise ValueError(f"{damaged[0]} does not fit its checksum")
+    except (ValueError, OSError) as error:
+        print(f"warning: {folder} counts as not made ({one_line(error)})", file=sys.stderr)
+        return None
+    if earlier.owner != record.owner:
+        raise InputError(f"{folder} holds what was learned from other members' weights: move it away")
+    return earlier
+
+
+def save_student(folder: Path, record: StudentRecord, model: nn.Module, embeddings: dict[str, torch.Tensor]) -> None:
+    """Writes `weights.pth`, `logits.npy`, `pooled.npy`, `train.csv` and, last, `student.json`: it is finished."""
+    save_weights(folder / WEIGHTS, model)
+    for name, rows in embeddings.items():
+        save_array(folder / f"{name}.npy", rows)
+    log = pd.DataFrame(record.history, columns=list(STUDENT_COLUMNS))
+    write_csv(folder / "train.csv", log.round(DIGITS))
+    files = [folder / WEIGHTS, *(folder / f"{name}.npy" for name in embeddings)]
+    record.sha256 = {path.name: sha256(path) for path in files}
+    write_record(folder / RECORD, record)
 
 
 # ------------------------------------------------------------------------------------------------ logs
@@ -239,5 +292,4 @@ def recall_log(folder: Path, embedding: str) -> Path:
 def write_train_log(folder: Path, records: dict[int, MemberRecord]) -> None:
     """Writes train.csv: one row for each epoch of each finished member."""
     rows = [{"member": member} | epoch for member in sorted(records) for epoch in records[member].history]
-    digits = {"loss": 6, "accuracy": 4, "seconds": 3, "images_per_second": 1}
-    write_csv(folder / "train.csv", pd.DataFrame(rows, columns=["member", *HISTORY_COLUMNS]).round(digits))
+    write_csv(folder / "train.csv", pd.DataFrame(rows, columns=["member", *HISTORY_COLUMNS]).round(DIGITS))
