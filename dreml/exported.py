@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dreml.console import InputError, RunError, one_line
+from dreml.console import InputError, RunError, one_line, out_of_memory
 from dreml.data.images import ImageSpec
 from dreml.files import flush_to_disk, read_record, replace_folder, sha256, take_lock, temporary_name
 
@@ -75,15 +76,16 @@ def write_graph(network: nn.Module, image_size: int, folder: Path) -> None:
     """
     images = torch.zeros((2, image_size, image_size, 3), dtype=torch.uint8)  # with one image, N could become fixed
     try:
-        program = torch.onnx.export(
-            network,
-            (images,),
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim("N")},),
-            dynamo=True,
-            verbose=False,
-        )
+        with sdpa_kernel(SDPBackend.MATH):  # with others, MaxViT of timm ended in "Cannot view a tensor"
+            program = torch.onnx.export(
+                network,
+                (images,),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim("N")},),
+                dynamo=True,
+                verbose=False,
+            )
     except torch.onnx.OnnxExporterError as error:
         reason = one_line(error.__cause__ or error)
         raise RunError(f"PyTorch's ONNX exporter cannot write this network ({reason}); nothing is exported") from None
@@ -96,13 +98,33 @@ def write_graph(network: nn.Module, image_size: int, folder: Path) -> None:
 
 
 def open_graph(folder: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The exported model, run by onnxruntime on the CPU: `(N, S, S, 3) uint8` -> `(N, d) float32`."""
+    """The exported model, run by onnxruntime on the CPU: `(N, S, S, 3) uint8` -> `(N, d) float32`.
+
+    Both this function and the one that it returns raise RunError where onnxruntime fails.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(folder / GRAPH, options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run([OUTPUT], {INPUT: np.ascontiguousarray(images)})[0]
+    with onnxruntime_errors():
+        session = onnxruntime.InferenceSession(folder / GRAPH, options, providers=["CPUExecutionProvider"])
+
+    def embed(images: np.ndarray) -> np.ndarray:
+        with onnxruntime_errors():
+            return session.run([OUTPUT], {INPUT: np.ascontiguousarray(images)})[0]
+
+    return embed
+
+
+@contextlib.contextmanager
+def onnxruntime_errors() -> Iterator[None]:
+    """Makes one line of what onnxruntime raises, which is of a dozen kinds."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise RunError(f"onnxruntime cannot run the graph ({one_line(error)})") from None
 
 
 def difference(network: nn.Module, embed: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> float:

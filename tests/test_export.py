@@ -123,6 +123,15 @@ def test_where_an_export_goes(small_pooled_run, tiny_data, monkeypatch, options,
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
+def test_what_onnxruntime_refuses_is_one_line(exported, tmp_path):
+    """Images of another size; weights that are not there."""
+    with pytest.raises(RunError, match=r"^onnxruntime cannot run the graph \(InvalidArgument: .*Got: 16 Expected: 32"):
+        open_graph(exported, 1)(np.zeros((1, 16, 16, 3), np.uint8))
+    shutil.copy(exported / "model.onnx", tmp_path)
+    with pytest.raises(RunError, match=r"^onnxruntime cannot run the graph \(Fail: .*External data"):
+        open_graph(tmp_path, 1)
+
+
 def test_another_model_is_not_replaced(exported, small_run, tiny_data, capsys):
     """And nothing is computed for it."""
     before = sha256(exported / "model.json")

@@ -26,7 +26,7 @@ from dreml.exported import (
     write_graph,
 )
 from dreml.files import take_lock, write_record
-from model import Ensemble, build_model
+from model import Ensemble, build_model, head_of
 
 # ------------------------------------------------------------------------------------------------ pixels
 
@@ -54,27 +54,31 @@ def random_images(number: int, size: int = 32) -> np.ndarray:
     return np.random.default_rng(number).integers(0, 256, (number, size, size, 3), dtype=np.uint8)
 
 
-def test_a_graph_gives_the_embedding_of_its_network(tmp_path):
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [("timm:test_efficientnet", 32), pytest.param("timm:test_maxvit", 160, marks=pytest.mark.slow)],
+)
+def test_a_graph_gives_the_embedding_of_its_network(tmp_path, backbone, size):
     """For any number of images, with the weights beside the graph, and without a path of this machine.
 
-    Of a network that is no ResNet: it has depthwise convolutions, and squeeze and excitation.
+    Of networks that are no ResNets: depthwise convolutions with squeeze and excitation; attention.
     """
     pytest.importorskip("timm"), pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    member = build_model("timm:test_efficientnet", 6, None)
+    member = build_model(backbone, 6, None)
     for layer in member.modules():
         if isinstance(layer, nn.BatchNorm2d):  # as after training
             layer.running_mean.normal_(), layer.running_var.uniform_(0.5, 2)
-    ensemble = Ensemble([member], ImageSpec(32), [0.2, 0.5, 0.7], [0.1, 0.25, 0.3], "pooled").eval()
-    write_graph(ensemble, 32, tmp_path)
+    ensemble = Ensemble([member], ImageSpec(size), [0.2, 0.5, 0.7], [0.1, 0.25, 0.3], "pooled").eval()
+    write_graph(ensemble, size, tmp_path)
     embed = open_graph(tmp_path, threads=1)
     for number in (1, 2, 7):
-        images = random_images(number)
+        images = random_images(number, size)
         expected, found = ensemble(torch.from_numpy(images)).numpy(), embed(images)
-        assert found.dtype == np.float32 and found.shape == (number, member.classifier.in_features)
+        assert found.dtype == np.float32 and found.shape == (number, head_of(member).in_features)
         np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert difference(ensemble, embed, random_images(8)) < 1e-6
-    num_bytes = sum(4 * weight.numel() for name, weight in member.named_parameters() if "classifier" not in name)
+    assert difference(ensemble, embed, random_images(8, size)) < 1e-6
+    num_bytes = sum(4 * weight.numel() for weight in member.parameters())
     assert (tmp_path / WEIGHTS).stat().st_size > 0.8 * num_bytes
     text = (tmp_path / GRAPH).read_bytes().decode("latin-1")
     assert not re.search(rf"{re.escape(str(ROOT))}|site-packages|stack_trace|File \"", text)
