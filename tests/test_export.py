@@ -54,6 +54,16 @@ def test_an_export_embeds_the_test_images_as_the_run_did(exported, small_run, ti
     assert sorted(path.name for path in exported.iterdir()) == ["model.json", "model.onnx", "model.onnx.data"]
 
 
+def test_test_images_of_the_whole_split_are_compared(tiny_cache, monkeypatch):
+    """From the first to the last, none twice, also where there are few."""
+    test = tiny_cache.array("test_images")
+    for wanted, number in ((32, 32), (50, 36)):
+        monkeypatch.setattr(export, "NUM_CHECKED", wanted)
+        images = export.images_to_check(tiny_cache, 32)
+        places = [np.flatnonzero((test == image).all((1, 2, 3)))[0] for image in images]
+        assert places == sorted(set(places)) and len(places) == number and places[0] == 0 and places[-1] == 35
+
+
 def test_its_description(exported, small_run, tiny_data):
     found, cache = json.loads((exported / "model.json").read_text()), read_cache(tiny_data, "tiny", ImageSpec(32))
     assert found["model"] == model_checksum(read_run(small_run), "logits")

@@ -116,8 +116,13 @@ def test_a_graph_that_computes_something_else_is_refused(row, message):
         difference(Rows(1.0, 0.0), embed, random_images(12, 2))
 
 
-def test_few_images_are_compared_as_many_are():
-    assert difference(Rows(1.0, 0.0), lambda images: Rows(1.0, 0.0)(images).numpy(), random_images(3, 2)) == 0
+@pytest.mark.parametrize("number", [1, 3, 6, 7])
+def test_no_batch_of_a_comparison_is_empty(number):
+    def embed(images: np.ndarray) -> np.ndarray:
+        assert len(images)
+        return np.tile(np.float32([1, 0]), (len(images), 1))
+
+    assert difference(Rows(1.0, 0.0), embed, random_images(number, 2)) == 0
 
 
 class Undecided(nn.Module):
