@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import secrets
+import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -76,6 +77,20 @@ def flush_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Puts a finished folder in its place. If that fails, an earlier one stays there."""
+    old = temporary_name(target, "old")
+    try:
+        if target.exists():
+            os.rename(target, old)
+        os.rename(new, target)
+        flush_folder(target.parent)
+    finally:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def make_folder(folder: Path) -> None:

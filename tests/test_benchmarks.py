@@ -26,7 +26,7 @@ from builders import (
 from processes import ROOT
 from reference import slow_best_similarities, slow_recall
 
-from benchmarks import distill_search, plain, progress, recall, thresholds, training
+from benchmarks import distill_search, export, plain, progress, recall, thresholds, training
 from dreml.files import in_page_cache, read_record, sha256
 from dreml.search import embed_images, folder_items
 from model import load_ensemble
@@ -127,6 +127,7 @@ def test_benchmark_of_a_whole_job(processes, tiny_data, monkeypatch, capsys):
         (training, [".", "--job", "--num_steps", "3"], "does not go with --num_images"),
         (training, [".", "--job", "--image_size", "7"], "no cache"),
         (training, [".", "--job", "--cold"], "--cold needs Linux, and does not go with --job"),
+        (export, ["nowhere"], "is not a run folder"),
     ],
 )
 def test_benchmarks_refuse_in_one_line(benchmark, options, message, capsys):
@@ -183,6 +184,38 @@ def test_benchmark_of_thresholds(tiny_run, tmp_path, capsys):
     numbers = re.findall(r"^\| (.+?) \| (\d+) \| .+ \| ([\d.]+) % \|$", last, re.MULTILINE)
     assert [row[:2] for row in numbers] == list(zip(names, ["3", "3", "1", "7", "400"], strict=True))
     assert numbers[-1][2] == f"{100 * (others[0] > above - 5e-7).mean():.3g}"
+
+
+def test_benchmark_of_exports(small_run, monkeypatch, capsys):
+    """A row for each number of cores and batch size, the first number onnxruntime's. (PyTorch is in its place.)"""
+    pytest.importorskip("onnxruntime")
+    networks, threads, calls = [], torch.get_num_threads(), []
+
+    def write_graph(network, image_size, folder):
+        networks.append(network)
+        for name in ("model.onnx", "model.onnx.data"):
+            (folder / name).write_bytes(bytes(500_000))
+
+    def open_graph(folder, cores):
+        return lambda images: calls.append((cores, torch.get_num_threads(), images.shape))
+
+    def compare(runs, repeats, device):
+        results = {name: run() for name, run in runs.items()}
+        assert repeats == 3 and results["PyTorch"].shape == (calls[-1][2][0], 3)
+        return {"exported": 0.25, "PyTorch": 1.0}
+
+    monkeypatch.setattr(export, "check_packages", lambda: None)
+    monkeypatch.setattr(export, "write_graph", write_graph)
+    monkeypatch.setattr(export, "open_graph", open_graph)
+    monkeypatch.setattr(export, "num_cores", lambda: 2)
+    monkeypatch.setattr(export, "compare", compare)
+    assert export.main([str(small_run), "--num_members", "1", "--repeats", "3"]) == 0
+    output = capsys.readouterr().out
+    assert "| 1 x resnet18, logits, 32 px, 1.0 MB | exported | PyTorch |" in output
+    assert "\n| 1 core, batch 1 | 4.0 images/s | 1.0 images/s | 4.00 |\n| 1 core, batch 32 | 128.0 images/s |" in output
+    assert list(table(output)) == ["1 core, batch 1", "1 core, batch 32", "2 cores, batch 1", "2 cores, batch 32"]
+    assert calls == [(cores, cores, (batch, 32, 32, 3)) for cores in (1, 2) for batch in (1, 32)]
+    assert len(networks[0].members) == 1 and torch.get_num_threads() == threads
 
 
 def test_drawn_images_are_embedded_as_photos_are(tiny_run, tmp_path):

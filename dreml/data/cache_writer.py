@@ -22,9 +22,9 @@ from dreml.data.workers import WorkerDied, map_ahead, worker_pool
 from dreml.files import (
     atomic_open,
     crc32,
-    flush_folder,
     flush_to_disk,
     remove_leftovers,
+    replace_folder,
     take_lock,
     temporary_name,
     write_record,
@@ -120,14 +120,14 @@ def build_cache(
             new.mkdir()
             skipped = write_cache(new, listing, job)
             write_skipped(skipped_list, skipped)
-            publish(new, target)
+            replace_folder(new, target)
         finally:
             shutil.rmtree(new, ignore_errors=True)
     return read_cache(data_path, name, spec)
 
 
 def bring_back(target: Path, lock: Path) -> None:
-    """Gives an earlier cache its name back, if a run was killed between the two renames of `publish`."""
+    """Gives an earlier cache its name back, if a run was killed between the two renames of `replace_folder`."""
     if target.exists() or not any(target.parent.glob(f".{target.name}.old-*/meta.json")):
         return
     held = take_lock(lock, SECONDS_FOR_A_LOCK)
@@ -137,20 +137,6 @@ def bring_back(target: Path, lock: Path) -> None:
         for earlier in target.parent.glob(f".{target.name}.old-*/meta.json"):
             if not target.exists():
                 os.rename(earlier.parent, target)
-
-
-def publish(new: Path, target: Path) -> None:
-    """Puts a finished cache in its place. If that fails, an earlier one stays there."""
-    old = temporary_name(target, "old")
-    try:
-        if target.exists():
-            os.rename(target, old)
-        os.rename(new, target)
-        flush_folder(target.parent)
-    finally:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_cache(folder: Path, listing: Listing, job: CacheJob) -> list[str]:
