@@ -6,7 +6,7 @@
 
 The student's output has a block for each member. Members and student are shown the same images, mixed in pairs, and
 each block learns to point where its member's logits point. No labels are used, and no test image before the end.
-A rerun of the same command goes on after the last finished epoch. Start reading at `run`. More: docs/STUDENT.md.
+A rerun of the same command goes on with what is missing. Start reading at `run`. More: docs/STUDENT.md.
 """
 
 import argparse
