@@ -1,6 +1,7 @@
 """Writing a run folder: its record, its members, its CSV logs; and refusing one that holds something else."""
 
 import contextlib
+import csv
 import io
 import json
 import platform
@@ -156,14 +157,15 @@ def write_test_csv(path: Path, cache: Cache) -> None:
     """Writes which images the test split has. A piece at a time: the names of all would take 400 bytes an image."""
     class_names = np.array(cache.meta.test["classes"], dtype=object)
     with atomic_open(path) as file:
-        file.write(",".join(TEST_COLUMNS) + "\n")
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(TEST_COLUMNS)
         for start, stop in spans(0, cache.counts["test"][1], 2**12):
             labels, is_query, is_gallery = (
                 cache.array(f"test_{name}")[start:stop] for name in ("labels", "is_query", "is_gallery")
             )
-            columns = [cache.paths("test", start, stop), labels, is_query, is_gallery, class_names[labels]]
-            table = pd.DataFrame(dict(zip(TEST_COLUMNS, columns, strict=True)))
-            table.to_csv(file, index=False, header=False, lineterminator="\n")
+            table.writerows(
+                zip(cache.paths("test", start, stop), labels, is_query, is_gallery, class_names[labels], strict=True)
+            )
 
 
 def verify_once(folder: Path, cache: Cache) -> None:
