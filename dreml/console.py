@@ -2,11 +2,9 @@
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import math
 import os
-import platform
 import re
 import signal
 import sys
@@ -299,20 +297,6 @@ def set_up_device(device: "torch.device", deterministic: bool) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and changes no result
     if device.index is not None:
         torch.cuda.set_device(device)
-    if device.type == "cpu":
-        keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed: from now on, the process's memory grows to its largest need and stays there.
-
-    By default, large blocks go back to the system at once. Each step of training would then fault in most of its memory
-    anew, page by page: a tenth of its time on a CPU (benchmarks/README.md). Other C libraries stay as they are.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4  # the parameters' numbers in malloc.h
-        libc.mallopt(mmap_max, 0)  # no block is a mapping of its own
-        libc.mallopt(trim_threshold, -1)  # the heap never shrinks
 
 
 # How memory that has run out is reported: PyTorch's allocators, then what cuBLAS and cuDNN say for want of workspace.
