@@ -5,7 +5,6 @@ import contextlib
 import io
 import itertools
 import os
-import platform
 import re
 import signal
 import sys
@@ -23,7 +22,6 @@ from dreml.console import (
     RunError,
     Terminated,
     format_problems,
-    keep_freed_memory,
     name_interruption,
     num_cores,
     one_line,
@@ -307,9 +305,8 @@ def test_devices_that_are_not_there_are_refused(monkeypatch, option, message):
 
 
 def test_a_device_is_set_up_for_speed_or_for_the_same_bits(monkeypatch):
-    chosen, kept = [], []
+    chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(console, "keep_freed_memory", lambda: kept.append(True))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
@@ -325,29 +322,13 @@ def test_a_device_is_set_up_for_speed_or_for_the_same_bits(monkeypatch):
         assert asked() == ("fast", True, True) and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
         set_up_device(torch.device("cpu"), deterministic=True)
         assert asked() == ("warn", False, False) and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        assert len(kept) == 2
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
         set_up_device(torch.device("cuda"), deterministic=True)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8" and not chosen  # the user's choice stays
         set_up_device(torch.device("cuda:1"), deterministic=False)
         assert asked()[0] == "fast" and chosen == [torch.device("cuda:1")]
-        assert len(kept) == 2  # a GPU's memory is PyTorch's
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
-def test_freed_memory_comes_back_without_page_faults():
-    import resource
-
-    def faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**24)  # 64 MiB: 16,384 pages of 4 KiB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    keep_freed_memory()
-    faults()
-    assert faults() < 100
 
 
 def test_the_number_of_cores():
