@@ -29,7 +29,7 @@ from dreml import console
 from dreml.backbones import read_weights
 from dreml.console import InputError, RunError
 from dreml.data.augment import batch_spans, epoch_batches, prepare
-from dreml.data.cache import check_unchanged, read_cache
+from dreml.data.cache import check_unchanged
 from dreml.data.known_sets import default_recalls
 from dreml.figures.curves import draw_student
 from dreml.figures.style import check_matplotlib, drawing, save_figure
@@ -287,9 +287,7 @@ def run(args: argparse.Namespace) -> None:
     of_run = read_run(args.folder, args.num_members or None)
     settings = complete_settings(settings_of(args, StudentSettings), of_run)
     data_path = args.data_path or Path(of_run.record.options["data_path"])
-    cache = read_cache(data_path, of_run.settings.data_name, of_run.settings.image_spec)
-    if cache.fingerprint != of_run.record.data.fingerprint:
-        raise InputError(f"{cache.folder} is not the cache of this run: it was made from other images")
+    cache = of_run.read_cache(data_path)
     writer.verify_once(of_run.folder, cache)
     photos = find_photos(args.images, of_run.test, data_path / of_run.settings.data_name) if args.images else {}
     settings = replace(settings, photos=photos_checksum(photos))

@@ -23,7 +23,7 @@ from torch import nn
 
 from dreml.console import InputError, Parser, RunError, natural_number, print_text, progress_bar, run_main
 from dreml.data.batches import spans
-from dreml.data.cache import Cache, read_cache
+from dreml.data.cache import Cache
 from dreml.exported import (
     DESCRIPTION,
     GRAPH,
@@ -100,14 +100,6 @@ def ensemble_source(trained: Run, embedding: str) -> Source:
 # ------------------------------------------------------------------------------------------------ the checks
 
 
-def find_cache(trained: Run, data_path: Path) -> Cache:
-    """The cache that the run was trained on. Raises InputError if it is not there."""
-    cache = read_cache(data_path, trained.settings.data_name, trained.settings.image_spec)
-    if cache.fingerprint != trained.record.data.fingerprint:
-        raise InputError(f"{cache.folder} is not the cache that {trained.folder} was trained on")
-    return cache
-
-
 def images_to_check(cache: Cache | None, image_size: int) -> np.ndarray:
     """Images for the comparison with PyTorch, `(N, S, S, 3) uint8`: of the test split, or, without a cache, drawn."""
     if cache is None:
@@ -150,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
         trained.require(args.embedding)
     cache = None
     try:
-        cache = find_cache(trained, args.data_path or Path(trained.record.options["data_path"]))
+        cache = trained.read_cache(args.data_path)
     except InputError as error:
         if args.check_recall:
             raise

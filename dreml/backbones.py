@@ -13,7 +13,7 @@ from dreml.files import sha256
 
 TIMM = "timm:"  # before the name of a network of timm
 # torchvision's first recipe, the one that the paper's time had; vit_h_14 and regnet_y_128gf have only the second.
-RECIPES = ("IMAGENET1K_V1", "IMAGENET1K_SWAG_LINEAR_V1")
+ENTRIES = ("IMAGENET1K_V1", "IMAGENET1K_SWAG_LINEAR_V1")
 AUXILIARY = {  # the two networks with further outputs for their training, which are left out
     "googlenet": ("aux1.", "aux2."),
     "inception_v3": ("AuxLogits.",),
@@ -159,7 +159,7 @@ def weights_tag(backbone: str, weights: str) -> str:
 def torchvision_weights(backbone: str):
     """torchvision's entry for the ImageNet weights of one of its networks."""
     entries = torchvision_models().get_model_weights(backbone)
-    return next(entries[recipe] for recipe in RECIPES if recipe in entries.__members__)
+    return next(entries[recipe] for recipe in ENTRIES if recipe in entries.__members__)
 
 
 def own_scaling(backbone: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

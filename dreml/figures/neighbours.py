@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dreml.console import InputError
-from dreml.data.cache import Cache, read_cache
+from dreml.data.cache import Cache
 from dreml.data.images import BadImage, ImageSpec, read_test_image, resize_test
 from dreml.figures.style import drawing, printable, save_figure, text_measure
 from dreml.runs.folder import Run
@@ -46,11 +46,7 @@ class Thumbnails:
     @functools.cached_property
     def cache(self) -> Cache:
         """The cache of this very run. Raises InputError if it is not there."""
-        settings = self.run.settings
-        cache = read_cache(self.data_path, settings.data_name, settings.image_spec)
-        if cache.fingerprint != self.run.record.data.fingerprint:
-            raise InputError(f"{cache.folder} is not the cache of this run")
-        return cache
+        return self.run.read_cache(self.data_path)
 
     def pixels(self, item: Item) -> np.ndarray:
         """`(S, S, 3) uint8`, S pixels for a tile. Raises InputError if there is nothing to show."""

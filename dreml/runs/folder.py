@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from dreml.console import InputError, one_line, out_of_memory
+from dreml.data.cache import Cache, read_cache
 from dreml.files import json_sha256, read_record, sha256, take_lock
 from dreml.runs.settings import EMBEDDINGS, PRECISIONS, Settings
 
@@ -306,6 +307,14 @@ class Run:
     def without_seed(self) -> dict[str, object]:
         """All that defines its networks, except the seed: the settings and the data."""
         return self.settings.without_seed() | {"cache": self.record.data.fingerprint[:8]}
+
+    def read_cache(self, data_path: Path | None) -> Cache:
+        """The cache that it was trained on, below `data_path`; None: where it was. Raises InputError without it."""
+        data_path = data_path or Path(self.record.options["data_path"])
+        cache = read_cache(data_path, self.settings.data_name, self.settings.image_spec)
+        if cache.fingerprint != self.record.data.fingerprint:
+            raise InputError(f"{cache.folder} is not the cache of this run: it was made from other images")
+        return cache
 
     def statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the data set's channels, `(3,)` each, on the device."""
