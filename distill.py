@@ -29,6 +29,7 @@ from dreml import console
 from dreml.backbones import read_weights
 from dreml.console import InputError, RunError
 from dreml.data.augment import batch_spans, epoch_batches, prepare
+from dreml.data.batches import input_memory
 from dreml.data.cache import check_unchanged
 from dreml.data.known_sets import default_recalls
 from dreml.figures.curves import draw_student
@@ -189,8 +190,9 @@ def mixed_batches(lesson: Lesson, draw: Callable[[str], np.random.Generator]) ->
     device, num_images, batch_size = lesson.compute.device, len(lesson.images), lesson.settings.batch_size
     settings, no_labels = replace(lesson.of_run, batch_size=batch_size), np.zeros(num_images, np.int64)
     batches = epoch_batches(lesson.images, np.arange(num_images), no_labels, settings, draw, device)
+    memory = input_memory(batch_size + 1, settings.image_size, device)
     for batch, pairs in zip(batches, draw_pairs(num_images, batch_size, draw, device), strict=True):
-        yield mix(prepare(batch, lesson.teacher.mean, lesson.teacher.std), *pairs)
+        yield mix(prepare(batch, lesson.teacher.mean, lesson.teacher.std, memory), *pairs)
 
 
 def train_epoch(state: TrainState, lesson: Lesson, epoch: int) -> dict[str, float]:

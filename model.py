@@ -12,7 +12,7 @@ from torch import nn
 
 from dreml.backbones import build_backbone, gains_from_bf16, without_drawing
 from dreml.console import InputError, one_line, out_of_memory
-from dreml.data.batches import image_batches, normalize, spans
+from dreml.data.batches import image_batches, input_memory, normalize, spans
 from dreml.data.images import ImageSpec
 from dreml.files import read_ahead
 from dreml.runs.folder import Members, member_file, member_numbers, read_run_record
@@ -163,6 +163,7 @@ def extract_features(
     head = head_of(model)
     width = head.out_features if embedding == "logits" else head.in_features
     outputs = torch.empty((len(images), width), device=device)
+    memory = input_memory(min(batch_size, len(images)), images.shape[1], device)
 
     def fill(start: int, stop: int, out: np.ndarray) -> None:
         out[:] = images[start:stop]
@@ -175,7 +176,7 @@ def extract_features(
     loaded = image_batches(fill, batches, images.shape[1], device, ask)
     with full_float32(device.type):
         for (start, stop), batch in zip(batches, loaded, strict=True):
-            outputs[start:stop] = features(model, normalize(batch, *statistics), embedding)
+            outputs[start:stop] = features(model, normalize(batch, *statistics, memory), embedding)
     return outputs
 
 

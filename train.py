@@ -28,6 +28,7 @@ from dreml import console
 from dreml.backbones import check_backbone, own_scaling, read_weights, weights_tag
 from dreml.console import InputError, RunError
 from dreml.data.augment import epoch_batches, prepare
+from dreml.data.batches import input_memory
 from dreml.data.cache import Cache, check_unchanged, read_cache
 from dreml.data.known_sets import default_recalls
 from dreml.files import make_folder, remove_leftovers, sha256
@@ -194,6 +195,7 @@ def train_member(
     targets, images = partition[labels], capped_images(labels, MAX_IMAGES_PER_CLASS, draw_once("cut"))
     state = initial_state(experiment, member)
     history, best_epoch, best_model = [], -1, None
+    memory = input_memory(settings.batch_size + 1, settings.image_size, compute.device)  # 1: see `batch_spans`
     earlier = progress.read() if progress else None
     if earlier:
         state.load_state_dict(earlier)
@@ -205,7 +207,7 @@ def train_member(
         draw = partial(draws, settings.seed, member, epoch)
         torch.manual_seed(int(draw("dropout").integers(2**63)))  # for networks that have some; a ResNet draws nothing
         batches = epoch_batches(cache, images, targets, settings, draw, compute.device)
-        prepared = ((prepare(batch, *experiment.statistics), batch.targets) for batch in batches)
+        prepared = ((prepare(batch, *experiment.statistics, memory), batch.targets) for batch in batches)
         paced = with_rates(prepared, state.optimizer, settings, epoch, len(images))
         with console.name_interruption(f"epoch {epoch}"):
             result = train_epoch(state, compute, paced, len(images), f"{title} epoch {epoch}")

@@ -42,6 +42,7 @@ from dreml.console import (
     set_up_device,
 )
 from dreml.data.augment import Batch, batch_spans, epoch_batches, prepare
+from dreml.data.batches import input_memory
 from dreml.data.cache import Cache, read_cache
 from dreml.data.cache_writer import build_cache
 from dreml.data.images import ImageSpec
@@ -123,8 +124,9 @@ def inputs(experiment: Experiment, data: Path, repeats: int) -> None:
             pass
 
     def floats() -> None:
+        memory = input_memory(settings.batch_size + 1, settings.image_size, device)
         for batch in first_epoch(experiment, targets):
-            prepare(batch, *experiment.statistics)
+            prepare(batch, *experiment.statistics, memory)
 
     runs = {"uint8 on the device": pixels, "the same by a DataLoader": loader, "float, mirrored, normalised": floats}
     rates("input: ", {**runs, f"PIL to float in {workers} workers": plain}, len(paths), repeats, device)
@@ -199,9 +201,10 @@ class ResidentStep:
         self.state, self.experiment = initial_state(experiment, 1), experiment
         self.state.model.train()
         self.sums = Sums.zeros(experiment.compute.device)
+        self.memory = input_memory(len(self.batch.targets), experiment.settings.image_size, experiment.compute.device)
 
     def __call__(self) -> None:
-        pixels = prepare(self.batch, *self.experiment.statistics)
+        pixels = prepare(self.batch, *self.experiment.statistics, self.memory)
         train_step(self.state, self.experiment.compute, pixels, self.batch.targets, self.sums)
 
 

@@ -12,7 +12,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 from dreml.console import run_main
-from dreml.data.batches import image_batches, normalize, resize_windows, spans
+from dreml.data.batches import image_batches, input_memory, normalize, resize_windows, spans
 
 CPU = torch.device("cpu")
 
@@ -88,6 +88,14 @@ def test_normalize_equals_torchvision():
     expected = [TF.normalize(TF.to_tensor(Image.fromarray(image)), mean, std) for image in images]
     result = normalize(torch.from_numpy(images), torch.tensor(mean), torch.tensor(std))
     assert torch.equal(result, torch.stack(expected)) and result.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_one_batch_after_the_other_is_normalised_into_the_same_memory():
+    images, statistics = torch.randint(0, 256, (5, 8, 8, 3), dtype=torch.uint8), (torch.rand(3), torch.rand(3))
+    memory = input_memory(3, 8, torch.device("cpu"))
+    for part in (images[:3], images[3:], images[:3].float()):
+        result = normalize(part, *statistics, memory)
+        assert torch.equal(result, normalize(part, *statistics)) and result.data_ptr() == memory.data_ptr()
 
 
 def test_windows_are_enlarged_as_one_by_one():

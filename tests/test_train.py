@@ -25,6 +25,7 @@ import data_utils
 import train
 from dreml.backbones import read_weights
 from dreml.data.augment import Batch, epoch_batches, prepare
+from dreml.data.batches import input_memory
 from dreml.data.cache import read_cache
 from dreml.data.demo import draw_demo
 from dreml.data.images import ImageSpec
@@ -160,8 +161,9 @@ def test_steps_and_the_end_of_an_epoch_never_wait_for_the_device(tmp_path):
     images, targets, sides = torch.empty(4, 64, 64, 3, dtype=torch.uint8), torch.zeros(4).long(), torch.ones(4).long()
     statistics = torch.ones(3, device=meta), torch.ones(3, device=meta)
     sums = Sums.zeros(meta)
+    memory = input_memory(5, 64, meta)
     for batch in (Batch(images.to(meta), targets.to(meta), 2, s) for s in (None, sides.to(meta))):
-        train_step(state, compute, prepare(batch, *statistics), batch.targets, sums)
+        train_step(state, compute, prepare(batch, *statistics, memory), batch.targets, sums)
     assert all(parameter.grad is not None for parameter in model.parameters())
     progress = Progress(tmp_path, 1, "run")
     for _ in range(2):
@@ -290,7 +292,7 @@ def test_a_member_learns_the_meta_classes_of_its_images(tiny_cache, tiny_setting
     steps = []
 
     def step(state, compute, pixels, targets, sums):
-        steps.append((pixels, targets))
+        steps.append((pixels.clone(), targets))  # the next batch overwrites them
 
     monkeypatch.setattr(train, "train_step", step)
     monkeypatch.setattr(train, "MAX_IMAGES_PER_CLASS", 4)

@@ -71,8 +71,8 @@ def epoch_batches(
         yield Batch(pixels, epoch_targets[start:stop], mirror, batch_sides)
 
 
-def prepare(batch: Batch, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """The network's input, `(B, 3, S, S) float32`: enlarged, mirrored (in place) and normalised."""
+def prepare(batch: Batch, mean: torch.Tensor, std: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
+    """The network's input, `(B, 3, S, S) float32`: enlarged, mirrored (in place) and normalised, see `normalize`."""
     images = batch.images if batch.sides is None else resize_windows(batch.images, batch.sides)
     images[: batch.num_mirrored] = images[: batch.num_mirrored].flip(2)
-    return normalize(images, mean, std)
+    return normalize(images, mean, std, memory)

@@ -52,15 +52,28 @@ def image_batches(
             yield loading.popleft().result().to(device, non_blocking=device.type == "cuda")
 
 
-def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def input_memory(num_images: int, image_size: int, device: torch.device) -> torch.Tensor:
+    """Memory in which `normalize` can put one batch after the other, of at most `num_images` images.
+
+    On a CPU, new memory for each batch, which the system has to clear, took six times as long as the arithmetic.
+    """
+    return torch.empty(num_images * 3 * image_size**2, device=device)
+
+
+def normalize(
+    images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, memory: torch.Tensor | None = None
+) -> torch.Tensor:
     """Pixels as the network takes them: every channel scaled to mean 0 and standard deviation 1 over the data set.
 
     `(N, S, S, 3) uint8` or float in 0..255 -> `(N, 3, S, S) float32` in the memory format channels_last. Equals
-    torchvision's ToTensor and Normalize, on the CPU bit for bit. `mean` and `std` `(3,)`: of values in [0, 1].
+    torchvision's ToTensor and Normalize, on the CPU bit for bit. `mean` and `std` `(3,)`: of values in [0, 1]. With
+    `memory`, see `input_memory`, the result lies in it, until the next one does.
     """
     num_images, height, width, _ = images.shape
     # Whole rows against the tiled statistics: broadcasting over three channels took five times as long on a CPU.
-    rows = images.reshape(num_images * height, width * 3) / 255
+    shape = (num_images * height, width * 3)
+    out = None if memory is None else memory[: images.numel()].view(shape)
+    rows = torch.div(images.reshape(shape), 255, out=out)
     rows.sub_(mean.repeat(width)).div_(std.repeat(width))
     return rows.view(num_images, height, width, 3).permute(0, 3, 1, 2)
 
