@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dreml.console import InputError, RunError, one_line, out_of_memory, progress_bar
 from dreml.data.images import ImageSpec
 from dreml.files import flush_to_disk, read_record, replace_folder, sha256, take_lock, temporary_name
+
+if TYPE_CHECKING:
+    import onnx
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 GRAPH, WEIGHTS, DESCRIPTION = "model.onnx", "model.onnx.data", "model.json"
@@ -132,21 +136,17 @@ def join_parts(parts: "list[onnx.ModelProto]") -> "onnx.ModelProto":
     import onnx
     from onnx import helper
 
-    graph = onnx.GraphProto(name="embedding", input=parts[0].graph.input)
-    outputs = []
+    graph, outputs = onnx.GraphProto(name="embedding", input=parts[0].graph.input), []
     for number, part in enumerate(parts, 1):
         onnx.compose.add_prefix(part, f"network{number}/", rename_inputs=False, inplace=True)
         for name in ("node", "initializer", "value_info"):
             getattr(graph, name).extend(getattr(part.graph, name))
         outputs.extend(part.graph.output)
-    number_type = onnx.TensorProto.FLOAT
-    graph.initializer.append(helper.make_tensor("length", number_type, [], [len(parts) ** 0.5]))
+    d = sum(each.type.tensor_type.shape.dim[1].dim_value for each in outputs)
+    graph.output.append(helper.make_tensor_value_info(OUTPUT, onnx.TensorProto.FLOAT, ["N", d]))
+    graph.initializer.append(helper.make_tensor("length", onnx.TensorProto.FLOAT, [], [len(parts) ** 0.5]))
     graph.node.append(helper.make_node("Concat", [each.name for each in outputs], ["side_by_side"], axis=1))
     graph.node.append(helper.make_node("Div", ["side_by_side", "length"], [OUTPUT]))
-    rows, d = (outputs[0].type.tensor_type.shape.dim[0].dim_param), sum(
-        each.type.tensor_type.shape.dim[1].dim_value for each in outputs
-    )
-    graph.output.append(helper.make_tensor_value_info(OUTPUT, number_type, [rows, d]))
     return helper.make_model(graph, opset_imports=parts[0].opset_import, ir_version=parts[0].ir_version)
 
 
