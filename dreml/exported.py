@@ -93,7 +93,7 @@ def write_graph(networks: Sequence[nn.Module], image_size: int, folder: Path) ->
 def export_part(network: nn.Module, image_size: int, folder: Path) -> "onnx.ModelProto":
     """The graph of one network, whose weights are added to the end of model.onnx.data.
 
-    One at a time, since the exporter's memory grows with the square of a graph's length: docs/EXPORT.md.
+    One at a time: the exporter's memory grows with the square of the number of networks (docs/EXPORT.md).
     """
     import onnx
 
