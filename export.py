@@ -1,7 +1,8 @@
-"""Writes a trained ensemble as one ONNX graph, which runs without this program.
+"""Writes a trained ensemble, or its student, as one ONNX graph, which runs without this program.
 
     python export.py RUN                       all finished members
     python export.py RUN --num_members 4       the first four
+    python export.py RUN --student             the one network that distill.py made from them
     python export.py RUN --check_recall        and compare R@1 with the run's
 
 The graph maps images, (N, S, S, 3) uint8, to embeddings, (N, d) float32: rows of
@@ -19,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from dreml.console import InputError, Parser, RunError, natural_number, print_text, progress_bar, run_main
 from dreml.data.batches import spans
@@ -42,10 +42,11 @@ from dreml.exported import (
 )
 from dreml.files import writable, write_record
 from dreml.index import model_checksum
-from dreml.runs.folder import SUFFIXES, Run, TestSplit, read_run
+from dreml.runs.folder import SUFFIXES, Run, TestSplit
 from dreml.runs.settings import EMBEDDINGS
+from dreml.runs.student import StudentRun, read_run_or_student
 from dreml.search import unit_rows
-from model import load_ensemble
+from model import Ensemble, load_ensemble, load_student
 from utils import recall_at_k
 
 CPU = torch.device("cpu")
@@ -61,15 +62,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run folder of train.py")
     what = parser.add_argument_group("what is exported").add_argument
     what("--num_members", type=natural_number, metavar="L", help="members 1 to L (default: all that are finished)")
-    embedding_help = "logits (default), or pooled: the features before the last layer"
-    what("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
+    student_help = "the run's student (of that TAG) in place of its members"
+    what("--student", nargs="?", const="", metavar="TAG", help=student_help)
+    embedding_help = "logits (default), or pooled: the features before the last layer (default of --student)"
+    what("--embedding", choices=EMBEDDINGS, metavar="E", help=embedding_help)
     rest = parser.add_argument_group("the rest").add_argument
-    rest("--output", type=Path, metavar="DIR", help="the folder to make (default: RUN_FOLDER/export_L<members>)")
+    output_help = "the folder to make (default: RUN_FOLDER/export_L<members>, or export of the student's folder)"
+    rest("--output", type=Path, metavar="DIR", help=output_help)
     recall_help = "embed all test images, too, and compare R@1 with that of the saved embeddings"
     rest("--check_recall", action="store_true", help=recall_help)
     data_help = "data sets, for the test images of the check (default: as in training)"
     rest("--data_path", type=Path, metavar="DIR", help=data_help)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.student is not None and args.num_members:
+        raise InputError("--student is one network: it goes without --num_members")
+    args.embedding = args.embedding or ("logits" if args.student is None else "pooled")
+    return args
 
 
 # ------------------------------------------------------------------------------------------------ what is exported
@@ -81,7 +89,7 @@ class Source(NamedTuple):
     name: str  # of the folder
     words: str
     model: str  # its checksum
-    load: Callable[[], nn.Module]  # an `Ensemble`, or another network that maps the same to the same and has its fields
+    load: Callable[[], Ensemble]
     saved: Callable[[], torch.Tensor]  # the saved embedding of the test images, `(M, d) float32`, rows of length 1
 
 
@@ -94,6 +102,17 @@ def ensemble_source(trained: Run, embedding: str) -> Source:
         model_checksum(trained, embedding),
         lambda: load_ensemble(trained.folder, CPU, embedding, number),
         lambda: unit_rows(trained.embeddings(embedding, CPU)),
+    )
+
+
+def student_source(trained: StudentRun, embedding: str) -> Source:
+    """The student of a run, whose saved rows have length 1 already."""
+    return Source(
+        f"export{SUFFIXES[embedding]}",
+        f"{trained.run_folder.resolve().name}, student {trained.tag}, {embedding}",
+        model_checksum(trained, embedding),
+        lambda: load_student(trained.run_folder, trained.tag, CPU, embedding),
+        lambda: trained.embeddings(embedding, CPU)[0],
     )
 
 
@@ -136,8 +155,8 @@ def compare_recall(
 def run(args: argparse.Namespace) -> None:
     # 1. Whatever can be wrong is found before anything is computed
     check_packages()
-    trained = read_run(args.folder, args.num_members)
-    source = ensemble_source(trained, args.embedding)
+    trained = read_run_or_student(args.folder, args.num_members, args.student)
+    source = (ensemble_source if args.student is None else student_source)(trained, args.embedding)
     if args.check_recall:
         trained.require(args.embedding)
     cache = None
@@ -154,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
     with writable(target.parent, "--output"), new_export(target, source.model) as folder:
         print_text(f"{source.words}: writing the graph")
         network, size = source.load(), trained.settings.image_size
-        write_graph(network, size, folder)
+        write_graph(network.one_by_one(), size, folder)
         embed, images = open_graph(folder, torch.get_num_threads()), images_to_check(cache, size)
         kind = "drawn images" if cache is None else "test images"
         checked = {"images": f"{len(images)} {kind}", "1 - cosine": difference(network, embed, images)}

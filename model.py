@@ -217,6 +217,11 @@ class Ensemble(nn.Module):
         outputs = [features(member, pixels, self.embedding) for member in self.members]
         return torch.cat([F.normalize(output, dim=1) for output in outputs], dim=1) / len(outputs) ** 0.5
 
+    def one_by_one(self) -> list["Ensemble"]:
+        """An ensemble of each member: their embeddings side by side, over sqrt(L), are this one's."""
+        of_the_run = self.image_spec, self.mean.tolist(), self.std.tolist(), self.embedding
+        return [Ensemble([member], *of_the_run).eval() for member in self.members]
+
 
 def load_member(weights: Path, backbone: str, num_meta_classes: int) -> nn.Module:
     """The network of a trained member, `member_007.pth`, on the CPU."""
@@ -284,6 +289,9 @@ class Student(Ensemble):
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         num_blocks = self.num_blocks if self.embedding == "logits" else 1
         return unit_blocks(features(self.members[0], pixels, self.embedding), num_blocks)
+
+    def one_by_one(self) -> list[Ensemble]:
+        return [self]
 
 
 def load_student(

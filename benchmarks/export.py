@@ -2,6 +2,7 @@
 
     python -m benchmarks.export results/RUN
     python -m benchmarks.export results/RUN --num_members 1
+    python -m benchmarks.export results/RUN --student
 
 Images a second, from uint8 pixels to embeddings, one and 32 images at a time, on one core and on two. Both take turns.
 """
@@ -17,11 +18,11 @@ import torch
 from torch import nn
 
 from benchmarks.plain import compare, hardware, row
-from dreml.console import Parser, natural_number, num_cores, run_main
+from dreml.console import InputError, Parser, natural_number, num_cores, run_main
 from dreml.exported import GRAPH, WEIGHTS, check_packages, open_graph, write_graph
-from dreml.runs.folder import read_run
 from dreml.runs.settings import EMBEDDINGS
-from model import load_ensemble
+from dreml.runs.student import read_run_or_student
+from model import load_ensemble, load_student
 
 BATCH_SIZES = (1, 32)
 CORES = (1, 2)
@@ -55,24 +56,33 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN_FOLDER", help="a run folder of train.py")
     add("--num_members", type=natural_number, metavar="L", help="members 1 to L (default: all that are finished)")
-    embedding_help = "logits (default), or pooled: the features before the last layer"
-    add("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
+    add("--student", nargs="?", const="", metavar="TAG", help="the run's student (of that TAG) in place of its members")
+    embedding_help = "logits (default), or pooled: the features before the last layer (default of --student)"
+    add("--embedding", choices=EMBEDDINGS, metavar="E", help=embedding_help)
     add("--repeats", type=natural_number, default=20, metavar="N", help="calls of each (default: 20)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.student is not None and args.num_members:
+        raise InputError("--student is one network: it goes without --num_members")
+    args.embedding = args.embedding or ("logits" if args.student is None else "pooled")
+    return args
 
 
 def run(args: argparse.Namespace) -> None:
-    trained = read_run(args.run, args.num_members)
+    trained = read_run_or_student(args.run, args.num_members, args.student)
     check_packages()
-    network = load_ensemble(trained.folder, "cpu", args.embedding, trained.num_members)
+    if args.student is None:
+        network = load_ensemble(trained.folder, "cpu", args.embedding, trained.num_members)
+        words = f"{trained.num_members} x {trained.settings.backbone}"
+    else:
+        network, words = load_student(args.run, trained.tag, "cpu", args.embedding), f"student {trained.tag}"
     import onnxruntime
 
     size = trained.settings.image_size
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_graph(network, size, folder)
+        write_graph(network.one_by_one(), size, folder)
         megabytes = sum((folder / file).stat().st_size for file in (GRAPH, WEIGHTS)) / 1e6
-        model = f"{trained.num_members} x {trained.settings.backbone}, {args.embedding}, {size} px, {megabytes:,.1f} MB"
+        model = f"{words}, {args.embedding}, {size} px, {megabytes:,.1f} MB"
         print(f"{hardware(torch.device('cpu'))}, onnxruntime {onnxruntime.__version__}, medians of {args.repeats}")
         print(f"\n| {model} | exported | PyTorch | exported / PyTorch |\n|---|---|---|---|")
         measure(network, folder, size, args.repeats)

@@ -5,18 +5,22 @@ import glob
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dreml.console import InputError, RunError, one_line, out_of_memory
+from dreml.console import InputError, RunError, one_line, out_of_memory, progress_bar
 from dreml.data.images import ImageSpec
 from dreml.files import flush_to_disk, read_record, replace_folder, sha256, take_lock, temporary_name
+
+if TYPE_CHECKING:
+    import onnx
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 GRAPH, WEIGHTS, DESCRIPTION = "model.onnx", "model.onnx.data", "model.json"
@@ -69,11 +73,30 @@ def check_packages() -> None:
         raise InputError(f"an export needs: pip install {' '.join(missing)}")
 
 
-def write_graph(network: nn.Module, image_size: int, folder: Path) -> None:
-    """Writes a network, `(N, S, S, 3) uint8` -> `(N, d) float32`, as model.onnx and model.onnx.data. N stays free.
+def write_graph(networks: Sequence[nn.Module], image_size: int, folder: Path) -> None:
+    """Writes networks, `(N, S, S, 3) uint8` -> `(N, d) float32` with rows of length 1, as model.onnx, model.onnx.data.
 
-    Raises RunError for a network that PyTorch's exporter cannot write.
+    The graph's embedding has theirs side by side, over the square root of their number, as an `Ensemble` has. N stays
+    free. Raises RunError for a network that PyTorch's exporter cannot write.
     """
+    import onnx
+
+    parts, number = [], len(networks)
+    for network in progress_bar(networks, "writing the graph", number, " networks"):
+        parts.append(export_part(network, image_size, folder))
+    onnx.save(join_parts(parts), folder / GRAPH)
+    for name in (GRAPH, WEIGHTS):
+        with open(folder / name, "r+b") as file:
+            flush_to_disk(file)
+
+
+def export_part(network: nn.Module, image_size: int, folder: Path) -> "onnx.ModelProto":
+    """The graph of one network, whose weights are added to the end of model.onnx.data.
+
+    One at a time: the exporter's memory grows with the square of the number of networks (docs/EXPORT.md).
+    """
+    import onnx
+
     images = torch.zeros((2, image_size, image_size, 3), dtype=torch.uint8)  # with one image, N could become fixed
     try:
         with sdpa_kernel(SDPBackend.MATH):  # with others, MaxViT of timm ended in "Cannot view a tensor"
@@ -91,10 +114,40 @@ def write_graph(network: nn.Module, image_size: int, folder: Path) -> None:
         raise RunError(f"PyTorch's ONNX exporter cannot write this network ({reason}); nothing is exported") from None
     for node in program.model.graph:  # notes of the exporter, most of the file, with paths of this machine
         node.metadata_props.clear()
-    program.save(folder / GRAPH, external_data=True)  # a graph with its weights inside has to stay below 2 GB
-    for name in (GRAPH, WEIGHTS):
-        with open(folder / name, "r+b") as file:
-            flush_to_disk(file)
+    files = [folder / "part.onnx", folder / "part.onnx.data"]
+    program.save(files[0], external_data=True)
+    part = onnx.load(files[0], load_external_data=False)
+    with open(files[1], "rb") as own, open(folder / WEIGHTS, "ab") as weights:
+        start = weights.tell()
+        shutil.copyfileobj(own, weights)
+    for tensor in part.graph.initializer:  # those of a few bytes lie in the graph
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = WEIGHTS
+            elif entry.key == "offset":
+                entry.value = str(start + int(entry.value))
+    for file in files:
+        file.unlink()
+    return part
+
+
+def join_parts(parts: "list[onnx.ModelProto]") -> "onnx.ModelProto":
+    """One graph of the networks' graphs, which have the same input; see `write_graph`. Changes their names."""
+    import onnx
+    from onnx import helper
+
+    graph, outputs = onnx.GraphProto(name="embedding", input=parts[0].graph.input), []
+    for number, part in enumerate(parts, 1):
+        onnx.compose.add_prefix(part, f"network{number}/", rename_inputs=False, inplace=True)
+        for name in ("node", "initializer", "value_info"):
+            getattr(graph, name).extend(getattr(part.graph, name))
+        outputs.extend(part.graph.output)
+    d = sum(each.type.tensor_type.shape.dim[1].dim_value for each in outputs)
+    graph.output.append(helper.make_tensor_value_info(OUTPUT, onnx.TensorProto.FLOAT, ["N", d]))
+    graph.initializer.append(helper.make_tensor("length", onnx.TensorProto.FLOAT, [], [len(parts) ** 0.5]))
+    graph.node.append(helper.make_node("Concat", [each.name for each in outputs], ["side_by_side"], axis=1))
+    graph.node.append(helper.make_node("Div", ["side_by_side", "length"], [OUTPUT]))
+    return helper.make_model(graph, opset_imports=parts[0].opset_import, ir_version=parts[0].ir_version)
 
 
 def open_graph(folder: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:

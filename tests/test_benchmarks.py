@@ -128,6 +128,7 @@ def test_benchmark_of_a_whole_job(processes, tiny_data, monkeypatch, capsys):
         (training, [".", "--job", "--image_size", "7"], "no cache"),
         (training, [".", "--job", "--cold"], "--cold needs Linux, and does not go with --job"),
         (export, ["nowhere"], "is not a run folder"),
+        (export, ["nowhere", "--student", "--num_members", "1"], "it goes without --num_members"),
     ],
 )
 def test_benchmarks_refuse_in_one_line(benchmark, options, message, capsys):
@@ -186,13 +187,17 @@ def test_benchmark_of_thresholds(tiny_run, tmp_path, capsys):
     assert numbers[-1][2] == f"{100 * (others[0] > above - 5e-7).mean():.3g}"
 
 
-def test_benchmark_of_exports(small_run, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("options", "what", "d"),
+    [(["--num_members", "1"], "1 x resnet18, logits", 3), (["--student"], f"student {STUDENT_TAG}, pooled", 16)],
+)
+def test_benchmark_of_exports(small_student, monkeypatch, capsys, options, what, d):
     """A row for each number of cores and batch size, the first number onnxruntime's. (PyTorch is in its place.)"""
     pytest.importorskip("onnxruntime")
     networks, threads, calls = [], torch.get_num_threads(), []
 
-    def write_graph(network, image_size, folder):
-        networks.append(network)
+    def write_graph(parts, image_size, folder):
+        networks.extend(parts)
         for name in ("model.onnx", "model.onnx.data"):
             (folder / name).write_bytes(bytes(500_000))
 
@@ -201,7 +206,7 @@ def test_benchmark_of_exports(small_run, monkeypatch, capsys):
 
     def compare(runs, repeats, device):
         results = {name: run() for name, run in runs.items()}
-        assert repeats == 3 and results["PyTorch"].shape == (calls[-1][2][0], 3)
+        assert repeats == 3 and results["PyTorch"].shape == (calls[-1][2][0], d)
         return {"exported": 0.25, "PyTorch": 1.0}
 
     monkeypatch.setattr(export, "check_packages", lambda: None)
@@ -209,9 +214,9 @@ def test_benchmark_of_exports(small_run, monkeypatch, capsys):
     monkeypatch.setattr(export, "open_graph", open_graph)
     monkeypatch.setattr(export, "num_cores", lambda: 2)
     monkeypatch.setattr(export, "compare", compare)
-    assert export.main([str(small_run), "--num_members", "1", "--repeats", "3"]) == 0
+    assert export.main([str(small_student), *options, "--repeats", "3"]) == 0
     output = capsys.readouterr().out
-    assert "| 1 x resnet18, logits, 32 px, 1.0 MB | exported | PyTorch |" in output
+    assert f"| {what}, 32 px, 1.0 MB | exported | PyTorch |" in output
     assert "\n| 1 core, batch 1 | 4.0 images/s | 1.0 images/s | 4.00 |\n| 1 core, batch 32 | 128.0 images/s |" in output
     assert list(table(output)) == ["1 core, batch 1", "1 core, batch 32", "2 cores, batch 1", "2 cores, batch 32"]
     assert calls == [(cores, cores, (batch, 32, 32, 3)) for cores in (1, 2) for batch in (1, 32)]

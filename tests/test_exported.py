@@ -70,7 +70,7 @@ def test_a_graph_gives_the_embedding_of_its_network(tmp_path, backbone, size):
         if isinstance(layer, nn.BatchNorm2d):  # as after training
             layer.running_mean.normal_(), layer.running_var.uniform_(0.5, 2)
     ensemble = Ensemble([member], ImageSpec(size), [0.2, 0.5, 0.7], [0.1, 0.25, 0.3], "pooled").eval()
-    write_graph(ensemble, size, tmp_path)
+    write_graph([ensemble], size, tmp_path)
     embed = open_graph(tmp_path, threads=1)
     for number in (1, 2, 7):
         images = random_images(number, size)
@@ -137,7 +137,7 @@ def test_a_network_that_cannot_be_written_is_named_in_one_line(tmp_path):
     with pytest.raises(
         RunError, match=r"^PyTorch's ONNX exporter cannot write this network \(\w+: .*data-dep.*\); not"
     ):
-        write_graph(Undecided().eval(), 4, tmp_path)
+        write_graph([Undecided().eval()], 4, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
