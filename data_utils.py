@@ -33,8 +33,9 @@ from dreml.data.cache import Cache, cache_folder, make_command, read_cache, veri
 from dreml.data.cache_writer import build_cache
 from dreml.data.demo import draw_demo
 from dreml.data.images import RESIZES, ImageSpec, load_rgb, resize_test
-from dreml.data.known_sets import LAYOUTS, UnknownLayout
+from dreml.data.known_sets import LAYOUTS, UnknownLayout, default_recalls
 from dreml.data.lists import subfolders
+from dreml.runs.settings import Settings
 
 __all__ = ["ImageSpec", "load_rgb", "main", "resize_test"]  # the images: for embedding one of your own (README)
 
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     if rows:
         print_summary(rows)
     if rows and not args.verify:
-        print(f"\ntrain on it with: {training_command(data_path, rows[0][0], spec)}")
+        print(f"\n{training_text(data_path, *rows[0][:2])}")
 
     # 4. What went wrong
     if refused:
@@ -137,10 +138,22 @@ def print_summary(rows: list[tuple[str, Cache, float]]) -> None:
         print(f"{name:<12}{train:>26}{test:>26}{on_disk:>10}{seconds:>9.1f}")
 
 
-def training_command(data_path: Path, name: str, spec: ImageSpec) -> str:
-    """The command that trains on a data set. For the demo, with options for a CPU."""
-    command = make_command(data_path, name, spec).replace("data_utils.py", "train.py", 1)
-    return f"{command} --weights none --no_flip --lr 1e-3" if name == "demo" else command
+def training_text(data_path: Path, name: str, cache: Cache) -> str:
+    """The command that trains on a data set, with options that fit few classes or images; or why none can."""
+    num_classes, num_gallery = cache.counts["train"][0], int(cache.array("test_is_gallery").sum())
+    recalls = [k for k in default_recalls(name) if k < num_gallery]
+    if num_classes < 2:
+        return f"{name} cannot be trained on: it has one training class, and telling classes apart needs two"
+    if num_gallery and not recalls:
+        return f"{name} cannot be trained on yet: one test image cannot be searched; add more, or leave out test images"
+    command = make_command(data_path, name, cache.spec).replace("data_utils.py", "train.py", 1)
+    if num_classes < Settings().meta_class_size:
+        command += f" --meta_class_size {num_classes}"
+    if num_gallery and recalls != default_recalls(name):
+        command += f" --recalls {','.join(map(str, recalls))}"
+    if name == "demo":  # on a CPU
+        command += " --weights none --no_flip --lr 1e-3"
+    return f"train on it with: {command}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,14 +1,17 @@
 """The script: its options, its summary, and several data sets of which some are bad."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from builders import SPEC, build, flip_a_bit, tree, write_cub, write_image_folder, write_sop
 
 import data_utils
+import train
 from dreml.console import RunError
 from dreml.data.cache import read_cache
 from dreml.data.demo import draw_demo
@@ -41,7 +44,7 @@ def test_one_bad_set_does_not_stop_the_others(tmp_path, capsys):
     assert f"{tmp_path / 'papers'}: no data set, passed over" in output.out
     assert "data_utils.py: cub: 1 problems" in output.err
     assert re.search(r"\nsop +2 classes 4 images +2 classes 4 images +[\d.]+kB +\d", output.out)
-    assert f"\ntrain on it with: python train.py --data_name sop --data_path {tmp_path} --image_size 32\n" in output.out
+    assert f"\ntrain on it with: python train.py --data_name sop --data_path {tmp_path} --image_size 32 " in output.out
     assert read_cache(tmp_path, "sop", SPEC).counts["test"] == (2, 4)
 
 
@@ -117,7 +120,38 @@ def test_all_options_reach_the_cache(tmp_path, capsys):
     assert call(tmp_path, "--resize", "squash", "--skip_bad", "--force") == 0
     assert folder.stat().st_ino != before
     command = f"python train.py --data_name mine --data_path {tmp_path} --image_size 32 --resize squash"
+    command += " --meta_class_size 2 --recalls 1,2"
     assert capsys.readouterr().out.endswith(f"\ntrain on it with: {command}\n")
+
+
+@pytest.mark.parametrize(
+    ("classes", "images", "options"),
+    [(2, 1, "--meta_class_size 2 --recalls 1"), (3, 2, "--meta_class_size 3 --recalls 1,2,4"), (12, 1, "")],
+)
+def test_the_suggested_command_fits_the_data_and_runs(
+    tmp_path, capsys, monkeypatch, small_network, classes, images, options
+):
+    write_image_folder(tmp_path / "data" / "mine", classes, images)
+    monkeypatch.chdir(tmp_path)
+    assert data_utils.main(["--image_size", "32", "--num_workers", "1"]) == 0
+    plain = "python train.py --data_name mine --image_size 32"
+    (command,) = re.findall(r"\ntrain on it with: (.*)\n", capsys.readouterr().out)
+    assert command == f"{plain} {options}".strip()
+    quick = "--weights none --num_epochs 1 --ensemble_size 1 --device cpu"
+    assert train.main([*command.split()[2:], *quick.split()]) == 0
+    (folder,) = (path for path in (tmp_path / "results").iterdir() if path.is_dir())
+    assert len(pd.read_csv(folder / "recall.csv")) == 1
+
+
+@pytest.mark.parametrize(
+    ("taken", "reason"),
+    [("train/train_1", "it has one training class, and"), ("test/test_1", "yet: one test image cannot be searched;")],
+)
+def test_no_command_is_suggested_for_what_cannot_be_trained_on(tmp_path, capsys, taken, reason):
+    write_image_folder(tmp_path / "mine", images=1)
+    shutil.rmtree(tmp_path / "mine" / taken)
+    assert call(tmp_path) == 0
+    assert f"\nmine cannot be trained on{' ' if 'yet' in reason else ': '}{reason}" in capsys.readouterr().out
 
 
 def test_verify_finds_a_flipped_bit(tmp_path, capsys):
@@ -139,7 +173,7 @@ def test_demo_is_drawn_once_and_never_over_another(tmp_path, capsys, monkeypatch
     tiny = {"num_classes": 2, "images_per_class": 3, "image_side": 40}
     monkeypatch.setattr(data_utils, "draw_demo", lambda folder: draw_demo(folder, **tiny))
     assert call(tmp_path / "data", "--data_name", "demo") == 0
-    assert "--image_size 32 --weights none --no_flip --lr 1e-3\n" in capsys.readouterr().out
+    assert "--image_size 32 --meta_class_size 2 --recalls 1,2,4 --weights none --no_flip --lr 1e-3\n" in capsys.readouterr().out
     drawn = tree(tmp_path / "data" / "demo" / "train")
     assert len(drawn) == 6 and read_cache(tmp_path / "data", "demo", SPEC).counts["test"] == (2, 6)
 
