@@ -33,7 +33,7 @@ from dreml.data.cache import Cache, cache_folder, make_command, read_cache, veri
 from dreml.data.cache_writer import build_cache
 from dreml.data.demo import draw_demo
 from dreml.data.images import RESIZES, ImageSpec, load_rgb, resize_test
-from dreml.data.known_sets import LAYOUTS, UnknownLayout, default_recalls
+from dreml.data.known_sets import ALL_LAYOUTS, UnknownLayout, default_recalls
 from dreml.data.lists import subfolders
 from dreml.runs.settings import Settings
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     names = list(dict.fromkeys(args.data_name or found_names(data_path, spec, args.verify)))
 
     # 2. One after the other. A bad one does not stop the others
-    rows, refused, failed = [], [], False
+    rows, refused, passed_over, failed = [], [], [], False
     for name in names:
         start = time.perf_counter()
         try:
@@ -79,10 +79,7 @@ def run(args: argparse.Namespace) -> None:
                 cache = build_cache(data_path, name, spec, args.num_workers, args.force, args.skip_bad)
             rows.append((name, cache, time.perf_counter() - start))
         except UnknownLayout as error:
-            if args.data_name:
-                refused.append(str(error))
-            else:
-                print(f"{data_path / name}: no data set, passed over")
+            (refused if args.data_name else passed_over).append(str(error))
         except InputError as error:
             refused.append(str(error))
         except (RunError, OSError) as error:
@@ -95,6 +92,8 @@ def run(args: argparse.Namespace) -> None:
     # 3. The summary, and what to run next
     if rows:
         print_summary(rows)
+    if rows and passed_over:
+        print("".join(f"\npassed over: {text}" for text in passed_over))
     if rows and not args.verify:
         print(f"\n{training_text(data_path, *rows[0][:2])}")
 
@@ -105,7 +104,8 @@ def run(args: argparse.Namespace) -> None:
         wanted = cache_folder(data_path, "", spec).name
         raise InputError(f"no {wanted} found in {data_path}/; --image_size and --resize name another one")
     if not rows:
-        raise InputError(f"no data set found in {data_path}/; expected is one of\n{LAYOUTS}")
+        found = "\n".join(passed_over) or f"no data set found in {data_path}/; expected is one of\n{ALL_LAYOUTS}"
+        raise InputError(found)
 
 
 def found_names(data_path: Path, spec: ImageSpec, cached: bool) -> list[str]:
@@ -126,7 +126,7 @@ def require_raw(data_path: Path, name: str) -> None:
         data_path.mkdir(parents=True, exist_ok=True)
         draw_demo(folder)
     if not folder.is_dir():
-        raise UnknownLayout(f"{folder}: no such folder; expected is one of\n{LAYOUTS}")
+        raise UnknownLayout(f"{folder}: no such folder; expected is one of\n{ALL_LAYOUTS}")
 
 
 def print_summary(rows: list[tuple[str, Cache, float]]) -> None:
