@@ -286,7 +286,7 @@ def run(args: argparse.Namespace) -> None:
     console.set_up_device(device, args.deterministic)
     of_run = read_run(args.folder, args.num_members or None)
     settings = complete_settings(settings_of(args, StudentSettings), of_run)
-    data_path = args.data_path or Path(of_run.record.options["data_path"])
+    data_path = of_run.data_path(args.data_path)
     cache = of_run.read_cache(data_path)
     writer.verify_once(of_run.folder, cache)
     photos = find_photos(args.images, of_run.test, data_path / of_run.settings.data_name) if args.images else {}

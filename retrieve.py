@@ -35,7 +35,7 @@ from dreml.console import (
     run_main,
     with_less_memory,
 )
-from dreml.figures.neighbours import Thumbnails, draw_neighbours
+from dreml.figures.neighbours import NoPictures, Thumbnails, draw_neighbours
 from dreml.figures.style import check_matplotlib
 from dreml.files import atomic_open, make_folder, writable, write_csv
 from dreml.index import PhotoIndex, default_place, is_installed, model_checksum
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
     if not len(trained.test):
         check_without_test_images(args)
     threshold = chosen_threshold(args.far, args.threshold, trained, args.embedding)
-    data_path = args.data_path or Path(trained.record.options["data_path"])
+    data_path = trained.data_path(args.data_path)
     data_folder = data_path / trained.settings.data_name
     queries, bad_queries = query_items(args.query or [], trained.test, data_folder)
     if not queries:
@@ -210,7 +210,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{threshold_text(threshold, found, num_gallery)}")
     print_text(f"\n{path}.csv")
     if not args.no_picture:
-        draw(found, Thumbnails(trained, data_path), title, path)
+        try:
+            draw(found, Thumbnails(trained, data_path), title, path)
+        except NoPictures as error:  # the run was taken elsewhere: the saved embeddings are all that a search needs
+            if args.data_path:
+                raise
+            print_text(str(error))
     refuse("--query", bad_queries, shown=len(bad_queries))  # now that the others are answered
 
 

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -89,10 +90,13 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
 
 
 def make_run_record(settings: Settings, cache: Cache, options: dict[str, object], here: dict) -> RunRecord:
-    """The record of a run; `options` are those of the command line, `here` its environment."""
+    """The record of a run; `options` are those of the command line, `here` its environment.
+
+    Paths become absolute: relative ones would mean something else in another current folder.
+    """
     counts = {split: {"classes": c, "images": n} for split, (c, n) in cache.counts.items()}
     data = DataRecord(cache.fingerprint, cache.meta.mean, cache.meta.std, counts)
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    options = {name: os.path.abspath(value) if isinstance(value, Path) else value for name, value in options.items()}
     return RunRecord(format=FORMAT, settings=settings, data=data, options=options, environment=here)
 
 
