@@ -10,6 +10,9 @@ torchvision's Resize and CenterCrop bit for bit. Random crops, flips and normali
 With --resize squash, cache_256_squash/ has both sides at int(1.1 * 256), or 256: nothing is cut off a wide image.
 """
 
+if __name__ == "__main__":
+    import dreml.interrupt  # noqa: F401  (first: Ctrl-C during the imports below)
+
 import argparse
 import os
 import sys

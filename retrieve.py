@@ -10,6 +10,9 @@ neighbours of the query's class have a solid green frame and a check mark, other
 a dashed red one and a cross; grey: the class is not known. docs/SEARCH.md: more.
 """
 
+if __name__ == "__main__":
+    import dreml.interrupt  # noqa: F401  (first: Ctrl-C during the imports below)
+
 import argparse
 import functools
 import shlex
@@ -176,10 +179,12 @@ def run(args: argparse.Namespace) -> None:
     elif not index:
         gallery_rows = saved if len(gallery) == len(saved) else saved[gallery.rows]
     if export_path and args.gallery:
-        table = pd.DataFrame({"path": [item.path for item in gallery], "class": [item.class_name for item in gallery]})
+        table = pd.DataFrame(
+            {"path": [item.path for item in gallery], "class_name": [item.class_name for item in gallery]}
+        )
         export(export_path, gallery_rows, table)
     elif export_path:
-        export(export_path, saved, trained.test.rename(columns={"class_name": "class"}))
+        export(export_path, saved, trained.test)
 
     # 4. The queries of --worst
     name, title = "neighbours", "similarity: cosine"
@@ -363,7 +368,7 @@ def found_table(found: list[Found]) -> pd.DataFrame:
         neighbours = zip(each.neighbours, each.similarities, each.right, each.passes, strict=True)
         for rank, (item, similarity, right, passes) in enumerate(neighbours, 1):
             rows.append((each.query.name, rank, item.path, item.class_name, f"{similarity:.6f}", right, passes))
-    columns = ["query", "rank", "path", "class", "similarity", "right", "found"]
+    columns = ["query", "rank", "path", "class_name", "similarity", "right", "found"]
     table = pd.DataFrame(rows, columns=columns, dtype=object)
     return table if found[0].threshold is not None else table.drop(columns="found")
 

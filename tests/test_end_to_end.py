@@ -73,6 +73,7 @@ def test_a_run_taken_elsewhere(small_pooled_run, tiny_data, tmp_path, monkeypatc
     options = read_record(home / "results" / small_pooled_run.name / "args.json")["options"]
     assert (options["data_path"], options["results_path"]) == (str(home / "data"), str(home / "results"))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "tiny").mkdir(parents=True)  # another one
     search = ["--query", "test:3", "--top", "2"]
     assert retrieve.main([f"home/results/{small_pooled_run.name}", *search]) == 0  # from any folder
     (home / "results" / small_pooled_run.name / "retrieval" / "neighbours.png").unlink()
@@ -102,6 +103,27 @@ def test_a_run_taken_elsewhere(small_pooled_run, tiny_data, tmp_path, monkeypatc
     shutil.copytree(tiny_data / "tiny" / "cache_32", folder / "data" / "tiny" / "cache_32")
     assert retrieve.main(["my cars", *search]) == 0
     assert Path("my cars/retrieval/neighbours.png").exists()
+
+
+def test_one_thing_has_one_column_name_in_all_csvs(small_student, tiny_data, tmp_path):
+    """In all that the scripts write into a run folder: a new name has to be one of a new thing."""
+    run = Path(shutil.copytree(small_student, tmp_path / "run"))
+    assert evaluate.main([str(run), "--recalls", "1,2", "--plot"]) == 0
+    gallery = ["--gallery", tiny_data / "tiny" / "train", "--query", "test:3", "--export"]
+    for what in (["--worst", "1"], ["--query", "test:3", "--threshold", "0.9", "--export"], gallery):
+        folder = tmp_path / "run" / f"retrieval_{len(what)}"
+        assert retrieve.main([str(each) for each in (run, *what, "--no_picture", "--output", folder)]) == 0
+    columns = set()
+    for path in run.rglob("*.csv"):
+        columns |= set(pd.read_csv(path).columns)
+    columns = {name for name in columns if not name.startswith("R@")}
+    of_search = {"query", "rank", "path", "class_name", "similarity", "right", "found"}
+    of_images = {"path", "label", "is_query", "is_gallery", "class_name"}
+    of_training = {"member", "epoch", "loss", "accuracy", "lr", "seconds", "images_per_second"}
+    of_training |= {"teacher_seconds", "student_seconds"}
+    of_scores = {"ensemble_size", "mAP@R", "R-Precision", "baseline", "far", "threshold", "found", "queries", "gallery"}
+    of_students = {"model", "embedding", "dimensions", "kept"}
+    assert columns == of_search | of_images | of_training | of_scores | of_students
 
 
 def test_refusals_are_one_line_and_exit_code_2(processes, tmp_path):

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -220,6 +220,18 @@ class Members:
         """Those of the wanted members that are not finished, or, for "pooled", whose pooled features are not saved."""
         finished = self.pooled if embedding == "pooled" else self.records
         return [member for member in wanted if member not in finished]
+
+    @staticmethod
+    def unfinished_text(missing: list[int], wanted: Collection[int], embedding: str) -> str:
+        """Which members are missing yet. A process that looked for one to make left the wanted ones to others."""
+        elsewhere = [member for member in missing if member in wanted]
+        others = [str(member) for member in missing if member not in wanted]
+        what, which = "trained", "not finished"
+        if embedding != "logits":
+            what, which = f"given {embedding} features", f"without {embedding} features"
+        texts = [f"member {member} is being {what} by another process" for member in elsewhere]
+        texts += [f"{which}: member {', '.join(others)}"] if others else []
+        return f"{'; '.join(texts)}; the process that finishes the last one scores"
 
     def lock_next_missing(
         self, wanted: Iterable[int], embedding: str
