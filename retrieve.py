@@ -179,9 +179,7 @@ def run(args: argparse.Namespace) -> None:
     elif not index:
         gallery_rows = saved if len(gallery) == len(saved) else saved[gallery.rows]
     if export_path and args.gallery:
-        table = pd.DataFrame(
-            {"path": [item.path for item in gallery], "class_name": [item.class_name for item in gallery]}
-        )
+        table = pd.DataFrame([(item.path, item.class_name) for item in gallery], columns=["path", "class_name"])
         export(export_path, gallery_rows, table)
     elif export_path:
         export(export_path, saved, trained.test)
@@ -215,12 +213,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{threshold_text(threshold, found, num_gallery)}")
     print_text(f"\n{path}.csv")
     if not args.no_picture:
-        try:
-            draw(found, Thumbnails(trained, data_path), title, path)
-        except NoPictures as error:  # the run was taken elsewhere: the saved embeddings are all that a search needs
-            if args.data_path:
-                raise
-            print_text(str(error))
+        draw(found, Thumbnails(trained, data_path), title, path, required=args.data_path is not None)
     refuse("--query", bad_queries, shown=len(bad_queries))  # now that the others are answered
 
 
@@ -239,10 +232,19 @@ def check_without_test_images(args: argparse.Namespace) -> None:
         raise InputError(f"{args.folder}: its data set has no test images, and so no thresholds: give --threshold T")
 
 
-def draw(found: list[Found], thumbnails: Thumbnails, title: str, path: Path) -> None:
-    """Draws the first queries and their neighbours, and prints the name of the picture."""
-    with writable(path.parent, "--output"):
-        draw_neighbours(found[:MAX_ROWS], thumbnails, title, path.parent, path.name)
+def draw(found: list[Found], thumbnails: Thumbnails, title: str, path: Path, required: bool) -> None:
+    """Draws the first queries and their neighbours, and prints the name of the picture.
+
+    Unless it is `required`, a line says where the images are gone: a search needs only the saved embeddings.
+    """
+    try:
+        with writable(path.parent, "--output"):
+            draw_neighbours(found[:MAX_ROWS], thumbnails, title, path.parent, path.name)
+    except NoPictures as error:
+        if required:
+            raise
+        print_text(str(error))
+        return
     rest = f", the first {MAX_ROWS} of {len(found)} queries" if len(found) > MAX_ROWS else ""
     print_text(f"{path}.png{rest}")
 
