@@ -10,6 +10,9 @@ torchvision's Resize and CenterCrop bit for bit. Random crops, flips and normali
 With --resize squash, cache_256_squash/ has both sides at int(1.1 * 256), or 256: nothing is cut off a wide image.
 """
 
+if __name__ == "__main__":
+    import dreml.interrupt  # noqa: F401  (first: Ctrl-C during the imports below)
+
 import argparse
 import os
 import sys
@@ -33,8 +36,9 @@ from dreml.data.cache import Cache, cache_folder, make_command, read_cache, veri
 from dreml.data.cache_writer import build_cache
 from dreml.data.demo import draw_demo
 from dreml.data.images import RESIZES, ImageSpec, load_rgb, resize_test
-from dreml.data.known_sets import LAYOUTS, UnknownLayout
+from dreml.data.known_sets import ALL_LAYOUTS, UnknownLayout, default_recalls
 from dreml.data.lists import subfolders
+from dreml.runs.settings import Settings
 
 __all__ = ["ImageSpec", "load_rgb", "main", "resize_test"]  # the images: for embedding one of your own (README)
 
@@ -66,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     names = list(dict.fromkeys(args.data_name or found_names(data_path, spec, args.verify)))
 
     # 2. One after the other. A bad one does not stop the others
-    rows, refused, failed = [], [], False
+    rows, refused, passed_over, failed = [], [], [], False
     for name in names:
         start = time.perf_counter()
         try:
@@ -78,10 +82,7 @@ def run(args: argparse.Namespace) -> None:
                 cache = build_cache(data_path, name, spec, args.num_workers, args.force, args.skip_bad)
             rows.append((name, cache, time.perf_counter() - start))
         except UnknownLayout as error:
-            if args.data_name:
-                refused.append(str(error))
-            else:
-                print(f"{data_path / name}: no data set, passed over")
+            (refused if args.data_name else passed_over).append(str(error))
         except InputError as error:
             refused.append(str(error))
         except (RunError, OSError) as error:
@@ -94,8 +95,10 @@ def run(args: argparse.Namespace) -> None:
     # 3. The summary, and what to run next
     if rows:
         print_summary(rows)
+    if rows and passed_over:
+        print("".join(f"\npassed over: {text}" for text in passed_over))
     if rows and not args.verify:
-        print(f"\ntrain on it with: {training_command(data_path, rows[0][0], spec)}")
+        print(f"\n{training_text(data_path, *rows[0][:2])}")
 
     # 4. What went wrong
     if refused:
@@ -104,7 +107,8 @@ def run(args: argparse.Namespace) -> None:
         wanted = cache_folder(data_path, "", spec).name
         raise InputError(f"no {wanted} found in {data_path}/; --image_size and --resize name another one")
     if not rows:
-        raise InputError(f"no data set found in {data_path}/; expected is one of\n{LAYOUTS}")
+        found = "\n".join(passed_over) or f"no data set found in {data_path}/; expected is one of\n{ALL_LAYOUTS}"
+        raise InputError(found)
 
 
 def found_names(data_path: Path, spec: ImageSpec, cached: bool) -> list[str]:
@@ -125,7 +129,7 @@ def require_raw(data_path: Path, name: str) -> None:
         data_path.mkdir(parents=True, exist_ok=True)
         draw_demo(folder)
     if not folder.is_dir():
-        raise UnknownLayout(f"{folder}: no such folder; expected is one of\n{LAYOUTS}")
+        raise UnknownLayout(f"{folder}: no such folder; expected is one of\n{ALL_LAYOUTS}")
 
 
 def print_summary(rows: list[tuple[str, Cache, float]]) -> None:
@@ -137,10 +141,22 @@ def print_summary(rows: list[tuple[str, Cache, float]]) -> None:
         print(f"{name:<12}{train:>26}{test:>26}{on_disk:>10}{seconds:>9.1f}")
 
 
-def training_command(data_path: Path, name: str, spec: ImageSpec) -> str:
-    """The command that trains on a data set. For the demo, with options for a CPU."""
-    command = make_command(data_path, name, spec).replace("data_utils.py", "train.py", 1)
-    return f"{command} --weights none --no_flip --lr 1e-3" if name == "demo" else command
+def training_text(data_path: Path, name: str, cache: Cache) -> str:
+    """The command that trains on a data set, with options that fit few classes or images; or why none can."""
+    num_classes, num_gallery = cache.counts["train"][0], int(cache.array("test_is_gallery").sum())
+    recalls = [k for k in default_recalls(name) if k < num_gallery]
+    if num_classes < 2:
+        return f"{name} cannot be trained on: it has one training class, and telling classes apart needs two"
+    if num_gallery and not recalls:
+        return f"{name} cannot be trained on yet: one test image cannot be searched; add more, or leave out test images"
+    command = make_command(data_path, name, cache.spec).replace("data_utils.py", "train.py", 1)
+    if num_classes < Settings().meta_class_size:
+        command += f" --meta_class_size {num_classes}"
+    if num_gallery and recalls != default_recalls(name):
+        command += f" --recalls {','.join(map(str, recalls))}"
+    if name == "demo":  # on a CPU
+        command += " --weights none --no_flip --lr 1e-3"
+    return f"train on it with: {command}"
 
 
 def main(argv: list[str] | None = None) -> int:

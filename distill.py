@@ -9,6 +9,9 @@ each block learns to point where its member's logits point. No labels are used, 
 A rerun of the same command goes on with what is missing. Start reading at `run`. More: docs/STUDENT.md.
 """
 
+if __name__ == "__main__":
+    import dreml.interrupt  # noqa: F401  (first: Ctrl-C during the imports below)
+
 import argparse
 import math
 import shutil
@@ -257,7 +260,7 @@ def embed_test_images(
 def recall_table(student: StudentRun, of_run: Run, device: torch.device) -> pd.DataFrame:
     """Recall@K in percent of the student and of every ensemble size, by logits, and by pooled features if saved.
 
-    Columns: model, embedding, networks (that each image has to go through), dimensions, R@K; and `kept`: the first R@K
+    Columns: model, embedding, ensemble_size (1 for the student), dimensions, R@K; and `kept`: the first R@K
     as a share of that of all members' logits, in percent.
     """
     split, tables = of_run.split, []
@@ -269,7 +272,12 @@ def recall_table(student: StudentRun, of_run: Run, device: torch.device) -> pd.D
             score = partial(recall_at_k, embeddings, split.labels, ks, **masks)
             recalls = console.with_less_memory(lambda size, call=score: call(max_bytes=size), similarity_memory(device))
             widths = np.cumsum([embedding.shape[1] for embedding in embeddings])
-            columns = {"model": model, "embedding": name, "networks": range(1, len(widths) + 1), "dimensions": widths}
+            columns = {
+                "model": model,
+                "embedding": name,
+                "ensemble_size": range(1, len(widths) + 1),
+                "dimensions": widths,
+            }
             columns |= {f"R@{k}": 100 * recall for k, recall in zip(ks, recalls.numpy().T, strict=True)}
             tables.append(pd.DataFrame(columns))
     table = pd.concat(tables, ignore_index=True)
@@ -288,7 +296,7 @@ def run(args: argparse.Namespace) -> None:
     console.set_up_device(device, args.deterministic)
     of_run = read_run(args.folder, args.num_members or None)
     settings = complete_settings(settings_of(args, StudentSettings), of_run)
-    data_path = args.data_path or Path(of_run.record.options["data_path"])
+    data_path = of_run.data_path(args.data_path)
     cache = of_run.read_cache(data_path)
     writer.verify_once(of_run.folder, cache)
     photos = find_photos(args.images, of_run.test, data_path / of_run.settings.data_name) if args.images else {}
@@ -332,7 +340,7 @@ def run(args: argparse.Namespace) -> None:
             return
         table = recall_table(read_student_run(of_run.folder, tag), of_run, device)
         powers = [2**power for power in range(of_run.num_members.bit_length())]
-        shown = table[(table.model == "student") | table.networks.isin([*powers, of_run.num_members])]
+        shown = table[(table.model == "student") | table.ensemble_size.isin([*powers, of_run.num_members])]
         write_csv(folder / "recall.csv", shown, float_format="%.4f")
         with drawing():
             save_figure(draw_student(table), folder, "recall")

@@ -9,6 +9,9 @@ also averaged, with the sample standard deviation. mAP@R and R-Precision: Musgra
 Check", ECCV 2020. thresholds.csv has the similarities below which retrieve.py --far says "not found".
 """
 
+if __name__ == "__main__":
+    import dreml.interrupt  # noqa: F401  (first: Ctrl-C during the imports below)
+
 import argparse
 import contextlib
 import re

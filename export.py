@@ -11,6 +11,9 @@ with PyTorch before it is written. docs/EXPORT.md: how to use it. Needs:
 pip install onnx onnxscript onnxruntime
 """
 
+if __name__ == "__main__":
+    import dreml.interrupt  # noqa: F401  (first: Ctrl-C during the imports below)
+
 import argparse
 import importlib.metadata
 import sys

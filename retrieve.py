@@ -10,6 +10,9 @@ neighbours of the query's class have a solid green frame and a check mark, other
 a dashed red one and a cross; grey: the class is not known. docs/SEARCH.md: more.
 """
 
+if __name__ == "__main__":
+    import dreml.interrupt  # noqa: F401  (first: Ctrl-C during the imports below)
+
 import argparse
 import functools
 import shlex
@@ -35,7 +38,7 @@ from dreml.console import (
     run_main,
     with_less_memory,
 )
-from dreml.figures.neighbours import Thumbnails, draw_neighbours
+from dreml.figures.neighbours import NoPictures, Thumbnails, draw_neighbours
 from dreml.figures.style import check_matplotlib
 from dreml.files import atomic_open, make_folder, writable, write_csv
 from dreml.index import PhotoIndex, default_place, is_installed, model_checksum
@@ -129,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
     if not len(trained.test):
         check_without_test_images(args)
     threshold = chosen_threshold(args.far, args.threshold, trained, args.embedding)
-    data_path = args.data_path or Path(trained.record.options["data_path"])
+    data_path = trained.data_path(args.data_path)
     data_folder = data_path / trained.settings.data_name
     queries, bad_queries = query_items(args.query or [], trained.test, data_folder)
     if not queries:
@@ -176,10 +179,10 @@ def run(args: argparse.Namespace) -> None:
     elif not index:
         gallery_rows = saved if len(gallery) == len(saved) else saved[gallery.rows]
     if export_path and args.gallery:
-        table = pd.DataFrame({"path": [item.path for item in gallery], "class": [item.class_name for item in gallery]})
+        table = pd.DataFrame([(item.path, item.class_name) for item in gallery], columns=["path", "class_name"])
         export(export_path, gallery_rows, table)
     elif export_path:
-        export(export_path, saved, trained.test.rename(columns={"class_name": "class"}))
+        export(export_path, saved, trained.test)
 
     # 4. The queries of --worst
     name, title = "neighbours", "similarity: cosine"
@@ -210,7 +213,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{threshold_text(threshold, found, num_gallery)}")
     print_text(f"\n{path}.csv")
     if not args.no_picture:
-        draw(found, Thumbnails(trained, data_path), title, path)
+        draw(found, Thumbnails(trained, data_path), title, path, required=args.data_path is not None)
     refuse("--query", bad_queries, shown=len(bad_queries))  # now that the others are answered
 
 
@@ -229,10 +232,19 @@ def check_without_test_images(args: argparse.Namespace) -> None:
         raise InputError(f"{args.folder}: its data set has no test images, and so no thresholds: give --threshold T")
 
 
-def draw(found: list[Found], thumbnails: Thumbnails, title: str, path: Path) -> None:
-    """Draws the first queries and their neighbours, and prints the name of the picture."""
-    with writable(path.parent, "--output"):
-        draw_neighbours(found[:MAX_ROWS], thumbnails, title, path.parent, path.name)
+def draw(found: list[Found], thumbnails: Thumbnails, title: str, path: Path, required: bool) -> None:
+    """Draws the first queries and their neighbours, and prints the name of the picture.
+
+    Unless it is `required`, a line says where the images are gone: a search needs only the saved embeddings.
+    """
+    try:
+        with writable(path.parent, "--output"):
+            draw_neighbours(found[:MAX_ROWS], thumbnails, title, path.parent, path.name)
+    except NoPictures as error:
+        if required:
+            raise
+        print_text(str(error))
+        return
     rest = f", the first {MAX_ROWS} of {len(found)} queries" if len(found) > MAX_ROWS else ""
     print_text(f"{path}.png{rest}")
 
@@ -358,7 +370,7 @@ def found_table(found: list[Found]) -> pd.DataFrame:
         neighbours = zip(each.neighbours, each.similarities, each.right, each.passes, strict=True)
         for rank, (item, similarity, right, passes) in enumerate(neighbours, 1):
             rows.append((each.query.name, rank, item.path, item.class_name, f"{similarity:.6f}", right, passes))
-    columns = ["query", "rank", "path", "class", "similarity", "right", "found"]
+    columns = ["query", "rank", "path", "class_name", "similarity", "right", "found"]
     table = pd.DataFrame(rows, columns=columns, dtype=object)
     return table if found[0].threshold is not None else table.drop(columns="found")
 

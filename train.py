@@ -8,6 +8,9 @@ command trains only what is missing; a larger --ensemble_size adds members to th
 `run`, then `train_member`, `train_epoch`, `train_step`.
 """
 
+if __name__ == "__main__":
+    import dreml.interrupt  # noqa: F401  (first: Ctrl-C during the imports below)
+
 import argparse
 import os
 import sys
@@ -369,8 +372,7 @@ def run(args: argparse.Namespace) -> None:
     table, embeddings = score(args.embedding)
     missing = members.missing(whole, args.embedding)
     if missing:
-        which = "not finished" if args.embedding == "logits" else f"without {args.embedding} features"
-        print(f"{which}: member {', '.join(map(str, missing))}; the process that finishes the last one scores")
+        print(members.unfinished_text(missing, wanted, args.embedding))
         return
     if not len(split.labels):
         print(f"{len(embeddings)} members are finished in {folder}; there are no test images, and so no recall")

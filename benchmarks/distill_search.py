@@ -268,7 +268,7 @@ def run(args: argparse.Namespace) -> None:
         return
     device = pick_device(args.device)
     trained = read_run(args.folder, args.num_members or None)
-    data_path = args.data_path or Path(trained.record.options["data_path"])
+    data_path = trained.data_path(args.data_path)
     cache = read_cache(data_path, trained.settings.data_name, trained.settings.image_spec)
     print(f"{hardware(device)}; {trained.settings.data_name}, {args.targets}: {TARGETS[args.targets]}")
     recipe = {"mix": args.mix, "targets": args.targets, "weight_decay": args.weight_decay, "average": args.average}

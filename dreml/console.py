@@ -282,7 +282,12 @@ def pick_device(name: str) -> "torch.device":
     kind, _, index = name.partition(":")
     available = {"cuda": num_gpus, "mps": int(has_mps), "cpu": 1}[kind]
     if int(index or 0) >= available:
-        raise InputError(f"--device {name} is not there: this machine offers {available} of the kind {kind}")
+        kinds = {"cuda": "CUDA", "mps": "MPS"}[kind]
+        have = f"{available} {kinds} devices, the last is {kind}:{available - 1}" if available else f"no {kinds} device"
+        build = (
+            "" if kind != "cuda" or torch.version.cuda or torch.version.hip else ", or PyTorch was built without CUDA"
+        )
+        raise InputError(f"--device {name}: this machine has {have}{build}")
     return torch.device(name)
 
 

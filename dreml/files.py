@@ -138,7 +138,7 @@ def take_lock(path: Path, timeout: float = -1) -> contextlib.AbstractContextMana
     """
     no_locks = f"{path.parent} is on a file system without file locks (flock): use another one"
     end = time.monotonic() + timeout if timeout >= 0 else math.inf
-    lock = filelock.FileLock(path)
+    lock = filelock.FileLock(path, fallback_to_soft=False)  # soft: a mere file, which stays when its holder dies
     try:
         while True:
             raise_if_interrupted()
@@ -148,14 +148,12 @@ def take_lock(path: Path, timeout: float = -1) -> contextlib.AbstractContextMana
             except filelock.Timeout:
                 if time.monotonic() >= end:
                     return None
-        if isinstance(lock, filelock.SoftFileLock):  # a mere file, which stays when its holder dies
+        if isinstance(lock, filelock.SoftFileLock):  # what FileLock is where Python has no flock at all
             lock.release()
             raise InputError(no_locks)
         return held
-    except NotImplementedError:
-        raise InputError(no_locks) from None
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from None
+        raise InputError(no_locks if error.errno == errno.ENOSYS else f"cannot write {path}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------ checksums, records

@@ -122,7 +122,7 @@ def test_benchmark_of_a_whole_job(processes, tiny_data, monkeypatch, capsys):
     [
         (recall, ["--repeats", "0"], "not a positive integer"),
         (recall, ["--scale", "0.001"], "at least 0.01"),
-        (recall, ["--device", "cuda:99"], "is not there"),
+        (recall, ["--device", "cuda:99"], "--device cuda:99: this machine has "),
         (training, ["nowhere"], "nowhere: no such folder"),
         (training, [".", "--job", "--num_steps", "3"], "does not go with --num_images"),
         (training, [".", "--job", "--image_size", "7"], "no cache"),

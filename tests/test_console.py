@@ -293,8 +293,8 @@ def test_auto_is_cuda_else_mps_else_cpu(monkeypatch):
         ("cpu:", "--device cpu: is not one of"),
         ("cpu:0", "--device cpu:0 is not one of"),
         ("cuda:x", "--device cuda:x is not one of"),
-        ("cuda:2", "--device cuda:2 is not there: this machine offers 2 of the kind cuda"),
-        ("mps", "--device mps is not there: this machine offers 0 of the kind mps"),
+        ("cuda:2", "--device cuda:2: this machine has 2 CUDA devices, the last is cuda:1"),
+        ("mps", "--device mps: this machine has no MPS device$"),
     ],
 )
 def test_devices_that_are_not_there_are_refused(monkeypatch, option, message):
@@ -302,6 +302,17 @@ def test_devices_that_are_not_there_are_refused(monkeypatch, option, message):
     assert pick_device("cuda:1") == torch.device("cuda:1") and pick_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match=f"^{message}"):
         pick_device(option)
+
+
+def test_a_machine_without_cuda_is_told_from_a_pytorch_without(monkeypatch):
+    offer_devices(monkeypatch, gpus=0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for option in ("cuda", "cuda:1"):
+        with pytest.raises(InputError, match=f"^--device {option}: this machine has no CUDA device$"):
+            pick_device(option)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(InputError, match=r"no CUDA device, or PyTorch was built without CUDA$"):
+        pick_device("cuda")
 
 
 def test_a_device_is_set_up_for_speed_or_for_the_same_bits(monkeypatch):

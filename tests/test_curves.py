@@ -42,7 +42,7 @@ def test_the_student_stands_beside_the_ensembles():
     """Its recall as a line across; the ensembles' against their sizes."""
     rows = [("student", "logits", 1, 4, 30.0), ("student", "pooled", 1, 9, 45.0)]
     rows += [("ensemble", "logits", size, 2 * size, 10.0 * size) for size in (1, 2, 3)]
-    table = pd.DataFrame(rows, columns=["model", "embedding", "networks", "dimensions", "R@1"])
+    table = pd.DataFrame(rows, columns=["model", "embedding", "ensemble_size", "dimensions", "R@1"])
     with drawing():
         axes = draw_student(table).axes[0]
     lines = {line.get_label(): line for line in axes.lines}

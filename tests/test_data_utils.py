@@ -1,14 +1,17 @@
 """The script: its options, its summary, and several data sets of which some are bad."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from builders import SPEC, build, flip_a_bit, tree, write_cub, write_image_folder, write_sop
+from builders import SPEC, build, flip_a_bit, save_image, tree, write_cub, write_image_folder, write_sop
 
 import data_utils
+import train
 from dreml.console import RunError
 from dreml.data.cache import read_cache
 from dreml.data.demo import draw_demo
@@ -38,10 +41,10 @@ def test_one_bad_set_does_not_stop_the_others(tmp_path, capsys):
     (tmp_path / "papers").mkdir()
     assert call(tmp_path) == 2
     output = capsys.readouterr()
-    assert f"{tmp_path / 'papers'}: no data set, passed over" in output.out
+    assert f"\npassed over: {tmp_path / 'papers'}: no images: put them into train/CLASS/ and" in output.out
     assert "data_utils.py: cub: 1 problems" in output.err
     assert re.search(r"\nsop +2 classes 4 images +2 classes 4 images +[\d.]+kB +\d", output.out)
-    assert f"\ntrain on it with: python train.py --data_name sop --data_path {tmp_path} --image_size 32\n" in output.out
+    assert f"\ntrain on it with: python train.py --data_name sop --data_path {tmp_path} --image_size 32 " in output.out
     assert read_cache(tmp_path, "sop", SPEC).counts["test"] == (2, 4)
 
 
@@ -83,7 +86,130 @@ def test_named_set_that_is_not_there(tmp_path, capsys):
     (tmp_path / "car").mkdir()
     assert call(tmp_path, "--data_name", "cub", "car") == 2
     message = capsys.readouterr().err
-    assert f"{tmp_path / 'cub'}: no such folder" in message and f"{tmp_path / 'car'} holds no data set" in message
+    assert (
+        f"{tmp_path / 'cub'}: no such folder" in message
+        and f"{tmp_path / 'car'} holds no car; expected is cars_annos.mat" in message
+    )
+
+
+def images_in(*folders: str):
+    """Writes a data set with two images in each of these folders."""
+
+    def write(root: Path) -> None:
+        root.mkdir()
+        for number, folder in enumerate(folders):
+            for name in ("0.png", "1.png"):
+                save_image(root / folder / name, number)
+
+    return write
+
+
+def text_in(path: str, text: str):
+    """Writes a data set of one file."""
+
+    def write(root: Path) -> None:
+        (root / path).parent.mkdir(parents=True)
+        (root / path).write_text(text)
+
+    return write
+
+
+LAYOUTS = {
+    "capitals": (images_in("Train/a", "Train/b", "Test/c"), "found Train/ and Test/: rename them to train/ and test/"),
+    "one capital": (images_in("train/a", "train/b", "TEST/c"), "found TEST/: rename it to test/"),
+    "val": (images_in("train/a", "train/b", "val/c"), "found val/: rename it to test/"),
+    "all others": (
+        images_in("training/a", "validation/c", "testing/c"),
+        "found training/ and testing/: rename them to",
+    ),
+    "no split": (
+        images_in("ant", "bee/deep", "cat", "dog"),
+        "found images in 'ant', 'bee', 'cat' and 1 more, without train/ and test/: move those to train on into train/",
+    ),
+    "no class": (images_in(""), "found 2 images outside any folder: put them into train/CLASS/ and test/CLASS/, or"),
+    "deeper": (images_in("mine/train/a", "mine/train/b"), "found mine/train/: move what is in mine/ one folder up"),
+    "deeper list": (text_in("in/images.csv", ""), "found in/images.csv: move what is in in/ one folder up"),
+    "another list": (text_in("labels.CSV", ""), "found labels.CSV: a list has to be called images.csv"),
+    "other types": (
+        text_in("a/film.mov", "x"),
+        "no images (left out: 1 .mov; classes without an image for that reason:",
+    ),
+    "nothing": (images_in(), "no images: put them into train/CLASS/ and test/CLASS/, or list them in images.csv"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_that_is_nearly_right_is_named_in_one_line(tmp_path, capsys, layout):
+    """Both where the data set is named and where all are looked at; and no list of other data sets."""
+    write, message = LAYOUTS[layout]
+    write(tmp_path / "mine")
+    for options in (["--data_name", "mine"], []):
+        assert call(tmp_path, *options) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"data_utils.py: {tmp_path / 'mine'}: {message}") and error.count("\n") == 1
+
+
+def test_images_of_ones_own_under_the_name_of_a_known_set(tmp_path, capsys):
+    images_in("train/a", "train/b")(tmp_path / "cub")
+    assert call(tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("(CUB-200-2011); for images of your own, choose another name\n") and error.count("\n") == 1
+
+
+def test_folders_that_teach_nothing_are_named(tmp_path, capsys):
+    """Empty ones, classes of one image, and splits that are not read."""
+    images_in("train/a", "train/b", "test/c", "test/d", "val/e")(tmp_path / "mine")
+    for name in ("train/nothing", "train/a/nothing", "test/void"):
+        (tmp_path / "mine" / name).mkdir()
+    (tmp_path / "mine/test/void/Thumbs.db").write_bytes(b"x")
+    for name in ("train/b/0.png", "test/d/1.png"):
+        (tmp_path / "mine" / name).unlink()
+    assert call(tmp_path) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"mine: warning: {tmp_path / 'mine'}: left alone: 'val'; only train/ and test/ are read",
+        f"mine: warning: {tmp_path / 'mine/train'}: empty folders are no classes: 'a/nothing', 'nothing'",
+        f"mine: warning: {tmp_path / 'mine/test'}: empty folders are no classes: 'void'",
+        "mine: warning: train: classes of one image: 'b'; one image teaches little: add some, or leave it out",
+        "mine: warning: test: classes of one image: 'd'; as a query it can only miss: add some, or leave it out",
+    ]
+
+
+CSV_LINES = ["path,label,split"] + [
+    f"photos/{n}.png,{name},{'train' if n < 4 else 'val'}" for n, name in enumerate("aabbcc")
+]
+
+
+@pytest.mark.parametrize("change", [(",", ";"), (",", "\t"), ("/", "\\"), (",val", ",Validation")])
+def test_a_list_as_other_programs_write_it_is_read(tmp_path, monkeypatch, change):
+    """With "val" for the test split; with semicolons or tabs, as Windows writes paths."""
+    images_in("photos")(tmp_path / "mine")
+    for number in range(6):
+        save_image(tmp_path / "mine" / "photos" / f"{number}.png", number)
+    (tmp_path / "mine" / "images.csv").write_text("\n".join(CSV_LINES).replace(*change))
+    assert call(tmp_path) == 0
+    cache = read_cache(tmp_path, "mine", SPEC)
+    assert cache.paths("train") == [f"photos/{number}.png" for number in range(4)]
+    assert cache.counts == {"train": (2, 4), "test": (1, 2)} and cache.meta.test["classes"] == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("", "the path is empty: name an image, or take the line out"),
+        ("/home/me/1.png", "absolute path '/home/me/1.png': write it relative to the data set's folder"),
+        (r"C:\me\1.png", r"absolute path 'C:\\me\\1.png': write it relative to the data set's folder"),
+        ("../1.png", "'..' in '../1.png': move or link the image into the data set's folder"),
+        (r"a\..\1.png", r"'..' in 'a\\..\\1.png': move or link the image into the data set's folder"),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_named_with_the_remedy(tmp_path, capsys, path, problem):
+    images_in("photos")(tmp_path / "mine")
+    lines = ["path,label,split", "photos/0.png,a,train", f"{path},a,train", "photos/1.png,b,train"]
+    (tmp_path / "mine" / "images.csv").write_text("\n".join(lines))
+    assert call(tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.endswith(f"1 problems, nothing written:\n  {tmp_path}/mine/images.csv, line 3: {problem}\n")
+    assert "no test images" not in error  # which images there are is not known
 
 
 @pytest.mark.parametrize(
@@ -117,7 +243,38 @@ def test_all_options_reach_the_cache(tmp_path, capsys):
     assert call(tmp_path, "--resize", "squash", "--skip_bad", "--force") == 0
     assert folder.stat().st_ino != before
     command = f"python train.py --data_name mine --data_path {tmp_path} --image_size 32 --resize squash"
+    command += " --meta_class_size 2 --recalls 1,2"
     assert capsys.readouterr().out.endswith(f"\ntrain on it with: {command}\n")
+
+
+@pytest.mark.parametrize(
+    ("classes", "images", "options"),
+    [(2, 1, "--meta_class_size 2 --recalls 1"), (3, 2, "--meta_class_size 3 --recalls 1,2,4"), (12, 1, "")],
+)
+def test_the_suggested_command_fits_the_data_and_runs(
+    tmp_path, capsys, monkeypatch, small_network, classes, images, options
+):
+    write_image_folder(tmp_path / "data" / "mine", classes, images)
+    monkeypatch.chdir(tmp_path)
+    assert data_utils.main(["--image_size", "32", "--num_workers", "1"]) == 0
+    plain = "python train.py --data_name mine --image_size 32"
+    (command,) = re.findall(r"\ntrain on it with: (.*)\n", capsys.readouterr().out)
+    assert command == f"{plain} {options}".strip()
+    quick = "--weights none --num_epochs 1 --ensemble_size 1 --device cpu"
+    assert train.main([*command.split()[2:], *quick.split()]) == 0
+    (folder,) = (path for path in (tmp_path / "results").iterdir() if path.is_dir())
+    assert len(pd.read_csv(folder / "recall.csv")) == 1
+
+
+@pytest.mark.parametrize(
+    ("taken", "reason"),
+    [("train/train_1", "it has one training class, and"), ("test/test_1", "yet: one test image cannot be searched;")],
+)
+def test_no_command_is_suggested_for_what_cannot_be_trained_on(tmp_path, capsys, taken, reason):
+    write_image_folder(tmp_path / "mine", images=1)
+    shutil.rmtree(tmp_path / "mine" / taken)
+    assert call(tmp_path) == 0
+    assert f"\nmine cannot be trained on{' ' if 'yet' in reason else ': '}{reason}" in capsys.readouterr().out
 
 
 def test_verify_finds_a_flipped_bit(tmp_path, capsys):
@@ -139,7 +296,8 @@ def test_demo_is_drawn_once_and_never_over_another(tmp_path, capsys, monkeypatch
     tiny = {"num_classes": 2, "images_per_class": 3, "image_side": 40}
     monkeypatch.setattr(data_utils, "draw_demo", lambda folder: draw_demo(folder, **tiny))
     assert call(tmp_path / "data", "--data_name", "demo") == 0
-    assert "--image_size 32 --weights none --no_flip --lr 1e-3\n" in capsys.readouterr().out
+    options = "--image_size 32 --meta_class_size 2 --recalls 1,2,4 --weights none --no_flip --lr 1e-3"
+    assert capsys.readouterr().out.endswith(f" {options}\n")
     drawn = tree(tmp_path / "data" / "demo" / "train")
     assert len(drawn) == 6 and read_cache(tmp_path / "data", "demo", SPEC).counts["test"] == (2, 6)
 

@@ -290,7 +290,7 @@ def test_what_a_student_leaves(small_student, capsys):
     np.testing.assert_allclose(table.kept, 100 * expected[:, 0] / expected[3, 0], atol=5e-5)
     assert table.model.tolist() == ["student"] * 2 + ["ensemble"] * 4
     assert table.embedding.tolist() == ["logits", "pooled", "logits", "logits", "pooled", "pooled"]
-    assert table.networks.tolist() == [1, 1, 1, 2, 1, 2] and table.dimensions.tolist() == [6, 16, 3, 6, 16, 32]
+    assert table.ensemble_size.tolist() == [1, 1, 1, 2, 1, 2] and table.dimensions.tolist() == [6, 16, 3, 6, 16, 32]
 
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert distill.main([str(small_student), *STUDENT]) == 0
@@ -307,11 +307,11 @@ def test_ensembles_of_powers_of_two_stand_beside_the_student(small_run, tiny_dat
     assert train_tiny(tiny_data, tmp_path / "results", "--ensemble_size", "5") == 0
     options = [str(tmp_path / "results" / small_run.name), *STUDENT, "--num_epochs", "1"]
     assert distill.main(options) == 0
-    assert pd.read_csv(student_folder(Path(options[0])) / "recall.csv").networks.tolist() == [1, 1, 1, 2, 4, 5]
+    assert pd.read_csv(student_folder(Path(options[0])) / "recall.csv").ensemble_size.tolist() == [1, 1, 1, 2, 4, 5]
     assert "keeps" in capsys.readouterr().out
     shutil.rmtree(student_folder(Path(options[0])))
     assert distill.main([*options, "--num_members", "3"]) == 0
-    assert pd.read_csv(student_folder(Path(options[0])) / "recall.csv").networks.tolist() == [1, 1, 1, 2, 3]
+    assert pd.read_csv(student_folder(Path(options[0])) / "recall.csv").ensemble_size.tolist() == [1, 1, 1, 2, 3]
 
 
 def test_neither_labels_nor_test_images_are_read_in_training(small_run, tmp_path, monkeypatch):

@@ -1,15 +1,21 @@
 """The scripts as people run them, one after the other. Most are forked, see processes.py; data_utils.py is not."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from builders import write_cub, write_sop
+from builders import TINY, save_image, write_cub, write_sop
 from processes import ROOT
 from reference import slow_recall
+
+import evaluate
+import retrieve
+import train
+from dreml.files import read_record
 
 
 def python(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
@@ -55,6 +61,69 @@ def test_from_raw_folders_to_neighbours(processes, tmp_path):
     unit = np.hstack([embedding / np.linalg.norm(embedding, axis=1, keepdims=True) for embedding in members])
     assert test.path[1 + np.argmax(unit[1:] @ unit[0])] in found.out
     assert (folder / "retrieval" / "neighbours.png").stat().st_size > 0
+
+
+def test_a_run_taken_elsewhere(small_pooled_run, tiny_data, tmp_path, monkeypatch, capsys):
+    """Under another name, without the data; then with them in data/. Pictures alone need them."""
+    home, folder = tmp_path / "home", tmp_path / "elsewhere"
+    shutil.copytree(small_pooled_run, home / "results" / small_pooled_run.name)
+    shutil.copytree(tiny_data / "tiny" / "cache_32", home / "data" / "tiny" / "cache_32")
+    monkeypatch.chdir(home)
+    assert train.main([*TINY, "--embedding", "pooled"]) == 0  # writes down where the data are; nothing is trained
+    options = read_record(home / "results" / small_pooled_run.name / "args.json")["options"]
+    assert (options["data_path"], options["results_path"]) == (str(home / "data"), str(home / "results"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "tiny").mkdir(parents=True)  # another one
+    search = ["--query", "test:3", "--top", "2"]
+    assert retrieve.main([f"home/results/{small_pooled_run.name}", *search]) == 0  # from any folder
+    (home / "results" / small_pooled_run.name / "retrieval" / "neighbours.png").unlink()
+
+    folder.mkdir()
+    (home / "results" / small_pooled_run.name).rename(folder / "my cars")
+    shutil.rmtree(home)
+    monkeypatch.chdir(folder)
+    save_image(Path("photo.jpg"))
+    assert evaluate.main(["my cars", "--recalls", "1,2", "--plot"]) == 0
+    assert evaluate.main(["my cars", "--recalls", "1,2", "--embedding", "pooled", "--output", "pooled"]) == 0
+    capsys.readouterr()
+    for what in (search, ["--worst", "2", "--top", "2"], ["--query", "photo.jpg", "test:3", "--export", "--top", "2"]):
+        assert retrieve.main(["my cars", *what]) == 0
+        output = capsys.readouterr()
+        assert output.out.splitlines()[-1] == "no picture: the images of tiny are not in data/ (see --data_path)"
+        assert output.err == ""
+    assert not list(Path("my cars", "retrieval").glob("*.png"))
+    assert len(pd.read_csv("my cars/retrieval/neighbours.csv")) == 4
+    assert np.load("my cars/retrieval/embedding.npy").shape == (36, 6)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    names = {}
+    exec(re.sub(r'"results/\w+[^"]*"', '"my cars"', code), names)
+    assert names["embedding"].shape == (1, 6)
+
+    assert retrieve.main(["my cars", *search, "--data_path", "nowhere"]) == 2  # pictures from there were asked for
+    shutil.copytree(tiny_data / "tiny" / "cache_32", folder / "data" / "tiny" / "cache_32")
+    assert retrieve.main(["my cars", *search]) == 0
+    assert Path("my cars/retrieval/neighbours.png").exists()
+
+
+def test_one_thing_has_one_column_name_in_all_csvs(small_student, tiny_data, tmp_path):
+    """In all that the scripts write into a run folder: a new name has to be one of a new thing."""
+    run = Path(shutil.copytree(small_student, tmp_path / "run"))
+    assert evaluate.main([str(run), "--recalls", "1,2", "--plot"]) == 0
+    gallery = ["--gallery", tiny_data / "tiny" / "train", "--query", "test:3", "--export"]
+    for what in (["--worst", "1"], ["--query", "test:3", "--threshold", "0.9", "--export"], gallery):
+        folder = tmp_path / "run" / f"retrieval_{len(what)}"
+        assert retrieve.main([str(each) for each in (run, *what, "--no_picture", "--output", folder)]) == 0
+    columns = set()
+    for path in run.rglob("*.csv"):
+        columns |= set(pd.read_csv(path).columns)
+    columns = {name for name in columns if not name.startswith("R@")}
+    of_search = {"query", "rank", "path", "class_name", "similarity", "right", "found"}
+    of_images = {"path", "label", "is_query", "is_gallery", "class_name"}
+    of_training = {"member", "epoch", "loss", "accuracy", "lr", "seconds", "images_per_second"}
+    of_training |= {"teacher_seconds", "student_seconds"}
+    of_scores = {"ensemble_size", "mAP@R", "R-Precision", "baseline", "far", "threshold", "found", "queries", "gallery"}
+    of_students = {"model", "embedding", "dimensions", "kept"}
+    assert columns == of_search | of_images | of_training | of_scores | of_students
 
 
 def test_refusals_are_one_line_and_exit_code_2(processes, tmp_path):

@@ -168,7 +168,6 @@ def test_a_lock_is_held_by_one_and_freed_by_its_holders_death(tmp_path):
         pass
 
 
-@pytest.mark.filterwarnings("ignore:flock not supported on this filesystem")
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")

@@ -56,7 +56,7 @@ def call(*arguments: str | Path) -> None:
 def found_in(folder: Path, name: str = "neighbours") -> dict[str, pd.DataFrame]:
     """Query -> its rows of the CSV, in their order."""
     table = pd.read_csv(folder / f"{name}.csv", keep_default_na=False, dtype={"right": str})
-    assert list(table.columns) == ["query", "rank", "path", "class", "similarity", "right"]
+    assert list(table.columns) == ["query", "rank", "path", "class_name", "similarity", "right"]
     return {query: rows.reset_index(drop=True) for query, rows in table.groupby("query", sort=False)}
 
 
@@ -94,13 +94,13 @@ def test_neighbours_are_those_of_the_definition(drawn, tmp_path, capsys):
         rows = found[f"test:{row}"]
         assert rows["rank"].tolist() == list(range(1, 9))
         assert rows.path.tolist() == [f"{other}.png" for other in nearest]
-        assert rows["class"].tolist() == CLASS_NAMES[LABELS[nearest]].tolist()
+        assert rows.class_name.tolist() == CLASS_NAMES[LABELS[nearest]].tolist()
         np.testing.assert_allclose(rows.similarity, cosines[row, nearest], atol=2e-6)
         assert rows.right.tolist() == [str(LABELS[other] == LABELS[row]) for other in nearest]
     out = capsys.readouterr().out
     best = found["test:11"].iloc[0]
     word = "right" if best.right == "True" else "wrong"
-    assert "test:11 (d $x$)" in out and f"   1  {best.similarity:7.4f}  {word}  {best['class']}  {best.path}" in out
+    assert "test:11 (d $x$)" in out and f"   1  {best.similarity:7.4f}  {word}  {best.class_name}  {best.path}" in out
 
 
 def test_a_search_makes_the_few_images_that_it_shows(drawn, tmp_path, monkeypatch):
@@ -214,7 +214,7 @@ def test_another_gallery(tiny_run, tmp_path):
         assert rows.path.tolist() == [str(gallery / names[number]) for number in nearest]
         np.testing.assert_allclose(rows.similarity, similar[nearest], atol=1e-5)
         classes = [["", "cat", "cat", "dog", "dog"][number] for number in nearest]
-        assert rows["class"].tolist() == classes
+        assert rows.class_name.tolist() == classes
         known = query == queries[0]
         assert rows.right.tolist() == [str(name == "dog") if known and name else "" for name in classes]
 
@@ -431,7 +431,7 @@ def test_export_of_the_test_split(drawn, tmp_path):
         rows, table = np.load(path), pd.read_csv(path.with_suffix(".csv"))
         np.testing.assert_allclose(rows @ rows.T, mean_cosines(members), atol=1e-6)
         assert table.path.tolist() == [f"{row}.png" for row in range(len(LABELS))]
-        assert table.label.tolist() == LABELS.tolist() and table["class"].tolist() == CLASS_NAMES[LABELS].tolist()
+        assert table.label.tolist() == LABELS.tolist() and table.class_name.tolist() == CLASS_NAMES[LABELS].tolist()
         assert table.is_query.tolist() == is_query.tolist() and table.is_gallery.tolist() == (~is_query).tolist()
     assert len(list((tmp_path / "out").iterdir())) == 2
 
@@ -442,7 +442,7 @@ def test_export_of_another_gallery(tiny_run, tmp_path):
     call(tiny_run, "--gallery", tmp_path / "photos", "--export", tmp_path)
     table = pd.read_csv(tmp_path / "embedding_gallery.csv")
     assert table.path.tolist() == [str(tmp_path / "photos" / name) for name in ("a/1.png", "b/2.png")]
-    assert table["class"].tolist() == ["a", "b"] and np.load(tmp_path / "embedding_gallery.npy").shape == (2, 6)
+    assert table.class_name.tolist() == ["a", "b"] and np.load(tmp_path / "embedding_gallery.npy").shape == (2, 6)
 
 
 # ------------------------------------------------------------------------------------------------ the picture
@@ -458,7 +458,7 @@ def test_difficult_names_do_not_break_the_picture(tiny_run, tmp_path, capfd, rec
     messages = [str(warning.message) for warning in recwarn]
     assert all("missing from" in message for message in messages)  # where no installed font has Chinese
     assert len(set(messages)) == len(messages)
-    assert {rows["class"][0] for rows in found_in(tmp_path).values()} <= set(names)
+    assert {rows.class_name[0] for rows in found_in(tmp_path).values()} <= set(names)
 
 
 def test_the_picture_has_an_end(drawn, tmp_path, capsys, monkeypatch):

@@ -173,7 +173,7 @@ def test_the_share_kept_is_of_all_members():
     rows = [("student", "logits", 1, 4, 30.0), ("student", "pooled", 1, 9, 45.0)]
     rows += [("ensemble", "logits", 1, 2, 20.0), ("ensemble", "logits", 2, 4, 60.0), ("ensemble", "pooled", 1, 9, 1.0)]
     rows += [("ensemble", "pooled", 2, 18, 90.0)]
-    table = pd.DataFrame(rows, columns=["model", "embedding", "networks", "dimensions", "R@1"])
+    table = pd.DataFrame(rows, columns=["model", "embedding", "ensemble_size", "dimensions", "R@1"])
     lines = [
         "of the R@1 of 2 members' logits, the student keeps 50.0 % (logits) and 75.0 % (pooled)",
         "of the R@1 of 2 members' pooled features, the student keeps 33.3 % (logits) and 50.0 % (pooled)",

@@ -527,13 +527,18 @@ def test_growing_an_ensemble(tiny_data, small_run, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(train, "train_member", None)  # would fail if called
     assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "1", "--recalls", "2,1") == 0
     lines = (only_folder(tmp_path) / "recall.csv").read_text().splitlines()
-    assert lines[0] == "ensemble_size,R@2,R@1" and len(lines) == 2
+    assert lines[0] == "ensemble_size,R@2,R@1" and len(lines) == 3  # a smaller ensemble does not shorten it
+    assert capsys.readouterr().out.splitlines()[-1].startswith("1 members: R@2 ")
     assert pd.read_csv(only_folder(tmp_path) / "train.csv").member.tolist() == [1, 1, 2, 2]  # all that are finished
     assert lines[1].split(",")[2] == (small_run / "recall.csv").read_text().splitlines()[1].split(",")[1]
     capsys.readouterr()
     assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "4", "--members", "1") == 0
     output = capsys.readouterr().out
-    assert "2 of 4 members are finished" in output and "not finished: member 3, 4; the process that" in output
+    assert "2 of 4 members are finished" in output and "\nnot finished: member 3, 4; the process that" in output
+    with take_lock(only_folder(tmp_path) / ".member_003.lock"):
+        assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "4", "--members", "3") == 0
+    text = "member 3 is being trained by another process; not finished: member 4; the process that finishes"
+    assert f"\n{text} the last one scores\n" in capsys.readouterr().out
 
 
 def test_a_finished_run_prints_its_table(tiny_data, tiny_run, tmp_path, capsys, no_training):
@@ -556,7 +561,8 @@ def test_nothing_is_left_to_do_but_by_others(tiny_data, small_network, tmp_path,
     with take_lock(folder / ".member_001.lock"):
         assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "1") == 0
     output = capsys.readouterr().out
-    assert output.endswith("not finished: member 1; the process that finishes the last one scores\n")
+    text = "member 1 is being trained by another process; the process that finishes the last one scores\n"
+    assert output.endswith(text)
     assert (folder / "recall.csv").read_text() == "ensemble_size,R@1,R@4\n"
     assert (folder / "train.csv").read_text() == ",".join(["member", *HISTORY_COLUMNS]) + "\n"
 
@@ -811,7 +817,8 @@ def test_processes_share_the_pooling(small_pooled_run, small_run, tiny_data, tmp
     with take_lock(folder / ".member_001.lock"):
         assert pool(tiny_data, tmp_path) == 0
     output = capsys.readouterr().out
-    assert output.endswith("without pooled features: member 1; the process that finishes the last one scores\n")
+    text = "member 1 is being given pooled features by another process; the process that finishes the last one scores"
+    assert output.endswith(f"{text}\n")
     assert [path.name for path in sorted(folder.glob("pooled_*"))] == ["pooled_002.json", "pooled_002.npy"]
     assert (folder / "recall_pooled.csv").read_text() == "ensemble_size,R@1,R@4\n"
     (folder / "pooled_002.json").unlink()
@@ -971,7 +978,7 @@ def test_defaults_are_those_of_the_original_command_line():
         (["--backbone", "resnet19"], "--backbone 'resnet19' is no network of .*near it: resnet1"),
         (["--weights", "nowhere.pth"], "--weights 'nowhere.pth': no such file"),
         (["--device", "tpu"], "--device tpu is not one of auto, cuda, cuda:i, mps, cpu"),
-        (["--device", "cuda:99"], "--device cuda:99 is not there"),
+        (["--device", "cuda:99"], "--device cuda:99: this machine has "),
         (["--device", "cpu:"], "--device cpu: is not one of"),
         (["--device", "cpu:0"], "--device cpu:0 is not one of"),
         (["--resize", "stretch"], "argument --resize: invalid choice: 'stretch'"),

@@ -21,22 +21,24 @@ from dreml.data.lists import (
     Listing,
     list_csv,
     list_image_folder,
+    some,
     subfolders,
     text_lines,
     text_rows,
+    what_was_meant,
 )
 from dreml.data.workers import WorkerDied, worker_pool
 
-LAYOUTS = """\
-  data/car/   cars_annos.mat and car_ims/, or the devkit: cars_train/, cars_test/, devkit/cars_train_annos.mat and
-              cars_test_annos_withlabels.mat
-  data/cub/   images.txt, image_class_labels.txt and images/   (CUB-200-2011)
-  data/sop/   Ebay_train.txt, Ebay_test.txt and *_final/       (Stanford Online Products)
-  data/isc/   list_eval_partition.txt and img/                 (In-Shop Clothes Retrieval of DeepFashion)
-or, with any other NAME:
-  data/NAME/  images.csv with the columns path,label,split     (and is_query,is_gallery)
-  data/NAME/  train/ and test/, with a folder of images for each class (without test/, nothing is measured)
-The README says where to get them. Without any: python data_utils.py --data_name demo"""
+LAYOUTS = {
+    "car": "cars_annos.mat and car_ims/, or the devkit: cars_train/, cars_test/, devkit/cars_train_annos.mat and "
+    "cars_test_annos_withlabels.mat",
+    "cub": "images.txt, image_class_labels.txt and images/ (CUB-200-2011)",
+    "sop": "Ebay_train.txt, Ebay_test.txt and *_final/ (Stanford Online Products)",
+    "isc": "list_eval_partition.txt and img/ (In-Shop Clothes Retrieval of DeepFashion)",
+    "NAME": "train/ and test/, with a folder of images for each class, or images.csv with the columns path,label,split",
+}
+ALL_LAYOUTS = "\n".join(f"  data/{name}/  {layout}" for name, layout in LAYOUTS.items())
+ALL_LAYOUTS += "\nThe README says where to get them. Without any: python data_utils.py --data_name demo"
 
 
 class UnknownLayout(InputError):
@@ -281,8 +283,8 @@ def default_recalls(data_name: str) -> list[int]:
 def list_data_set(name: str, folder: Path) -> Listing:
     """Lists the images of the raw data set in `folder` (data/NAME), training images first, sorted by class.
 
-    Raises UnknownLayout if the folder has not the layout that its name asks for. Problems with single lines and paths
-    are collected in the listing; that the images exist is checked when they are opened.
+    Raises UnknownLayout if the folder has not the layout that its name asks for, InputError if it nearly has. Problems
+    with single lines and paths are collected in the listing; that the images exist is checked when they are opened.
     """
     if name in PUBLISHED:
         readers, roots = [PUBLISHED[name].list_images], [folder, *subfolders(folder)]  # archives unpack one deeper
@@ -294,7 +296,10 @@ def list_data_set(name: str, folder: Path) -> Listing:
             listing.entries.sort()
             check_whole(listing, name)
             return listing
-    raise UnknownLayout(f"{folder} holds no data set; expected is one of\n{LAYOUTS}")
+    if name not in PUBLISHED:
+        raise UnknownLayout(f"{folder}: {what_was_meant(folder)}")
+    hint = "; for images of your own, choose another name" if (folder / "train").is_dir() else ""
+    raise UnknownLayout(f"{folder} holds no {name}; expected is {LAYOUTS[name]}{hint}")
 
 
 def check_whole(listing: Listing, name: str) -> None:
@@ -312,8 +317,10 @@ def check_whole(listing: Listing, name: str) -> None:
         repeated = repeated_paths(entries, entries.rows_of(split))
         if repeated:
             reports.append(f"{len(repeated)} {split} images are listed more than once, such as {repeated[0]}")
+    if name not in PUBLISHED:
+        warn_of_single_images(listing)
     for part, found in count_images(entries).items():
-        if found[1] == 0 and part == "test" and name not in PUBLISHED:
+        if found[1] == 0 and part == "test" and name not in PUBLISHED and not listing.problems:
             listing.warnings.append("no test images: all classes are trained on, and nothing can be measured")
         elif found[1] == 0 and not listing.problems:
             listing.problems.append(f"the {part} split has no images")
@@ -321,6 +328,18 @@ def check_whole(listing: Listing, name: str) -> None:
         if found != published:
             numbers = "{:,} and {:,}".format(*published)
             listing.warnings.append(f"{part}: {found[0]:,} classes and {found[1]:,} images, published are {numbers}")
+
+
+def warn_of_single_images(listing: Listing) -> None:
+    """Adds a warning of the classes of one image."""
+    entries = listing.entries
+    sizes = np.bincount(entries.class_numbers, minlength=len(entries.classes)).tolist()
+    for split, why in (("train", "one image teaches little"), ("test", "as a query it can only miss")):
+        names = [
+            each.name for each, size in zip(entries.classes, sizes, strict=True) if (each.split, size) == (split, 1)
+        ]
+        if names:
+            listing.warnings.append(f"{split}: classes of one image: {some(names)}; {why}: add some, or leave it out")
 
 
 def repeated_paths(entries: Entries, rows: range) -> list[str]:

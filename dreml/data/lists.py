@@ -3,6 +3,7 @@
 import array
 import collections
 import csv
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dreml.console import is_utf8, one_line
+from dreml.console import InputError, is_utf8, one_line
 from dreml.data.images import HEIF_REMEDY, HEIF_SUFFIXES, image_suffixes
 
 # ------------------------------------------------------------------------------------------------ what a list gives
@@ -121,9 +122,14 @@ class Listing:
 
         The path is judged by its text: links on the disk are fine.
         """
-        outside = re.match(r"[/\\]|[A-Za-z]:", path) or ".." in re.split(r"[/\\]", path)
-        if outside or not path or "\0" in path or not is_utf8(path):
-            self.problems.append(f"{where}: absolute path, '..' or unusable characters in {path!r}")
+        if not path:
+            self.problems.append(f"{where}: the path is empty: name an image, or take the line out")
+        elif re.match(r"[/\\]|[A-Za-z]:", path):
+            self.problems.append(f"{where}: absolute path {path!r}: write it relative to the data set's folder")
+        elif ".." in re.split(r"[/\\]", path):
+            self.problems.append(f"{where}: '..' in {path!r}: move or link the image into the data set's folder")
+        elif "\0" in path or not is_utf8(path):
+            self.problems.append(f"{where}: unusable characters in {path!r}: rename the image")
         else:
             self.entries.append(entry)
 
@@ -150,8 +156,18 @@ def text_rows(path: Path, columns: int, listing: Listing, skip: int = 0) -> Iter
 def csv_rows(
     path: Path, needed: tuple[str, ...], optional: tuple[str, ...], listing: Listing
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields ("file, line n", column -> field) of a CSV file with a header. Blank lines are left out."""
-    rows = csv.reader(lines_without_nul(path, listing), strict=True)
+    """Yields ("file, line n", column -> field) of a CSV file with a header. Blank lines are left out.
+
+    Fields are separated by commas, semicolons or tabs, by whichever the header has most of.
+    """
+    lines = lines_without_nul(path, listing)
+    start = []  # up to the header
+    for line in lines:
+        start.append(line)
+        if line.strip(" ,;\t\r\n"):
+            break
+    separator = max(",;\t", key=start[-1].count) if start else ","
+    rows = csv.reader(itertools.chain(start, lines), strict=True, delimiter=separator)
     header, line = None, 1
     try:
         for row in rows:
@@ -224,8 +240,8 @@ def list_csv(root: Path, prefix: str) -> Listing | None:
     """Lists a data set by its `images.csv`: path, label, split, and is_query, is_gallery for test images.
 
     The last two columns may be missing: both true. Spaces around a field do not count; other columns are left alone.
-    The test split may be called "validation", as in other libraries' lists, but a list that has both is refused.
-    Returns None if there is no `images.csv`.
+    The test split may be called "validation" or "val", as in other libraries' lists, but a list that has it and "test"
+    is refused. Paths may be written as on Windows, with backslashes. Returns None if there is no `images.csv`.
     """
     if not (root / "images.csv").is_file():
         return None
@@ -235,13 +251,13 @@ def list_csv(root: Path, prefix: str) -> Listing | None:
         roles = [TRUTH_VALUES.get(row.get(column, "true").lower()) for column in ("is_query", "is_gallery")]
         if split == "train":
             roles = [True, True]  # whatever stands there
-        elif split in ("test", "validation"):
-            test_names.add(split)
+        elif split in ("test", "validation", "val"):
+            test_names.add("test" if split == "test" else "validation")
             split = "test"
         if split not in ("train", "test"):
-            listing.problems.append(f"{where}: the split {split!r} is neither train nor test")
+            listing.problems.append(f"{where}: the split {split!r} is neither train nor test (or validation)")
         elif len(test_names) > 1:
-            listing.problems.append(f"{where}: the list has both test and validation images; only one can be the test")
+            listing.problems.append(f"{where}: both test and validation images: take the lines of one of them out")
             break
         elif not label:
             listing.problems.append(f"{where}: the label is empty")
@@ -250,18 +266,24 @@ def list_csv(root: Path, prefix: str) -> Listing | None:
         elif not any(roles):
             listing.problems.append(f"{where}: a test image has to be a query, in the gallery, or both")
         else:
-            listing.add(where, Entry(split, label, label, prefix + path, *roles), path)
+            listing.add(where, Entry(split, label, label, prefix + path.replace("\\", "/"), *roles), path)
     return listing
 
 
 def list_image_folder(root: Path, prefix: str) -> Listing | None:
     """Lists a data set in `train/` and `test/`: every folder that holds images is a class, named by its path.
 
-    Returns None if neither is there.
+    Returns None if neither is there. Raises InputError where one of them seems to be there under another name.
     """
+    misnamed = misnamed_splits(root)
+    if misnamed:
+        raise InputError(f"{root}: {misnamed}")
     if not (root / "train").is_dir() and not (root / "test").is_dir():
         return None
     listing = Listing()
+    unused = [each.name for each in subfolders(root) if each.name.lower() in OTHER_NAMES["test"][1:]]
+    if unused:
+        listing.warnings.append(f"{root}: left alone: {some(unused)}; only train/ and test/ are read")
     for split in ("train", "test"):
         if not (root / split).is_dir():
             if split == "train":  # test/ may be missing: nothing is measured then
@@ -280,9 +302,52 @@ def list_image_folder(root: Path, prefix: str) -> Listing | None:
                     listing.problems.append(f"{folder + file!a}: the name is not valid UTF-8")
         if left_out:
             listing.warnings.append(f"{root / split}: {left_out}")
+        if left_out.empty_folders:
+            listing.warnings.append(f"{root / split}: empty folders are no classes: {some(left_out.empty_folders)}")
         if split == "test" and not any(entry.split == "test" for entry in listing.entries) and not listing.problems:
             listing.problems.append("the test split has no images")  # a folder test/ that is empty was not meant so
     return listing
+
+
+# ------------------------------------------------------------------------------------------------ what was meant
+
+OTHER_NAMES = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
+
+
+def misnamed_splits(root: Path) -> str:
+    """Says which folders are `train/` or `test/` under another name, such as `Train/` or `val/`; "": none."""
+    found = {}  # name -> what it should be
+    for split, names in OTHER_NAMES.items():
+        if not (root / split).is_dir():
+            folders = [folder.name for folder in subfolders(root) if folder.name.lower() in names]
+            found |= {name: split for name in sorted(folders, key=lambda name: names.index(name.lower()))[:1]}
+    if not found:
+        return ""
+    before, after = (" and ".join(f"{name}/" for name in names) for names in (found, found.values()))
+    return f"found {before}: rename {'them' if len(found) > 1 else 'it'} to {after}"
+
+
+def what_was_meant(root: Path) -> str:
+    """Says what a folder holds that is no data set, and what to do so that it is one."""
+    folders = subfolders(root)
+    for folder in folders:
+        split = next((f"{inner.name}/" for inner in subfolders(folder) if inner.name.lower() in ("train", "test")), "")
+        inside = "images.csv" if (folder / "images.csv").is_file() else split
+        if inside:
+            return f"found {folder.name}/{inside}: move what is in {folder.name}/ one folder up"
+    lists = sorted(path.name for path in root.iterdir() if path.suffix.lower() == ".csv")
+    if lists:
+        return f"found {lists[0]}: a list has to be called images.csv"
+    classes = [each.name for each in folders if next(class_folders(each, []), None)]
+    if classes:
+        where = "those to train on into train/, those to measure with into test/"
+        return f"found images in {some(classes, 3)}, without train/ and test/: move {where}"
+    left_out = LeftOut()
+    loose = next((files for name, files in class_folders(root, [], left_out) if not name), [])
+    where = "put them into train/CLASS/ and test/CLASS/, or list them in images.csv"
+    if loose:
+        return f"found {len(loose):,} images outside any folder: {where}"
+    return f"no images{f' ({left_out})' if left_out else ''}: {where}"
 
 
 # ------------------------------------------------------------------------------------------------ folders
@@ -302,6 +367,7 @@ class LeftOut:
 
     types: collections.Counter = field(default_factory=collections.Counter)  # suffix in lower case -> number
     empty_classes: list[str] = field(default_factory=list)
+    empty_folders: list[str] = field(default_factory=list)  # those that have not even such files
     suffixes: set[str] = field(default_factory=image_suffixes)  # of what is not left out
 
     def __bool__(self) -> bool:
@@ -315,8 +381,7 @@ class LeftOut:
         rest = self.types.total() - sum(number for _, number in self.types.most_common(8))
         text = f"left out: {', '.join(parts)}" + (f" and {rest:,} of other types" if rest else "")
         if self.empty_classes:
-            names, more = ", ".join(map(repr, self.empty_classes[:10])), len(self.empty_classes) - 10
-            text += f"; classes without an image for that reason: {names}" + (f" and {more:,} more" if more > 0 else "")
+            text += f"; classes without an image for that reason: {some(self.empty_classes)}"
         return text
 
     def add(self, file: str) -> None:
@@ -331,8 +396,8 @@ def class_folders(
 ) -> Iterator[tuple[str, list[str]]]:
     """Yields (name, image files) of every folder that holds images, sorted, at any depth. The outermost is called "".
 
-    Adds a folder that cannot be read to `problems`, and files of other types to `left_out`, but for hidden ones. Does
-    not follow links back to a folder above.
+    Adds a folder that cannot be read to `problems`, and files of other types and empty folders to `left_out`, but for
+    hidden ones. Does not follow links back to a folder above.
     """
     left_out = LeftOut() if left_out is None else left_out
     above = (*above, os.path.realpath(folder))
@@ -347,6 +412,8 @@ def class_folders(
                 files.append(item.name)
             else:
                 left_out.add(item.name)
+        if name and not files and not folders and left_out.types.total() == others_before:
+            left_out.empty_folders.append(name)
     except OSError as error:
         problems.append(f"{folder}: unreadable folder ({one_line(error)})")
     is_empty = name and not files and left_out.types.total() > others_before
@@ -360,6 +427,12 @@ def class_folders(
                 yield found
     if is_empty:
         left_out.empty_classes.append(name)
+
+
+def some(names: list[str], shown: int = 10) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+    return ", ".join(map(repr, names[:shown])) + more
 
 
 def subfolders(folder: Path) -> list[Path]:

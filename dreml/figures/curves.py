@@ -73,9 +73,9 @@ def draw_student(table: pd.DataFrame) -> "Figure":
             label = f"student, {name}: {rows[recall].iloc[0]:.1f} %"
             axes.axhline(rows[recall].iloc[0], label=label, color=style["color"], linestyle=style["linestyle"])
         else:
-            axes.plot(rows.networks, rows[recall], label=f"ensemble, {name}", **style)
+            axes.plot(rows.ensemble_size, rows[recall], label=f"ensemble, {name}", **style)
     axes.set_ylabel(f"{recall} (%)")
-    set_size_axis(axes, table.networks.max())
+    set_size_axis(axes, table.ensemble_size.max())
     figure.legend(loc="outside upper center", ncols=2, **LEGEND)
     return figure
 

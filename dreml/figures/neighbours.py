@@ -36,6 +36,10 @@ NOT_FOUND, FADED = {"edgecolor": "#999999", "linewidth": 1.2, "linestyle": (0, (
 MEANINGS = {True: "green ✓: the query's class", False: "dashed red ✗: another class", None: "grey: class not known"}
 
 
+class NoPictures(InputError):
+    """The test images are not there: neither their files nor the cache of this run."""
+
+
 @dataclass
 class Thumbnails:
     """Small pictures as the network sees them. A test image whose file is gone comes from the run's cache."""
@@ -49,17 +53,20 @@ class Thumbnails:
         return self.run.read_cache(self.data_path)
 
     def pixels(self, item: Item) -> np.ndarray:
-        """`(S, S, 3) uint8`, S pixels for a tile. Raises InputError if there is nothing to show."""
+        """`(S, S, 3) uint8`, S pixels for a tile. Raises InputError for a bad image, NoPictures if there is none."""
         spec = ImageSpec(round(TILE * DPI), self.run.settings.resize)
         if item.file.exists() or item.row is None:
             try:
                 return read_test_image(item.file, spec)
             except BadImage as error:
                 raise InputError(f"no picture: {error}") from None
+        name = self.run.settings.data_name
+        if not (self.data_path / name).is_dir():
+            raise NoPictures(f"no picture: the images of {name} are not in {self.data_path}/ (see --data_path)")
         try:
             image = Image.fromarray(self.cache.array("test_images")[item.row])
         except InputError as error:
-            raise InputError(f"no picture: {item.file} is missing (see --data_path), and {error}") from None
+            raise NoPictures(f"no picture: {item.file} is missing (see --data_path), and {error}") from None
         return resize_test(image, spec)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -221,6 +221,18 @@ class Members:
         finished = self.pooled if embedding == "pooled" else self.records
         return [member for member in wanted if member not in finished]
 
+    @staticmethod
+    def unfinished_text(missing: list[int], wanted: Collection[int], embedding: str) -> str:
+        """Which members are missing yet. A process that looked for one to make left the wanted ones to others."""
+        elsewhere = [member for member in missing if member in wanted]
+        others = [str(member) for member in missing if member not in wanted]
+        what, which = "trained", "not finished"
+        if embedding != "logits":
+            what, which = f"given {embedding} features", f"without {embedding} features"
+        texts = [f"member {member} is being {what} by another process" for member in elsewhere]
+        texts += [f"{which}: member {', '.join(others)}"] if others else []
+        return f"{'; '.join(texts)}; the process that finishes the last one scores"
+
     def lock_next_missing(
         self, wanted: Iterable[int], embedding: str
     ) -> tuple[int, contextlib.AbstractContextManager] | None:
@@ -308,10 +320,18 @@ class Run:
         """All that defines its networks, except the seed: the settings and the data."""
         return self.settings.without_seed() | {"cache": self.record.data.fingerprint[:8]}
 
+    def data_path(self, named: Path | None) -> Path:
+        """The folder of data sets: the one that is named, else that of training, or else data/ in the current folder.
+
+        What args.json says is a first guess: the run may be on another machine, or the data moved since.
+        """
+        recorded, here = Path(self.record.options["data_path"]), Path("data")
+        found = (path for path in (recorded, here) if os.path.isdir(path / self.settings.data_name))
+        return named or next(found, recorded if os.path.isdir(recorded) else here)
+
     def read_cache(self, data_path: Path | None) -> Cache:
-        """The cache that it was trained on, below `data_path`; None: where it was. Raises InputError without it."""
-        data_path = data_path or Path(self.record.options["data_path"])
-        cache = read_cache(data_path, self.settings.data_name, self.settings.image_spec)
+        """The cache that it was trained on, below `self.data_path(data_path)`. Raises InputError without it."""
+        cache = read_cache(self.data_path(data_path), self.settings.data_name, self.settings.image_spec)
         if cache.fingerprint != self.record.data.fingerprint:
             raise InputError(f"{cache.folder} is not the cache of this run: it was made from other images")
         return cache

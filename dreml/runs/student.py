@@ -228,13 +228,13 @@ def read_run_or_student(run_folder: Path, num_members: int | None, tag: str | No
 def kept_text(table: pd.DataFrame) -> str:
     """Which share of the recall of all members the student keeps, by their logits and, where saved, pooled features.
 
-    `table` is that of distill.py: model, embedding, networks, dimensions, and recalls, the first of which counts.
+    `table` is that of distill.py: model, embedding, ensemble_size, dimensions, and recalls, the first of which counts.
     """
     lines, recall, student = [], table.columns[4], table[table.model == "student"]
     for name, rows in table[table.model == "ensemble"].groupby("embedding", sort=False):
         whole = rows.iloc[-1]
         shares = 100 * student[recall] / whole[recall]
         parts = [f"{share:.1f} % ({own})" for share, own in zip(shares, student.embedding, strict=True)]
-        what = f"{whole.networks} members' {'logits' if name == 'logits' else 'pooled features'}"
+        what = f"{whole.ensemble_size} members' {'logits' if name == 'logits' else 'pooled features'}"
         lines.append(f"of the {recall} of {what}, the student keeps {' and '.join(parts)}")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -44,6 +45,7 @@ from dreml.runs.folder import (
     PooledRecord,
     RunRecord,
     member_file,
+    member_numbers,
     read_run_record,
 )
 from dreml.runs.settings import Settings
@@ -89,10 +91,13 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
 
 
 def make_run_record(settings: Settings, cache: Cache, options: dict[str, object], here: dict) -> RunRecord:
-    """The record of a run; `options` are those of the command line, `here` its environment."""
+    """The record of a run; `options` are those of the command line, `here` its environment.
+
+    Paths become absolute: relative ones would mean something else in another current folder.
+    """
     counts = {split: {"classes": c, "images": n} for split, (c, n) in cache.counts.items()}
     data = DataRecord(cache.fingerprint, cache.meta.mean, cache.meta.std, counts)
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    options = {name: os.path.abspath(value) if isinstance(value, Path) else value for name, value in options.items()}
     return RunRecord(format=FORMAT, settings=settings, data=data, options=options, environment=here)
 
 
@@ -273,17 +278,18 @@ def update_logs(
     recall_table: Callable[[list[torch.Tensor]], pd.DataFrame],
     embedding: str,
 ) -> tuple[pd.DataFrame, list[torch.Tensor]]:
-    """Writes the logs for the members that are finished by then. One process at a time does so.
+    """Writes the logs for all members that are finished by then. One process at a time does so.
 
     `recall_table` computes Recall@K, a row for every ensemble size, from the members' embeddings. Returns that table
-    and the embeddings.
+    and the embeddings, of the first `num_members`.
     """
     with run_lock(members.folder):
-        embeddings = members.embeddings(num_members, embedding, device)
+        largest = max([num_members, *member_numbers(members.folder)])  # a smaller ensemble shortens no log
+        embeddings = members.embeddings(largest, embedding, device)
         table = recall_table(embeddings)
         write_csv(recall_log(members.folder, embedding), table, float_format="%.4f")
         write_train_log(members.folder, members.records)
-    return table, embeddings
+    return table.head(num_members), embeddings[:num_members]
 
 
 def recall_log(folder: Path, embedding: str) -> Path:
