@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     rest = parser.add_argument_group("the rest").add_argument
     rest("--data_path", type=Path, metavar="DIR", help="data sets (default: as in training)")
     rest("--device", default="auto", help=console.DEVICE_HELP)
-    progress_help = f"a progress file each S seconds (default: {SECONDS_BETWEEN_WRITES:g})"
+    progress_help = f"a progress file each S seconds at most (default: {SECONDS_BETWEEN_WRITES:g})"
     rest("--progress_seconds", type=console.seconds, default=SECONDS_BETWEEN_WRITES, metavar="S", help=progress_help)
     rest("--deterministic", action="store_true", help="same bits each time on CUDA too, if it can; slower")
     args = parser.parse_args(argv)
@@ -193,7 +193,7 @@ def mixed_batches(lesson: Lesson, draw: Callable[[str], np.random.Generator]) ->
     device, num_images, batch_size = lesson.compute.device, len(lesson.images), lesson.settings.batch_size
     settings, no_labels = replace(lesson.of_run, batch_size=batch_size), np.zeros(num_images, np.int64)
     batches = epoch_batches(lesson.images, np.arange(num_images), no_labels, settings, draw, device)
-    memory = input_memory(batch_size + 1, settings.image_size, device)
+    memory = input_memory(min(batch_size + 1, num_images), settings.image_size, device)
     for batch, pairs in zip(batches, draw_pairs(num_images, batch_size, draw, device), strict=True):
         yield mix(prepare(batch, lesson.teacher.mean, lesson.teacher.std, memory), *pairs)
 

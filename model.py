@@ -1,6 +1,7 @@
 """A network with a meta-class head, its precision and its features; the Ensemble, and the Student of one."""
 
 import contextlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,15 +105,16 @@ def pick_precision(device: torch.device, backbone: str) -> str:
 
     On a CPU, fp32 also for the networks that bf16 would slow down.
 
-    fp16 needs tensor cores to be worth its gradient scaling: compute capability 7.0 (V100) and above. The GTX 16 cards
-    report 7.5 and have none; there fp16 is known for NaN.
+    fp16 needs tensor cores to be worth its gradient scaling: compute capability 7.0 (V100) and above. Of the cards that
+    report 7.5, only the RTX ones and the T4 have some; on others, such as the GTX 16, fp16 is known for NaN.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
             if torch.cuda.is_bf16_supported(including_emulation=False):
                 return "bf16"
-        has_tensor_cores = "GTX 16" not in torch.cuda.get_device_name(device)
-        return "fp16" if has_tensor_cores and torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
+        capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+        has_tensor_cores = capability >= (7, 0) and (capability != (7, 5) or re.search(r"RTX|\bT4G?\b", name))
+        return "fp16" if has_tensor_cores else "fp32"
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return "bf16" if gains_from_bf16(backbone) else "fp32"
     return "fp32"

@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     rest("--data_path", type=Path, default=Path("data"), metavar="DIR", help="data sets (default: data)")
     rest("--results_path", type=Path, default=Path("results"), metavar="DIR", help="run folders (default: results)")
     rest("--device", default="auto", help=console.DEVICE_HELP)
-    progress_help = f"a progress file each S seconds (default: {SECONDS_BETWEEN_WRITES:g})"
+    progress_help = f"a progress file each S seconds at most (default: {SECONDS_BETWEEN_WRITES:g})"
     rest("--progress_seconds", type=console.seconds, default=SECONDS_BETWEEN_WRITES, metavar="S", help=progress_help)
     rest("--deterministic", action="store_true", help="same bits each time on CUDA too, if it can; slower")
     args = parser.parse_args(argv)
@@ -198,7 +198,8 @@ def train_member(
     targets, images = partition[labels], capped_images(labels, MAX_IMAGES_PER_CLASS, draw_once("cut"))
     state = initial_state(experiment, member)
     history, best_epoch, best_model = [], -1, None
-    memory = input_memory(settings.batch_size + 1, settings.image_size, compute.device)  # 1: see `batch_spans`
+    largest = min(settings.batch_size + 1, len(images))  # 1: see `batch_spans`
+    memory = input_memory(largest, settings.image_size, compute.device)
     earlier = progress.read() if progress else None
     if earlier:
         state.load_state_dict(earlier)
@@ -299,11 +300,15 @@ def score_baseline(experiment: Experiment, members: Members, split: TestSplit, k
     backbone = experiment.settings.backbone
 
     def initial_features() -> torch.Tensor:
-        initial = replace(experiment, weights=read_weights(backbone, weights))
+        state = experiment.weights if experiment.weights is not None else read_weights(backbone, weights)
+        initial = replace(experiment, weights=state)
         scaling = own_scaling(backbone, experiment.compute.device) if initial.weights else None
         return embed_test_images(initial, initial_state(initial, 1).model, "initial network", "pooled", scaling)
 
-    score, images = partial(recall_percent, split=split, ks=ks), experiment.cache.array("test_images")
+    def score(features: torch.Tensor, ks: list[int]) -> np.ndarray:
+        return recall_percent([features.to(experiment.compute.device)], split, ks)
+
+    images = experiment.cache.array("test_images")
     with console.name_interruption("the scores before training"):
         baseline.update_baseline(members, images, ks, initial_features, score)
 

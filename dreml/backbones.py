@@ -191,6 +191,8 @@ def read_weights(backbone: str, weights: str) -> dict[str, torch.Tensor] | None:
     else:
         try:
             state = read_state_dict(Path(weights))
+        except InputError:
+            raise
         except Exception as error:  # damaged files raise a dozen kinds
             raise InputError(f"--weights {weights}: not a readable state dict ({one_line(error)})") from None
     return checked_weights(backbone, weights, state)
@@ -220,7 +222,7 @@ def read_state_dict(path: Path) -> object:
     try:
         from safetensors.torch import load_file
     except ImportError:
-        raise InputError("it needs safetensors: pip install safetensors") from None
+        raise InputError(f"--weights {path} needs: pip install safetensors") from None
     return load_file(path)
 
 

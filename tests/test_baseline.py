@@ -117,7 +117,7 @@ def test_it_is_scored_once(tiny_data, tmp_path, small_run, scored, capsys):
     assert not scored and digests(folder, "baseline.*") == digests(small_run, "baseline.*")
     assert train_tiny(tiny_data, tmp_path, "--recalls", "1,2") == 0
     assert scored == ["colours"] and list(read_baseline(folder, read_run_record(folder).settings_hash)) == [
-        *("baseline", "R@1", "R@2")
+        *("baseline", "R@1", "R@2", "R@4")
     ]
     record = read_record(folder / "baseline.json", BaselineRecord)
     write_record(folder / "baseline.json", dataclasses.replace(record, run="another"))
@@ -147,9 +147,14 @@ def test_a_finished_run_does_without_its_initial_weights(tiny_data, tmp_path, sm
 
     folder = copy_run(small_run, tmp_path / small_run.name)
     (folder / "baseline.json").unlink()
-    monkeypatch.setattr(train, "read_weights", offline)
-    assert train_tiny(tiny_data, tmp_path) == 0
-    assert "warning: nothing is scored before training: no route to host" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "read_weights", offline)
+        assert train_tiny(tiny_data, tmp_path) == 0
+    assert "warning: the initial weights are not scored: no route to host" in capsys.readouterr().err
+    run = read_run_record(folder).settings_hash
+    assert read_baseline(folder, run).equals(read_baseline(small_run, run).iloc[[1]].reset_index(drop=True))
+    assert train_tiny(tiny_data, tmp_path) == 0  # the network is back
+    assert digests(folder, "baseline.*") == digests(small_run, "baseline.*")
 
 
 # ------------------------------------------------------------------------------------------------ what is said of it

@@ -105,6 +105,17 @@ def test_a_cache_that_has_been_made_anew_is_noticed(tmp_path):
         check_unchanged(cache)
 
 
+def test_a_cache_that_is_replaced_is_read_on(tmp_path):
+    """All its arrays stay those of one cache, or rows of one would be looked for in the other."""
+    write_image_folder(tmp_path / "mine")
+    cache = build(tmp_path, "mine")
+    before = {name: np.array(cache.array(name)) for name in ("train_sizes", "train_labels")}
+    shutil.rmtree(tmp_path / "mine/train/train_0")
+    assert len(build(tmp_path, "mine", force=True).array("train_labels")) < len(before["train_labels"])
+    for name, array in before.items():
+        np.testing.assert_array_equal(cache.array(name), array)
+
+
 def test_commands_are_no_longer_than_needed():
     assert make_command(Path("data"), "my set", ImageSpec()) == "python data_utils.py --data_name 'my set'"
 

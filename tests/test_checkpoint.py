@@ -284,6 +284,21 @@ def test_a_write_that_failed_is_an_error_at_the_next_one(tmp_path, interval):
         progress.remove()
 
 
+@pytest.mark.parametrize("interval", [0, NEVER])
+def test_after_a_write_that_failed_the_newest_epoch_is_written_on_leaving(tmp_path, interval):
+    """And what ended the training is said: the failure, or Ctrl-C."""
+    folder = tmp_path / "gone"
+    with pytest.raises(OSError if interval == 0 else KeyboardInterrupt), Progress(folder, 1, "run", 0) as progress:
+        progress.end_of_epoch({}, history=[1])
+        assert progress.writing.exception()
+        folder.mkdir()
+        if interval == 0:
+            progress.end_of_epoch({}, history=[1, 2])
+        progress.kept = {"owner": progress.owner, "history": [1, 2]}
+        raise KeyboardInterrupt
+    assert progress.read() == {"history": [1, 2]}
+
+
 def test_a_last_write_that_fails_is_an_error(tmp_path):
     with pytest.raises(OSError, match="nowhere"), Progress(tmp_path / "nowhere", 1, "run", NEVER) as progress:
         progress.end_of_epoch({})

@@ -87,6 +87,8 @@ def test_fp32_switches_an_outer_autocast_off():
         ("cuda", False, (7, 0), "Tesla V100-SXM2-16GB", "resnet18", "fp16"),
         ("cuda", False, (7, 5), "NVIDIA GeForce RTX 2080 Ti", "resnet18", "fp16"),
         ("cuda", False, (7, 5), "NVIDIA GeForce GTX 1660 SUPER", "resnet18", "fp32"),  # no tensor cores
+        ("cuda", False, (7, 5), "NVIDIA T400", "resnet18", "fp32"),  # nor here
+        ("cuda", False, (7, 5), "Tesla T4", "resnet18", "fp16"),
         ("cuda", False, (6, 1), "NVIDIA GeForce GTX 1080 Ti", "resnet18", "fp32"),
         ("mps", False, None, "", "resnet18", "fp32"),
         ("cpu", True, None, "", "resnet18", "bf16"),

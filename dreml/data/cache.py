@@ -71,7 +71,14 @@ class Cache:
         `test_is_query (M,) bool`, `test_is_gallery (M,) bool`. Labels count the split's classes from 0. Of each split,
         `paths (bytes,) uint8`, UTF-8 with a line end after each, and `path_offsets (N + 1,) int64`: see `paths`.
         """
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        if name not in self._opened:
+            self._opened[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        return self._opened[name]
+
+    @functools.cached_property
+    def _opened(self) -> dict[str, np.ndarray]:
+        """Each array is opened once: all stay those of one cache when another one takes its place."""
+        return {}
 
     @functools.cached_property
     def _train(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -304,7 +304,8 @@ def list_image_folder(root: Path, prefix: str) -> Listing | None:
             listing.warnings.append(f"{root / split}: {left_out}")
         if left_out.empty_folders:
             listing.warnings.append(f"{root / split}: empty folders are no classes: {some(left_out.empty_folders)}")
-        if split == "test" and not any(entry.split == "test" for entry in listing.entries) and not listing.problems:
+        is_empty = split not in {each.split for each in listing.entries.classes}
+        if split == "test" and is_empty and not listing.problems:
             listing.problems.append("the test split has no images")  # a folder test/ that is empty was not meant so
     return listing
 

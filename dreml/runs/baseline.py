@@ -48,38 +48,38 @@ def update_baseline(
     images: np.ndarray,
     ks: list[int],
     initial_features: Callable[[], torch.Tensor],
-    recall_percent: Callable[[list[torch.Tensor]], np.ndarray],
+    recall_percent: Callable[[torch.Tensor, list[int]], np.ndarray],
 ) -> None:
     """Makes and prints the baseline of a run, unless it is there for these K. One process does so, others go on.
 
     `initial_features` computes those of the initial weights for the test images `(N, S, S, 3) uint8`; weights that
-    cannot be had give a warning. `recall_percent` computes Recall@K in percent, `(1, len(ks))`, from a list of one
-    matrix of features `(N, d)`.
+    cannot be had give a warning. `recall_percent` computes Recall@K in percent, `(1, len(ks))`, from features `(N, d)`.
     """
-    folder, names = members.folder, [f"R@{k}" for k in ks]
+    folder, wanted = members.folder, [f"R@{k}" for k in ks]
     lock = take_lock(folder / ".baseline.lock", timeout=0)
     if lock is None:  # another process is at it
         return
     with lock:
         table = read_baseline(folder, members.settings_hash)
-        is_new = table is None or not set(names) <= set(table)
+        is_new = table is None or len(table) < 2 or not set(wanted) <= set(table)
         if is_new:
+            earlier = [] if table is None else [int(name.removeprefix("R@")) for name in list(table)[1:]]
+            ks, recalls = sorted({*ks, *earlier}), {}
+            names = [f"R@{k}" for k in ks]
             try:
-                features = initial_features()
+                recalls[INITIAL_WEIGHTS] = recall_percent(initial_features(), ks)
             except InputError as error:
-                print(f"warning: nothing is scored before training: {error}", file=sys.stderr)
-                return
-            colours = colour_histograms(images).to(features.device)
-            recalls = [recall_percent([features]), recall_percent([colours])]
-            table = pd.DataFrame(np.concatenate(recalls), columns=names).round(4)
-            table.insert(0, "baseline", [INITIAL_WEIGHTS, COLOURS])
+                print(f"warning: the initial weights are not scored: {error}", file=sys.stderr)
+            recalls[COLOURS] = recall_percent(colour_histograms(images), ks)
+            table = pd.DataFrame(np.concatenate([*recalls.values()]), columns=names).round(4)
+            table.insert(0, "baseline", list(recalls))
         with run_lock(folder):
             remove_leftovers(folder, "baseline.json")
             if is_new:
                 write_record(folder / "baseline.json", BaselineRecord(members.settings_hash, table.to_dict("records")))
             write_csv(folder / "baseline.csv", table, float_format="%.4f")
     if is_new:
-        print("\n".join(baseline_lines(table, names)), flush=True)
+        print("\n".join(baseline_lines(table, wanted)), flush=True)
 
 
 def read_baseline(folder: Path, run: str) -> pd.DataFrame | None:

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from dreml.files import atomic_open, remove_leftovers
 
 SECONDS_BETWEEN_WRITES = 30.0
+CHECKSUM_BYTES = 32
 
 # ------------------------------------------------------------------------------------------------ copies
 
@@ -74,6 +76,20 @@ class Copies:
 # ------------------------------------------------------------------------------------------------ progress
 
 
+class Hashed:
+    """A file whose content is hashed while it is written."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 class Progress:
     """`progress_007.pt`: what the training of a member needs to go on after an epoch.
 
@@ -91,7 +107,6 @@ class Progress:
         self.writer, self.writing = ThreadPoolExecutor(1), None
         self.kept = None  # the end of the last epoch, if it was not given to the writer
         self.on_device, self.on_host = Copies(), Copies("cpu")
-        self.buffer = io.BytesIO()
 
     def __enter__(self) -> "Progress":
         return self
@@ -99,19 +114,19 @@ class Progress:
     def __exit__(self, *_) -> None:
         """Raises OSError if the last end of an epoch could not be written."""
         self.writer.shutdown()  # waits for it
-        if self.writing:
-            self.writing.result()
-        if self.kept:
+        if self.kept:  # newer than what was given to the writer
             self._write(self.on_host.of(self.kept))
+        elif self.writing:
+            self.writing.result()
 
     def read(self) -> dict | None:
         """What was written last, or None. A file that is damaged or of another run is named and not used."""
         if not self.path.exists():
             return None
         content = self.path.read_bytes()
-        if hashlib.sha256(content[32:]).digest() == content[:32]:
+        if hashlib.sha256(content[CHECKSUM_BYTES:]).digest() == content[:CHECKSUM_BYTES]:
             with contextlib.suppress(pickle.UnpicklingError, AttributeError, KeyError):  # somebody else's
-                state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+                state = torch.load(io.BytesIO(content[CHECKSUM_BYTES:]), map_location="cpu", weights_only=True)
                 if state.pop("owner") == self.owner:
                     return state
         print(f"warning: {self.path} is damaged or of another run: the member is begun anew", file=sys.stderr)
@@ -122,16 +137,25 @@ class Progress:
 
         `state`: what training changes in place, which is copied. `rest`: what it does not; it must stay as it is.
         """
-        if self._is_time():
+        try:
+            is_time = self._is_time()
+        except Exception:
+            self._keep(state, rest)  # leaving the context tries once more
+            raise
+        if is_time:
             on_host = self.on_host.of({"owner": self.owner, **state, **rest})
             self.writing = self.writer.submit(self._write, on_host)
             self.kept = None
-        elif self.on_device.memory or has_room(state):
+        else:
+            self._keep(state, rest)
+
+    def _keep(self, state: dict, rest: dict) -> None:
+        if self.on_device.memory or has_room(state):
             self.kept = None  # first: whatever interrupts the copy, half of it is not written
             self.kept = {"owner": self.owner, **self.on_device.of(state), **rest}
 
     def _is_time(self) -> bool:
-        """Whether the next write is to start. With an interval of 0, waits until it can."""
+        """Whether the next write is to start. With an interval of 0, waits for the last one; raises if that failed."""
         if self.writing and not self.writing.done() and self.interval > 0:
             return False
         if self.writing:
@@ -142,12 +166,12 @@ class Progress:
     def _write(self, state: dict) -> None:
         started = time.monotonic()
         self.on_host.wait()
-        self.buffer.seek(0)
-        torch.save(state, self.buffer)
-        self.buffer.truncate()
-        with self.buffer.getbuffer() as content, atomic_open(self.path, "wb") as file:
-            file.write(hashlib.sha256(content).digest())
-            file.write(content)
+        with atomic_open(self.path, "wb") as file:
+            content = Hashed(file)
+            file.seek(CHECKSUM_BYTES)
+            torch.save(state, content)
+            file.seek(0)
+            file.write(content.sha256.digest())
         self.started, self.took = started, time.monotonic() - started
 
     def remove(self) -> None:
