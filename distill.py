@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -54,7 +53,7 @@ from dreml.runs.student import (
     read_student_run,
 )
 from dreml.stopwatch import Stopwatch
-from dreml.unlabelled import OPTION, JoinedImages, find_photos, photos_checksum, store_photos
+from dreml.unlabelled import OPTION, JoinedImages, find_photos, photos_checksum, removed_at_the_end, store_photos
 from model import (
     Compute,
     Ensemble,
@@ -305,9 +304,9 @@ def run(args: argparse.Namespace) -> None:
     # 2. The student's folder and what it holds; a second process that wants the same student waits here
     tag, here = settings.tag(of_run.settings), writer.environment(device) | {"deterministic": args.deterministic}
     folder = of_run.folder / f"{FOLDER}{tag}"
-    shown = {"folders": [str(each) for each in args.images], "images": len(photos)} if photos else {}
-    record = StudentRecord(of_run.record.settings_hash, of_run.weights, settings, shown, [], here, {})
-    with writer.run_lock(folder):
+    pixels = folder / "photos"
+    record = StudentRecord(of_run.record.settings_hash, of_run.weights, settings, {}, [], here, {})
+    with writer.run_lock(folder), removed_at_the_end(pixels):
         finished, model = writer.earlier_student(folder, record), None
         what = "is finished" if finished else f"learns from {of_run.num_members} members"
         console.print_text(f"{folder}: {what}; device {here['device']}, {settings.precision}")
@@ -315,12 +314,16 @@ def run(args: argparse.Namespace) -> None:
         # 3. The training; of a finished student, only what is missing
         with Progress(folder, 0, record.owner, args.progress_seconds) as progress:
             if finished is None:
+                images = [cache]
+                if photos:  # first: it starts worker processes, which want no CUDA, and may find no good photo
+                    images.append(store_photos(photos, pixels, cache))
+                    num_photos = len(images[1].array("train_sizes"))
+                    record.photos = {"folders": [str(each) for each in args.images], "images": num_photos}
                 teacher = load_ensemble(of_run.folder, device, num_members=of_run.num_members)
                 weights = backbone_weights(teacher.members[0])
                 if settings.weights != START:
                     weights = read_weights(settings.backbone, args.weights or "imagenet")
                 make_folder(folder)
-                images = [cache, store_photos(photos, folder / "photos", cache)] if photos else [cache]
                 compute = Compute(device, settings.precision)
                 lesson = Lesson(of_run.settings, settings, teacher, JoinedImages(images), weights, compute)
                 model, record.history = train_student(lesson, progress)
@@ -332,7 +335,6 @@ def run(args: argparse.Namespace) -> None:
                 check_unchanged(cache)
                 writer.save_student(folder, record, model, rows)
             progress.remove()
-        shutil.rmtree(folder / "photos", ignore_errors=True)
 
         # 4. What it keeps of the ensemble's recall
         if not len(of_run.test):

@@ -1,6 +1,8 @@
 """Photos without labels that a student learns from besides the training images: finding them, storing their pixels."""
 
+import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,8 +41,8 @@ def find_photos(folders: list[Path], test: pd.DataFrame, data_folder: Path) -> d
     of_test = sorted(photos.keys() & test_contents(sizes, test, data_folder))
     if of_test:
         raise InputError(
-            f"{OPTION}: {len(of_test):,} of the images are test images of this run, such as {photos[of_test[0]]}: a student "
-            "that has seen them could not be measured by them"
+            f"{OPTION}: {len(of_test):,} of the images are test images of this run, such as {photos[of_test[0]]}: "
+            "a student that has seen them could not be measured by them"
         )
     return dict(sorted(photos.items()))
 
@@ -97,6 +99,18 @@ def store_photos(photos: dict[str, Path], folder: Path, cache: Cache) -> Cache:
     np.save(folder / "train_sizes.npy", images.sizes[good])
     np.save(folder / "train_offsets.npy", offsets_of(images.num_bytes(good)))
     return Cache(folder, cache.meta, fingerprint="")
+
+
+@contextlib.contextmanager
+def removed_at_the_end(folder: Path) -> Iterator[None]:
+    """Removes a folder that the block makes, however the block ends, and the one around it if it is empty then."""
+    try:
+        yield
+    finally:
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty
+                folder.parent.rmdir()
 
 
 class JoinedImages:

@@ -503,7 +503,7 @@ def test_photos_of_ones_own_are_seen_and_recorded(threads, small_run, tmp_path, 
     assert "1 images cannot be used:\n" in (err := capsys.readouterr().err) and "bad.png" in err
     folder = student_folder(run)
     record = read_record(folder / "student.json", StudentRecord)
-    assert record.photos == {"folders": [str(photos / "a"), str(photos / "b")], "images": 6} and images == [36 + 5]
+    assert record.photos == {"folders": [str(photos / "a"), str(photos / "b")], "images": 5} and images == [36 + 5]
     assert re.fullmatch(rf"student_{STUDENT_TAG}_photos{record.settings.photos[:8]}", folder.name)
     assert not (folder / "photos").exists()
     shutil.move(photos, tmp_path / "elsewhere")
@@ -520,7 +520,26 @@ def test_test_images_are_no_photos_of_ones_own(small_run, tiny_data, tmp_path, p
     run = copied(small_run, tmp_path / "run")
     (tmp_path / "link").symlink_to(tiny_data / "tiny" / "test" / "character_006")
     message = refused(capsys, distill, run, *STUDENT, "--images", photos, tmp_path / "link")
-    assert "--images: 6 of the files are test images of this run, such as " in message
+    assert "--images: 6 of the images are test images of this run, such as " in message
+    assert not list(run.glob("student_*"))
+
+
+def test_a_refusal_leaves_no_pixels_of_photos(threads, small_run, tmp_path, photos, capsys, monkeypatch):
+    """Nor does any other end. Photos are decoded before the members are loaded."""
+    run = copied(small_run, tmp_path / "run")
+
+    def load(*_, **__):
+        assert (student_folder(run) / "photos" / "train_pixels.npy").exists()
+        raise InputError("member 1 is damaged")
+
+    monkeypatch.setattr(distill, "load_ensemble", load)
+    assert "member 1 is damaged" in refused(capsys, distill, run, *STUDENT, "--images", photos / "a")
+    assert not list(run.glob("student_*"))
+    for number, file in enumerate([*photos.glob("a/*"), *photos.glob("b/*")]):
+        file.write_bytes(file.read_bytes()[:200] + bytes([number]))
+    monkeypatch.setattr(distill, "load_ensemble", lambda *_, **__: pytest.fail("the members are loaded"))
+    assert distill.main([str(run), *STUDENT, "--images", str(photos)]) == 2
+    assert capsys.readouterr().err.endswith("\ndistill.py: --images: no image is left\n")
     assert not list(run.glob("student_*"))
 
 
