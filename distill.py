@@ -297,7 +297,8 @@ def run(args: argparse.Namespace) -> None:
     settings = complete_settings(settings_of(args, StudentSettings), of_run)
     data_path = of_run.data_path(args.data_path)
     cache = of_run.read_cache(data_path)
-    writer.verify_once(of_run.folder, cache)
+    with writer.run_lock(of_run.folder.resolve()):  # a training that begins removes half-written files there
+        writer.verify_once(of_run.folder, cache)
     photos = find_photos(args.images, of_run.test, data_path / of_run.settings.data_name) if args.images else {}
     settings = replace(settings, photos=photos_checksum(photos))
 

@@ -1,5 +1,6 @@
 """distill.py: mixing, the loss, one step, the student of a run, kills, photos of one's own, refusals."""
 
+import contextlib
 import copy
 import math
 import os
@@ -50,7 +51,7 @@ from dreml.console import InputError, Terminated
 from dreml.data.augment import epoch_batches, prepare
 from dreml.data.cache import Cache
 from dreml.data.images import ImageSpec
-from dreml.files import read_record, sha256
+from dreml.files import read_record, sha256, take_lock
 from dreml.runs.student import StudentRecord, StudentSettings
 from dreml.unlabelled import JoinedImages
 from model import Compute, Ensemble, TrainState, backbone_weights, load_ensemble, load_student
@@ -387,6 +388,23 @@ def test_a_loss_that_is_not_finite_ends_the_run(small_run, tmp_path, monkeypatch
     assert distill.main([str(run), *STUDENT]) == 1
     line = "distill.py: failed: epoch 0: the loss is not finite; try a lower --lr\n"
     assert capsys.readouterr().err == line and not (student_folder(run) / "student.json").exists()
+
+
+def test_the_run_is_locked_while_its_cache_is_compared(small_run, tmp_path, monkeypatch):
+    """By any path: a starting train.py removes half-written files there. In the training, others may have the lock."""
+    run, held = copied(small_run, tmp_path / "run"), []
+
+    def is_held(*_):
+        lock = take_lock(tmp_path / ".run.lock", timeout=0)
+        held.append(lock is None)
+        with lock or contextlib.nullcontext():
+            if len(held) == 2:
+                raise InputError("the training would begin")
+
+    monkeypatch.setattr(distill.writer, "verify_once", is_held)
+    monkeypatch.setattr(distill, "train_student", is_held)
+    (tmp_path / "link").symlink_to(run)
+    assert distill.main([str(tmp_path / "link"), *STUDENT]) == 2 and held == [True, False]
 
 
 # ------------------------------------------------------------------------------------------------ kills and damages
