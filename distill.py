@@ -103,7 +103,7 @@ def mix(pixels: torch.Tensor, partners: torch.Tensor, weights: torch.Tensor) -> 
     So the members are asked about images unlike those of any class that they have learned. `pixels` is
     `(B, 3, S, S) float32`, `partners` `(B,) int64` the other images' places, `weights` `(B,) float32` in 0..1.
     """
-    return torch.lerp(pixels[partners], pixels, weights[:, None, None, None])
+    return pixels[partners].lerp_(pixels, weights[:, None, None, None])  # the partners are a copy already
 
 
 @torch.no_grad()

@@ -109,6 +109,7 @@ def test_mixed_images_are_weighted_sums_of_two():
     torch.testing.assert_close(mixed[0], 0.25 * pixels[0] + 0.75 * pixels[1])
     torch.testing.assert_close(mixed[1], pixels[1])
     assert mixed.is_contiguous(memory_format=torch.channels_last)  # what the networks compute fastest
+    assert torch.equal(pixels.contiguous().ravel(), torch.arange(24.0))  # as they were
 
 
 def test_every_image_has_a_partner_of_its_batch_and_a_weight():
