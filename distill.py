@@ -306,20 +306,20 @@ def run(args: argparse.Namespace) -> None:
     tag, here = settings.tag(of_run.settings), writer.environment(device) | {"deterministic": args.deterministic}
     folder = of_run.folder / f"{FOLDER}{tag}"
     pixels = folder / "photos"
-    record = StudentRecord(of_run.record.settings_hash, of_run.weights, settings, {}, [], here, {})
+    new = StudentRecord(of_run.record.settings_hash, of_run.weights, settings, {}, [], here, {})
     with writer.run_lock(folder), removed_at_the_end(pixels):
-        finished, model = writer.earlier_student(folder, record), None
+        finished, model = writer.earlier_student(folder, new), None
         what = "is finished" if finished else f"learns from {of_run.num_members} members"
         console.print_text(f"{folder}: {what}; device {here['device']}, {settings.precision}")
 
         # 3. The training; of a finished student, only what is missing
-        with Progress(folder, 0, record.owner, args.progress_seconds) as progress:
+        with Progress(folder, 0, new.owner, args.progress_seconds) as progress:
             if finished is None:
                 images = [cache]
                 if photos:  # first: it starts worker processes, which want no CUDA, and may find no good photo
                     images.append(store_photos(photos, pixels, cache))
                     num_photos = len(images[1].array("train_sizes"))
-                    record.photos = {"folders": [str(each) for each in args.images], "images": num_photos}
+                    new.photos = {"folders": [str(each) for each in args.images], "images": num_photos}
                 teacher = load_ensemble(of_run.folder, device, num_members=of_run.num_members)
                 weights = backbone_weights(teacher.members[0])
                 if settings.weights != START:
@@ -327,14 +327,13 @@ def run(args: argparse.Namespace) -> None:
                 make_folder(folder)
                 compute = Compute(device, settings.precision)
                 lesson = Lesson(of_run.settings, settings, teacher, JoinedImages(images), weights, compute)
-                model, record.history = train_student(lesson, progress)
+                model, new.history = train_student(lesson, progress)
             elif not finished.is_embedded(folder):
-                record, width = finished, settings.width(of_run.settings)
-                model = load_member(folder / WEIGHTS, settings.backbone, width).to(device)
+                model = load_member(folder / WEIGHTS, settings.backbone, settings.width(of_run.settings)).to(device)
             if model is not None:
                 rows = embed_test_images(model, cache.array("test_images"), of_run.statistics(device), settings)
                 check_unchanged(cache)
-                writer.save_student(folder, record, model, rows)
+                writer.save_student(folder, finished or new, model, rows)
             progress.remove()
 
         # 4. What it keeps of the ensemble's recall
