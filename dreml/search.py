@@ -160,20 +160,16 @@ def names_of(file: Path) -> set[str]:
 def own_rows(files: list[Path], test: pd.DataFrame, folder: Path) -> list[int | None]:
     """The row of test.csv whose image is each of some files, by whatever path; None for other photos.
 
-    The disk is asked first for test images that have the name of one of the files, or of the file that it is a link to.
-    If others are left, it is asked for all, which may be links of other names: for a million, that takes seconds.
+    The disk is asked only for test images that have the name of one of the files, or of the file that it is a link to:
+    asking for a million takes long.
     """
-    file_ids, names = [file_id(file) for file in files], set().union(*map(names_of, files))
-    paths = test.path.tolist() if files else []
-    of_these_names = [row for row, path in enumerate(paths) if path.rpartition("/")[2] in names]
-    rows: dict[tuple[int, int] | None, int | None] = {None: None}
-    for candidates in (of_these_names, range(len(paths))):
-        unknown = set(file_ids) - rows.keys()
-        for row in candidates if unknown else ():
-            found = file_id(os.path.join(folder, paths[row]))
-            if found in unknown:
-                rows.setdefault(found, row)
-    return [rows.get(each) for each in file_ids]
+    names = set().union(*map(names_of, files))
+    rows: dict[tuple[int, int] | None, int] = {}
+    for row, path in enumerate(test.path.tolist() if names else []):
+        if path.rpartition("/")[2] in names:
+            rows.setdefault(file_id(os.path.join(folder, path)), row)
+    rows.pop(None, None)
+    return [rows.get(file_id(file)) for file in files]
 
 
 # ------------------------------------------------------------------------------------------------ embedding

@@ -97,30 +97,14 @@ def test_a_photo_is_known_as_a_test_image_by_its_name_and_then_by_its_file(tmp_p
     names = ["7.png", "link.png", "link_to_a/9.png", "data/a/../b/10.png", "data/a/5.png", "data/a/6.png", "gone.png"]
     asked = []
     monkeypatch.setattr(search, "file_id", lambda path: asked.append(path) or file_id(path))
-    rows = own_rows([tmp_path / name for name in names[1:]], test, tmp_path / "data")
-    assert rows == [108, 9, 110, 5, 6, None]
-    assert len(asked) == 5 * 2 + len(names[1:])
-    assert own_rows([tmp_path / name for name in names], test, tmp_path / "data") == [None, *rows]
+    rows = own_rows([tmp_path / name for name in names], test, tmp_path / "data")
+    assert rows == [None, 108, 9, 110, 5, 6, None]
+    assert len(asked) == 6 * 2 + len(names)
     (tmp_path / "gone.png").write_bytes(b"")
     queries, problems = query_items(
         [str(tmp_path / names[2]), "test:3", str(tmp_path / "gone.png")], test, tmp_path / "data"
     )
     assert [query.row for query in queries] == [9, 3, None] and not problems
-
-
-def test_a_photo_is_known_as_a_test_image_that_has_another_name(tmp_path):
-    """A data set made of renamed links; a hard link. The first row counts."""
-    test = pd.DataFrame({"path": ["0.png", "1.png", "2.png", "3.png"], "class_name": "x"})
-    (tmp_path / "data").mkdir()
-    for name in ("a.png", "b.png", "data/2.png"):
-        (tmp_path / name).write_bytes(b"")
-    for name in ("1.png", "3.png"):
-        (tmp_path / "data" / name).symlink_to(tmp_path / "a.png")
-    (tmp_path / "hard.png").hardlink_to(tmp_path / "data" / "2.png")
-    for name, row in {"a.png": 1, "b.png": None, "hard.png": 2, "data/3.png": 3}.items():
-        assert own_rows([tmp_path / name], test, tmp_path / "data") == [row]
-    files = [tmp_path / name for name in ("hard.png", "b.png", "data/2.png", "a.png")]
-    assert own_rows(files, test, tmp_path / "data") == [2, None, 2, 1]
 
 
 def test_images_of_the_test_split_are_made_when_they_are_asked_for(tmp_path):
