@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -54,7 +53,7 @@ from dreml.runs.student import (
     read_student_run,
 )
 from dreml.stopwatch import Stopwatch
-from dreml.unlabelled import OPTION, JoinedImages, find_photos, photos_checksum, store_photos
+from dreml.unlabelled import OPTION, JoinedImages, find_photos, photos_checksum, removed_at_the_end, store_photos
 from model import (
     Compute,
     Ensemble,
@@ -104,7 +103,7 @@ def mix(pixels: torch.Tensor, partners: torch.Tensor, weights: torch.Tensor) -> 
     So the members are asked about images unlike those of any class that they have learned. `pixels` is
     `(B, 3, S, S) float32`, `partners` `(B,) int64` the other images' places, `weights` `(B,) float32` in 0..1.
     """
-    return torch.lerp(pixels[partners], pixels, weights[:, None, None, None])
+    return pixels[partners].lerp_(pixels, weights[:, None, None, None])  # the partners are a copy already
 
 
 @torch.no_grad()
@@ -298,41 +297,44 @@ def run(args: argparse.Namespace) -> None:
     settings = complete_settings(settings_of(args, StudentSettings), of_run)
     data_path = of_run.data_path(args.data_path)
     cache = of_run.read_cache(data_path)
-    writer.verify_once(of_run.folder, cache)
+    with writer.run_lock(of_run.folder.resolve()):  # a training that begins removes half-written files there
+        writer.verify_once(of_run.folder, cache)
     photos = find_photos(args.images, of_run.test, data_path / of_run.settings.data_name) if args.images else {}
     settings = replace(settings, photos=photos_checksum(photos))
 
     # 2. The student's folder and what it holds; a second process that wants the same student waits here
     tag, here = settings.tag(of_run.settings), writer.environment(device) | {"deterministic": args.deterministic}
     folder = of_run.folder / f"{FOLDER}{tag}"
-    shown = {"folders": [str(each) for each in args.images], "images": len(photos)} if photos else {}
-    record = StudentRecord(of_run.record.settings_hash, of_run.weights, settings, shown, [], here, {})
-    with writer.run_lock(folder):
-        finished, model = writer.earlier_student(folder, record), None
+    pixels = folder / "photos"
+    new = StudentRecord(of_run.record.settings_hash, of_run.weights, settings, {}, [], here, {})
+    with writer.run_lock(folder), removed_at_the_end(pixels):
+        finished, model = writer.earlier_student(folder, new), None
         what = "is finished" if finished else f"learns from {of_run.num_members} members"
         console.print_text(f"{folder}: {what}; device {here['device']}, {settings.precision}")
 
         # 3. The training; of a finished student, only what is missing
-        with Progress(folder, 0, record.owner, args.progress_seconds) as progress:
+        with Progress(folder, 0, new.owner, args.progress_seconds) as progress:
             if finished is None:
+                images = [cache]
+                if photos:  # first: it starts worker processes, which want no CUDA, and may find no good photo
+                    images.append(store_photos(photos, pixels, cache))
+                    num_photos = len(images[1].array("train_sizes"))
+                    new.photos = {"folders": [str(each) for each in args.images], "images": num_photos}
                 teacher = load_ensemble(of_run.folder, device, num_members=of_run.num_members)
                 weights = backbone_weights(teacher.members[0])
                 if settings.weights != START:
                     weights = read_weights(settings.backbone, args.weights or "imagenet")
                 make_folder(folder)
-                images = [cache, store_photos(photos, folder / "photos", cache)] if photos else [cache]
                 compute = Compute(device, settings.precision)
                 lesson = Lesson(of_run.settings, settings, teacher, JoinedImages(images), weights, compute)
-                model, record.history = train_student(lesson, progress)
+                model, new.history = train_student(lesson, progress)
             elif not finished.is_embedded(folder):
-                record, width = finished, settings.width(of_run.settings)
-                model = load_member(folder / WEIGHTS, settings.backbone, width).to(device)
+                model = load_member(folder / WEIGHTS, settings.backbone, settings.width(of_run.settings)).to(device)
             if model is not None:
                 rows = embed_test_images(model, cache.array("test_images"), of_run.statistics(device), settings)
                 check_unchanged(cache)
-                writer.save_student(folder, record, model, rows)
+                writer.save_student(folder, finished or new, model, rows)
             progress.remove()
-        shutil.rmtree(folder / "photos", ignore_errors=True)
 
         # 4. What it keeps of the ensemble's recall
         if not len(of_run.test):

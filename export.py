@@ -164,11 +164,13 @@ def run(args: argparse.Namespace) -> None:
         trained.require(args.embedding)
     cache = None
     try:
+        if not len(trained.test):
+            raise InputError(f"{args.folder}: its data set has no test images")
         cache = trained.read_cache(args.data_path)
     except InputError as error:
         if args.check_recall:
             raise
-        print_text(f"note: compared on drawn images, since there are no test images: {error}")
+        print_text(f"note: compared on drawn images, not on test images: {error}")
 
     # 2. The graph, which appears when all checks have passed
     output = args.output or trained.folder / source.name

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -232,6 +232,17 @@ def load_member(weights: Path, backbone: str, num_meta_classes: int) -> nn.Modul
     return model.to(memory_format=torch.channels_last)
 
 
+@contextlib.contextmanager
+def damage_named(what: str, script: str) -> Iterator[None]:
+    """Raises InputError, one line, where the block fails to read `what`, which `script` makes again."""
+    try:
+        yield
+    except Exception as error:  # damaged files raise a dozen kinds
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{what} is damaged ({one_line(error)}); {script} makes it again") from None
+
+
 def load_ensemble(
     run_folder: str | Path,
     device: str | torch.device = "cpu",
@@ -253,17 +264,11 @@ def load_ensemble(
     checked, networks = Members(run_folder, record.settings_hash, needed=("pth",)), []
     for member in finished[:num_members]:
         damaged = checked.read(member)[1]
-        try:
+        with damage_named(f"{run_folder}: member {member}", "train.py"):
             if damaged:
                 raise ValueError(", ".join(damaged))
             path = run_folder / member_file(member, "pth")
             networks.append(load_member(path, settings.backbone, settings.meta_class_size))
-        except Exception as error:  # damaged files raise a dozen kinds
-            if out_of_memory(error):
-                raise
-            raise InputError(
-                f"{run_folder}: member {member} is damaged ({one_line(error)}); train.py makes it again"
-            ) from None
     data = record.data
     ensemble = Ensemble(networks, settings.image_spec, data.mean, data.std, embedding)
     return ensemble.to(device).eval()
@@ -306,11 +311,7 @@ def load_student(
     record = read_run_record(Path(run_folder))
     folder, student = read_student(Path(run_folder), record, tag, [WEIGHTS])
     settings, width = student.settings, student.settings.width(record.settings)
-    try:
+    with damage_named(str(folder), "distill.py"):
         network = load_member(folder / WEIGHTS, settings.backbone, width)
-    except Exception as error:  # as above
-        if out_of_memory(error):
-            raise
-        raise InputError(f"{folder} is damaged ({one_line(error)}); distill.py makes it again") from None
     of_the_run = record.settings.image_spec, record.data.mean, record.data.std, embedding
     return Student(network, settings.num_blocks, *of_the_run).to(device).eval()

@@ -46,6 +46,7 @@ from dreml.runs.folder import SUFFIXES, Run, TestSplit
 from dreml.runs.settings import EMBEDDINGS
 from dreml.runs.student import StudentRun, read_run_or_student
 from dreml.search import (
+    BATCH_SIZE,
     Found,
     Item,
     SplitItems,
@@ -64,7 +65,6 @@ from dreml.thresholds import Threshold, read_threshold
 from model import Ensemble, load_ensemble, load_student
 from utils import unmatched_queries
 
-BATCH_SIZE = 128  # images embedded at a time
 MAX_ROWS = 40  # queries in the picture; the CSV has all
 
 # ------------------------------------------------------------------------------------------------ options

@@ -1,5 +1,6 @@
 """distill.py: mixing, the loss, one step, the student of a run, kills, photos of one's own, refusals."""
 
+import contextlib
 import copy
 import math
 import os
@@ -50,7 +51,7 @@ from dreml.console import InputError, Terminated
 from dreml.data.augment import epoch_batches, prepare
 from dreml.data.cache import Cache
 from dreml.data.images import ImageSpec
-from dreml.files import read_record, sha256
+from dreml.files import read_record, sha256, take_lock
 from dreml.runs.student import StudentRecord, StudentSettings
 from dreml.unlabelled import JoinedImages
 from model import Compute, Ensemble, TrainState, backbone_weights, load_ensemble, load_student
@@ -108,6 +109,7 @@ def test_mixed_images_are_weighted_sums_of_two():
     torch.testing.assert_close(mixed[0], 0.25 * pixels[0] + 0.75 * pixels[1])
     torch.testing.assert_close(mixed[1], pixels[1])
     assert mixed.is_contiguous(memory_format=torch.channels_last)  # what the networks compute fastest
+    assert torch.equal(pixels.contiguous().ravel(), torch.arange(24.0))  # as they were
 
 
 def test_every_image_has_a_partner_of_its_batch_and_a_weight():
@@ -389,6 +391,23 @@ def test_a_loss_that_is_not_finite_ends_the_run(small_run, tmp_path, monkeypatch
     assert capsys.readouterr().err == line and not (student_folder(run) / "student.json").exists()
 
 
+def test_the_run_is_locked_while_its_cache_is_compared(small_run, tmp_path, monkeypatch):
+    """By any path: a starting train.py removes half-written files there. In the training, others may have the lock."""
+    run, held = copied(small_run, tmp_path / "run"), []
+
+    def is_held(*_):
+        lock = take_lock(tmp_path / ".run.lock", timeout=0)
+        held.append(lock is None)
+        with lock or contextlib.nullcontext():
+            if len(held) == 2:
+                raise InputError("the training would begin")
+
+    monkeypatch.setattr(distill.writer, "verify_once", is_held)
+    monkeypatch.setattr(distill, "train_student", is_held)
+    (tmp_path / "link").symlink_to(run)
+    assert distill.main([str(tmp_path / "link"), *STUDENT]) == 2 and held == [True, False]
+
+
 # ------------------------------------------------------------------------------------------------ kills and damages
 
 
@@ -503,7 +522,7 @@ def test_photos_of_ones_own_are_seen_and_recorded(threads, small_run, tmp_path, 
     assert "1 images cannot be used:\n" in (err := capsys.readouterr().err) and "bad.png" in err
     folder = student_folder(run)
     record = read_record(folder / "student.json", StudentRecord)
-    assert record.photos == {"folders": [str(photos / "a"), str(photos / "b")], "images": 6} and images == [36 + 5]
+    assert record.photos == {"folders": [str(photos / "a"), str(photos / "b")], "images": 5} and images == [36 + 5]
     assert re.fullmatch(rf"student_{STUDENT_TAG}_photos{record.settings.photos[:8]}", folder.name)
     assert not (folder / "photos").exists()
     shutil.move(photos, tmp_path / "elsewhere")
@@ -520,7 +539,26 @@ def test_test_images_are_no_photos_of_ones_own(small_run, tiny_data, tmp_path, p
     run = copied(small_run, tmp_path / "run")
     (tmp_path / "link").symlink_to(tiny_data / "tiny" / "test" / "character_006")
     message = refused(capsys, distill, run, *STUDENT, "--images", photos, tmp_path / "link")
-    assert "--images: 6 of the files are test images of this run, such as " in message
+    assert "--images: 6 of the images are test images of this run, such as " in message
+    assert not list(run.glob("student_*"))
+
+
+def test_a_refusal_leaves_no_pixels_of_photos(threads, small_run, tmp_path, photos, capsys, monkeypatch):
+    """Nor does any other end. Photos are decoded before the members are loaded."""
+    run = copied(small_run, tmp_path / "run")
+
+    def load(*_, **__):
+        assert (student_folder(run) / "photos" / "train_pixels.npy").exists()
+        raise InputError("member 1 is damaged")
+
+    monkeypatch.setattr(distill, "load_ensemble", load)
+    assert "member 1 is damaged" in refused(capsys, distill, run, *STUDENT, "--images", photos / "a")
+    assert not list(run.glob("student_*"))
+    for number, file in enumerate([*photos.glob("a/*"), *photos.glob("b/*")]):
+        file.write_bytes(file.read_bytes()[:200] + bytes([number]))
+    monkeypatch.setattr(distill, "load_ensemble", lambda *_, **__: pytest.fail("the members are loaded"))
+    assert distill.main([str(run), *STUDENT, "--images", str(photos)]) == 2
+    assert capsys.readouterr().err.endswith("\ndistill.py: --images: no image is left\n")
     assert not list(run.glob("student_*"))
 
 

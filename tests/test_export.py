@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import STUDENT_TAG, build_small_model, edit_record, refused, save_image
+from builders import STUDENT_TAG, build_small_model, edit_record, only_folder, refused, save_image, train_tiny
 from processes import ROOT
 
+import data_utils
 import export
 import model
 from dreml.console import RunError
@@ -96,9 +97,10 @@ def test_the_python_of_the_page(exported, small_run, tmp_path):
     assert number == 1
 
 
-def test_fewer_members_pooled_and_no_test_images(small_pooled_run, tmp_path, monkeypatch, capsys):
-    """Drawn images are compared then, and the screen says so. (PyTorch is in the place of the graph.)"""
-    networks, target = [], tmp_path / "a" / "model"
+@pytest.fixture
+def networks(monkeypatch) -> list:
+    """PyTorch in the place of the graph, whose networks these are; the first one embeds."""
+    networks = []
 
     def write_graph(parts, image_size, folder):
         networks.extend(parts)
@@ -107,6 +109,12 @@ def test_fewer_members_pooled_and_no_test_images(small_pooled_run, tmp_path, mon
 
     monkeypatch.setattr(export, "write_graph", write_graph)
     monkeypatch.setattr(export, "open_graph", lambda *_: lambda images: networks[0](torch.from_numpy(images)).numpy())
+    return networks
+
+
+def test_fewer_members_pooled_and_without_the_data(networks, small_pooled_run, tmp_path, capsys):
+    """Drawn images are compared then, and the screen says so."""
+    target = tmp_path / "a" / "model"
     options = ["--num_members", "1", "--embedding", "pooled", "--data_path", tmp_path]
     call(small_pooled_run, *options, "--output", target)
     images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
@@ -115,8 +123,22 @@ def test_fewer_members_pooled_and_no_test_images(small_pooled_run, tmp_path, mon
     found, output = json.loads((target / "model.json").read_text()), capsys.readouterr().out
     assert found["d"] == 16 and found["source"].endswith(", 1 members, pooled")
     assert found["checked"] == {"images": "32 drawn images", "1 - cosine": pytest.approx(0, abs=1e-9)}
-    assert re.search("^note: compared on drawn images, since there are no test images: .*tiny: no such folder", output)
+    assert re.search("^note: compared on drawn images, not on test images: .*tiny: no such folder", output)
     assert f"{target}/: model.onnx, model.onnx.data (0.0 MB), model.json; 16 numbers an image\n" in output
+
+
+def test_a_run_without_a_test_split_is_compared_on_drawn_images(networks, small_run, tiny_data, tmp_path, capsys):
+    shutil.copytree(tiny_data / "tiny" / "train", tmp_path / "tiny" / "train")
+    assert data_utils.main(["--data_path", str(tmp_path), "--data_name", "tiny", "--image_size", "32"]) == 0
+    assert train_tiny(tmp_path, tmp_path / "results", "--ensemble_size", "1") == 0
+    run = only_folder(tmp_path / "results")
+    line = refused(capsys, export, run, "--check_recall")
+    assert line == f"export.py: {run}: its data set has no test images\n" and not (run / "export_L1").exists()
+    call(run)
+    note = f"note: compared on drawn images, not on test images: {run}: its data set has no test images\n"
+    assert capsys.readouterr().out.startswith(note)
+    found = json.loads((run / "export_L1" / "model.json").read_text())
+    assert found["checked"] == {"images": "32 drawn images", "1 - cosine": pytest.approx(0, abs=1e-9)}
 
 
 def test_a_student_needs_no_member(small_student, tiny_data, tmp_path, capsys):

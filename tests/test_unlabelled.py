@@ -66,18 +66,50 @@ def test_sets_of_photos_are_told_apart_by_their_contents(tmp_path):
     assert photos_checksum({}) == "" and len(found_in(folders["a"], folders["b"])) == 2
 
 
-def test_test_images_are_refused_by_any_path(tmp_path):
-    """Their folder, a link to it, a link to the file; another file of that name is none."""
-    test = pd.DataFrame({"path": ["test/0.png"]})
-    save_image(tmp_path / "set" / "test" / "0.png")
-    (tmp_path / "link").symlink_to(tmp_path / "set" / "test")
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "x.png").symlink_to(tmp_path / "set" / "test" / "0.png")
+def test_test_images_are_refused_by_their_contents(tmp_path, capsys):
+    """Their folder, links to it, a copy and links of other names; another file of that name or size is none."""
+    test = pd.DataFrame({"path": ["test/0.png", "test/1.png"]})
+    image = tmp_path / "set" / "test" / "0.png"
+    save_image(image)
+    (image.parent / "1.png").symlink_to(tmp_path / "target.png")
+    save_image(tmp_path / "target.png", 2)
+    for name in ("copy", "link", "of_link", "other"):
+        (tmp_path / name).mkdir()
+    shutil.copy(image, tmp_path / "copy" / "x.png")
+    (tmp_path / "link" / "y.png").symlink_to(image)
+    (tmp_path / "link_to_all").symlink_to(image.parent)
+    (tmp_path / "of_link" / "z.png").symlink_to(tmp_path / "target.png")
     save_image(tmp_path / "other" / "0.png", 1)
-    for folder in ("set", "link", "one"):
-        with pytest.raises(InputError, match=r"--images: 1 of the files are test images of this run, such as .*\.png:"):
+    (tmp_path / "other" / "1.png").write_bytes(bytes(image.stat().st_size))
+    refused = {"set": 2, "link_to_all": 2, "copy": 1, "link": 1, "of_link": 1}
+    for folder, number in refused.items():
+        with pytest.raises(InputError, match=rf"--images: {number} of the images are test .*, such as .*{folder}/.*:"):
             find_photos([tmp_path / "other", tmp_path / folder], test, tmp_path / "set")
-    assert len(find_photos([tmp_path / "other"], test, tmp_path / "set")) == 1
+    assert len(find_photos([tmp_path / "other"], test, tmp_path / "set")) == 2 and not capsys.readouterr().err
+
+
+def test_test_images_that_cannot_be_read_are_said(tmp_path, capsys):
+    """Copies of them would not be noticed."""
+    test = pd.DataFrame({"path": ["gone.png", "folder.png", "there.png"]})
+    (tmp_path / "set" / "folder.png").mkdir(parents=True)
+    for name in ("set/there.png", "photos/0.png"):
+        save_image(tmp_path / name, len(name))
+    size = (tmp_path / "set" / "folder.png").stat().st_size
+    (tmp_path / "photos" / "1.png").write_bytes(bytes(size))
+    assert len(find_photos([tmp_path / "photos"], test, tmp_path / "set")) == 2
+    text = f"warning: --images: 2 of 3 test images cannot be read in {tmp_path / 'set'}: copies of them"
+    assert capsys.readouterr().err == f"{text} are not noticed\n"
+
+
+def test_photos_that_cannot_be_opened_are_named_and_left_out(tmp_path, capsys):
+    save_image(tmp_path / "photos" / "good.png")
+    (tmp_path / "photos" / "dangling.png").symlink_to(tmp_path / "gone.png")
+    assert list(found_in(tmp_path / "photos").values()) == [tmp_path / "photos" / "good.png"]
+    text = f"warning: --images: 1 images cannot be used:\n  {tmp_path / 'photos' / 'dangling.png'}: missing image\n"
+    assert capsys.readouterr().err == text
+    (tmp_path / "photos" / "good.png").unlink()
+    with pytest.raises(InputError, match="--images: no image is left"):
+        found_in(tmp_path / "photos")
 
 
 def test_bad_photos_are_named_and_left_out(threads, tmp_path, capsys):
