@@ -9,6 +9,7 @@ first row is the way before: every epoch is written, and waits until the one bef
 
 import argparse
 import contextlib
+import os
 import sys
 import tempfile
 import time
@@ -40,7 +41,7 @@ class SlowDisk:
         start = time.perf_counter()
         with atomic_open(path, mode) as file:
             yield file
-            num_bytes = file.tell()
+            num_bytes = file.seek(0, os.SEEK_END)
             time.sleep(max(0, start + num_bytes / self.bytes_per_second - time.perf_counter()))
         self.num_files, self.num_bytes = self.num_files + 1, self.num_bytes + num_bytes
 
