@@ -1,5 +1,7 @@
 """dreml/runs/checkpoint.py: the state of a member's training. test_faults.py kills and goes on."""
 
+import contextlib
+import errno
 import threading
 import time
 from types import SimpleNamespace
@@ -297,6 +299,36 @@ def test_after_a_write_that_failed_the_newest_epoch_is_written_on_leaving(tmp_pa
         progress.kept = {"owner": progress.owner, "history": [1, 2]}
         raise KeyboardInterrupt
     assert progress.read() == {"history": [1, 2]}
+
+
+@pytest.mark.parametrize("num_writes", [0, 1, 2, 5, 9])
+def test_a_full_disk_is_said_and_keeps_the_earlier_file(tmp_path, monkeypatch, num_writes):
+    """Wherever in the file it fills up."""
+
+    class Filling:
+        def __init__(self, file):
+            self.file, self.left = file, num_writes
+
+        def write(self, content):
+            if not self.left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.left -= 1
+            return self.file.write(content)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    @contextlib.contextmanager
+    def opened(path, mode):
+        with files.atomic_open(path, mode) as file:
+            yield Filling(file)
+
+    with pytest.raises(OSError, match="No space left"), Progress(tmp_path, 1, "run", 0) as progress:
+        progress.end_of_epoch({"model": [torch.ones(1000)] * 3}, history=[1])
+        progress.writing.result()
+        monkeypatch.setattr(checkpoint, "atomic_open", opened)
+        progress.end_of_epoch({"model": [torch.ones(1000)] * 3}, history=[1, 2])
+    assert progress.read()["history"] == [1] and [path.name for path in tmp_path.iterdir()] == [progress.path.name]
 
 
 def test_a_last_write_that_fails_is_an_error(tmp_path):

@@ -77,17 +77,25 @@ class Copies:
 
 
 class Hashed:
-    """A file whose content is hashed while it is written."""
+    """A file whose content is hashed while it is written.
+
+    A full disk is kept as `error`, not raised: within torch.save, it can come out as a RuntimeError about positions.
+    """
 
     def __init__(self, file: BinaryIO):
-        self.file, self.sha256 = file, hashlib.sha256()
+        self.file, self.sha256, self.error = file, hashlib.sha256(), None
 
     def write(self, content: bytes) -> int:
-        self.sha256.update(content)
-        return self.file.write(content)
+        try:
+            if self.error is None:
+                self.sha256.update(content)
+                self.file.write(content)
+        except OSError as error:
+            self.error = error
+        return len(content)
 
     def flush(self) -> None:
-        self.file.flush()
+        """For torch.save; the file is flushed when it is whole."""
 
 
 class Progress:
@@ -170,6 +178,8 @@ class Progress:
             content = Hashed(file)
             file.seek(CHECKSUM_BYTES)
             torch.save(state, content)
+            if content.error:
+                raise content.error
             file.seek(0)
             file.write(content.sha256.digest())
         self.started, self.took = started, time.monotonic() - started
