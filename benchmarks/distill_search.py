@@ -4,8 +4,9 @@
     python -m benchmarks.distill_search try results/RUN --mix cutmix --weight_decay 0.01
 
 `split` makes data/omniglot_fifth of links to the training images: a random fifth of their classes is its test split.
-data_utils.py and train.py make a teacher of it. `try` makes a student, prints R@1 in that split, and adds a row to
-RUN/distill_search.csv. A run of the real data is judged by the real test split: for the last word, not for choosing.
+data_utils.py and train.py make a teacher of it. `try` makes a student, and adds a row to RUN/distill_search.csv: R@1
+and mAP@R in that split, and the mean cosine between the student's blocks and the members' answers there. A run of
+the real data is judged by the real test split: for the last word, not for choosing.
 """
 
 import argparse
@@ -46,8 +47,9 @@ from dreml.runs.folder import Run, read_run
 from dreml.runs.settings import add_settings, settings_of
 from dreml.runs.student import START, StudentSettings, complete_settings
 from dreml.unlabelled import JoinedImages
+from evaluate import score
 from model import Compute, Ensemble, backbone_weights, load_ensemble
-from utils import draws, recall_at_k
+from utils import draws
 
 # ------------------------------------------------------------------------------------------------ the split
 
@@ -194,7 +196,7 @@ def make_lesson(args: argparse.Namespace, run: Run, cache: Cache, device: torch.
 
 
 def try_recipe(args: argparse.Namespace, run: Run, cache: Cache, device: torch.device) -> dict:
-    """Makes one student. Returns its settings, last loss, R@1 in percent of both embeddings, and the seconds."""
+    """Makes one student. Returns its settings, last loss, scores in percent, see `judge`, and the seconds."""
     start, lesson, labels = time.perf_counter(), make_lesson(args, run, cache, device), cache.array("train_labels")
     settings, teacher, compute = lesson.settings, lesson.teacher, lesson.compute
     losses = {"blocks": partial(block_loss, num_blocks=settings.num_blocks), "labels": hard_label_loss}
@@ -223,16 +225,19 @@ def try_recipe(args: argparse.Namespace, run: Run, cache: Cache, device: torch.d
         result = {"epoch": epoch, "loss": total.item() / len(labels)}
         if epoch + 1 == settings.num_epochs or (args.every and (epoch + 1) % args.every == 0):
             rows = embed_test_images(state.model, cache.array("test_images"), run.statistics(device), settings)
-            result |= {name: recall_at_1([embedding], run) for name, embedding in rows.items()}
+            result |= judge(rows, run, device)
         print(", ".join(f"{name} {value:.4g}" for name, value in result.items()), flush=True)
     return asdict(settings) | result | {"seconds": time.perf_counter() - start}
 
 
-def recall_at_1(embeddings: list[torch.Tensor], run: Run) -> float:
-    """R@1 in percent, of all the embeddings together."""
-    split = run.split
-    recalls = recall_at_k(embeddings, split.labels, [1], is_query=split.is_query, is_gallery=split.is_gallery)
-    return 100 * recalls[-1, 0].item()
+def judge(rows: dict[str, torch.Tensor], run: Run, device: torch.device) -> dict[str, float]:
+    """R@1 and mAP@R of both embeddings in the test split, and the mean cosine of the blocks to the members' logits."""
+    scores = {}
+    for name, embedding in rows.items():
+        scores[name], scores[f"{name}_map"], _ = score([embedding], run.split, [1])[0].tolist()
+    members = torch.cat(run.embeddings("logits", device), dim=1) / run.num_members**0.5
+    same_width = rows["logits"].shape == members.shape
+    return scores | {"cosine": 100 * (rows["logits"] * members).sum(1).mean().item() if same_width else float("nan")}
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -251,7 +256,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     recipe("--average", action="store_true", help="begin with the mean of the members' weights")
     add_settings(parser.add_argument_group("the student, as of distill.py"), StudentSettings)
     rest = parser.add_argument_group("the rest").add_argument
-    rest("--every", type=natural_number, metavar="N", help="count R@1 every N epochs too")
+    rest("--every", type=natural_number, metavar="N", help="score every N epochs too")
     rest("--data_path", type=Path, metavar="DIR", help="data sets (default: as in training)")
     rest("--device", default="auto", help=DEVICE_HELP)
     args = parser.parse_args(argv)
@@ -273,7 +278,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{hardware(device)}; {trained.settings.data_name}, {args.targets}: {TARGETS[args.targets]}")
     recipe = {"mix": args.mix, "targets": args.targets, "weight_decay": args.weight_decay, "average": args.average}
     row = recipe | try_recipe(args, trained, cache, device)
-    row["ensemble"] = recall_at_1(trained.embeddings("logits", device), trained)
+    row["ensemble"], row["ensemble_map"], _ = score(trained.embeddings("logits", device), trained.split, [1])[-1]
     path = trained.folder / "distill_search.csv"
     earlier = [pd.read_csv(path)] if path.exists() else []
     write_csv(path, pd.concat([*earlier, pd.DataFrame([row])], ignore_index=True))

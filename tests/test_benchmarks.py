@@ -26,6 +26,7 @@ from builders import (
 from processes import ROOT
 from reference import slow_best_similarities, slow_recall
 
+import evaluate
 from benchmarks import distill_search, export, plain, progress, recall, thresholds, training
 from dreml.files import in_page_cache, read_record, sha256
 from dreml.search import embed_images, folder_items
@@ -254,11 +255,19 @@ def try_recipe(run, *options: str) -> dict:
 def test_without_options_a_try_is_the_student_of_distill(small_student, tmp_path):
     """The same draws and steps, so the same bits; its teacher's recall stands beside it."""
     run = shutil.copytree(small_student, tmp_path / "run")
-    history = read_record(run / f"student_{STUDENT_TAG}" / "student.json")["history"]
-    recall = pd.read_csv(run / f"student_{STUDENT_TAG}" / "recall.csv")
+    folder = run / f"student_{STUDENT_TAG}"
+    history, recall = read_record(folder / "student.json")["history"], pd.read_csv(folder / "recall.csv")
     row = try_recipe(run)
     assert row["loss"] == history[-1]["loss"] and row["num_members"] == 2 and row["weights"] == "member1"
     np.testing.assert_allclose([row["logits"], row["pooled"], row["ensemble"]], recall["R@1"][[0, 1, 3]], atol=5e-5)
+    # Each block of the student beside its member's answer, (M, 2, D); both of length 1 / sqrt(2)
+    blocks = np.stack(np.split(np.load(folder / "logits.npy"), 2, axis=1), 1)
+    answers = np.stack([np.load(run / f"member_00{member}.npy") for member in (1, 2)], 1)
+    cosines = (blocks * answers).sum(2) / np.linalg.norm(blocks, axis=2) / np.linalg.norm(answers, axis=2)
+    assert row["cosine"] == pytest.approx(100 * cosines.mean(), abs=1e-3)
+    assert evaluate.main([str(run), "--student"]) == 0
+    evaluation = pd.read_csv(folder / "evaluation_pooled.csv")
+    assert row["pooled_map"] == pytest.approx(evaluation["mAP@R"][0], abs=1e-3)
 
 
 def test_every_way_of_distilling_is_another_student(small_run, tmp_path, capsys):
