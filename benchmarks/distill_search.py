@@ -48,7 +48,7 @@ from dreml.runs.settings import add_settings, settings_of
 from dreml.runs.student import START, StudentSettings, complete_settings
 from dreml.unlabelled import JoinedImages
 from evaluate import score
-from model import Compute, Ensemble, backbone_weights, load_ensemble
+from model import Compute, Ensemble, backbone_weights, load_ensemble, unit_blocks
 from utils import draws
 
 # ------------------------------------------------------------------------------------------------ the split
@@ -235,7 +235,7 @@ def judge(rows: dict[str, torch.Tensor], run: Run, device: torch.device) -> dict
     scores = {}
     for name, embedding in rows.items():
         scores[name], scores[f"{name}_map"], _ = score([embedding], run.split, [1])[0].tolist()
-    members = torch.cat(run.embeddings("logits", device), dim=1) / run.num_members**0.5
+    members = unit_blocks(torch.cat(run.embeddings("logits", device), dim=1), run.num_members)
     same_width = rows["logits"].shape == members.shape
     return scores | {"cosine": 100 * (rows["logits"] * members).sum(1).mean().item() if same_width else float("nan")}
 
