@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torchvision
 from builders import (
     STUDENT,
     STUDENT_TAG,
@@ -27,8 +28,11 @@ from processes import ROOT
 from reference import slow_best_similarities, slow_recall
 
 import evaluate
-from benchmarks import distill_search, export, plain, progress, recall, thresholds, training
+from benchmarks import distill_search, export, plain, progress, recall, rivals, thresholds, training
+from dreml.backbones import weights_tag
+from dreml.console import InputError
 from dreml.files import in_page_cache, read_record, sha256
+from dreml.runs.settings import Settings
 from dreml.search import embed_images, folder_items
 from model import load_ensemble
 
@@ -280,6 +284,31 @@ def test_every_way_of_distilling_is_another_student(small_run, tmp_path, capsys)
     assert "does not go with --targets labels" in refused(
         capsys, distill_search, "try", run, "--targets", "labels", "--dim", "3"
     )
+
+
+@pytest.mark.parametrize("loss", rivals.LOSSES)
+def test_a_rival_learns_the_classes(small_run, tmp_path, capsys, loss):
+    """Network and proxies both: the loss falls. The same seed gives the same row again."""
+    pytest.importorskip("pytorch_metric_learning")
+    run = shutil.copytree(small_run, tmp_path / "run")
+    for _ in range(2):
+        assert rivals.main([str(run), "--loss", loss, "--num_epochs", "4"]) == 0
+    losses = [float(text) for text in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert losses[3] < 0.9 * losses[0] and losses[4:] == losses[:4]
+    table = pd.read_csv(run / "rivals.csv").drop(columns="seconds")
+    assert table.iloc[0].equals(table.iloc[1]) and 0 < table["R@1"][0] < 100
+
+
+def test_a_rival_begins_as_the_members_did(tmp_path):
+    state = torchvision.models.resnet18(num_classes=3).state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    assert rivals.initial_weights(Settings("tiny", weights="none"), None) is None
+    of_run = Settings("tiny", weights=weights_tag("resnet18", str(tmp_path / "weights.pth")))
+    weights = rivals.initial_weights(of_run, str(tmp_path / "weights.pth"))
+    assert torch.equal(weights["conv1.weight"], state["conv1.weight"])
+    for given in (None, "none"):
+        with pytest.raises(InputError, match="has to name the file"):
+            rivals.initial_weights(of_run, given)
 
 
 def test_a_fifth_of_the_training_classes_becomes_the_test_split(tiny_data, tmp_path, capsys):
