@@ -326,6 +326,7 @@ def run(args: argparse.Namespace) -> None:
                     weights = read_weights(settings.backbone, args.weights or "imagenet")
                 make_folder(folder)
                 compute = Compute(device, settings.precision)
+                compute.keep_weights(teacher)
                 lesson = Lesson(of_run.settings, settings, teacher, JoinedImages(images), weights, compute)
                 model, new.history = train_student(lesson, progress)
             elif not finished.is_embedded(folder):

@@ -192,6 +192,7 @@ def make_lesson(args: argparse.Namespace, run: Run, cache: Cache, device: torch.
     if settings.weights != START:
         weights = read_weights(settings.backbone, args.weights or "imagenet")
     compute = Compute(device, settings.precision)
+    compute.keep_weights(teacher)
     return Lesson(run.settings, settings, teacher, JoinedImages([cache]), weights, compute)
 
 
