@@ -56,7 +56,7 @@ def test_every_setting_makes_another_student():
 
 
 def test_the_options_are_the_settings():
-    assert parse() == StudentSettings() == StudentSettings(num_epochs=36, batch_size=128, lr=1e-3)
+    assert parse() == StudentSettings() == StudentSettings(num_epochs=36, batch_size=32, lr=1e-3)
     options = "--backbone b --num_members 4 --num_epochs 7 --seed 3 --dim 64 --batch_size 16 --lr 0.01 --weights none"
     given = StudentSettings("b", 4, 7, 3, 64, 16, 0.01, "none", "fp32")
     assert parse(*options.split(), "--precision", "fp32") == given

@@ -54,7 +54,7 @@ class StudentSettings:
     num_epochs: int = option(36, "e{}".format, "epochs (default: 36)", "E", natural_number)
     seed: int = option(0, "s{}".format, "start of all random draws (default: 0)", type=seed_number)
     dim: int = option(0, "d{}".format, DIM_HELP, "d", dimension)
-    batch_size: int = option(128, "b{}".format, "images a step (default: 128)", "B", natural_number)
+    batch_size: int = option(32, "b{}".format, "images a step (default: 32)", "B", natural_number)
     lr: float = option(1e-3, "lr{!r}".format, "highest learning rate (default: 1e-3)", type=positive_float)
     weights: str = option("", lambda tag: weights_in_name(tag) or "wimagenet", WEIGHTS_HELP, "W")
     precision: str = option(
