@@ -99,12 +99,19 @@ def cutmix(pixels: torch.Tensor, mixing: Mixing) -> tuple[torch.Tensor, torch.Te
     return torch.where(box[:, None], pixels[mixing.partners], pixels), 1 - box.float().mean((1, 2))
 
 
+def either(pixels: torch.Tensor, mixing: Mixing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every other image of the batch by cutmix, the rest by mixup."""
+    by_box = torch.arange(len(pixels), device=pixels.device) % 2 == 0
+    (boxed, kept), (mixed, weights) = cutmix(pixels, mixing), mixup(pixels, mixing)
+    return torch.where(by_box[:, None, None, None], boxed, mixed), torch.where(by_box, kept, weights)
+
+
 def unmixed(pixels: torch.Tensor, mixing: Mixing) -> tuple[torch.Tensor, torch.Tensor]:
     """No mixing."""
     return pixels, torch.ones_like(mixing.weights)
 
 
-MIXERS = {"mixup": mixup, "cutmix": cutmix, "none": unmixed}
+MIXERS = {"mixup": mixup, "cutmix": cutmix, "either": either, "none": unmixed}
 
 # ------------------------------------------------------------------------------------------------ targets
 

@@ -276,11 +276,13 @@ def test_without_options_a_try_is_the_student_of_distill(small_student, tmp_path
 
 def test_every_way_of_distilling_is_another_student(small_run, tmp_path, capsys):
     run = shutil.copytree(small_run, tmp_path / "run")
-    options = [["--targets", name] for name in distill_search.TARGETS] + [["--mix", "cutmix"], ["--mix", "none"]]
+    options = [["--targets", name] for name in distill_search.TARGETS] + [
+        ["--mix", name] for name in distill_search.MIXERS if name != "mixup"
+    ]
     options += [["--average"], ["--weight_decay", "0.5"], ["--targets", "labels", "--mix", "none"]]
     losses = [try_recipe(run, *each)["loss"] for each in options]
     assert len(set(losses)) == len(options) and np.isfinite(losses).all()
-    assert pd.read_csv(run / "distill_search.csv").dim.tolist() == [0, 512, 512, 512, 32, 0, 0, 0, 0, 0, 0]
+    assert pd.read_csv(run / "distill_search.csv").dim.tolist() == [0, 512, 512, 512, 32, *7 * [0]]
     assert "does not go with --targets labels" in refused(
         capsys, distill_search, "try", run, "--targets", "labels", "--dim", "3"
     )
@@ -337,6 +339,11 @@ def test_cutmix_puts_a_box_of_the_partner_into_an_image():
     expected[1, :, :5, 15:] = 2
     assert torch.equal(mixed, expected)
     torch.testing.assert_close(shares, torch.tensor([0.75, 1 - 25 / 400, 0.0]))
+    # Every other image so, the second one by mixup
+    mixed, shares = distill_search.either(pixels, mixing)
+    expected[1] = 0.75 * 1 + 0.25 * 2
+    assert torch.equal(mixed, expected)
+    torch.testing.assert_close(shares, torch.tensor([0.75, 0.75, 0.0]))
 
 
 def test_the_losses_of_the_search():
