@@ -3,8 +3,8 @@
     python -m benchmarks.rivals results/RUN --loss proxy_anchor --num_epochs 200
 
 It has the run's backbone, initial weights, images, batches, optimizer and learning rate, a loss of
-pytorch-metric-learning at its defaults, and the pooled features as its embedding. The weights after the last epoch
-count. Adds a row to RUN/rivals.csv: R@1 and mAP@R in percent, and the seconds of the training.
+pytorch-metric-learning at its defaults, whose proxies learn at 100 times that rate, and the pooled features as its
+embedding. The weights after the last epoch count. Adds a row to RUN/rivals.csv: R@1 and mAP@R in percent, and the seconds of the training.
 """
 
 import argparse
@@ -70,6 +70,7 @@ def train_rival(
 ) -> nn.Module:
     """Trains the network for `settings.num_epochs` and returns it."""
     device, labels = compute.device, cache.array("train_labels")
+    statistics = run.statistics(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(draws(settings.seed, 0, 0, "weights").integers(2**63)))
         network = build_model(settings.backbone, settings.meta_class_size, weights).to(device)
@@ -84,7 +85,7 @@ def train_rival(
             rate = learning_rate(settings, epoch + (done + len(batch.targets) / 2) / len(labels))
             for group, factor in zip(optimizer.param_groups, (1, PROXY_RATE), strict=True):
                 group["lr"] = factor * rate
-            pixels = prepare(batch, *run.statistics(device))
+            pixels = prepare(batch, *statistics)
             total += len(pixels) * student_step(state, compute, pixels, batch.targets, loss_of)
             done += len(pixels)
         print(f"epoch {epoch}: loss {total.item() / len(labels):.4f}", flush=True)
