@@ -4,7 +4,8 @@
 
 It has the run's backbone, initial weights, images, batches, optimizer and learning rate, a loss of
 pytorch-metric-learning at its defaults, whose proxies learn at 100 times that rate, and the pooled features as its
-embedding. The weights after the last epoch count. Adds a row to RUN/rivals.csv: R@1 and mAP@R in percent, and the seconds of the training.
+embedding. The weights after the last epoch count. Adds a row to RUN/rivals.csv: R@1 and mAP@R in percent, and the
+seconds of the training.
 """
 
 import argparse
