@@ -5,8 +5,7 @@
 
 `split` makes data/omniglot_fifth of links to the training images: a random fifth of their classes is its test split.
 data_utils.py and train.py make a teacher of it. `try` makes a student, and adds a row to RUN/distill_search.csv: R@1
-and mAP@R in that split, and the mean cosine between the student's blocks and the members' answers there. A run of
-the real data is judged by the real test split: for the last word, not for choosing.
+and mAP@R there, and the mean cosine to the members' answers. On real data: for the last word, not for choosing.
 """
 
 import argparse
