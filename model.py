@@ -80,7 +80,8 @@ class Compute:
         """
         if DTYPES[self.precision] and torch.amp.is_autocast_available(self.device.type):
             for layer in model.modules():
-                if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, Head):
+                # Not those that compute with their weights first, such as standardised convolutions, and not the head.
+                if type(layer).forward in (nn.Conv2d.forward, nn.Linear.forward):
                     layer.to(DTYPES[self.precision])
 
     def grad_scaler(self) -> torch.amp.GradScaler:

@@ -37,9 +37,9 @@ from distill import (
     student_step,
 )
 from dreml.backbones import read_weights
-from dreml.console import DEVICE_HELP, InputError, Parser, natural_number, pick_device, run_main
+from dreml.console import DEVICE_HELP, InputError, Parser, natural_number, pick_device, run_main, set_up_device
 from dreml.data.augment import batch_spans, epoch_batches, prepare
-from dreml.data.cache import Cache, read_cache
+from dreml.data.cache import Cache
 from dreml.data.known_sets import list_data_set
 from dreml.files import write_csv
 from dreml.runs.folder import Run, read_run
@@ -217,6 +217,7 @@ def try_recipe(args: argparse.Namespace, run: Run, cache: Cache, device: torch.d
     state, num_steps = initial_state(lesson), len(batch_spans(len(labels), settings.batch_size))
     state.optimizer.param_groups[0]["weight_decay"] = args.weight_decay
     for epoch in range(settings.num_epochs):
+        torch.manual_seed(int(draws(settings.seed, 0, epoch, "dropout").integers(2**63)))
         total, batches = torch.zeros((), device=device), plain_batches(lesson, labels, epoch)
         state.model.train()
         for step, (pixels, targets, mixing) in enumerate(batches, epoch * num_steps):
@@ -232,19 +233,20 @@ def try_recipe(args: argparse.Namespace, run: Run, cache: Cache, device: torch.d
         result = {"epoch": epoch, "loss": total.item() / len(labels)}
         if epoch + 1 == settings.num_epochs or (args.every and (epoch + 1) % args.every == 0):
             rows = embed_test_images(state.model, cache.array("test_images"), run.statistics(device), settings)
-            result |= judge(rows, run, device)
+            result |= judge(rows, run, settings, device)
         print(", ".join(f"{name} {value:.4g}" for name, value in result.items()), flush=True)
     return asdict(settings) | result | {"seconds": time.perf_counter() - start}
 
 
-def judge(rows: dict[str, torch.Tensor], run: Run, device: torch.device) -> dict[str, float]:
-    """R@1 and mAP@R of both embeddings in the test split, and the mean cosine of the blocks to the members' logits."""
+def judge(rows: dict[str, torch.Tensor], run: Run, settings: StudentSettings, device: torch.device) -> dict[str, float]:
+    """R@1 and mAP@R of both embeddings in the test split, and the mean cosine of blocks to the members' logits."""
     scores = {}
     for name, embedding in rows.items():
         scores[name], scores[f"{name}_map"], _ = score([embedding], run.split, [1])[0].tolist()
+    if settings.dim:
+        return scores
     members = unit_blocks(torch.cat(run.embeddings("logits", device), dim=1), run.num_members)
-    same_width = rows["logits"].shape == members.shape
-    return scores | {"cosine": 100 * (rows["logits"] * members).sum(1).mean().item() if same_width else float("nan")}
+    return scores | {"cosine": 100 * (rows["logits"] * members).sum(1).mean().item()}
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -279,9 +281,10 @@ def run(args: argparse.Namespace) -> None:
         split_classes(args.folder)
         return
     device = pick_device(args.device)
+    set_up_device(device, deterministic=False)
     trained = read_run(args.folder, args.num_members or None)
     data_path = trained.data_path(args.data_path)
-    cache = read_cache(data_path, trained.settings.data_name, trained.settings.image_spec)
+    cache = trained.read_cache(data_path)
     print(f"{hardware(device)}; {trained.settings.data_name}, {args.targets}: {TARGETS[args.targets]}")
     recipe = {"mix": args.mix, "targets": args.targets, "weight_decay": args.weight_decay, "average": args.average}
     row = recipe | try_recipe(args, trained, cache, device)

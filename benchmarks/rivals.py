@@ -9,6 +9,7 @@ seconds of the training.
 """
 
 import argparse
+import math
 import sys
 import time
 from dataclasses import replace
@@ -23,9 +24,20 @@ from torch import nn
 from benchmarks.plain import hardware
 from distill import student_step
 from dreml.backbones import read_weights, weights_tag
-from dreml.console import DEVICE_HELP, InputError, Parser, natural_number, pick_device, run_main, seed_number
+from dreml.console import (
+    DEVICE_HELP,
+    InputError,
+    Parser,
+    RunError,
+    natural_number,
+    pick_device,
+    positive_float,
+    run_main,
+    seed_number,
+    set_up_device,
+)
 from dreml.data.augment import epoch_batches, prepare
-from dreml.data.cache import Cache, read_cache
+from dreml.data.cache import Cache
 from dreml.files import write_csv
 from dreml.optimizers import learning_rate, make_optimizer
 from dreml.runs.folder import Run, read_run
@@ -62,7 +74,7 @@ def initial_weights(of_run: Settings, given: str | None) -> dict | None:
     """Those that the run's members began with; `given` names the file, if they came from one."""
     source = given or of_run.weights.partition(":")[0]
     if source == "sha256" or weights_tag(of_run.backbone, source) != of_run.weights:
-        raise InputError("--weights has to name the file that the run's members began with")
+        raise InputError(f"the run's members began with {of_run.weights}: --weights has to name that, or its file")
     return read_weights(of_run.backbone, source)
 
 
@@ -76,12 +88,14 @@ def train_rival(
         torch.manual_seed(int(draws(settings.seed, 0, 0, "weights").integers(2**63)))
         network = build_model(settings.backbone, settings.meta_class_size, weights).to(device)
         loss_of = make_loss(loss_name, int(labels.max()) + 1, head_of(network).in_features).to(device)
-    optimizer = make_optimizer(settings.optimizer, network, settings.lr, device)
-    optimizer.add_param_group({"params": list(loss_of.parameters())})
+    optimizer = make_optimizer(settings.optimizer, nn.ModuleList([network, loss_of]), settings.lr, device)
+    (group,), num_proxies = optimizer.param_groups, len(list(loss_of.parameters()))
+    optimizer.add_param_group({"params": [group["params"].pop() for _ in range(num_proxies)]})
     state = TrainState(Pooled(network).train(), optimizer, compute.grad_scaler())
     for epoch in range(settings.num_epochs):
         total, done = torch.zeros((), device=device), 0
         draw = partial(draws, settings.seed, 0, epoch)
+        torch.manual_seed(int(draw("dropout").integers(2**63)))  # for networks that have some
         for batch in epoch_batches(cache, np.arange(len(labels)), labels, settings, draw, device):
             rate = learning_rate(settings, epoch + (done + len(batch.targets) / 2) / len(labels))
             for group, factor in zip(optimizer.param_groups, (1, PROXY_RATE), strict=True):
@@ -89,7 +103,10 @@ def train_rival(
             pixels = prepare(batch, *statistics)
             total += len(pixels) * student_step(state, compute, pixels, batch.targets, loss_of)
             done += len(pixels)
-        print(f"epoch {epoch}: loss {total.item() / len(labels):.4f}", flush=True)
+        loss = total.item() / len(labels)
+        print(f"epoch {epoch}: loss {loss:.4f}", flush=True)
+        if not math.isfinite(loss):
+            raise RunError(f"epoch {epoch}: the loss is not finite; {compute.overflow_remedy()}")
     return network
 
 
@@ -103,7 +120,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--loss", choices=LOSSES, required=True, help="of pytorch-metric-learning")
     add("--num_epochs", type=natural_number, required=True, metavar="E", help="epochs")
     add("--schedule", choices=("steps", "onecycle"), default="steps", help="as of train.py (default: steps)")
-    add("--lr", type=float, help="learning rate of the network (default: the run's)")
+    add("--lr", type=positive_float, help="learning rate of the network (default: the run's)")
     add("--seed", type=seed_number, default=0, metavar="S", help="start of all random draws (default: 0)")
     add("--weights", metavar="W", help="the run's initial weights, where they came from a file")
     add("--data_path", type=Path, metavar="DIR", help="data sets (default: as in training)")
@@ -113,9 +130,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
+    set_up_device(device, deterministic=False)
     trained = read_run(args.folder)
     of_run = trained.settings
-    cache = read_cache(trained.data_path(args.data_path), of_run.data_name, of_run.image_spec)
+    cache = trained.read_cache(trained.data_path(args.data_path))
     weights = initial_weights(of_run, args.weights)
     changes = {"num_epochs": args.num_epochs, "schedule": args.schedule, "seed": args.seed, "lr": args.lr or of_run.lr}
     settings, compute = replace(of_run, **changes), Compute(device, of_run.precision)

@@ -184,7 +184,7 @@ def test_a_small_network_of_each_family_trains_goes_on_and_embeds(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("backbone", [*SMALL, "resnet18", "timm:test_efficientnet"])
+@pytest.mark.parametrize("backbone", [*SMALL, "resnet18", "timm:test_efficientnet", "timm:test_nfnet"])
 def test_kept_weights_change_no_bit(backbone, precision, monkeypatch):
     """Stored in half the bytes, they are what autocast makes of them in each call; the head stays in float32."""
     if backbone in SMALL:
@@ -193,13 +193,15 @@ def test_kept_weights_change_no_bit(backbone, precision, monkeypatch):
         pytest.importorskip("timm", reason="timm is an extra")
     torch.manual_seed(0)
     model, compute = build_model(backbone, 5, None).eval(), Compute(torch.device("cpu"), precision)
-    pixels = torch.randn(4, 3, 32, 32)
+    pixels = torch.randn(4, 3, *2 * [64 if backbone == "timm:test_nfnet" else 32])
     with torch.no_grad(), compute.autocast():
         expected = [features(model, pixels, embedding) for embedding in EMBEDDINGS]
         compute.keep_weights(model)
         assert all(map(torch.equal, expected, [features(model, pixels, embedding) for embedding in EMBEDDINGS]))
-    kept = {layer.weight.dtype for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)}
-    assert kept == {DTYPES[precision]} and head_of(model).weight.dtype == torch.float32
+    kept = [layer.weight.dtype == DTYPES[precision] for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)]
+    # NFNet standardises its weights in each call: those have to stay
+    assert all(kept) or backbone == "timm:test_nfnet"
+    assert head_of(model).weight.dtype == torch.float32
 
 
 def build_small(backbone: str) -> Callable:

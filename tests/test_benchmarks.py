@@ -289,16 +289,41 @@ def test_every_way_of_distilling_is_another_student(small_run, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("loss", rivals.LOSSES)
-def test_a_rival_learns_the_classes(small_run, tmp_path, capsys, loss):
-    """Network and proxies both: the loss falls. The same seed gives the same row again."""
+def test_a_rival_learns_the_classes(small_run, tmp_path, capsys, monkeypatch, loss):
+    """Network and proxies both. The same seed gives the same row again."""
     pytest.importorskip("pytorch_metric_learning")
+    learners, before = [], []
+
+    def spied(build):
+        def call(*args):
+            learners.append(build(*args))
+            before.append([parameter.detach().clone() for parameter in learners[-1].parameters()])
+            return learners[-1]
+
+        return call
+
+    monkeypatch.setattr(rivals, "build_model", spied(rivals.build_model))
+    monkeypatch.setattr(rivals, "make_loss", spied(rivals.make_loss))
     run = shutil.copytree(small_run, tmp_path / "run")
     for _ in range(2):
         assert rivals.main([str(run), "--loss", loss, "--num_epochs", "4"]) == 0
     losses = [float(text) for text in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
-    assert losses[3] < 0.9 * losses[0] and losses[4:] == losses[:4]
+    assert losses[3] < losses[0] and losses[4:] == losses[:4]
     table = pd.read_csv(run / "rivals.csv").drop(columns="seconds")
     assert table.iloc[0].equals(table.iloc[1]) and 0 < table["R@1"][0] < 100
+    network, proxies = (
+        [*map(torch.equal, learner.parameters(), old)] for learner, old in zip(learners[:2], before[:2], strict=True)
+    )
+    assert proxies == [False] and sum(network) == 2  # its unused last layer
+
+
+def test_a_rival_that_overflows_stops(small_run, tmp_path, capsys):
+    pytest.importorskip("pytorch_metric_learning")
+    run = shutil.copytree(small_run, tmp_path / "run")
+    options = [str(run), "--loss", "proxy_anchor", "--num_epochs", "4"]
+    assert rivals.main([*options, "--lr", "1e30"]) == 1
+    assert "the loss is not finite; try a lower --lr" in capsys.readouterr().err
+    assert "--lr" in refused(capsys, rivals, *options, "--lr", "0")
 
 
 def test_a_rival_begins_as_the_members_did(tmp_path):
@@ -309,7 +334,7 @@ def test_a_rival_begins_as_the_members_did(tmp_path):
     weights = rivals.initial_weights(of_run, str(tmp_path / "weights.pth"))
     assert torch.equal(weights["conv1.weight"], state["conv1.weight"])
     for given in (None, "none"):
-        with pytest.raises(InputError, match="has to name the file"):
+        with pytest.raises(InputError, match="has to name that, or its file"):
             rivals.initial_weights(of_run, given)
 
 

@@ -252,7 +252,7 @@ def earlier_student(folder: Path, record: StudentRecord) -> StudentRecord | None
         print(f"warning: {folder} counts as not made ({one_line(error)})", file=sys.stderr)
         return None
     if earlier.owner != record.owner:
-        raise InputError(f"{folder} holds a student of other members' weights, or of other defaults: move it away")
+        raise InputError(f"{folder} is of other members' weights, or of when --batch_size was 128: move it away")
     return earlier
 
 
