@@ -249,6 +249,12 @@ def judge(rows: dict[str, torch.Tensor], run: Run, settings: StudentSettings, de
     return scores | {"cosine": 100 * (rows["logits"] * members).sum(1).mean().item()}
 
 
+def add_row(path: Path, values: dict[str, object]) -> None:
+    """Adds a row to a table on disk, which begins with it if there is none."""
+    earlier = [pd.read_csv(path)] if path.exists() else []
+    write_csv(path, pd.concat([*earlier, pd.DataFrame([values])], ignore_index=True))
+
+
 # ------------------------------------------------------------------------------------------------ the script
 
 
@@ -290,8 +296,7 @@ def run(args: argparse.Namespace) -> None:
     row = recipe | try_recipe(args, trained, cache, device)
     row["ensemble"], row["ensemble_map"], _ = score(trained.embeddings("logits", device), trained.split, [1])[-1]
     path = trained.folder / "distill_search.csv"
-    earlier = [pd.read_csv(path)] if path.exists() else []
-    write_csv(path, pd.concat([*earlier, pd.DataFrame([row])], ignore_index=True))
+    add_row(path, row)
     print(f"R@1 of {trained.num_members} members' logits {row['ensemble']:.2f}; a row more in {path}")
 
 

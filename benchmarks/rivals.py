@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 
+from benchmarks.distill_search import add_row
 from benchmarks.plain import hardware
 from distill import student_step
 from dreml.backbones import read_weights, weights_tag
@@ -38,7 +38,6 @@ from dreml.console import (
 )
 from dreml.data.augment import epoch_batches, prepare
 from dreml.data.cache import Cache
-from dreml.files import write_csv
 from dreml.optimizers import learning_rate, make_optimizer
 from dreml.runs.folder import Run, read_run
 from dreml.runs.settings import Settings
@@ -144,8 +143,7 @@ def run(args: argparse.Namespace) -> None:
     rows = extract_features(network, cache.array("test_images"), trained.statistics(device), 256, "pooled")
     row["R@1"], row["mAP@R"], _ = score([unit_blocks(rows, 1)], trained.split, [1])[0]
     path = trained.folder / "rivals.csv"
-    earlier = [pd.read_csv(path)] if path.exists() else []
-    write_csv(path, pd.concat([*earlier, pd.DataFrame([row])], ignore_index=True))
+    add_row(path, row)
     print(f"R@1 {row['R@1']:.2f}, mAP@R {row['mAP@R']:.2f}; a row more in {path}")
 
 
