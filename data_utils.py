@@ -3,6 +3,7 @@
     python data_utils.py                                      every data set found under data/
     python data_utils.py --data_name cub --image_size 128     one of them, smaller
     python data_utils.py --data_name demo --image_size 32     draws a data set first; needs no download
+    python data_utils.py --data_name cub --holdout 0.2        cub_holdout: a fifth of the training classes as test split
 
 The cache data/NAME/cache_256/ holds pixels after the last deterministic step of the input pipeline, as uint8: training
 images with their shorter side at int(1.1 * 256), test images resized and centre-cropped to 256 x 256. They equal
@@ -27,12 +28,14 @@ from dreml.console import (
     RunError,
     Terminated,
     data_set_name,
+    fraction,
     is_utf8,
     natural_number,
     num_cores,
     run_main,
+    seed_number,
 )
-from dreml.data.cache import Cache, cache_folder, make_command, read_cache, verify_cache
+from dreml.data.cache import Cache, Holdout, cache_folder, cache_options, holdout_of, read_cache, verify_cache
 from dreml.data.cache_writer import build_cache
 from dreml.data.demo import draw_demo
 from dreml.data.images import RESIZES, ImageSpec, load_rgb, resize_test
@@ -55,18 +58,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--num_workers", type=natural_number, default=num_cores(), metavar="N", help="processes (default: all cores)")
     add("--force", action="store_true", help="make a cache again that is there already")
     add("--skip_bad", action="store_true", help="go on without bad images; their list is written beside the cache")
+    holdout_help = "cache NAME_holdout: a random share of the training classes as test split, e.g. 0.2"
+    add("--holdout", type=fraction, metavar="SHARE", help=holdout_help)
+    add("--holdout_seed", type=seed_number, metavar="N", help="draws other classes: NAME_holdoutN (default: 0)")
     add("--verify", action="store_true", help="only compare the caches with their checksums")
     args = parser.parse_args(argv)
     if args.image_size > 2048:
         raise InputError(f"--image_size {args.image_size} is over 2048 pixels")
-    if args.verify and (args.force or args.skip_bad):
-        raise InputError("--verify only reads: it does not go with --force or --skip_bad")
+    if args.verify and (args.force or args.skip_bad or args.holdout):
+        raise InputError("--verify only reads: it does not go with --force, --skip_bad or --holdout")
+    if args.holdout and not args.data_name:
+        raise InputError("--holdout needs --data_name: the data sets whose classes it divides")
+    if args.holdout_seed is not None and not args.holdout:
+        raise InputError("--holdout_seed goes with --holdout")
     return args
 
 
 def run(args: argparse.Namespace) -> None:
     # 1. The data sets: those that are named, or all that are found
     data_path, spec = args.data_path, ImageSpec(args.image_size, args.resize)
+    holdout = Holdout(args.holdout, args.holdout_seed or 0) if args.holdout else None
     names = list(dict.fromkeys(args.data_name or found_names(data_path, spec, args.verify)))
 
     # 2. One after the other. A bad one does not stop the others
@@ -79,7 +90,8 @@ def run(args: argparse.Namespace) -> None:
                 verify_cache(cache)
             else:
                 require_raw(data_path, name)
-                cache = build_cache(data_path, name, spec, args.num_workers, args.force, args.skip_bad)
+                cache = build_cache(data_path, name, spec, args.num_workers, args.force, args.skip_bad, holdout)
+                name = cache.folder.parent.name
             rows.append((name, cache, time.perf_counter() - start))
         except UnknownLayout as error:
             (refused if args.data_name else passed_over).append(str(error))
@@ -117,7 +129,9 @@ def found_names(data_path: Path, spec: ImageSpec, cached: bool) -> list[str]:
     for folder in subfolders(data_path) if data_path.is_dir() else []:
         if not is_utf8(folder.name):
             print(f"{str(folder)!a}: the name is not valid UTF-8, passed over")
-        elif not cached or os.path.exists(cache_folder(data_path, folder.name, spec)):
+        elif cached and os.path.exists(cache_folder(data_path, folder.name, spec)):
+            names.append(folder.name)
+        elif not cached and holdout_of(data_path, folder.name) is None:  # of which there are no raw images
             names.append(folder.name)
     return names
 
@@ -149,9 +163,9 @@ def training_text(data_path: Path, name: str, cache: Cache) -> str:
         return f"{name} cannot be trained on: it has one training class, and telling classes apart needs two"
     if num_gallery and not recalls:
         return f"{name} cannot be trained on yet: one test image cannot be searched; add more, or leave out test images"
-    command = make_command(data_path, name, cache.spec).replace("data_utils.py", "train.py", 1)
+    command = f"python train.py {cache_options(data_path, name, cache.spec)}"
     if num_classes < Settings().meta_class_size:
-        command += f" --meta_class_size {num_classes}"
+        command += " --meta_class_size all"
     if num_gallery and recalls != default_recalls(name):
         command += f" --recalls {','.join(map(str, recalls))}"
     if name == "demo":  # on a CPU

@@ -30,9 +30,10 @@ from tqdm import tqdm
 from dreml import console
 from dreml.backbones import check_backbone, own_scaling, read_weights, weights_tag
 from dreml.console import InputError, RunError
-from dreml.data.augment import epoch_batches, prepare
+from dreml.data.augment import Mixing, epoch_batches, prepare
 from dreml.data.batches import input_memory
 from dreml.data.cache import Cache, check_unchanged, read_cache
+from dreml.data.images import ImageSpec
 from dreml.data.known_sets import default_recalls
 from dreml.files import make_folder, remove_leftovers, sha256
 from dreml.optimizers import learning_rate, make_optimizer, with_rates
@@ -93,14 +94,29 @@ class Sums:
         return cls(torch.zeros((), device=device), counts[0], counts[1])
 
 
-def train_step(state: TrainState, compute: Compute, pixels: torch.Tensor, targets: torch.Tensor, sums: Sums) -> None:
+def train_step(
+    state: TrainState,
+    compute: Compute,
+    pixels: torch.Tensor,
+    targets: torch.Tensor,
+    sums: Sums,
+    mixing: Mixing | None = None,
+) -> None:
     """One step of plain softmax cross-entropy on meta-classes. The host never waits for the device.
 
-    The backbone computes in `compute.precision`, its head and the loss in fp32.
+    The backbone computes in `compute.precision`, its head and the loss in fp32. With `mixing`, each image has two
+    targets, its own and its partner's, which count by their shares; the larger one decides whether it is correct.
     """
     with compute.autocast():
         logits = state.model(pixels)
-    loss = F.cross_entropy(logits, targets)
+    if mixing is None:
+        loss = F.cross_entropy(logits, targets)
+    else:
+        shares, others = mixing.shares, targets[mixing.partners]
+        own_losses = F.cross_entropy(logits, targets, reduction="none")
+        other_losses = F.cross_entropy(logits, others, reduction="none")
+        loss = (shares * own_losses + (1 - shares) * other_losses).mean()
+        targets = torch.where(shares >= 0.5, targets, others)
     state.optimizer.zero_grad()
     state.scaler.scale(loss).backward()
     state.scaler.step(state.optimizer)
@@ -115,11 +131,11 @@ def train_step(state: TrainState, compute: Compute, pixels: torch.Tensor, target
 def train_epoch(
     state: TrainState,
     compute: Compute,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor, Mixing | None]],
     num_images: int,
     title: str,
 ) -> dict[str, float]:
-    """One step for each (pixels, targets) of `batches`, with a progress bar.
+    """One step for each (pixels, targets, mixing) of `batches`, with a progress bar.
 
     Returns loss (mean over the images), accuracy in percent, correct, images, seconds and images_per_second. Raises
     RunError if a loss was not finite.
@@ -135,8 +151,8 @@ def train_epoch(
         disable=True if "WORLD_SIZE" in os.environ else None,  # None: without a terminal
     ) as bar:
         next_reading = start + SECONDS_BETWEEN_READINGS
-        for pixels, targets in batches:
-            train_step(state, compute, pixels, targets, sums)
+        for pixels, targets, mixing in batches:
+            train_step(state, compute, pixels, targets, sums, mixing)
             bar.update(len(targets))
             if not bar.disable and time.perf_counter() > next_reading:
                 accuracy = sums.correct.item() / bar.n
@@ -188,8 +204,8 @@ def train_member(
     """Trains one member (docs/METHOD.md, "One member"), from where `progress` stands.
 
     Returns the network, on the device, with the weights of the epoch of the best training accuracy (counted during the
-    epoch; the earlier one on a tie), or for "onecycle" of the last epoch, and how it came about: best epoch, history
-    and partition.
+    epoch; the earlier one on a tie), or for "onecycle" and --mixup of the last epoch, and how it came about: best
+    epoch, history and partition.
     """
     settings, compute, cache = experiment.settings, experiment.compute, experiment.cache
     labels, (num_classes, _) = cache.array("train_labels"), cache.counts["train"]
@@ -211,13 +227,14 @@ def train_member(
         draw = partial(draws, settings.seed, member, epoch)
         torch.manual_seed(int(draw("dropout").integers(2**63)))  # for networks that have some; a ResNet draws nothing
         batches = epoch_batches(cache, images, targets, settings, draw, compute.device)
-        prepared = ((prepare(batch, *experiment.statistics, memory), batch.targets) for batch in batches)
+        prepared = ((prepare(batch, *experiment.statistics, memory), batch.targets, batch.mixing) for batch in batches)
         paced = with_rates(prepared, state.optimizer, settings, epoch, len(images))
         with console.name_interruption(f"epoch {epoch}"):
             result = train_epoch(state, compute, paced, len(images), f"{title} epoch {epoch}")
         history = [*history, {"epoch": epoch, "lr": learning_rate(settings, epoch + 0.5)} | result]
-        keeps_last = best_epoch < 0 or settings.schedule == "onecycle"  # whose last epoch has the smallest rates
-        if keeps_last or result["correct"] > history[best_epoch]["correct"]:
+        # The last epoch of "onecycle" has the smallest rates; of mixed images, the accuracy does not say which is best.
+        keeps_last = settings.schedule == "onecycle" or settings.mixup
+        if best_epoch < 0 or keeps_last or result["correct"] > history[best_epoch]["correct"]:
             best_epoch, best_model = epoch, snapshot(state.model.state_dict(), compute.device)
         if progress:
             other_best = None if best_epoch == epoch else best_model  # None: the same as the model
@@ -315,8 +332,10 @@ def score_baseline(experiment: Experiment, members: Members, split: TestSplit, k
 
 def run(args: argparse.Namespace) -> None:
     # 1. Options, data and device: whatever can be wrong is found before any training
+    cache = read_cache(args.data_path, args.data_name, ImageSpec(args.image_size, args.resize))
+    if args.meta_class_size == "all":
+        args.meta_class_size = cache.counts["train"][0]
     settings = settings_of(args)
-    cache = read_cache(args.data_path, settings.data_name, settings.image_spec)
     split = TestSplit.from_arrays(*(cache.array(f"test_{name}") for name in TestSplit._fields))
     check_counts(settings, args.recalls, cache, split)
     device = console.pick_device(args.device)
@@ -394,7 +413,9 @@ def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSpl
     """Raises InputError for numbers of meta-classes or K that the data set is too small for."""
     (num_classes, _), num_gallery = cache.counts["train"], int(split.is_gallery.sum())
     if not 2 <= (size := settings.meta_class_size) <= num_classes:
-        raise InputError(f"--meta_class_size {size} has to be in 2..{num_classes} (training classes)")
+        raise InputError(
+            f"--meta_class_size {size} has to be in 2..{num_classes} (training classes), or all: each its own"
+        )
     if len(split.labels) and max(ks) >= num_gallery:
         raise InputError(f"--recalls: {max(ks)} is not below the number of gallery images, {num_gallery}")
 

@@ -186,6 +186,11 @@ def natural_number(text: str) -> int:
     return int(text)
 
 
+def number_or_all(text: str) -> int | str:
+    """argparse type: a positive integer, or "all"."""
+    return text if text == "all" else natural_number(text)
+
+
 def seed_number(text: str) -> int:
     """argparse type: an integer in 0..2**32-1."""
     if not text.isascii() or not text.isdigit() or int(text) >= 2**32:

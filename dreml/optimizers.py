@@ -41,16 +41,16 @@ def learning_rate(settings: Settings, epochs: float) -> float:
 
 
 def with_rates(
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor, object]],
     optimizer: torch.optim.Optimizer,
     settings: Settings,
     epoch: int,
     num_images: int,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The (pixels, targets) of an epoch's batches. Before each, sets the optimizer's rate: that halfway in its step."""
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, object]]:
+    """The (pixels, targets, mixing) of an epoch's batches. Before each, sets the rate: that halfway in its step."""
     done = 0
-    for pixels, targets in batches:
+    for pixels, targets, mixing in batches:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, epoch + (done + len(targets) / 2) / num_images)
-        yield pixels, targets
+        yield pixels, targets, mixing
         done += len(targets)

@@ -11,13 +11,21 @@ from dreml.data.cache import Cache
 from dreml.runs.settings import Settings
 
 
+class Mixing(NamedTuple):
+    """With which other image of its batch each image is mixed (--mixup), on the device."""
+
+    partners: torch.Tensor  # (B,) int64, places in the batch
+    shares: torch.Tensor  # (B,) float32 in 0..1, the weight of the image itself; its partner has the rest
+
+
 class Batch(NamedTuple):
-    """A batch of training images on the device, not yet mirrored and normalised. See `prepare`."""
+    """A batch of training images on the device, not yet mirrored, normalised and mixed. See `prepare`."""
 
     images: torch.Tensor  # (B, S, S, 3) uint8, each image's window in its top left corner
     targets: torch.Tensor  # (B,) int64, meta-classes
     num_mirrored: int  # the first so many images are to be mirrored
     sides: torch.Tensor | None  # (B,) int64, the windows' sides; None: all S
+    mixing: Mixing | None = None
 
 
 def batch_spans(num_images: int, batch_size: int) -> list[tuple[int, int]]:
@@ -41,7 +49,7 @@ def epoch_batches(
     Args:
         images: `(n,) int64`, the training images that take part.
         targets: `(N,) int64`, the meta-class of every training image of the cache.
-        draw: gives the random generator for a purpose: "order", "scale", "crop" and "flip".
+        draw: gives the random generator for a purpose: "order", "scale", "crop", "flip" and "mix".
     """
     size, smallest = settings.image_size, max(1, round(settings.scale_min * settings.image_size))
     order = draw("order").permutation(images)
@@ -65,14 +73,42 @@ def epoch_batches(
 
     epoch_targets = torch.from_numpy(targets[order]).to(device)
     epoch_sides = torch.from_numpy(sides).to(device) if settings.scale_min < 1 else None
+    mixing = epoch_mixing(spans, draw("mix"), device) if settings.mixup else None
     loaded = image_batches(fill, spans, size, device, read_ahead)
     for (start, stop), pixels, mirror in zip(spans, loaded, num_mirrored, strict=True):
         batch_sides = None if epoch_sides is None else epoch_sides[start:stop]
-        yield Batch(pixels, epoch_targets[start:stop], mirror, batch_sides)
+        batch_mixing = None if mixing is None else Mixing(mixing.partners[start:stop], mixing.shares[start:stop])
+        yield Batch(pixels, epoch_targets[start:stop], mirror, batch_sides, batch_mixing)
+
+
+def epoch_mixing(spans: list[tuple[int, int]], generator: np.random.Generator, device: torch.device) -> Mixing:
+    """The mixing of all batches of an epoch, one after the other.
+
+    The images of a batch stand in a random circle: each is mixed with the next one, with a share uniform in 0..1.
+    """
+    partners = []
+    for start, stop in spans:
+        circle = generator.permutation(stop - start)
+        partner = np.empty_like(circle)
+        partner[circle] = np.roll(circle, -1)
+        partners.append(partner)
+    shares = generator.random(spans[-1][1], np.float32)
+    return Mixing(torch.from_numpy(np.concatenate(partners)).to(device), torch.from_numpy(shares).to(device))
 
 
 def prepare(batch: Batch, mean: torch.Tensor, std: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
-    """The network's input, `(B, 3, S, S) float32`: enlarged, mirrored (in place) and normalised, see `normalize`."""
+    """The network's input, `(B, 3, S, S) float32`: enlarged, mirrored (in place), normalised (`normalize`), mixed."""
     images = batch.images if batch.sides is None else resize_windows(batch.images, batch.sides)
     images[: batch.num_mirrored] = images[: batch.num_mirrored].flip(2)
-    return normalize(images, mean, std, memory)
+    pixels = normalize(images, mean, std, memory)
+    return pixels if batch.mixing is None else mix(pixels, batch.mixing)
+
+
+def mix(pixels: torch.Tensor, mixing: Mixing) -> torch.Tensor:
+    """share * image + (1 - share) * partner for each image, `(B, 3, S, S) float32`, in the memory format of `pixels`.
+
+    Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018, with alpha = 1 and a share for each image.
+    """
+    rows = pixels.permute(0, 2, 3, 1)  # as they lie in memory, so that the copy is channels_last too
+    mixed = rows[mixing.partners].lerp_(rows, mixing.shares[:, None, None, None])
+    return mixed.permute(0, 3, 1, 2)

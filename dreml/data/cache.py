@@ -2,10 +2,12 @@
 
 import functools
 import itertools
+import re
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -134,14 +136,42 @@ def cache_folder(data_path: Path, name: str, spec: ImageSpec) -> Path:
     return data_path / name / f"cache_{spec.size}{suffix}"
 
 
+class Holdout(NamedTuple):
+    """A random share of the training classes, which data/NAME_holdout tests on in place of the true test classes."""
+
+    share: float = 0.2  # between 0 and 1
+    seed: int = 0
+
+    def name_of(self, name: str) -> str:
+        """The name of the data set: NAME_holdout, or NAME_holdout1 for seed 1."""
+        return f"{name}_holdout{self.seed or ''}"
+
+
+def holdout_of(data_path: Path, name: str) -> tuple[str, int] | None:
+    """The data set that NAME_holdout was divided from, and the seed; None if this is another kind of data set."""
+    match = re.fullmatch(r"(.+)_holdout(|[1-9][0-9]*)", name)
+    if match is None or not (data_path / match[1]).is_dir():
+        return None
+    return match[1], int(match[2] or 0)
+
+
+def cache_options(data_path: Path, name: str, spec: ImageSpec) -> str:
+    """The options of data_utils.py and train.py that name a cache."""
+    options = f"--data_name {shlex.quote(name)}"
+    if data_path != Path("data"):
+        options += f" --data_path {shlex.quote(str(data_path))}"
+    if spec.size != 256:
+        options += f" --image_size {spec.size}"
+    return options if spec.resize == "crop" else f"{options} --resize {spec.resize}"
+
+
 def make_command(data_path: Path, name: str, spec: ImageSpec) -> str:
     """The command that makes a cache."""
-    command = f"python data_utils.py --data_name {shlex.quote(name)}"
-    if data_path != Path("data"):
-        command += f" --data_path {shlex.quote(str(data_path))}"
-    if spec.size != 256:
-        command += f" --image_size {spec.size}"
-    return command if spec.resize == "crop" else f"{command} --resize {spec.resize}"
+    holdout = holdout_of(data_path, name)
+    if holdout is None:
+        return f"python data_utils.py {cache_options(data_path, name, spec)}"
+    of_seed = f" --holdout_seed {holdout[1]}" if holdout[1] else ""
+    return f"python data_utils.py {cache_options(data_path, holdout[0], spec)} --holdout {Holdout().share}{of_seed}"
 
 
 def read_cache(data_path: Path, name: str, spec: ImageSpec) -> Cache:

@@ -14,9 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dreml.console import InputError, RunError, format_problems, progress_bar
-from dreml.data.cache import ARRAYS, CACHE_VERSION, Cache, CacheMeta, cache_folder, read_cache
+from dreml.data.cache import ARRAYS, CACHE_VERSION, Cache, CacheMeta, Holdout, cache_folder, read_cache
 from dreml.data.images import BadImage, ImageSpec, bad_image, load_rgb, probe_size, resize_test, resized
-from dreml.data.known_sets import PUBLISHED, count_images, list_data_set
+from dreml.data.known_sets import PUBLISHED, count_images, hold_out, list_data_set
 from dreml.data.lists import GALLERY, QUERY, Entries, Listing
 from dreml.data.workers import WorkerDied, map_ahead, worker_pool
 from dreml.files import (
@@ -89,25 +89,40 @@ class Images:
 
 
 def build_cache(
-    data_path: Path, name: str, spec: ImageSpec, num_workers: int, force: bool = False, skip_bad: bool = False
+    data_path: Path,
+    name: str,
+    spec: ImageSpec,
+    num_workers: int,
+    force: bool = False,
+    skip_bad: bool = False,
+    holdout: Holdout | None = None,
 ) -> Cache:
     """Turns the raw data set data_path/name into its cache, unless a good one is there and `force` is not set.
 
-    The new cache is made under a temporary name and renamed when whole; until then an earlier one stays as it was.
-    Raises UnknownLayout if there is no data set, InputError with all problems found in it.
+    With `holdout`, its training images alone into that of NAME_holdout, see `hold_out`. The new cache is made under a
+    temporary name and renamed when whole; until then an earlier one stays as it was. Raises UnknownLayout if there is
+    no data set, InputError with all problems found in it.
     """
     job = CacheJob(name, data_path / name, spec, num_workers, skip_bad)
+    if holdout is not None:
+        name = holdout.name_of(name)
     target = cache_folder(data_path, name, spec)
     lock, skipped_list = target.with_name(f".{target.name}.lock"), target.with_name(f"{target.name}_skipped.txt")
     bring_back(target, lock)
     if not force and (target / "meta.json").exists():
         try:
             cache = read_cache(data_path, name, spec)
-            print(f"{name}: {target} is there already (--force makes it again)")
-            return cache
         except InputError as error:
             print(f"{name}: making the cache again: {error}", file=sys.stderr)
-    listing = list_data_set(name, job.source)
+        else:
+            if holdout is not None:
+                check_share(cache, holdout)
+            print(f"{name}: {target} is there already (--force makes it again)")
+            return cache
+    listing = list_data_set(job.name, job.source)
+    if holdout is not None:
+        listing = hold_out(listing, holdout)
+        target.parent.mkdir(exist_ok=True)
     held = take_lock(lock, SECONDS_FOR_A_LOCK)
     if held is None:
         raise InputError(f"{target} is being made by another process")
@@ -124,6 +139,16 @@ def build_cache(
         finally:
             shutil.rmtree(new, ignore_errors=True)
     return read_cache(data_path, name, spec)
+
+
+def check_share(cache: Cache, holdout: Holdout) -> None:
+    """Raises InputError if the cache of a holdout data set has another share of the classes."""
+    num_train, num_test = (cache.counts[split][0] for split in ("train", "test"))
+    if num_test != round(holdout.share * (num_train + num_test)):
+        raise InputError(
+            f"{cache.folder} holds out {num_test} of {num_train + num_test} classes, not --holdout {holdout.share:g}; "
+            "--force makes it again"
+        )
 
 
 def bring_back(target: Path, lock: Path) -> None:

@@ -6,6 +6,7 @@ A new one is a function that lists its images and one entry of PUBLISHED.
 import collections
 import itertools
 import posixpath
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dreml.console import InputError, one_line
+from dreml.data.cache import Holdout
 from dreml.data.lists import (
     GALLERY,
     QUERY,
@@ -300,6 +302,29 @@ def list_data_set(name: str, folder: Path) -> Listing:
         raise UnknownLayout(f"{folder}: {what_was_meant(folder)}")
     hint = "; for images of your own, choose another name" if (folder / "train").is_dir() else ""
     raise UnknownLayout(f"{folder} holds no {name}; expected is {LAYOUTS[name]}{hint}")
+
+
+def hold_out(listing: Listing, holdout: Holdout) -> Listing:
+    """The training images of a data set, divided by class into a training and a test split.
+
+    The images of the true test split are left out. Raises InputError if a split would have fewer than two classes.
+    """
+    classes = [each for each in listing.entries.classes if each.split == "train"]
+    num_held_out = round(holdout.share * len(classes))
+    if num_held_out < 2 or len(classes) - num_held_out < 2:
+        raise InputError(
+            f"--holdout {holdout.share:g} of {len(classes)} training classes leaves {len(classes) - num_held_out} to "
+            f"train on and {num_held_out} to test on; it takes at least two of each"
+        )
+    order = np.random.default_rng((holdout.seed, zlib.crc32(b"holdout"))).permutation(len(classes))
+    held_out = {classes[place].key for place in order[:num_held_out]}
+    divided = Listing(problems=listing.problems, warnings=listing.warnings)
+    for entry in listing.entries:
+        if entry.split == "train":
+            split = "test" if entry.class_key in held_out else "train"
+            divided.entries.append(entry._replace(split=split))
+    divided.entries.sort()
+    return divided
 
 
 def check_whole(listing: Listing, name: str) -> None:

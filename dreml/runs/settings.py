@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import NamedTuple
 
-from dreml.console import data_set_name, fraction, natural_number, positive_float, seed_number
+from dreml.console import data_set_name, fraction, natural_number, number_or_all, positive_float, seed_number
 from dreml.data.images import RESIZES, ImageSpec
 
 PRECISIONS = ("fp32", "bf16", "fp16")  # what the backbone computes in
@@ -61,7 +61,9 @@ class Settings:
 
     data_name: str = option("car", "{}".format, DATA_HELP, "NAME", data_set_name)
     backbone: str = option("resnet18", backbone_in_name, "of torchvision, or timm:NAME (default: resnet18)", "NAME")
-    meta_class_size: int = option(12, "D{}".format, "meta-classes (default: 12)", "D", natural_number)
+    meta_class_size: int = option(
+        12, "D{}".format, "meta-classes (default: 12); all: every class is its own", "D", number_or_all
+    )
     num_epochs: int = option(12, "e{}".format, "epochs a member (default: 12)", "E", natural_number)
     seed: int = option(0, "s{}".format, "start of all random draws (default: 0)", type=seed_number)
     image_size: int = option(256, "i{}".format, "crops, pixels (default: 256)", "S", natural_number)
@@ -75,6 +77,7 @@ class Settings:
     weights: str = option("imagenet", weights_in_name, "imagenet (default), none, or the path of a state dict", "W")
     flip: bool = option(True, "noflip".format, "no mirroring: mirror images are other classes")
     scale_min: float = option(1.0, "scale{!r}".format, SCALE_HELP, "M", fraction)
+    mixup: bool = option(False, "mixup".format, "mix the images of each batch in pairs, and their classes")
     precision: str = option("auto", "{}".format, PRECISION_HELP, "P", choices=("auto", *PRECISIONS))
 
     def __post_init__(self):
@@ -135,6 +138,8 @@ def add_settings(group: argparse._ArgumentGroup, kind: type = Settings) -> None:
         argument = {key: value for key, value in each.metadata["argument"].items() if value is not None}
         if each.default is True:
             group.add_argument(f"--no_{each.name}", dest=each.name, action="store_false", **argument)
+        elif each.default is False:
+            group.add_argument(f"--{each.name}", action="store_true", **argument)
         elif "help" in argument:
             group.add_argument(f"--{each.name}", default=each.default, **argument)
 
