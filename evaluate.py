@@ -2,7 +2,6 @@
 
     python evaluate.py results/RUN --recalls 1,10,100 --plot      tables and figures, into the run folder
     python evaluate.py results/demo_* --output compared           several runs in one table; all files go to compared/
-    python evaluate.py results/RUN --student                      the one network that distill.py made from it
 
 Each run is scored for every ensemble size, and for each member alone. Several runs that differ only in their seed are
 also averaged, with the sample standard deviation. mAP@R and R-Precision: Musgrave et al., "A Metric Learning Reality
@@ -42,9 +41,8 @@ from dreml.figures.curves import draw_comparison, draw_found, draw_recall, draw_
 from dreml.figures.style import check_matplotlib, drawing, printable, save_figure
 from dreml.files import writable, write_csv
 from dreml.runs.baseline import print_baseline, read_baseline
-from dreml.runs.folder import SUFFIXES, Run, TestSplit
+from dreml.runs.folder import SUFFIXES, Run, TestSplit, read_run
 from dreml.runs.settings import EMBEDDINGS
-from dreml.runs.student import StudentRun, read_run_or_student
 from dreml.runs.writer import run_lock
 from dreml.thresholds import FARS, FEWEST_ABOVE, threshold_table
 from utils import (
@@ -67,20 +65,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     recalls_help = "Recall@K (default: 1,2,4,8; for isc 1,10,20,30)"
     scores("--recalls", type=recall_list, metavar="K,K", help=recalls_help)
     scores("--num_members", type=natural_number, metavar="L", help="members 1 to L (default: all that are finished)")
-    student_help = "their students in place of the members; TAG if a run has several"
-    scores("--student", nargs="?", const="", metavar="TAG", help=student_help)
-    embedding_help = "logits (default), or pooled: the features before the last layer (default of --student)"
-    scores("--embedding", choices=EMBEDDINGS, metavar="E", help=embedding_help)
+    embedding_help = "logits (default), or pooled: the features before the last layer"
+    scores("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
     rest = parser.add_argument_group("the rest").add_argument
     rest("--plot", action="store_true", help="draw Recall@K and the training curves, as PNG and SVG")
     output_help = "write into DIR, nothing into the run folders (default: each run's files into its folder)"
     rest("--output", type=Path, metavar="DIR", help=output_help)
     rest("--device", default="auto", help=DEVICE_HELP)
-    args = parser.parse_args(argv)
-    if args.student is not None and args.num_members:
-        raise InputError("--student is one network: it goes without --num_members")
-    args.embedding = args.embedding or ("logits" if args.student is None else "pooled")
-    return args
+    return parser.parse_args(argv)
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -144,15 +136,14 @@ def score_thresholds(members: Sequence[torch.Tensor], split: TestSplit) -> tuple
 
 
 def threshold_text(table: pd.DataFrame, run: Run) -> str:
-    """The thresholds of the whole ensemble, or of a student, and which false-accept rates have none, for people."""
+    """The thresholds of the whole ensemble, and which false-accept rates have none, for people."""
     rows, num_queries = table[table.ensemble_size == run.num_members].itertuples(), int(run.test.is_query.sum())
     parts = [f"FAR {100 * row.far:g} %: {row.threshold:.4f} (found {row.found:.2f} %)" for row in rows]
     missing = [f"{100 * far:g} %" for far in FARS if far not in set(table.far)]
     if missing:
         few = f"under {FEWEST_ABOVE} of {num_queries:,} queries would be above it"
         parts.append(f"none for {', '.join(missing)}: {few}")
-    whose = "the student" if isinstance(run, StudentRun) else f"{run.num_members} members"
-    return f"thresholds of {whose}: {'; '.join(parts)}"
+    return f"thresholds of {run.num_members} members: {'; '.join(parts)}"
 
 
 def score_table(index: str, values: np.ndarray, ks: list[int]) -> pd.DataFrame:
@@ -234,7 +225,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         check_matplotlib()
     device = pick_device(args.device)
-    runs = [read_run_or_student(folder, args.num_members, args.student) for folder in args.folders]
+    runs = [read_run(folder, args.num_members) for folder in args.folders]
     groups = group_by_settings(runs)
     targets = output_folders(runs, args.output)
     ks = args.recalls or common_recalls(runs)
@@ -249,23 +240,19 @@ def run(args: argparse.Namespace) -> None:
         tables[one.folder] = scores.sizes
         first = scores.sizes.columns[1]
         print_text(f"{one.folder}: {args.embedding}, percent")
-        if args.student is None:
-            print_baseline(one.folder, one.record.settings_hash, scores.sizes)
-            print(scores.sizes.assign(alone=scores.alone[first]).round(2).to_string(index=False))
-            print(f"(alone: {first} of the last member of the row by itself)")
-        else:
-            print(scores.sizes.iloc[:, 1:].round(2).to_string(index=False))
+        print_baseline(one.folder, one.record.settings_hash, scores.sizes)
+        print(scores.sizes.assign(alone=scores.alone[first]).round(2).to_string(index=False))
+        print(f"(alone: {first} of the last member of the row by itself)")
         print(threshold_text(scores.thresholds, one))
         write_scores(one, scores, target, suffix, args.plot)
-        written = f"evaluation{suffix}.csv, {'' if args.student is not None else f'members{suffix}.csv, '}"
-        print_text(f"{target}/: {written}thresholds{suffix}.csv{', figures' if args.plot else ''}\n")
+        written = ", ".join(f"{name}{suffix}.csv" for name in ("evaluation", "members", "thresholds"))
+        print_text(f"{target}/: {written}{', figures' if args.plot else ''}\n")
 
     # 3. All of them together
     if len(runs) == 1:
         return
     table = compare(groups, tables)
-    whose = f"{table.ensemble_size[0]} members" if args.student is None else "students"
-    print_text(f"{whose}, {args.embedding}, percent (mean ± sample standard deviation)")
+    print_text(f"{table.ensemble_size[0]} members, {args.embedding}, percent (mean ± sample standard deviation)")
     print_text(comparison_text(table))
     if not args.output:
         print("(--output DIR writes this table, and with --plot a figure of it)")
@@ -308,26 +295,19 @@ def check_recalls(ks: list[int], run: Run) -> None:
 
 
 def write_scores(run: Run, scores: Scores, folder: Path, suffix: str, plot: bool) -> None:
-    """Writes the three tables; with `plot`, evaluation.png, thresholds.png and training.png and all as SVG.
-
-    A student has no members and so no members.csv, and of the figures only the second.
-    """
-    is_student = isinstance(run, StudentRun)
+    """Writes the three tables; with `plot`, evaluation.png, thresholds.png and training.png and all as SVG."""
     with writable(folder, "--output"), lock_inside(folder, run):
         write_csv(folder / f"evaluation{suffix}.csv", scores.sizes, float_format="%.4f")
-        if not is_student:
-            write_csv(folder / f"members{suffix}.csv", scores.alone, float_format="%.4f")
+        write_csv(folder / f"members{suffix}.csv", scores.alone, float_format="%.4f")
         write_csv(folder / f"thresholds{suffix}.csv", scores.thresholds, float_format="%.6f")
         if not plot:
             return
         with drawing():
-            found = draw_found(scores.found, "student" if is_student else "1 member")
-            save_figure(found, folder, f"thresholds{suffix}")
-            if not is_student:
-                records = [run.members.records[member] for member in range(1, run.num_members + 1)]
-                baseline = read_baseline(run.folder, run.record.settings_hash)
-                save_figure(draw_recall(scores.sizes, scores.alone, baseline), folder, f"evaluation{suffix}")
-                save_figure(draw_training(records), folder, "training")
+            records = [run.members.records[member] for member in range(1, run.num_members + 1)]
+            baseline = read_baseline(run.folder, run.record.settings_hash)
+            save_figure(draw_recall(scores.sizes, scores.alone, baseline), folder, f"evaluation{suffix}")
+            save_figure(draw_found(scores.found), folder, f"thresholds{suffix}")
+            save_figure(draw_training(records), folder, "training")
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
-"""Writes a trained ensemble, or its student, as one ONNX graph, which runs without this program.
+"""Writes a trained ensemble as one ONNX graph, which runs without this program.
 
     python export.py RUN                       all finished members
     python export.py RUN --num_members 4       the first four
-    python export.py RUN --student             the one network that distill.py made from them
     python export.py RUN --check_recall        and compare R@1 with the run's
 
 The graph maps images, (N, S, S, 3) uint8, to embeddings, (N, d) float32: rows of
@@ -45,11 +44,10 @@ from dreml.exported import (
 )
 from dreml.files import writable, write_record
 from dreml.index import model_checksum
-from dreml.runs.folder import SUFFIXES, Run, TestSplit
+from dreml.runs.folder import SUFFIXES, Run, TestSplit, read_run
 from dreml.runs.settings import EMBEDDINGS
-from dreml.runs.student import StudentRun, read_run_or_student
 from dreml.search import unit_rows
-from model import Ensemble, load_ensemble, load_student
+from model import Ensemble, load_ensemble
 from utils import recall_at_k
 
 CPU = torch.device("cpu")
@@ -65,22 +63,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run folder of train.py")
     what = parser.add_argument_group("what is exported").add_argument
     what("--num_members", type=natural_number, metavar="L", help="members 1 to L (default: all that are finished)")
-    student_help = "the run's student (of that TAG) in place of its members"
-    what("--student", nargs="?", const="", metavar="TAG", help=student_help)
-    embedding_help = "logits (default), or pooled: the features before the last layer (default of --student)"
-    what("--embedding", choices=EMBEDDINGS, metavar="E", help=embedding_help)
+    embedding_help = "logits (default), or pooled: the features before the last layer"
+    what("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
     rest = parser.add_argument_group("the rest").add_argument
-    output_help = "the folder to make (default: RUN_FOLDER/export_L<members>, or export of the student's folder)"
+    output_help = "the folder to make (default: RUN_FOLDER/export_L<members>)"
     rest("--output", type=Path, metavar="DIR", help=output_help)
     recall_help = "embed all test images, too, and compare R@1 with that of the saved embeddings"
     rest("--check_recall", action="store_true", help=recall_help)
     data_help = "data sets, for the test images of the check (default: as in training)"
     rest("--data_path", type=Path, metavar="DIR", help=data_help)
-    args = parser.parse_args(argv)
-    if args.student is not None and args.num_members:
-        raise InputError("--student is one network: it goes without --num_members")
-    args.embedding = args.embedding or ("logits" if args.student is None else "pooled")
-    return args
+    return parser.parse_args(argv)
 
 
 # ------------------------------------------------------------------------------------------------ what is exported
@@ -105,17 +97,6 @@ def ensemble_source(trained: Run, embedding: str) -> Source:
         model_checksum(trained, embedding),
         lambda: load_ensemble(trained.folder, CPU, embedding, number),
         lambda: unit_rows(trained.embeddings(embedding, CPU)),
-    )
-
-
-def student_source(trained: StudentRun, embedding: str) -> Source:
-    """The student of a run, whose saved rows have length 1 already."""
-    return Source(
-        f"export{SUFFIXES[embedding]}",
-        f"{trained.run_folder.resolve().name}, student {trained.tag}, {embedding}",
-        model_checksum(trained, embedding),
-        lambda: load_student(trained.run_folder, trained.tag, CPU, embedding),
-        lambda: trained.embeddings(embedding, CPU)[0],
     )
 
 
@@ -158,8 +139,8 @@ def compare_recall(
 def run(args: argparse.Namespace) -> None:
     # 1. Whatever can be wrong is found before anything is computed
     check_packages()
-    trained = read_run_or_student(args.folder, args.num_members, args.student)
-    source = (ensemble_source if args.student is None else student_source)(trained, args.embedding)
+    trained = read_run(args.folder, args.num_members)
+    source = ensemble_source(trained, args.embedding)
     if args.check_recall:
         trained.require(args.embedding)
     cache = None

@@ -1,4 +1,4 @@
-"""A network with a meta-class head, its precision and its features; the Ensemble, and the Student of one."""
+"""A network with a meta-class head, its precision and its features; the Ensemble of several."""
 
 import contextlib
 import re
@@ -18,7 +18,6 @@ from dreml.data.images import ImageSpec
 from dreml.files import read_ahead
 from dreml.runs.folder import Members, member_file, member_numbers, read_run_record
 from dreml.runs.settings import EMBEDDINGS
-from dreml.runs.student import WEIGHTS, read_student
 from utils import full_float32
 
 # ------------------------------------------------------------------------------------------------ network
@@ -51,12 +50,6 @@ def head_of(model: nn.Module) -> Head:
     return next(layer for layer in model.modules() if isinstance(layer, Head))
 
 
-def backbone_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict of such a network without its last layer, for another one to begin with."""
-    head = next(name for name, layer in model.named_modules() if isinstance(layer, Head))
-    return {name: value for name, value in model.state_dict().items() if not name.startswith(f"{head}.")}
-
-
 # ------------------------------------------------------------------------------------------------ precision
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,17 +65,6 @@ class Compute:
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context in which the backbone computes."""
         return autocast(self.device, self.precision)
-
-    def keep_weights(self, model: nn.Module) -> None:
-        """Stores the weights of a network that is not trained as autocast converts them in each call: the same bits.
-
-        In batches of 32 images of 32 px, eight ResNet-18 answered 1.3 to 2 times as many images a second on a CPU core.
-        """
-        if DTYPES[self.precision] and torch.amp.is_autocast_available(self.device.type):
-            for layer in model.modules():
-                # Not those that compute with their weights first, such as standardised convolutions, and not the head.
-                if type(layer).forward in (nn.Conv2d.forward, nn.Linear.forward):
-                    layer.to(DTYPES[self.precision])
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Scales the loss up in fp16, where small gradients would vanish; does nothing in other precisions."""
@@ -283,46 +265,3 @@ def load_ensemble(
     data = record.data
     ensemble = Ensemble(networks, settings.image_spec, data.mean, data.std, embedding)
     return ensemble.to(device).eval()
-
-
-# ------------------------------------------------------------------------------------------------ the student
-
-
-def unit_blocks(rows: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """Scales each of the L blocks of every row to length 1 / sqrt(L), `(N, L * d) -> (N, L * d)`.
-
-    So the rows have length 1, as those of an `Ensemble`, and a dot product is the mean of the blocks' cosines.
-    """
-    blocks = rows.unflatten(1, (num_blocks, -1))
-    return F.normalize(blocks, dim=2).flatten(1) / num_blocks**0.5
-
-
-class Student(Ensemble):
-    """The one network that has learned from the members of a run (distill.py); see `load_student`."""
-
-    def __init__(self, network: nn.Module, num_blocks: int, *of_the_run):
-        super().__init__([network], *of_the_run)
-        self.num_blocks = num_blocks  # of its logits: one for each member, or 1
-
-    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        num_blocks = self.num_blocks if self.embedding == "logits" else 1
-        return unit_blocks(features(self.members[0], pixels, self.embedding), num_blocks)
-
-    def one_by_one(self) -> list[Ensemble]:
-        return [self]
-
-
-def load_student(
-    run_folder: str | Path, tag: str = "", device: str | torch.device = "cpu", embedding: str = "pooled"
-) -> Student:
-    """Loads the student of a run, `run_folder/student_<tag>`, which is used as an `Ensemble` is.
-
-    `tag` "": the only one that there is. Raises InputError if there is none, or a file does not match its checksum.
-    """
-    record = read_run_record(Path(run_folder))
-    folder, student = read_student(Path(run_folder), record, tag, [WEIGHTS])
-    settings, width = student.settings, student.settings.width(record.settings)
-    with damage_named(str(folder), "distill.py"):
-        network = load_member(folder / WEIGHTS, settings.backbone, width)
-    of_the_run = record.settings.image_spec, record.data.mean, record.data.std, embedding
-    return Student(network, settings.num_blocks, *of_the_run).to(device).eval()

@@ -42,9 +42,8 @@ from dreml.figures.neighbours import NoPictures, Thumbnails, draw_neighbours
 from dreml.figures.style import check_matplotlib
 from dreml.files import atomic_open, make_folder, writable, write_csv
 from dreml.index import PhotoIndex, default_place, is_installed, model_checksum
-from dreml.runs.folder import SUFFIXES, Run, TestSplit
+from dreml.runs.folder import SUFFIXES, Run, TestSplit, read_run
 from dreml.runs.settings import EMBEDDINGS
-from dreml.runs.student import StudentRun, read_run_or_student
 from dreml.search import (
     BATCH_SIZE,
     Found,
@@ -62,7 +61,7 @@ from dreml.search import (
     unit_rows,
 )
 from dreml.thresholds import Threshold, read_threshold
-from model import Ensemble, load_ensemble, load_student
+from model import Ensemble, load_ensemble
 from utils import unmatched_queries
 
 MAX_ROWS = 40  # queries in the picture; the CSV has all
@@ -85,10 +84,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     how("--gallery", type=Path, metavar="DIR", help=gallery_help)
     how("--top", type=natural_number, default=8, metavar="K", help="neighbours of each query (default: 8)")
     how("--num_members", type=natural_number, metavar="L", help="members 1 to L (default: all that are finished)")
-    student_help = "the run's student (of that TAG) in place of its members"
-    how("--student", nargs="?", const="", metavar="TAG", help=student_help)
-    embedding_help = "logits (default), or pooled (default of --student)"
-    how("--embedding", choices=EMBEDDINGS, metavar="E", help=embedding_help)
+    embedding_help = "logits (default), or pooled: the features before the last layer"
+    how("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
     far_help = "as --threshold, for a false-accept rate F such as 0.01"
     how("--far", type=fraction, metavar="F", help=far_help)
     how("--threshold", type=cosine, metavar="T", help='neighbours are "not found" below this similarity')
@@ -109,9 +106,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise InputError("--worst looks for errors within the test split: it goes without --query and --gallery")
     if args.far is not None and args.threshold is not None:
         raise InputError("--far stands for a threshold: it goes without --threshold")
-    if args.student is not None and args.num_members:
-        raise InputError("--student is one network: it goes without --num_members")
-    args.embedding = args.embedding or ("logits" if args.student is None else "pooled")
     if (args.far is not None or args.threshold is not None) and not args.query and not args.worst:
         raise InputError("--far and --threshold mark neighbours: they go with --query or --worst")
     for option in ("index", "refresh", "ann"):
@@ -128,7 +122,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     # 1. The images; whatever can be wrong is found before anything is computed
     device = pick_device(args.device)
-    trained = read_run_or_student(args.folder, args.num_members, args.student)
+    trained = read_run(args.folder, args.num_members)
     if not len(trained.test):
         check_without_test_images(args)
     threshold = chosen_threshold(args.far, args.threshold, trained, args.embedding)
@@ -162,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
         make_folder(export_path.parent)
 
     # 3. The embeddings: the saved ones of the test split and of the index, new ones of other image files
-    load = functools.cache(lambda: load_network(trained, device, args.embedding))
+    load = functools.cache(lambda: load_ensemble(trained.folder, device, args.embedding, trained.num_members))
     saved = query_rows = gallery_rows = approximate = None
     if has_test_images:
         saved = unit_rows(trained.embeddings(args.embedding, device))
@@ -217,13 +211,6 @@ def run(args: argparse.Namespace) -> None:
     refuse("--query", bad_queries, shown=len(bad_queries))  # now that the others are answered
 
 
-def load_network(trained: Run, device: torch.device, embedding: str) -> Ensemble:
-    """The members of a run, or its student."""
-    if isinstance(trained, StudentRun):
-        return load_student(trained.run_folder, trained.tag, device, embedding)
-    return load_ensemble(trained.folder, device, embedding, trained.num_members)
-
-
 def check_without_test_images(args: argparse.Namespace) -> None:
     """Raises InputError for what needs the test images of a run that has none."""
     if not args.gallery:
@@ -262,9 +249,7 @@ def chosen_threshold(far: float | None, value: float | None, run: Run, embedding
     if far is None:
         return None if value is None else Threshold(value)
     command = f"python evaluate.py {shlex.quote(str(run.folder))}"
-    if isinstance(run, StudentRun):
-        command = f"python evaluate.py {shlex.quote(str(run.run_folder))} --student {run.tag}"
-    if embedding != "logits" or isinstance(run, StudentRun):
+    if embedding != "logits":
         command += f" --embedding {embedding}"
     path = run.folder / f"thresholds{SUFFIXES[embedding]}.csv"
     return read_threshold(path, run.num_members, far, command)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from dreml import console
 from dreml.backbones import check_backbone, own_scaling, read_weights, weights_tag
 from dreml.console import InputError, RunError
-from dreml.data.augment import Mixing, epoch_batches, prepare
+from dreml.data.augment import Targets, epoch_batches, prepare
 from dreml.data.batches import input_memory
 from dreml.data.cache import Cache, check_unchanged, read_cache
 from dreml.data.images import ImageSpec
@@ -94,36 +94,31 @@ class Sums:
         return cls(torch.zeros((), device=device), counts[0], counts[1])
 
 
-def train_step(
-    state: TrainState,
-    compute: Compute,
-    pixels: torch.Tensor,
-    targets: torch.Tensor,
-    sums: Sums,
-    mixing: Mixing | None = None,
-) -> None:
-    """One step of plain softmax cross-entropy on meta-classes. The host never waits for the device.
+def cross_entropy(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Plain softmax cross-entropy, the mean over the images, `() float32`. Of a mixed image, both targets by share."""
+    if isinstance(targets, torch.Tensor):
+        return F.cross_entropy(logits, targets)
+    own = F.cross_entropy(logits, targets.own, reduction="none")
+    partners = F.cross_entropy(logits, targets.partners, reduction="none")
+    return (targets.shares * own + (1 - targets.shares) * partners).mean()
 
-    The backbone computes in `compute.precision`, its head and the loss in fp32. With `mixing`, each image has two
-    targets, its own and its partner's, which count by their shares; the larger one decides whether it is correct.
+
+def train_step(state: TrainState, compute: Compute, pixels: torch.Tensor, targets: Targets, sums: Sums) -> None:
+    """One step on meta-classes. The host never waits for the device.
+
+    The backbone computes in `compute.precision`, its head and the loss in fp32.
     """
     with compute.autocast():
         logits = state.model(pixels)
-    if mixing is None:
-        loss = F.cross_entropy(logits, targets)
-    else:
-        shares, others = mixing.shares, targets[mixing.partners]
-        own_losses = F.cross_entropy(logits, targets, reduction="none")
-        other_losses = F.cross_entropy(logits, others, reduction="none")
-        loss = (shares * own_losses + (1 - shares) * other_losses).mean()
-        targets = torch.where(shares >= 0.5, targets, others)
+    loss = cross_entropy(logits, targets)
     state.optimizer.zero_grad()
     state.scaler.scale(loss).backward()
     state.scaler.step(state.optimizer)
     state.scaler.update()
     loss = loss.detach()
-    sums.loss += loss * len(targets)
-    sums.correct += (logits.detach().argmax(1) == targets).sum()
+    sums.loss += loss * len(pixels)
+    right_answers = targets if isinstance(targets, torch.Tensor) else targets.larger
+    sums.correct += (logits.detach().argmax(1) == right_answers).sum()
     sums.finite_steps += torch.isfinite(loss) & (sums.finite_steps == sums.steps)
     sums.steps += 1
 
@@ -131,11 +126,11 @@ def train_step(
 def train_epoch(
     state: TrainState,
     compute: Compute,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor, Mixing | None]],
+    batches: Iterable[tuple[torch.Tensor, Targets]],
     num_images: int,
     title: str,
 ) -> dict[str, float]:
-    """One step for each (pixels, targets, mixing) of `batches`, with a progress bar.
+    """One step for each (pixels, targets) of `batches`, with a progress bar.
 
     Returns loss (mean over the images), accuracy in percent, correct, images, seconds and images_per_second. Raises
     RunError if a loss was not finite.
@@ -151,9 +146,9 @@ def train_epoch(
         disable=True if "WORLD_SIZE" in os.environ else None,  # None: without a terminal
     ) as bar:
         next_reading = start + SECONDS_BETWEEN_READINGS
-        for pixels, targets, mixing in batches:
-            train_step(state, compute, pixels, targets, sums, mixing)
-            bar.update(len(targets))
+        for pixels, targets in batches:
+            train_step(state, compute, pixels, targets, sums)
+            bar.update(len(pixels))
             if not bar.disable and time.perf_counter() > next_reading:
                 accuracy = sums.correct.item() / bar.n
                 bar.set_postfix(loss=f"{sums.loss.item() / bar.n:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
@@ -227,7 +222,7 @@ def train_member(
         draw = partial(draws, settings.seed, member, epoch)
         torch.manual_seed(int(draw("dropout").integers(2**63)))  # for networks that have some; a ResNet draws nothing
         batches = epoch_batches(cache, images, targets, settings, draw, compute.device)
-        prepared = ((prepare(batch, *experiment.statistics, memory), batch.targets, batch.mixing) for batch in batches)
+        prepared = ((prepare(batch, *experiment.statistics, memory), batch.targets) for batch in batches)
         paced = with_rates(prepared, state.optimizer, settings, epoch, len(images))
         with console.name_interruption(f"epoch {epoch}"):
             result = train_epoch(state, compute, paced, len(images), f"{title} epoch {epoch}")

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from dreml.data.augment import Targets
 from dreml.runs.settings import RECIPES, Settings
 
 RISE = 0.2  # the share of the training in which "onecycle" goes up
@@ -41,16 +42,16 @@ def learning_rate(settings: Settings, epochs: float) -> float:
 
 
 def with_rates(
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor, object]],
+    batches: Iterable[tuple[torch.Tensor, Targets]],
     optimizer: torch.optim.Optimizer,
     settings: Settings,
     epoch: int,
     num_images: int,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, object]]:
-    """The (pixels, targets, mixing) of an epoch's batches. Before each, sets the rate: that halfway in its step."""
+) -> Iterator[tuple[torch.Tensor, Targets]]:
+    """The (pixels, targets) of an epoch's batches. Before each, sets the optimizer's rate: that halfway in its step."""
     done = 0
-    for pixels, targets, mixing in batches:
+    for pixels, targets in batches:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, epoch + (done + len(targets) / 2) / num_images)
-        yield pixels, targets, mixing
-        done += len(targets)
+            group["lr"] = learning_rate(settings, epoch + (done + len(pixels) / 2) / num_images)
+        yield pixels, targets
+        done += len(pixels)

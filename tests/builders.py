@@ -26,7 +26,6 @@ from dreml.files import read_record, sha256, write_record
 from dreml.index import PhotoIndex
 from dreml.photos import walk_order
 from dreml.runs.folder import MemberRecord, PooledRecord, member_file, read_run_record
-from dreml.runs.student import StudentRecord, StudentSettings
 from dreml.search import Item, embed_images, folder_items
 from model import Ensemble, Head
 
@@ -319,8 +318,6 @@ def check_refused(data: Path, name: str, write: Callable, damage: Callable, mess
 TINY = "--data_name tiny --image_size 32 --weights none --lr 1e-3 --device cpu --num_epochs 2 --batch_size 16".split()
 TINY += "--meta_class_size 3 --ensemble_size 2 --recalls 1,4 --precision fp32".split()  # the same on every machine
 
-STUDENT = "--num_epochs 3 --batch_size 16 --device cpu".split()  # for distill.py
-STUDENT_TAG = "resnet18_L2_e3_s0_b16"  # of what it makes from two members
 
 LABELS = np.repeat(np.arange(4), [4, 3, 3, 2])  # of the test images of `write_run`
 CLASS_NAMES = np.array(["Ünï", "жук", "a,b", "d $x$"], dtype=object)
@@ -370,20 +367,6 @@ def write_pooled(folder: Path, member_embeddings: list[np.ndarray]) -> None:
         weights = sha256(folder / member_file(number, "pth"))
         record = PooledRecord(number, read_run_record(folder).settings_hash, weights, sha256(path))
         write_record(path.with_suffix(".json"), record)
-
-
-def write_student(run: Path, logits: np.ndarray, pooled: np.ndarray, tag: str = "x", **settings) -> Path:
-    """Adds a student with these embeddings to what `write_run` wrote. Its weights are no weights."""
-    folder = run / f"student_{tag}"
-    folder.mkdir()
-    (folder / "weights.pth").write_bytes(b"no weights")
-    for name, rows in (("logits", logits), ("pooled", pooled)):
-        np.save(folder / f"{name}.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
-    checksums = {path.name: sha256(path) for path in folder.iterdir()}
-    settings = StudentSettings(**{"backbone": "resnet18", "num_members": 2} | settings)
-    record = StudentRecord(read_run_record(run).settings_hash, [], settings, {}, [], {}, checksums)
-    write_record(folder / "student.json", record)
-    return folder
 
 
 def write_colored_run(folder: Path, like: Path, member_embeddings: list[np.ndarray], *arguments) -> Path:

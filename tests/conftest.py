@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import STUDENT, TINY, Indexed, build_small_model, only_folder, save_image, train_tiny
+from builders import TINY, Indexed, build_small_model, only_folder, save_image, train_tiny
 from faults import linked
 from fuzz import Box
 from processes import Processes
 
 import data_utils
-import distill
 import model
 import train
 from dreml.data import workers
@@ -88,7 +87,7 @@ def small_network(monkeypatch):
 
 
 def use_small_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (train, model, distill):
+    for module in (train, model):
         monkeypatch.setattr(module, "build_model", build_small_model)
 
 
@@ -115,22 +114,6 @@ def small_run(_small_runs, small_network) -> Path:
 def small_pooled_run(_small_runs, small_network) -> Path:
     """A copy of `small_run` with the pooled features of its members. Not to be changed."""
     return _small_runs[1]
-
-
-@pytest.fixture(scope="session")
-def _small_student(_small_runs, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("small_student") / _small_runs[1].name
-    shutil.copytree(_small_runs[1], folder)
-    with pytest.MonkeyPatch.context() as patch:
-        use_small_network(patch)
-        assert distill.main([str(folder), *STUDENT]) == 0
-    return folder
-
-
-@pytest.fixture
-def small_student(_small_student, small_network) -> Path:
-    """A copy of `small_pooled_run` with a student, STUDENT_TAG. Not to be changed."""
-    return _small_student
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from builders import STUDENT, STUDENT_TAG, TINY, index_rows, save_colors
+from builders import TINY, index_rows, save_colors
 from processes import ENOUGH, ROOT, Processes, wait_until
 
 import data_utils
@@ -61,15 +61,8 @@ def final_state(root: Path) -> dict[str, object]:
             del record["sha256"][path.with_suffix(".pth").name]  # its tensors are compared
             del record["environment"]["commit"]  # somebody may be working on the code
             state[name] = record
-        elif path.name == "student.json":
-            record = read_record(path)
-            for epoch in record["history"]:
-                del epoch["seconds"], epoch["images_per_second"], epoch["teacher_seconds"], epoch["student_seconds"]
-            del record["sha256"]["weights.pth"], record["environment"]["commit"]  # as above
-            state[name] = record
         elif path.name == "train.csv":
-            columns = ["seconds", "images_per_second", "teacher_seconds", "student_seconds"]
-            state[name] = pd.read_csv(path).drop(columns=columns, errors="ignore").to_csv()
+            state[name] = pd.read_csv(path).drop(columns=["seconds", "images_per_second"]).to_csv()
         elif path.suffix != ".lock":
             state[name] = path.read_bytes()
     return state
@@ -153,34 +146,6 @@ def check_kills(processes: Processes, expected: Path, root: Path, seed: int, sma
         total += kills
     check_same(root, expected)
     return total
-
-
-def check_student_kills(processes: Processes, run: Path, folder: Path, num_kills: int, seed: int) -> None:
-    """distill.py is killed `num_kills` times: after a random time, or before a random change to files.
-
-    In the end, its student has to be that of an uninterrupted process. If it ends before, it begins anew.
-    """
-    draw, roots = random.Random(seed), [folder / "killed", folder / "whole"]
-    for root in roots:
-        shutil.copytree(run, root / "results" / "run", copy_function=os.link)
-    command = ["distill.py", "results/run", *STUDENT]
-    whole, kills = processes.run(*command, folder=roots[1]), 0
-    while kills < num_kills:
-        interval = draw.choice(INTERVALS)
-        if draw.random() < 0.5:
-            last_change = draw.randrange(whole.num_changes)
-            script = processes.start(*command, *interval, folder=roots[0], last_change=last_change)
-        else:
-            script = processes.start(*command, *interval, folder=roots[0])
-            time.sleep(draw.uniform(0.01, whole.seconds))
-            script.process.kill()
-        code = script.wait()
-        assert code in (137, -9, 0), script.out + script.err
-        kills += code != 0
-        if code == 0:
-            shutil.rmtree(roots[0] / "results" / "run" / f"student_{STUDENT_TAG}")
-    processes.run(*command, folder=roots[0])
-    check_same(*roots)
 
 
 # ------------------------------------------------------------------------------------------------ damaged files

@@ -27,14 +27,12 @@ from builders import (
     write_image_folder,
     write_isc,
     write_sop,
-    write_student,
 )
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import data_utils
-import distill
 import evaluate
 import retrieve
 import train
@@ -108,7 +106,7 @@ values = st.one_of(numbers, lists, st.sampled_from(words), st.text(max_size=8))
 
 def argument_lists(module) -> st.SearchStrategy:
     """Options of a script, real and garbled, with values of all kinds."""
-    needed = {retrieve: ["run", "--worst"], evaluate: ["run"], distill: ["run"]}
+    needed = {retrieve: ["run", "--worst"], evaluate: ["run"]}
     known = module.parse_args(needed.get(module, []))
     options = st.sampled_from([f"--{name}" for name in [*sorted(vars(known)), "help", "unknown"]])
     pair = st.tuples(options, values)
@@ -127,30 +125,6 @@ def options_of_train(box: Box, examples: int) -> None:
         codes.add((code, "training would begin" in text))
 
     check(examples, argument_lists(train), one)
-    assert codes >= {(2, False), (2, True)}, codes
-
-
-def options_of_distill(box: Box, examples: int) -> None:
-    """No run folder changes but for the empty folder of a student whose training would begin."""
-    box.add_tiny_data()
-    box.patch.setattr(distill, "train_student", reached)
-    folder, codes = box.results / "run", set()
-    shutil.copytree(box.pooled_run, folder, copy_function=os.link)
-
-    def names() -> set[str]:
-        return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
-
-    before = names()
-
-    def one(argv):
-        code, text = box.call(distill.main, [str(folder), "--data_path", str(box.data), "--device", "cpu", *argv])
-        codes.add((code, "training would begin" in text))
-        for student in folder.glob("student_*"):
-            assert not list(student.iterdir())
-            student.rmdir()
-        assert names() == before
-
-    check(examples, argument_lists(distill), one)
     assert codes >= {(2, False), (2, True)}, codes
 
 
@@ -369,27 +343,6 @@ def our_record(name: str, box: Box, examples: int) -> None:
     check(examples, changed_record(read_record(path)) | garbled_bytes, one)
 
 
-def students_record(box: Box, examples: int) -> None:
-    """A student's record, as `our_record` has it. What is read is refused, or as it was."""
-    run = box.results / "run"
-    shutil.copytree(box.pooled_run, run, copy_function=os.link)
-    rows = np.load(run / "member_001.npy")
-    path = write_student(run, rows, rows) / "student.json"
-    good = path.read_bytes()
-    box.patch.setattr(evaluate, "save_figure", lambda *_: None)
-
-    def one(content):
-        path.unlink()
-        write_record(path, content) if isinstance(content, dict) else path.write_bytes(content)
-        options = [str(run), "--student", "--output", str(box.results / "out")]
-        for main, more in ((evaluate.main, ["--plot"]), (retrieve.main, ["--query", "test:0", "--no_picture"])):
-            code, text = box.call(main, [*options, *more])
-            assert code == 0 or "is damaged" in text, text
-
-    garbled_bytes = st.composite(lambda draw: garbled(draw, good))()
-    check(examples, changed_record(read_record(path)) | garbled_bytes, one)
-
-
 class Payload:
     """Runs a command when it is unpickled."""
 
@@ -424,7 +377,6 @@ def weights_files(box: Box, examples: int) -> None:
 CASES: dict[str, Callable[[Box, int], None]] = {
     "options of train.py": options_of_train,
     "options of data_utils.py": options_of_data_utils,
-    "options of distill.py": options_of_distill,
     "options of evaluate.py": partial(options_of_reader, evaluate),
     "options of retrieve.py": partial(options_of_reader, retrieve),
     "raw car": partial(raw_data_set, "car", write_car_small),
@@ -440,6 +392,5 @@ CASES: dict[str, Callable[[Box, int], None]] = {
     "args.json": partial(our_record, "args.json"),
     "member_001.json": partial(our_record, "member_001.json"),
     "pooled_001.json": partial(our_record, "pooled_001.json"),
-    "student.json": students_record,
     "weights": weights_files,
 }

@@ -155,3 +155,48 @@ def test_prepare_mirrors_enlarges_and_normalises():
         pixels = prepare(Batch(images.clone(), torch.zeros(4), 3, sides), mean, std)
         torch.testing.assert_close(pixels, expected)
         assert pixels.is_contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------ mixing
+
+
+def test_each_image_is_mixed_with_another_one_of_its_batch(tiny_cache, tiny_settings):
+    """Every image is a partner once; the shares are uniform in 0..1; without --mixup nothing is drawn."""
+    settings, shares, pairs = replace(tiny_settings, mixup=True), [], []
+    for epoch in range(60):
+        for plain, mixed in zip(
+            batches_of(tiny_cache, tiny_settings, epoch=epoch),
+            batches_of(tiny_cache, settings, epoch=epoch),
+            strict=True,
+        ):
+            assert plain.mixing is None and torch.equal(plain.images, mixed.images)
+            places = torch.arange(len(plain.images))
+            assert torch.equal(mixed.mixing.partners.sort().values, places)
+            assert (mixed.mixing.partners != places).all()
+            assert torch.equal(mixed.targets.own, plain.targets)
+            assert torch.equal(mixed.targets.partners, plain.targets[mixed.mixing.partners])
+            assert torch.equal(mixed.targets.shares, mixed.mixing.shares)
+            shares.append(mixed.mixing.shares.numpy())
+            pairs.append(mixed.mixing.partners[0].item())
+    counts = np.histogram(np.concatenate(shares), bins=10, range=(0, 1))[0]
+    assert counts.sum() == 60 * 36 and counts.min() > 216 - 56 and counts.max() < 216 + 56  # four standard deviations
+    assert len(set(pairs)) > 10
+
+
+def test_a_mixed_image_is_the_weighted_mean_of_two(tiny_cache, tiny_settings):
+    """Of pixels that are mirrored and normalised already; channels_last as those."""
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+    plain = batches_of(tiny_cache, tiny_settings)[0]
+    mixed = batches_of(tiny_cache, replace(tiny_settings, mixup=True))[0]
+    pixels, found = prepare(plain, mean, std), prepare(mixed, mean, std)
+    for row, (partner, share) in enumerate(zip(*mixed.mixing, strict=True)):
+        torch.testing.assert_close(found[row], share * pixels[row] + (1 - share) * pixels[partner])
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_members_seeds_and_epochs_mix_otherwise(tiny_cache, tiny_settings):
+    settings = replace(tiny_settings, mixup=True)
+    draws_of = [{}, {"member": 2}, {"epoch": 1}, {"settings": replace(settings, seed=1)}]
+    mixings = [batches_of(tiny_cache, **{"settings": settings} | each)[0].mixing for each in draws_of]
+    assert len({tuple(mixing.partners.tolist()) for mixing in mixings}) == 4
+    assert len({tuple(mixing.shares.tolist()) for mixing in mixings}) == 4

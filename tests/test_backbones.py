@@ -44,9 +44,8 @@ from dreml.data.cache import read_cache
 from dreml.data.images import ImageSpec
 from dreml.files import sha256, write_record
 from dreml.runs.folder import Members
-from dreml.runs.settings import EMBEDDINGS
 from dreml.runs.writer import make_run_record
-from model import DTYPES, Compute, build_model, extract_features, features, head_of, load_ensemble, load_member
+from model import Compute, build_model, extract_features, head_of, load_ensemble, load_member
 from train import Experiment
 
 # ------------------------------------------------------------------------------------------------ network
@@ -181,27 +180,6 @@ def test_a_small_network_of_each_family_trains_goes_on_and_embeds(
     np.testing.assert_allclose(saved["logits"], logits, rtol=1e-4, atol=1e-5)
     initial = train.initial_state(experiment, 1).model.parameters()
     assert all(not torch.equal(*both) for both in zip(initial, whole.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("backbone", [*SMALL, "resnet18", "timm:test_efficientnet", "timm:test_nfnet"])
-def test_kept_weights_change_no_bit(backbone, precision, monkeypatch):
-    """Stored in half the bytes, they are what autocast makes of them in each call; the head stays in float32."""
-    if backbone in SMALL:
-        monkeypatch.setitem(torchvision.models._api.BUILTIN_MODELS, backbone, build_small(backbone))
-    elif backbone != "resnet18":
-        pytest.importorskip("timm", reason="timm is an extra")
-    torch.manual_seed(0)
-    model, compute = build_model(backbone, 5, None).eval(), Compute(torch.device("cpu"), precision)
-    pixels = torch.randn(4, 3, *2 * [64 if backbone == "timm:test_nfnet" else 32])
-    with torch.no_grad(), compute.autocast():
-        expected = [features(model, pixels, embedding) for embedding in EMBEDDINGS]
-        compute.keep_weights(model)
-        assert all(map(torch.equal, expected, [features(model, pixels, embedding) for embedding in EMBEDDINGS]))
-    kept = [layer.weight.dtype == DTYPES[precision] for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)]
-    # NFNet standardises its weights in each call: those have to stay
-    assert all(kept) or backbone == "timm:test_nfnet"
-    assert head_of(model).weight.dtype == torch.float32
 
 
 def build_small(backbone: str) -> Callable:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dreml.figures.curves import draw_comparison, draw_found, draw_recall, draw_student, draw_training
+from dreml.figures.curves import draw_comparison, draw_found, draw_recall, draw_training
 from dreml.figures.style import drawing
 from dreml.runs.folder import read_run
 
@@ -36,21 +36,6 @@ def test_the_thresholds_curve_shows_its_table():
     assert [line.get_label() for line in axes.lines] == ["1 member", "4 members"]
     assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 10], [10, 20]], [[1, 30], [10, 40]]]
     assert axes.get_xscale() == "log" and "(%)" in axes.get_xlabel() and not empty.lines
-
-
-def test_the_student_stands_beside_the_ensembles():
-    """Its recall as a line across; the ensembles' against their sizes."""
-    rows = [("student", "logits", 1, 4, 30.0), ("student", "pooled", 1, 9, 45.0)]
-    rows += [("ensemble", "logits", size, 2 * size, 10.0 * size) for size in (1, 2, 3)]
-    table = pd.DataFrame(rows, columns=["model", "embedding", "ensemble_size", "dimensions", "R@1"])
-    with drawing():
-        axes = draw_student(table).axes[0]
-    lines = {line.get_label(): line for line in axes.lines}
-    assert list(lines) == ["student, logits: 30.0 %", "student, pooled: 45.0 %", "ensemble, logits"]
-    assert [set(line.get_ydata()) for line in axes.lines[:2]] == [{30}, {45}]
-    assert lines["ensemble, logits"].get_xydata().tolist() == [[1, 10], [2, 20], [3, 30]]
-    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 3
-    assert axes.get_xlabel() == "ensemble size (members)" and axes.get_ylabel() == "R@1 (%)"
 
 
 def test_training_curves_show_the_histories(tiny_run):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from builders import SPEC, build, flip_a_bit, save_image, tree, write_cub, write_image_folder, write_sop
@@ -243,13 +244,13 @@ def test_all_options_reach_the_cache(tmp_path, capsys):
     assert call(tmp_path, "--resize", "squash", "--skip_bad", "--force") == 0
     assert folder.stat().st_ino != before
     command = f"python train.py --data_name mine --data_path {tmp_path} --image_size 32 --resize squash"
-    command += " --meta_class_size 2 --recalls 1,2"
+    command += " --meta_class_size all --recalls 1,2"
     assert capsys.readouterr().out.endswith(f"\ntrain on it with: {command}\n")
 
 
 @pytest.mark.parametrize(
     ("classes", "images", "options"),
-    [(2, 1, "--meta_class_size 2 --recalls 1"), (3, 2, "--meta_class_size 3 --recalls 1,2,4"), (12, 1, "")],
+    [(2, 1, "--meta_class_size all --recalls 1"), (3, 2, "--meta_class_size all --recalls 1,2,4"), (12, 1, "")],
 )
 def test_the_suggested_command_fits_the_data_and_runs(
     tmp_path, capsys, monkeypatch, small_network, classes, images, options
@@ -296,7 +297,7 @@ def test_demo_is_drawn_once_and_never_over_another(tmp_path, capsys, monkeypatch
     tiny = {"num_classes": 2, "images_per_class": 3, "image_side": 40}
     monkeypatch.setattr(data_utils, "draw_demo", lambda folder: draw_demo(folder, **tiny))
     assert call(tmp_path / "data", "--data_name", "demo") == 0
-    options = "--image_size 32 --meta_class_size 2 --recalls 1,2,4 --weights none --no_flip --lr 1e-3"
+    options = "--image_size 32 --meta_class_size all --recalls 1,2,4 --weights none --no_flip --lr 1e-3"
     assert capsys.readouterr().out.endswith(f" {options}\n")
     drawn = tree(tmp_path / "data" / "demo" / "train")
     assert len(drawn) == 6 and read_cache(tmp_path / "data", "demo", SPEC).counts["test"] == (2, 6)
@@ -313,3 +314,70 @@ def test_the_demo_is_drawn_into_a_data_folder_that_may_exist(tmp_path, monkeypat
     for data in (tmp_path, tmp_path / "not" / "yet"):
         assert data_utils.main(["--data_path", str(data), "--data_name", "demo", "--image_size", "16"]) == 0
         assert read_cache(data, "demo", ImageSpec(16)).counts == {"train": (2, 4), "test": (2, 4)}
+
+
+# ------------------------------------------------------------------------------------------------ holdout
+
+
+def classes_of(cache, split: str) -> set[str]:
+    return {path.split("/")[1] for path in cache.paths(split)}
+
+
+@pytest.mark.parametrize("name", ["mine", "cub"])
+def test_a_share_of_the_training_classes_becomes_the_test_split(tmp_path, capsys, name):
+    """By whole classes; the true test split is left out; another seed divides otherwise; the pixels are the same."""
+    if name == "cub":
+        write_cub(tmp_path / "cub")
+        lists = [tmp_path / "cub" / file for file in ("images.txt", "image_class_labels.txt")]
+        for number in range(10, 26):  # eight more training classes, 2 to 9
+            class_id = number // 2 - 3
+            path = f"{class_id:03d}.Bird_{class_id}/Bird_{number:04d}.jpg"
+            save_image(tmp_path / "cub" / "images" / path, number)
+            for file, line in zip(lists, (f"{number} {path}", f"{number} {class_id}"), strict=True):
+                file.write_text(f"{file.read_text()}{line}\n")
+    else:
+        write_image_folder(tmp_path / "mine", classes=10)
+    whole, divided = build(tmp_path, name), []
+    for options, folder in (([], "holdout"), (["--holdout_seed", "3"], "holdout3")):
+        assert call(tmp_path, "--data_name", name, "--holdout", "0.3", *options) == 0
+        out = capsys.readouterr().out
+        assert f"train on it with: python train.py --data_name {name}_{folder} --data_path" in out
+        cache = read_cache(tmp_path, f"{name}_{folder}", SPEC)
+        assert {split: count[0] for split, count in cache.counts.items()} == {"train": 7, "test": 3}
+        assert not classes_of(cache, "train") & classes_of(cache, "test")
+        assert sorted(cache.paths("train") + cache.paths("test")) == sorted(whole.paths("train"))
+        divided.append(classes_of(cache, "test"))
+        row = whole.paths("train").index(cache.paths("train")[0])
+        start, stop = whole.array("train_offsets")[row : row + 2]
+        pixels = cache.array("train_pixels")[: cache.array("train_offsets")[1]]
+        assert np.array_equal(pixels, whole.array("train_pixels")[start:stop])
+        assert (cache.meta.mean == whole.meta.mean) == (name == "cub")  # published, or those of fewer images
+    assert divided[0] != divided[1]
+    assert call(tmp_path, "--data_name", name, "--holdout", "0.3", "--force") == 0
+    assert classes_of(read_cache(tmp_path, f"{name}_holdout", SPEC), "test") == divided[0]
+
+
+def test_what_a_holdout_refuses_and_passes_over(tmp_path, capsys):
+    write_image_folder(tmp_path / "mine", classes=5)
+    assert call(tmp_path, "--data_name", "mine", "--holdout", "0.4") == 0
+    capsys.readouterr()
+    for options, message in (
+        (["--data_name", "mine", "--holdout", "0.6"], "holds out 2 of 5 classes, not --holdout 0.6; --force makes"),
+        (["--data_name", "mine", "--holdout", "0.6", "--holdout_seed", "1", "--verify"], "--verify only reads"),
+        (["--data_name", "mine", "--holdout", "0.9", "--force"], "--holdout 0.9 of 5 training classes leaves 1 to"),
+        (["--data_name", "mine", "--holdout", "0.1", "--force"], "and 0 to test on; it takes at least two of each"),
+        (["--holdout", "0.4"], "--holdout needs --data_name"),
+        (["--data_name", "mine", "--holdout_seed", "1"], "--holdout_seed goes with --holdout"),
+        (["--data_name", "mine", "--holdout", "1.5"], "'1.5' is above 1"),
+    ):
+        assert call(tmp_path, *options) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert call(tmp_path) == 0  # all data sets: mine_holdout has no images of its own
+    output = capsys.readouterr()
+    assert "mine_holdout" not in output.out + output.err
+    assert call(tmp_path, "--verify", "--data_name", "mine_holdout") == 0
+    shutil.rmtree(tmp_path / "mine_holdout" / "cache_32")
+    assert train.main(["--data_name", "mine_holdout", "--data_path", str(tmp_path), "--image_size", "32"]) == 2
+    remedy = f"python data_utils.py --data_name mine --data_path {tmp_path} --image_size 32 --holdout 0.2"
+    assert f"make it with: {remedy}" in capsys.readouterr().err

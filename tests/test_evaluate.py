@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from builders import LABELS, copy_run, random_embeddings, refused, write_pooled, write_run, write_student
+from builders import LABELS, copy_run, random_embeddings, refused, write_pooled, write_run
 from PIL import Image
 from reference import slow_best_similarities, slow_map, slow_recall
 
@@ -187,60 +187,6 @@ def test_a_test_split_that_is_too_small_has_no_threshold(tiny_run, tmp_path):
     assert evaluate.main([str(folder), "--recalls", "1", "--plot"]) == 0
     assert (folder / "thresholds.csv").read_text() == "ensemble_size,far,threshold,found,queries,gallery\n"
     assert (folder / "thresholds.png").exists()
-
-
-# ------------------------------------------------------------------------------------------------ students
-
-
-def test_a_student_is_scored_in_place_of_its_members(tiny_run, tmp_path, capsys):
-    """By its pooled features unless logits are asked for; all files go to its folder; its thresholds too."""
-    labels = np.arange(150) % 4
-    run = write_run(tmp_path / "run", tiny_run, random_embeddings(0, 3, 150), labels)
-    rows = dict(zip(("logits", "pooled"), random_embeddings(1, 2, 150), strict=True))
-    folder = write_student(run, **rows)
-    before = {path.name for path in run.iterdir()}
-    for name, options in (("pooled", []), ("logits", ["--embedding", "logits"])):
-        assert evaluate.main([str(run), "--student", "--recalls", "1,2", "--plot", *options]) == 0
-        suffix = {"logits": "", "pooled": "_pooled"}[name]
-        scores = scores_in(folder, f"evaluation{suffix}")
-        np.testing.assert_allclose(scores[:, :2], 100 * slow_recall([rows[name]], labels, [1, 2]), atol=5e-5)
-        (threshold,) = pd.read_csv(folder / f"thresholds{suffix}.csv").itertuples()
-        others, _ = slow_best_similarities([rows[name]], labels, *[np.ones(150, bool)] * 2)
-        assert np.sort(others[0])[-16] < threshold.threshold < np.sort(others[0])[-16] + 3e-6 and threshold.far == 0.1
-        out = capsys.readouterr().out
-        assert f"thresholds of the student: FAR 10 %: {threshold.threshold:.4f}" in out and "alone" not in out
-        assert f"student_x/: evaluation{suffix}.csv, thresholds{suffix}.csv, figures\n" in out
-    names = {"student.json", "weights.pth", "logits.npy", "pooled.npy"}
-    for suffix in ("", "_pooled"):
-        names |= {f"evaluation{suffix}.csv", *(f"thresholds{suffix}.{kind}" for kind in ("csv", "png", "svg"))}
-    assert {path.name for path in folder.iterdir()} == names
-    assert {path.name for path in run.iterdir() if path.suffix != ".lock"} == before
-
-
-def test_students_of_several_seeds_are_averaged(tiny_run, tmp_path, capsys):
-    """By the settings of runs and students; a tag is needed only where there are several."""
-    runs = []
-    for seed in (0, 1):
-        run = write_run(tmp_path / f"r_s{seed}", tiny_run, random_embeddings(seed), seed=seed)
-        write_student(run, *random_embeddings(10 + seed, 2), tag="a")
-        runs.append(run)
-    out = tmp_path / "out"
-    assert evaluate.main([*map(str, runs), "--student", "--recalls", "1", "--output", str(out)]) == 0
-    table = pd.read_csv(out / "comparison_pooled.csv")
-    assert table.run.tolist() == ["r_s*_student_a", "r_s0_student_a", "r_s1_student_a"] and table.n.tolist() == [
-        2,
-        1,
-        1,
-    ]
-    expected = [100 * slow_recall(random_embeddings(10 + seed, 2)[1:], LABELS, [1])[0, 0] for seed in (0, 1)]
-    np.testing.assert_allclose(table["R@1"], [np.mean(expected), *expected], atol=5e-5)
-    assert "students, pooled, percent" in capsys.readouterr().out
-    write_student(runs[0], *random_embeddings(20), tag="b", lr=0.5)
-    assert "has several students: give one of a, b" in refused(capsys, evaluate, *runs, "--student")
-    assert "has no student 'b': give one of a" in refused(capsys, evaluate, *runs, "--student", "b")
-    assert evaluate.main([*map(str, runs), "--student", "a", "--recalls", "1"]) == 0
-    message = refused(capsys, evaluate, runs[0], "--student", "a", "--num_members", "1")
-    assert "--student is one network: it goes without --num_members" in message
 
 
 # ------------------------------------------------------------------------------------------------ several runs

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from builders import STUDENT_TAG, build_small_model, edit_record, only_folder, refused, save_image, train_tiny
+from builders import build_small_model, edit_record, only_folder, refused, save_image, train_tiny
 from processes import ROOT
 
 import data_utils
@@ -24,7 +23,6 @@ from dreml.exported import open_graph, preprocess_code
 from dreml.files import sha256
 from dreml.index import model_checksum
 from dreml.runs.folder import TestSplit, read_run
-from dreml.runs.student import read_student_run
 from dreml.search import embed_images, folder_items
 from model import load_ensemble
 
@@ -141,34 +139,14 @@ def test_a_run_without_a_test_split_is_compared_on_drawn_images(networks, small_
     assert found["checked"] == {"images": "32 drawn images", "1 - cosine": pytest.approx(0, abs=1e-9)}
 
 
-def test_a_student_needs_no_member(small_student, tiny_data, tmp_path, capsys):
-    """The graph gives the embeddings that are saved in its folder, whose R@1 it is compared with."""
-    run = Path(shutil.copytree(small_student, tmp_path / "run", ignore=shutil.ignore_patterns("member_*", "pooled_*")))
-    folder = run / f"student_{STUDENT_TAG}"
-    call(run, "--student", STUDENT_TAG, "--data_path", tiny_data, "--check_recall")
-    saved, found = np.load(folder / "pooled.npy"), json.loads((folder / "export_pooled" / "model.json").read_text())
-    images = read_cache(tiny_data, "tiny", ImageSpec(32)).array("test_images")
-    np.testing.assert_allclose(open_graph(folder / "export_pooled", 1)(images), saved, atol=1e-5)
-    assert found["model"] == model_checksum(read_student_run(small_student), "pooled")
-    assert (found["d"], found["source"]) == (saved.shape[1], f"run, student {STUDENT_TAG}, pooled")
-    table = pd.read_csv(folder / "recall.csv").query("model == 'student' and embedding == 'pooled'")
-    assert found["checked"]["R@1"] == found["checked"]["R@1 of the run"] == pytest.approx(table["R@1"].item(), abs=1e-4)
-    weights = folder / "weights.pth"
-    weights.write_bytes(b"damaged")
-    assert "distill.py makes it again" in refused(capsys, export, run, "--student", "--output", tmp_path / "model")
-    assert sorted(path.name for path in folder.glob("export*")) == ["export_pooled"]
-
-
 @pytest.mark.parametrize(
     ("options", "name"),
     [
         ([], "export_L2"),
         (["--embedding", "pooled"], "export_L2_pooled"),
-        (["--student"], f"student_{STUDENT_TAG}/export_pooled"),
-        (["--student", "--embedding", "logits"], f"student_{STUDENT_TAG}/export"),
     ],
 )
-def test_where_an_export_goes(small_student, tiny_data, monkeypatch, options, name):
+def test_where_an_export_goes(small_pooled_run, tiny_data, monkeypatch, options, name):
     targets = []
 
     def stop(target: Path, checksum: str):
@@ -176,8 +154,8 @@ def test_where_an_export_goes(small_student, tiny_data, monkeypatch, options, na
         raise RunError("here")
 
     monkeypatch.setattr(export, "new_export", stop)
-    assert export.main([str(small_student), "--data_path", str(tiny_data), *options]) == 1
-    assert targets == [small_student.resolve() / name]
+    assert export.main([str(small_pooled_run), "--data_path", str(tiny_data), *options]) == 1
+    assert targets == [small_pooled_run.resolve() / name]
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -206,8 +184,6 @@ def test_bad_input_is_refused_in_one_line(small_run, tiny_data, tmp_path, capsys
     recall = ["--check_recall", "--output", tmp_path / "model", "--data_path"]
     assert "is not a run folder" in refused(capsys, export, tmp_path)
     assert "member 3 is missing" in refused(capsys, export, small_run, "--num_members", "3")
-    assert "it goes without --num_members" in refused(capsys, export, small_run, "--student", "--num_members", "1")
-    assert "has no student; to make one: python distill.py" in refused(capsys, export, small_run, "--student")
     assert "no such folder" in refused(capsys, export, small_run, *recall, tmp_path)
     line = refused(capsys, export, small_run, *recall, tiny_data, "--embedding", "pooled")
     assert "the pooled embedding of member 1 is missing" in line

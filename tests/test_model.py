@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import STUDENT_TAG, Payload, flip_a_bit
+from builders import Payload
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,16 +24,12 @@ from model import (
     DTYPES,
     Compute,
     Ensemble,
-    Student,
     autocast,
-    backbone_weights,
     build_model,
     extract_features,
     features,
     load_ensemble,
-    load_student,
     pick_precision,
-    unit_blocks,
 )
 
 CPU = torch.device("cpu")
@@ -319,66 +315,3 @@ def test_members_of_another_run_are_no_part_of_an_ensemble(tiny_run, tmp_path, c
     write_record(path, read_record(path) | change)
     with pytest.raises(InputError, match="of another run or member"):
         load_ensemble(tmp_path / "run")
-
-
-# ------------------------------------------------------------------------------------------------ the student
-
-
-def test_a_dot_product_of_unit_blocks_is_the_mean_of_the_blocks_cosines():
-    rows = torch.randn(2, 12, dtype=torch.float64)
-    blocks = rows.reshape(2, 3, 4)
-    cosines = [torch.cosine_similarity(blocks[0, block], blocks[1, block], dim=0) for block in range(3)]
-    unit = unit_blocks(rows, 3)
-    torch.testing.assert_close(unit[0] @ unit[1], torch.stack(cosines).mean())
-    torch.testing.assert_close(unit.reshape(2, 3, 4).norm(dim=2), torch.full((2, 3), 3**-0.5).double())
-
-
-def test_a_student_embeds_by_blocks_or_by_its_pooled_feature():
-    network, images = small_model(num_meta_classes=6).eval(), random_pixels(3, 32)
-    for embedding, num_blocks in (("logits", 2), ("logits", 1), ("pooled", 2)):
-        student = Student(network, num_blocks, ImageSpec(32), [0.5] * 3, [0.25] * 3, embedding)
-        rows = student(torch.from_numpy(images))
-        outputs = extract_features(network, images, STATISTICS, 3, embedding)
-        parts = outputs.chunk(num_blocks if embedding == "logits" else 1, dim=1)
-        expected = torch.cat([F.normalize(part, dim=1) for part in parts], dim=1) / len(parts) ** 0.5
-        torch.testing.assert_close(rows, expected)
-        assert not rows.requires_grad
-
-
-@pytest.mark.parametrize("embedding", ["logits", "pooled"])
-def test_a_student_from_a_run_folder(small_student, tiny_data, embedding):
-    """Its embedding of the test images is what is saved; pooled features are the default."""
-    student = load_student(small_student, embedding=embedding)
-    images = read_cache(tiny_data, "tiny", student.image_spec).array("test_images")
-    rows = student(torch.from_numpy(np.array(images)))
-    saved = np.load(small_student / f"student_{STUDENT_TAG}" / f"{embedding}.npy")
-    assert rows.shape == (36, {"logits": 6, "pooled": 16}[embedding])
-    np.testing.assert_allclose(rows.numpy(), saved, atol=1e-6)
-    assert load_student(small_student, STUDENT_TAG).embedding == "pooled"
-
-
-def test_a_student_needs_no_member(small_student, tmp_path):
-    folder = tmp_path / f"student_{STUDENT_TAG}"
-    shutil.copytree(small_student / folder.name, folder)
-    shutil.copy(small_student / "args.json", tmp_path)
-    assert isinstance(load_student(tmp_path), Student)
-    flip_a_bit(folder / "weights.pth")
-    with pytest.raises(
-        InputError, match=r"is damaged \(ValueError: weights.pth does not fit its checksum\); distill.py"
-    ):
-        load_student(tmp_path)
-    record = read_record(folder / "student.json")
-    record["sha256"]["weights.pth"] = sha256(folder / "weights.pth")
-    record["settings"]["num_members"] = 3
-    write_record(folder / "student.json", record)
-    with pytest.raises(InputError, match=r"is damaged \(RuntimeError: Error"):
-        load_student(tmp_path)
-
-
-def test_the_weights_of_a_backbone_are_all_but_the_last_layer():
-    for backbone, head in (("resnet18", "fc."), ("mobilenet_v3_small", "classifier.3.")):
-        model = build_model(backbone, 3, None)
-        weights = backbone_weights(model)
-        assert set(model.state_dict()) - set(weights) == {f"{head}weight", f"{head}bias"}
-        other = build_model(backbone, 5, weights).state_dict()
-        assert all(torch.equal(other[name], value) for name, value in weights.items())

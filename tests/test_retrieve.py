@@ -23,7 +23,6 @@ from builders import (
     save_image,
     write_colored_run,
     write_pooled,
-    write_student,
 )
 from PIL import Image
 from processes import ROOT
@@ -299,55 +298,6 @@ def test_far_takes_the_threshold_that_evaluate_wrote(drawn, tmp_path, capsys, mo
         assert found.found.tolist() == (found.similarity >= row.threshold).tolist() and len(set(found.found)) == 2
         assert "10 % reached it in 200 images, and here are 200" in capsys.readouterr().out
         assert "for 2 members" in refused(capsys, retrieve, *search, "--far", "0.3")
-
-
-# ------------------------------------------------------------------------------------------------ a student
-
-
-def test_a_student_searches_in_place_of_its_members(drawn, tmp_path, capsys):
-    """By its pooled features unless logits are asked for; into its own folder."""
-    arguments, rows = drawn(random_embeddings(3, 3)), random_embeddings(7, 2)
-    folder = write_student(tmp_path / "run", *rows)
-    for number, options, suffix in ((0, ["--embedding", "logits"], ""), (1, [], "_pooled")):
-        call(*arguments[:3], "--student", "x", "--query", "test:2", "--top", "3", "--export", *options)
-        found = found_in(folder / "retrieval", f"neighbours{suffix}")["test:2"]
-        expected = np.sort(mean_cosines(rows[number : number + 1])[2])[::-1][1:4]
-        np.testing.assert_allclose(found.similarity, expected, atol=2e-6)
-        assert np.load(folder / "retrieval" / f"embedding{suffix}.npy").shape == (len(LABELS), 3)
-    message = refused(capsys, retrieve, *arguments, "--student", "--query", "test:2", "--num_members", "1")
-    assert "--student is one network: it goes without --num_members" in message
-
-
-def test_a_student_embeds_photos_and_has_thresholds_of_its_own(drawn, tmp_path, capsys, monkeypatch):
-    """A photo goes through the student alone; --far names the command that makes its thresholds."""
-    monkeypatch.setattr(builders, "IMAGE_COLORS", np.full((200, 3), 9, np.uint8))
-    arguments = drawn(random_embeddings(0, 3, 200), np.arange(200) % 4)
-    folder = write_student(tmp_path / "run", *random_embeddings(5, 2, 200))
-    search = [*arguments, "--student", "--query", *(f"test:{row}" for row in range(30)), "--top", "2", "--no_picture"]
-    message = refused(capsys, retrieve, *search, "--far", "0.1")
-    command = re.search(r"thresholds_pooled.csv, which is missing; make it with: python evaluate\.py (.*)\n", message)
-    assert evaluate.main(shlex.split(command[1])) == 0
-    call(*search, "--far", "0.1")
-    (row,) = pd.read_csv(folder / "thresholds_pooled.csv").itertuples()
-    found = pd.read_csv(tmp_path / "out" / "neighbours_pooled.csv")
-    assert found.found.tolist() == (found.similarity >= row.threshold).tolist() and len(set(found.found)) == 2
-
-    save_image(tmp_path / "photo.png")
-    asked = []
-
-    def load(*arguments):
-        asked.append(arguments)
-        ensemble = builders.ColorEnsemble()
-        ensemble.forward = lambda images: torch.tensor([[0.0, 0.0, 1.0]])
-        return ensemble
-
-    monkeypatch.setattr(retrieve, "load_student", load)
-    call(*arguments, "--student", "--query", tmp_path / "photo.png", "--top", "1", "--no_picture")
-    assert asked == [(tmp_path / "run", "x", torch.device("cpu"), "pooled")]
-    pooled = random_embeddings(5, 2, 200)[1]
-    best = (pooled[:, 2] / np.linalg.norm(pooled, axis=1)).max()
-    found = pd.read_csv(tmp_path / "out" / "neighbours_pooled.csv")
-    np.testing.assert_allclose(found.similarity, best, atol=2e-6)
 
 
 # ------------------------------------------------------------------------------------------------ --worst

@@ -45,7 +45,9 @@ def test_every_setting_has_an_option_a_tag_and_an_entry_and_makes_another_run(fi
     for value in other_values(field):
         if value == getattr(plain, field.name):
             continue
-        option = [f"--no_{field.name}"] if field.default is True else [f"--{field.name}", str(value)]
+        option = [f"--{field.name}", str(value)]
+        if isinstance(field.default, bool):
+            option = [f"--no_{field.name}" if field.default else f"--{field.name}"]
         settings = parse(*given, *option)
         assert settings == replace(plain, **{field.name: value})
         tags = set(settings.run_name().split("_"))
@@ -108,6 +110,7 @@ def test_settings_are_not_changed_but_replaced():
         (["--optimizer", "sgd", "--lr", "1e-4"], "tiny_resnet18_D12_e12_s0_sgd_lr0.0001"),
         (["--lr", "0.01"], "tiny_resnet18_D12_e12_s0_lr0.01"),
         (["--scale_min", "0.5", "--precision", "bf16"], "tiny_resnet18_D12_e12_s0_scale0.5_bf16"),
+        (["--mixup"], "tiny_resnet18_D12_e12_s0_mixup"),
     ],
 )
 def test_run_name(options, name):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import data_utils
 import train
 from dreml.backbones import read_weights
-from dreml.data.augment import Batch, epoch_batches, prepare
+from dreml.data.augment import Batch, MixedTargets, Mixing, epoch_batches, prepare
 from dreml.data.batches import input_memory
 from dreml.data.cache import read_cache
 from dreml.data.demo import draw_demo
@@ -84,6 +84,27 @@ def test_train_step_equals_a_plain_step():
     assert sums.loss.item() == pytest.approx(10 + 8 * loss.item(), rel=1e-5)
     for parameter, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_on_mixed_images_counts_both_targets_by_their_shares():
+    """Against cross-entropy with a distribution over the meta-classes; the larger share decides what is correct."""
+    torch.manual_seed(0)
+    models = [nn.Linear(4, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    pixels, own, partners = torch.randn(5, 4), torch.tensor([0, 1, 2, 2, 0]), torch.tensor([1, 2, 2, 0, 0])
+    shares = torch.tensor([0.9, 0.2, 0.5, 0.4999, 1.0])
+    sums, states = Sums.zeros(CPU), [TrainState(m, torch.optim.SGD(m.parameters(), 0.1), no_scaling()) for m in models]
+    train_step(states[0], FP32, pixels, MixedTargets(own, partners, shares), sums)
+
+    shares_of_all = nn.functional.one_hot(own, 3) * shares[:, None]
+    shares_of_all += nn.functional.one_hot(partners, 3) * (1 - shares)[:, None]
+    logits = models[1](pixels)
+    loss = -(logits.log_softmax(1) * shares_of_all).sum(1).mean()
+    loss.backward()
+    states[1].optimizer.step()
+    torch.testing.assert_close(models[0].weight, models[1].weight)
+    assert sums.loss.item() == pytest.approx(5 * loss.item(), rel=1e-5)
+    assert sums.correct.item() == (logits.argmax(1) == torch.tensor([0, 2, 2, 0, 0])).sum().item()
 
 
 def test_fp16_gradients_are_scaled_and_an_overflow_skips_the_step():
@@ -162,7 +183,10 @@ def test_steps_and_the_end_of_an_epoch_never_wait_for_the_device(tmp_path):
     statistics = torch.ones(3, device=meta), torch.ones(3, device=meta)
     sums = Sums.zeros(meta)
     memory = input_memory(5, 64, meta)
-    for batch in (Batch(images.to(meta), targets.to(meta), 2, s) for s in (None, sides.to(meta))):
+    batches = [Batch(images.to(meta), targets.to(meta), 2, s) for s in (None, sides.to(meta))]
+    mixing = Mixing(targets.to(meta), torch.zeros(4, device=meta))
+    mixed = MixedTargets(targets.to(meta), targets.to(meta), mixing.shares)
+    for batch in [*batches, batches[0]._replace(targets=mixed, mixing=mixing)]:
         train_step(state, compute, prepare(batch, *statistics, memory), batch.targets, sums)
     assert all(parameter.grad is not None for parameter in model.parameters())
     progress = Progress(tmp_path, 1, "run")
@@ -268,6 +292,9 @@ def test_the_best_epoch_by_training_accuracy_is_kept(
         == [row["lr"] for row in record["history"]]
         == pytest.approx([6.25e-4, 7.81e-4, 4.69e-4, 1.56e-4], rel=1e-2)
     )
+    steps = iter(range(4))
+    model, record = train_member(experiment_of(tiny_cache, replace(settings, mixup=True)), 1, "title")
+    assert record["best_epoch"] == 3 and model.fc.bias.tolist() == [3] * 3
 
 
 def test_members_and_seeds_differ_in_every_draw(tiny_cache, tiny_settings, small_network, monkeypatch):
@@ -415,6 +442,20 @@ def test_the_seconds_between_progress_files_are_no_setting(
         assert train_tiny(tiny_data, tmp_path, *options) == 130
     assert intervals == [0, 2.5, 30]
     assert only_folder(tmp_path).name == "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
+
+
+def test_every_class_is_its_own_meta_class(tiny_data, tmp_path, small_network):
+    """--meta_class_size all: D is the number of classes, in the name, the record and each member's partition."""
+    options = ["--meta_class_size", "all", "--mixup", "--num_epochs", "1", "--embedding", "pooled"]
+    assert train_tiny(tiny_data, tmp_path, *options) == 0
+    folder = only_folder(tmp_path)
+    assert folder.name == "tiny_resnet18_D6_e1_s0_i32_b16_lr0.001_wnone_mixup_fp32"
+    assert read_run_record(folder).settings.meta_class_size == 6 and read_run_record(folder).settings.mixup
+    for member in (1, 2):
+        assert sorted(read_record(folder / f"member_00{member}.json")["partition"]) == list(range(6))
+    assert load_ensemble(folder).members[0].fc.out_features == 6
+    assert train_tiny(tiny_data, tmp_path, *options[2:], "--meta_class_size", "6") == 0  # the same run
+    assert only_folder(tmp_path) == folder
 
 
 def test_squash_makes_another_run_from_its_own_cache(squashed_data, tiny_settings, tmp_path, small_network, seen):
@@ -952,7 +993,8 @@ def test_defaults_are_those_of_the_original_command_line():
         (["--image_size", "64"], r"no cache: .*--data_name tiny --data_path .* --image_size 64"),
         (["--data_name", "../tiny"], "is not the name of a folder"),
         (["--meta_class_size", "7"], r"--meta_class_size 7 has to be in 2\.\.6"),
-        (["--meta_class_size", "1"], r"--meta_class_size 1 has to be in 2\.\.6"),
+        (["--meta_class_size", "1"], r"--meta_class_size 1 has to be in 2\.\.6 \(training classes\), or all: each"),
+        (["--meta_class_size", "every"], "'every' is not a positive integer"),
         (["--recalls", "1,1"], "names a K twice"),
         (["--recalls", "0,1"], "'0' is not a positive integer"),
         (["--recalls", "1,,2"], "'' is not a positive integer"),

@@ -18,11 +18,27 @@ class Mixing(NamedTuple):
     shares: torch.Tensor  # (B,) float32 in 0..1, the weight of the image itself; its partner has the rest
 
 
+class MixedTargets(NamedTuple):
+    """The meta-classes of mixed images, `(B,)` each, on the device."""
+
+    own: torch.Tensor  # int64
+    partners: torch.Tensor  # int64
+    shares: torch.Tensor  # float32, the weight of the own one
+
+    @property
+    def larger(self) -> torch.Tensor:
+        """That with the larger share, `(B,) int64`. An answer counts as correct if it names this one."""
+        return torch.where(self.shares >= 0.5, self.own, self.partners)
+
+
+Targets = torch.Tensor | MixedTargets  # meta-classes, `(B,) int64`
+
+
 class Batch(NamedTuple):
     """A batch of training images on the device, not yet mirrored, normalised and mixed. See `prepare`."""
 
     images: torch.Tensor  # (B, S, S, 3) uint8, each image's window in its top left corner
-    targets: torch.Tensor  # (B,) int64, meta-classes
+    targets: Targets
     num_mirrored: int  # the first so many images are to be mirrored
     sides: torch.Tensor | None  # (B,) int64, the windows' sides; None: all S
     mixing: Mixing | None = None
@@ -77,8 +93,11 @@ def epoch_batches(
     loaded = image_batches(fill, spans, size, device, read_ahead)
     for (start, stop), pixels, mirror in zip(spans, loaded, num_mirrored, strict=True):
         batch_sides = None if epoch_sides is None else epoch_sides[start:stop]
-        batch_mixing = None if mixing is None else Mixing(mixing.partners[start:stop], mixing.shares[start:stop])
-        yield Batch(pixels, epoch_targets[start:stop], mirror, batch_sides, batch_mixing)
+        batch_targets, batch_mixing = epoch_targets[start:stop], None
+        if mixing is not None:
+            batch_mixing = Mixing(mixing.partners[start:stop], mixing.shares[start:stop])
+            batch_targets = MixedTargets(batch_targets, batch_targets[batch_mixing.partners], batch_mixing.shares)
+        yield Batch(pixels, batch_targets, mirror, batch_sides, batch_mixing)
 
 
 def epoch_mixing(spans: list[tuple[int, int]], generator: np.random.Generator, device: torch.device) -> Mixing:

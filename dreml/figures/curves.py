@@ -41,15 +41,15 @@ def draw_recall(sizes: pd.DataFrame, alone: pd.DataFrame, baseline: pd.DataFrame
     return figure
 
 
-def draw_found(curves: pd.DataFrame, single: str = "1 member") -> "Figure":
+def draw_found(curves: pd.DataFrame) -> "Figure":
     """The share of queries that find their class against the false-accept rate, for a few ensemble sizes.
 
-    `curves` has the columns ensemble_size, far and found (percent). `single` names the size 1.
+    `curves` has the columns ensemble_size, far and found (percent).
     """
     figure = new_figure(2.9)
     axes = figure.subplots()
     for number, (size, rows) in enumerate(curves.groupby("ensemble_size")):
-        label = f"{size} members" if size > 1 else single
+        label = f"{size} members" if size > 1 else "1 member"
         axes.plot(100 * rows.far, rows.found, label=label, **line_style(number, len(rows)))
     axes.set_xscale("log")
     axes.set_xlabel("false-accept rate (%)")
@@ -57,26 +57,6 @@ def draw_found(curves: pd.DataFrame, single: str = "1 member") -> "Figure":
     axes.xaxis.set_major_formatter("{x:g}")
     if len(curves):
         figure.legend(loc="outside upper center", ncols=4, **LEGEND)
-    return figure
-
-
-def draw_student(table: pd.DataFrame) -> "Figure":
-    """The first recall of a student's embeddings, as lines across, and that of the ensembles against their size.
-
-    `table` is that of distill.py.
-    """
-    figure, recall = new_figure(2.9), table.columns[4]
-    axes = figure.subplots()
-    for number, ((model, name), rows) in enumerate(table.groupby(["model", "embedding"], sort=False)):
-        style = line_style(number, len(rows))
-        if model == "student":
-            label = f"student, {name}: {rows[recall].iloc[0]:.1f} %"
-            axes.axhline(rows[recall].iloc[0], label=label, color=style["color"], linestyle=style["linestyle"])
-        else:
-            axes.plot(rows.ensemble_size, rows[recall], label=f"ensemble, {name}", **style)
-    axes.set_ylabel(f"{recall} (%)")
-    set_size_axis(axes, table.ensemble_size.max())
-    figure.legend(loc="outside upper center", ncols=2, **LEGEND)
     return figure
 
 

@@ -61,9 +61,7 @@ class Settings:
 
     data_name: str = option("car", "{}".format, DATA_HELP, "NAME", data_set_name)
     backbone: str = option("resnet18", backbone_in_name, "of torchvision, or timm:NAME (default: resnet18)", "NAME")
-    meta_class_size: int = option(
-        12, "D{}".format, "meta-classes (default: 12); all: every class is its own", "D", number_or_all
-    )
+    meta_class_size: int = option(12, "D{}".format, "meta-classes (default: 12), or all classes", "D", number_or_all)
     num_epochs: int = option(12, "e{}".format, "epochs a member (default: 12)", "E", natural_number)
     seed: int = option(0, "s{}".format, "start of all random draws (default: 0)", type=seed_number)
     image_size: int = option(256, "i{}".format, "crops, pixels (default: 256)", "S", natural_number)
@@ -77,7 +75,7 @@ class Settings:
     weights: str = option("imagenet", weights_in_name, "imagenet (default), none, or the path of a state dict", "W")
     flip: bool = option(True, "noflip".format, "no mirroring: mirror images are other classes")
     scale_min: float = option(1.0, "scale{!r}".format, SCALE_HELP, "M", fraction)
-    mixup: bool = option(False, "mixup".format, "mix the images of each batch in pairs, and their classes")
+    mixup: bool = option(False, "mixup".format, "mix each image and its class with another one")
     precision: str = option("auto", "{}".format, PRECISION_HELP, "P", choices=("auto", *PRECISIONS))
 
     def __post_init__(self):

@@ -19,13 +19,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dreml.console import InputError, one_line
+from dreml.console import InputError
 from dreml.data.batches import spans
 from dreml.data.cache import Cache, verify_cache
 from dreml.files import (
     atomic_open,
     make_folder,
-    read_record,
     remove_leftovers,
     sha256,
     take_lock,
@@ -49,11 +48,8 @@ from dreml.runs.folder import (
     read_run_record,
 )
 from dreml.runs.settings import Settings
-from dreml.runs.student import HISTORY_COLUMNS as STUDENT_COLUMNS
-from dreml.runs.student import RECORD, WEIGHTS, StudentRecord
 
 DIGITS = {"loss": 6, "accuracy": 4, "seconds": 3, "images_per_second": 1}  # of the logs of training
-DIGITS |= {"teacher_seconds": 3, "student_seconds": 3}
 
 # ------------------------------------------------------------------------------------------------ the run
 
@@ -232,40 +228,6 @@ def print_outlook(folder: Path, files: str, remaining: int, seconds: float) -> N
     print(f"the other {remaining} members need about {duration} and {sizes}")
     if needed > free:
         print("warning: the disk will be full before the ensemble is finished", file=sys.stderr)
-
-
-def earlier_student(folder: Path, record: StudentRecord) -> StudentRecord | None:
-    """The record of the student if it is finished and its weights are sound; removes what killed processes left.
-
-    One that is damaged is named: it is made again. Raises InputError for a student of other members.
-    """
-    remove_leftovers(folder, "*")
-    path = folder / RECORD
-    if not path.exists():
-        return None
-    try:
-        earlier = read_record(path, StudentRecord)
-        damaged = earlier.damaged_files(folder, [WEIGHTS])
-        if damaged:
-            raise ValueError(f"{damaged[0]} does not fit its checksum")
-    except (ValueError, OSError) as error:
-        print(f"warning: {folder} counts as not made ({one_line(error)})", file=sys.stderr)
-        return None
-    if earlier.owner != record.owner:
-        raise InputError(f"{folder} is of other members' weights, or of when --batch_size was 128: move it away")
-    return earlier
-
-
-def save_student(folder: Path, record: StudentRecord, model: nn.Module, embeddings: dict[str, torch.Tensor]) -> None:
-    """Writes `weights.pth`, `logits.npy`, `pooled.npy`, `train.csv` and, last, `student.json`: it is finished."""
-    save_weights(folder / WEIGHTS, model)
-    for name, rows in embeddings.items():
-        save_array(folder / f"{name}.npy", rows)
-    log = pd.DataFrame(record.history, columns=list(STUDENT_COLUMNS))
-    write_csv(folder / "train.csv", log.round(DIGITS))
-    files = [folder / WEIGHTS, *(folder / f"{name}.npy" for name in embeddings)]
-    record.sha256 = {path.name: sha256(path) for path in files}
-    write_record(folder / RECORD, record)
 
 
 # ------------------------------------------------------------------------------------------------ logs

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from builders import TINY
-from faults import check_damages, check_kills, check_same, check_student_kills, check_torchrun, linked
+from faults import check_damages, check_kills, check_same, check_torchrun, linked
 
 pytestmark = pytest.mark.slow
 
@@ -41,8 +41,3 @@ def test_torchrun_with_three_processes(processes, tiny_data, tmp_path):
     shutil.copytree(tiny_data, tmp_path / "expected" / "data", copy_function=os.link)
     processes.run("train.py", *TINY, *four, folder=tmp_path / "expected", small=False)
     check_same(tmp_path / "root", tmp_path / "expected")
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_student_that_is_killed_20_times_is_the_same(processes, small_run, tmp_path, seed):
-    check_student_kills(processes, small_run, tmp_path, 20, seed)
