@@ -11,9 +11,6 @@ torchvision's Resize and CenterCrop bit for bit. Random crops, flips and normali
 With --resize squash, cache_256_squash/ has both sides at int(1.1 * 256), or 256: nothing is cut off a wide image.
 """
 
-if __name__ == "__main__":
-    import dreml.interrupt  # noqa: F401  (first: Ctrl-C during the imports below)
-
 import argparse
 import os
 import sys
@@ -22,49 +19,50 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dreml.console import (
+from dreml.cache import Cache, Holdout, cache_folder, cache_options, holdout_of, read_cache, verify_cache
+from dreml.cache_writer import build_cache
+from dreml.cli import (
+    MANY,
     InputError,
     Parser,
     RunError,
-    Terminated,
+    check_ranges,
     data_set_name,
-    fraction,
     is_utf8,
-    natural_number,
     num_cores,
     run_main,
-    seed_number,
 )
-from dreml.data.cache import Cache, Holdout, cache_folder, cache_options, holdout_of, read_cache, verify_cache
-from dreml.data.cache_writer import build_cache
-from dreml.data.demo import draw_demo
-from dreml.data.images import RESIZES, ImageSpec, load_rgb, resize_test
-from dreml.data.known_sets import ALL_LAYOUTS, UnknownLayout, default_recalls
-from dreml.data.lists import subfolders
-from dreml.runs.settings import Settings
+from dreml.datasets import ALL_LAYOUTS, UnknownLayout, default_recalls
+from dreml.demo import draw_demo
+from dreml.images import RESIZES, ImageSpec, load_rgb, resize_test
+from dreml.lists import subfolders
+from dreml.settings import Settings
 
 __all__ = ["ImageSpec", "load_rgb", "main", "resize_test"]  # the images: for embedding one of your own (README)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="data_utils.py", description=__doc__)
-    add = parser.add_argument
     names_help = "data sets to cache (default: all that are found)"
-    add("--data_name", nargs="+", type=data_set_name, metavar="NAME", help=names_help)
-    add("--data_path", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets (default: data)")
-    add("--image_size", type=natural_number, default=256, metavar="S", help="side of the crops, pixels (default: 256)")
+    parser.add_argument("--data_name", nargs="+", type=data_set_name, metavar="NAME", help=names_help)
+    data_help = "folder of the data sets (default: data)"
+    parser.add_argument("--data_path", type=Path, default=Path("data"), metavar="DIR", help=data_help)
+    size_help = "side of the square crops in pixels (default: 256)"
+    parser.add_argument("--image_size", type=int, default=256, metavar="S", help=size_help)
     resize_help = "crop (default): the shorter side to S, then a crop; squash: all of the image to S x S"
-    add("--resize", choices=RESIZES, default="crop", metavar="R", help=resize_help)
-    add("--num_workers", type=natural_number, default=num_cores(), metavar="N", help="processes (default: all cores)")
-    add("--force", action="store_true", help="make a cache again that is there already")
-    add("--skip_bad", action="store_true", help="go on without bad images; their list is written beside the cache")
-    holdout_help = "cache NAME_holdout: a random share of the training classes as test split, e.g. 0.2"
-    add("--holdout", type=fraction, metavar="SHARE", help=holdout_help)
-    add("--holdout_seed", type=seed_number, metavar="N", help="draws other classes: NAME_holdoutN (default: 0)")
-    add("--verify", action="store_true", help="only compare the caches with their checksums")
+    parser.add_argument("--resize", choices=RESIZES, default="crop", metavar="R", help=resize_help)
+    workers_help = "worker processes (default: all cores)"
+    parser.add_argument("--num_workers", type=int, default=num_cores(), metavar="N", help=workers_help)
+    parser.add_argument("--force", action="store_true", help="make a cache again that is there already")
+    skip_help = "go on without bad images; their list is written beside the cache"
+    parser.add_argument("--skip_bad", action="store_true", help=skip_help)
+    holdout_help = "cache NAME_holdout: a random share of the training classes as test split, such as 0.2"
+    parser.add_argument("--holdout", type=float, metavar="SHARE", help=holdout_help)
+    seed_help = "draw other classes, for NAME_holdoutN (default: 0)"
+    parser.add_argument("--holdout_seed", type=int, metavar="N", help=seed_help)
+    parser.add_argument("--verify", action="store_true", help="only compare the caches with their checksums")
     args = parser.parse_args(argv)
-    if args.image_size > 2048:
-        raise InputError(f"--image_size {args.image_size} is over 2048 pixels")
+    check_ranges(args, image_size=(1, 2048), num_workers=(1, MANY), holdout=(1e-9, 1), holdout_seed=(0, 2**32 - 1))
     if args.verify and (args.force or args.skip_bad or args.holdout):
         raise InputError("--verify only reads: it does not go with --force, --skip_bad or --holdout")
     if args.holdout and not args.data_name:
@@ -100,9 +98,6 @@ def run(args: argparse.Namespace) -> None:
         except (RunError, OSError) as error:
             refused.append(f"{name}: {error}")
             failed = True
-        except (KeyboardInterrupt, Terminated) as stop:
-            stop.add_note(name)
-            raise
 
     # 3. The summary, and what to run next
     if rows:

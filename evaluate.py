@@ -8,9 +8,6 @@ also averaged, with the sample standard deviation. mAP@R and R-Precision: Musgra
 Check", ECCV 2020. thresholds.csv has the similarities below which retrieve.py --far says "not found".
 """
 
-if __name__ == "__main__":
-    import dreml.interrupt  # noqa: F401  (first: Ctrl-C during the imports below)
-
 import argparse
 import contextlib
 import re
@@ -24,11 +21,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dreml.console import (
+from dreml.baseline import print_baseline, read_baseline
+from dreml.cli import (
     DEVICE_HELP,
+    MANY,
     InputError,
     Parser,
-    natural_number,
+    check_ranges,
     pick_device,
     print_text,
     progress_bar,
@@ -36,14 +35,13 @@ from dreml.console import (
     run_main,
     with_less_memory,
 )
-from dreml.data.known_sets import default_recalls
-from dreml.figures.curves import draw_comparison, draw_found, draw_recall, draw_training
-from dreml.figures.style import check_matplotlib, drawing, printable, save_figure
+from dreml.curves import draw_comparison, draw_found, draw_recall, draw_training
+from dreml.datasets import default_recalls
 from dreml.files import writable, write_csv
-from dreml.runs.baseline import print_baseline, read_baseline
-from dreml.runs.folder import SUFFIXES, Run, TestSplit, read_run
-from dreml.runs.settings import EMBEDDINGS
-from dreml.runs.writer import run_lock
+from dreml.run_writer import run_lock
+from dreml.runs import SUFFIXES, Run, TestSplit, read_run
+from dreml.settings import EMBEDDINGS
+from dreml.style import check_matplotlib, drawing, printable, save_figure
 from dreml.thresholds import FARS, FEWEST_ABOVE, threshold_table
 from utils import (
     TIE_TOLERANCE,
@@ -64,7 +62,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     scores("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help=folders_help)
     recalls_help = "Recall@K (default: 1,2,4,8; for isc 1,10,20,30)"
     scores("--recalls", type=recall_list, metavar="K,K", help=recalls_help)
-    scores("--num_members", type=natural_number, metavar="L", help="members 1 to L (default: all that are finished)")
+    scores("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
     embedding_help = "logits (default), or pooled: the features before the last layer"
     scores("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
     rest = parser.add_argument_group("the rest").add_argument
@@ -72,7 +70,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     output_help = "write into DIR, nothing into the run folders (default: each run's files into its folder)"
     rest("--output", type=Path, metavar="DIR", help=output_help)
     rest("--device", default="auto", help=DEVICE_HELP)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_ranges(args, num_members=(1, MANY))
+    return args
 
 
 # ------------------------------------------------------------------------------------------------ scores

@@ -10,9 +10,6 @@ with PyTorch before it is written. docs/EXPORT.md: how to use it. Needs:
 pip install onnx onnxscript onnxruntime
 """
 
-if __name__ == "__main__":
-    import dreml.interrupt  # noqa: F401  (first: Ctrl-C during the imports below)
-
 import argparse
 import importlib.metadata
 import sys
@@ -23,9 +20,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dreml.console import InputError, Parser, RunError, natural_number, print_text, progress_bar, run_main
-from dreml.data.batches import spans
-from dreml.data.cache import Cache
+from dreml.batches import spans
+from dreml.cache import Cache
+from dreml.cli import MANY, InputError, Parser, RunError, check_ranges, print_text, progress_bar, run_main
 from dreml.exported import (
     DESCRIPTION,
     GRAPH,
@@ -44,9 +41,9 @@ from dreml.exported import (
 )
 from dreml.files import writable, write_record
 from dreml.index import model_checksum
-from dreml.runs.folder import SUFFIXES, Run, TestSplit, read_run
-from dreml.runs.settings import EMBEDDINGS
+from dreml.runs import SUFFIXES, Run, TestSplit, read_run
 from dreml.search import unit_rows
+from dreml.settings import EMBEDDINGS
 from model import Ensemble, load_ensemble
 from utils import recall_at_k
 
@@ -62,7 +59,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="export.py", description=__doc__, epilog="It computes on the CPU.")
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run folder of train.py")
     what = parser.add_argument_group("what is exported").add_argument
-    what("--num_members", type=natural_number, metavar="L", help="members 1 to L (default: all that are finished)")
+    what("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
     embedding_help = "logits (default), or pooled: the features before the last layer"
     what("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
     rest = parser.add_argument_group("the rest").add_argument
@@ -72,7 +69,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     rest("--check_recall", action="store_true", help=recall_help)
     data_help = "data sets, for the test images of the check (default: as in training)"
     rest("--data_path", type=Path, metavar="DIR", help=data_help)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_ranges(args, num_members=(1, MANY))
+    return args
 
 
 # ------------------------------------------------------------------------------------------------ what is exported

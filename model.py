@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from dreml.backbones import build_backbone, gains_from_bf16, without_drawing
-from dreml.console import InputError, one_line, out_of_memory
-from dreml.data.batches import image_batches, input_memory, normalize, spans
-from dreml.data.images import ImageSpec
+from dreml.batches import image_batches, input_memory, normalize, spans
+from dreml.cli import InputError, one_line, out_of_memory
 from dreml.files import read_ahead
-from dreml.runs.folder import Members, member_file, member_numbers, read_run_record
-from dreml.runs.settings import EMBEDDINGS
+from dreml.images import ImageSpec
+from dreml.runs import Members, member_file, member_numbers, read_run_record
+from dreml.settings import EMBEDDINGS
 from utils import full_float32
 
 # ------------------------------------------------------------------------------------------------ network

@@ -10,9 +10,6 @@ neighbours of the query's class have a solid green frame and a check mark, other
 a dashed red one and a cross; grey: the class is not known. docs/SEARCH.md: more.
 """
 
-if __name__ == "__main__":
-    import dreml.interrupt  # noqa: F401  (first: Ctrl-C during the imports below)
-
 import argparse
 import functools
 import shlex
@@ -25,25 +22,21 @@ import pandas as pd
 import torch
 
 from dreml.approximate import ApproximateSearch
-from dreml.console import (
+from dreml.cli import (
     DEVICE_HELP,
+    MANY,
     InputError,
     Parser,
-    cosine,
-    fraction,
-    name_interruption,
-    natural_number,
+    check_ranges,
     pick_device,
     print_text,
     run_main,
     with_less_memory,
 )
-from dreml.figures.neighbours import NoPictures, Thumbnails, draw_neighbours
-from dreml.figures.style import check_matplotlib
 from dreml.files import atomic_open, make_folder, writable, write_csv
 from dreml.index import PhotoIndex, default_place, is_installed, model_checksum
-from dreml.runs.folder import SUFFIXES, Run, TestSplit, read_run
-from dreml.runs.settings import EMBEDDINGS
+from dreml.neighbours import NoPictures, Thumbnails, draw_neighbours
+from dreml.runs import SUFFIXES, Run, TestSplit, read_run
 from dreml.search import (
     BATCH_SIZE,
     Found,
@@ -60,6 +53,8 @@ from dreml.search import (
     test_item,
     unit_rows,
 )
+from dreml.settings import EMBEDDINGS
+from dreml.style import check_matplotlib
 from dreml.thresholds import Threshold, read_threshold
 from model import Ensemble, load_ensemble
 from utils import unmatched_queries
@@ -76,19 +71,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     query_help = "images, folders, or test:INDEX (row of test.csv, from 0)"
     what("--query", nargs="+", metavar="Q", help=query_help)
     worst_help = "N test queries (default: 10), surest errors first"
-    what("--worst", nargs="?", type=natural_number, const=10, metavar="N", help=worst_help)
+    what("--worst", nargs="?", type=int, const=10, metavar="N", help=worst_help)
     export_help = "what is searched, as .npy (default: into --output)"
     what("--export", nargs="?", const="", metavar="PATH", help=export_help)
     how = parser.add_argument_group("how it is searched").add_argument
     gallery_help = "search the images below DIR, a class for each subfolder (default: the gallery of the test split)"
     how("--gallery", type=Path, metavar="DIR", help=gallery_help)
-    how("--top", type=natural_number, default=8, metavar="K", help="neighbours of each query (default: 8)")
-    how("--num_members", type=natural_number, metavar="L", help="members 1 to L (default: all that are finished)")
+    how("--top", type=int, default=8, metavar="K", help="neighbours of each query (default: 8)")
+    how("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
     embedding_help = "logits (default), or pooled: the features before the last layer"
     how("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
     far_help = "as --threshold, for a false-accept rate F such as 0.01"
-    how("--far", type=fraction, metavar="F", help=far_help)
-    how("--threshold", type=cosine, metavar="T", help='neighbours are "not found" below this similarity')
+    how("--far", type=float, metavar="F", help=far_help)
+    how("--threshold", type=float, metavar="T", help='neighbours are "not found" below this similarity')
     keep = parser.add_argument_group("the index of --gallery (needs LanceDB: pip install lancedb)").add_argument
     keep("--index", type=Path, metavar="DIR", help="where it is kept (default: in RUN_FOLDER/index)")
     refresh_help = "always (default): embed new photos first; or never"
@@ -100,6 +95,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     rest("--no_picture", action="store_true", help="no picture: matplotlib is not needed")
     rest("--device", default="auto", help=DEVICE_HELP)
     args = parser.parse_args(argv)
+    check_ranges(args, worst=(1, MANY), top=(1, MANY), num_members=(1, MANY), far=(1e-9, 1), threshold=(-1, 1))
     if not args.query and not args.worst and args.export is None:
         raise InputError("nothing to do: give --query, --worst or --export")
     if args.worst and (args.query or args.gallery):
@@ -292,8 +288,7 @@ def find_index(trained: Run, embedding: str, photos: Path, place: Path | None) -
 def update(index: PhotoIndex, refresh: bool, load: Callable[[], Ensemble]) -> None:
     """Embeds the photos that are new or have changed, unless the index is searched as it is."""
     if refresh:
-        with name_interruption(f"the photos of {index.folder}; those embedded before are kept in the index"):
-            with_less_memory(lambda size: index.refresh(load, size), BATCH_SIZE)
+        with_less_memory(lambda size: index.refresh(load, size), BATCH_SIZE)
 
 
 # ------------------------------------------------------------------------------------------------ --worst

@@ -8,9 +8,6 @@ command trains only what is missing; a larger --ensemble_size adds members to th
 `run`, then `train_member`, `train_epoch`, `train_step`.
 """
 
-if __name__ == "__main__":
-    import dreml.interrupt  # noqa: F401  (first: Ctrl-C during the imports below)
-
 import argparse
 import os
 import sys
@@ -27,22 +24,21 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from dreml import console
+from dreml import baseline, cli
+from dreml import run_writer as writer
+from dreml.augment import Targets, epoch_batches, prepare
 from dreml.backbones import check_backbone, own_scaling, read_weights, weights_tag
-from dreml.console import InputError, RunError
-from dreml.data.augment import Targets, epoch_batches, prepare
-from dreml.data.batches import input_memory
-from dreml.data.cache import Cache, check_unchanged, read_cache
-from dreml.data.images import ImageSpec
-from dreml.data.known_sets import default_recalls
+from dreml.batches import input_memory
+from dreml.cache import Cache, check_unchanged, read_cache
+from dreml.checkpoint import SECONDS_BETWEEN_WRITES, Progress, snapshot
+from dreml.cli import InputError, RunError
+from dreml.datasets import default_recalls
 from dreml.files import make_folder, remove_leftovers, sha256
 from dreml.optimizers import learning_rate, make_optimizer, with_rates
-from dreml.runs import baseline, writer
-from dreml.runs.checkpoint import SECONDS_BETWEEN_WRITES, Progress, snapshot
-from dreml.runs.folder import MemberRecord, Members, TestSplit, member_file
-from dreml.runs.settings import EMBEDDINGS, Settings, add_settings, settings_of
+from dreml.runs import MemberRecord, Members, TestSplit, member_file
+from dreml.settings import ALL_CLASSES, EMBEDDINGS, Settings, add_settings, settings_of
 from model import Compute, TrainState, build_model, extract_features, load_member, pick_precision
-from utils import capped_images, draws, meta_class_partition, recall_at_k, similarity_memory, unmatched_queries
+from utils import capped_images, meta_class_partition, recall_at_k, rng_for, similarity_memory, unmatched_queries
 
 MAX_IMAGES_PER_CLASS = 300  # docs/METHOD.md, step 5: a larger class is cut to a random 300 for each member
 SECONDS_BETWEEN_READINGS = 2  # reading the loss makes the host wait for the device
@@ -51,26 +47,33 @@ SECONDS_BETWEEN_READINGS = 2  # reading the loss makes the host wait for the dev
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = console.Parser(prog="train.py", description=__doc__)
+    parser = cli.Parser(prog="train.py", description=__doc__)
     add_settings(parser.add_argument_group("the method (these make another run folder)"))
-    rest = parser.add_argument_group("the rest").add_argument
-    rest("--ensemble_size", type=console.natural_number, default=12, metavar="L", help="members (default: 12)")
-    rest("--members", type=console.member_list, metavar="I-J", help="only these, such as 13-24 (default: all)")
-    rest("--recalls", type=console.recall_list, metavar="K,K", help="Recall@K (default: 1,2,4,8; isc: 1,10,20,30)")
-    rest("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help="logits (default), or pooled features")
-    rest("--data_path", type=Path, default=Path("data"), metavar="DIR", help="data sets (default: data)")
-    rest("--results_path", type=Path, default=Path("results"), metavar="DIR", help="run folders (default: results)")
-    rest("--device", default="auto", help=console.DEVICE_HELP)
-    progress_help = f"a progress file each S seconds at most (default: {SECONDS_BETWEEN_WRITES:g})"
-    rest("--progress_seconds", type=console.seconds, default=SECONDS_BETWEEN_WRITES, metavar="S", help=progress_help)
-    rest("--deterministic", action="store_true", help="same bits each time on CUDA too, if it can; slower")
+    group = parser.add_argument_group("the rest")
+    group.add_argument("--ensemble_size", type=int, default=12, metavar="L", help="members (default: 12)")
+    group.add_argument(
+        "--members", type=cli.member_list, metavar="I-J", help="only these, such as 13-24 (default: all)"
+    )
+    recalls_help = "the K of Recall@K (default: 1,2,4,8; of isc 1,10,20,30)"
+    group.add_argument("--recalls", type=cli.recall_list, metavar="K,K", help=recalls_help)
+    embedding_help = "what is scored: logits (default), or pooled features"
+    group.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
+    data_help = "folder of the data sets (default: data)"
+    group.add_argument("--data_path", type=Path, default=Path("data"), metavar="DIR", help=data_help)
+    results_help = "folder of the run folders (default: results)"
+    group.add_argument("--results_path", type=Path, default=Path("results"), metavar="DIR", help=results_help)
+    group.add_argument("--device", default="auto", metavar="DEVICE", help=cli.DEVICE_HELP)
+    progress_help = f"write a progress file every S seconds at most (default: {SECONDS_BETWEEN_WRITES:g})"
+    group.add_argument(
+        "--progress_seconds", type=float, default=SECONDS_BETWEEN_WRITES, metavar="S", help=progress_help
+    )
+    deterministic_help = "the same bits each time on CUDA too, where it can; slower"
+    group.add_argument("--deterministic", action="store_true", help=deterministic_help)
     args = parser.parse_args(argv)
-    if args.ensemble_size > console.MAX_ENSEMBLE_SIZE:
-        raise InputError(f"--ensemble_size {args.ensemble_size} is over {console.MAX_ENSEMBLE_SIZE:,}")
+    cli.check_ranges(args, ensemble_size=(1, cli.MAX_ENSEMBLE_SIZE), progress_seconds=(0, cli.MANY))
+    settings_of(args)
     if args.members and args.members[-1] > args.ensemble_size:
         raise InputError(f"--members {args.members[-1]} is above --ensemble_size {args.ensemble_size}")
-    if args.batch_size < 2:
-        raise InputError("--batch_size has to be at least 2: BatchNorm needs more than one image")
     check_backbone(args.backbone, args.image_size)
     args.recalls = args.recalls or default_recalls(args.data_name)
     return args
@@ -187,7 +190,7 @@ def initial_state(experiment: Experiment, member: int) -> TrainState:
     """A member before its first step. Its head, or all of it without initial weights, is drawn for this member."""
     settings, device = experiment.settings, experiment.compute.device
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(draws(settings.seed, member, 0, "weights").integers(2**63)))
+        torch.manual_seed(int(rng_for(settings.seed, member, 0, "weights").integers(2**63)))
         model = build_model(settings.backbone, settings.meta_class_size, experiment.weights).to(device)
     optimizer = make_optimizer(settings.optimizer, model, settings.lr, device)
     return TrainState(model, optimizer, experiment.compute.grad_scaler())
@@ -204,7 +207,7 @@ def train_member(
     """
     settings, compute, cache = experiment.settings, experiment.compute, experiment.cache
     labels, (num_classes, _) = cache.array("train_labels"), cache.counts["train"]
-    draw_once = partial(draws, settings.seed, member, 0)
+    draw_once = partial(rng_for, settings.seed, member, 0)
     partition = meta_class_partition(num_classes, settings.meta_class_size, draw_once("partition"))
     targets, images = partition[labels], capped_images(labels, MAX_IMAGES_PER_CLASS, draw_once("cut"))
     state = initial_state(experiment, member)
@@ -219,13 +222,12 @@ def train_member(
         print(f"{title}: goes on after epoch {len(history) - 1}", flush=True)
 
     for epoch in range(len(history), settings.num_epochs):
-        draw = partial(draws, settings.seed, member, epoch)
+        draw = partial(rng_for, settings.seed, member, epoch)
         torch.manual_seed(int(draw("dropout").integers(2**63)))  # for networks that have some; a ResNet draws nothing
         batches = epoch_batches(cache, images, targets, settings, draw, compute.device)
         prepared = ((prepare(batch, *experiment.statistics, memory), batch.targets) for batch in batches)
         paced = with_rates(prepared, state.optimizer, settings, epoch, len(images))
-        with console.name_interruption(f"epoch {epoch}"):
-            result = train_epoch(state, compute, paced, len(images), f"{title} epoch {epoch}")
+        result = train_epoch(state, compute, paced, len(images), f"{title} epoch {epoch}")
         history = [*history, {"epoch": epoch, "lr": learning_rate(settings, epoch + 0.5)} | result]
         # The last epoch of "onecycle" has the smallest rates; of mixed images, the accuracy does not say which is best.
         keeps_last = settings.schedule == "onecycle" or settings.mixup
@@ -247,7 +249,7 @@ def embed_test_images(
     def extract(batch_size: int) -> torch.Tensor:
         return extract_features(model, images, scaling, batch_size, embedding)
 
-    outputs = console.with_less_memory(extract, 2 * experiment.settings.batch_size)
+    outputs = cli.with_less_memory(extract, 2 * experiment.settings.batch_size)
     if not torch.isfinite(outputs).all():
         raise RunError(f"{title}: its embedding is not finite; {experiment.compute.overflow_remedy()}")
     return outputs
@@ -321,20 +323,19 @@ def score_baseline(experiment: Experiment, members: Members, split: TestSplit, k
         return recall_percent([features.to(experiment.compute.device)], split, ks)
 
     images = experiment.cache.array("test_images")
-    with console.name_interruption("the scores before training"):
-        baseline.update_baseline(members, images, ks, initial_features, score)
+    baseline.update_baseline(members, images, ks, initial_features, score)
 
 
 def run(args: argparse.Namespace) -> None:
     # 1. Options, data and device: whatever can be wrong is found before any training
-    cache = read_cache(args.data_path, args.data_name, ImageSpec(args.image_size, args.resize))
-    if args.meta_class_size == "all":
-        args.meta_class_size = cache.counts["train"][0]
     settings = settings_of(args)
+    cache = read_cache(args.data_path, settings.data_name, settings.image_spec)
+    if settings.meta_class_size == ALL_CLASSES:
+        settings = replace(settings, meta_class_size=cache.counts["train"][0])
     split = TestSplit.from_arrays(*(cache.array(f"test_{name}") for name in TestSplit._fields))
     check_counts(settings, args.recalls, cache, split)
-    device = console.pick_device(args.device)
-    console.set_up_device(device, args.deterministic)
+    device = cli.pick_device(args.device)
+    cli.set_up_device(device, args.deterministic)
     here = writer.environment(device) | {"deterministic": args.deterministic}
 
     # 2. The run folder and what it holds
@@ -374,7 +375,7 @@ def run(args: argparse.Namespace) -> None:
     while (locked := members.lock_next_missing(wanted, args.embedding)) is not None:
         (member, lock), start = locked, time.perf_counter()
         title, to_train = f"member {member}/{args.ensemble_size}", member not in members.records
-        with console.name_interruption(title), lock:
+        with lock:
             what = make_member(experiment, members, member, args.embedding, title)
         seconds = time.perf_counter() - start
         print(f"{title}: {what}, {seconds:.1f} s")
@@ -447,12 +448,12 @@ def recall_percent(embeddings: list[torch.Tensor], split: TestSplit, ks: list[in
     """`recall_at_k` in percent, `(L, len(ks)) float64`."""
     score = partial(recall_at_k, embeddings, split.labels, ks, is_query=split.is_query, is_gallery=split.is_gallery)
     memory = similarity_memory(embeddings[0].device)
-    return 100 * console.with_less_memory(lambda max_bytes: score(max_bytes=max_bytes), memory).numpy()
+    return 100 * cli.with_less_memory(lambda max_bytes: score(max_bytes=max_bytes), memory).numpy()
 
 
 def main(argv: list[str] | None = None) -> int:
     remedy = "a smaller --batch_size or --image_size, or another --precision"
-    return console.run_main("train.py", lambda: run(parse_args(argv)), remedy)
+    return cli.run_main("train.py", lambda: run(parse_args(argv)), remedy)
 
 
 if __name__ == "__main__":

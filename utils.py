@@ -15,7 +15,7 @@ LARGEST_BLOCK = 2**14  # elsewhere: a GPU wants few large launches
 # ------------------------------------------------------------------------------------------------ partitions
 
 
-def draws(seed: int, member: int, epoch: int, purpose: str) -> np.random.Generator:
+def rng_for(seed: int, member: int, epoch: int, purpose: str) -> np.random.Generator:
     """The random generator for one purpose in one epoch of one member.
 
     It depends on these four arguments only. So member 7 is the same whether or not members 1-6 were trained before it,

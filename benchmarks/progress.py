@@ -20,10 +20,10 @@ from unittest import mock
 import torch
 
 from benchmarks.plain import hardware, synchronize
-from dreml.console import DEVICE_HELP, Parser, natural_number, pick_device, positive_float, run_main
+from dreml import checkpoint
+from dreml.checkpoint import SECONDS_BETWEEN_WRITES, Progress, snapshot
+from dreml.cli import DEVICE_HELP, MANY, Parser, check_ranges, pick_device, run_main
 from dreml.files import atomic_open
-from dreml.runs import checkpoint
-from dreml.runs.checkpoint import SECONDS_BETWEEN_WRITES, Progress, snapshot
 from model import Compute, build_model
 from train import Sums, TrainState, make_optimizer, train_step
 
@@ -82,11 +82,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="-m benchmarks.progress", description=__doc__)
     add = parser.add_argument
     add("--backbone", default="resnet18", metavar="NAME", help="a ResNet of torchvision (default: resnet18)")
-    add("--num_epochs", type=natural_number, default=60, metavar="E", help="epochs (default: 60)")
-    add("--epoch_seconds", type=positive_float, default=1.0, metavar="S", help="length of an epoch (default: 1)")
-    add("--megabytes", type=positive_float, default=50.0, metavar="M", help="MB/s of the disk (default: 50)")
+    add("--num_epochs", type=int, default=60, metavar="E", help="epochs (default: 60)")
+    add("--epoch_seconds", type=float, default=1.0, metavar="S", help="length of an epoch (default: 1)")
+    add("--megabytes", type=float, default=50.0, metavar="M", help="MB/s of the disk (default: 50)")
     add("--device", default="auto", help=DEVICE_HELP)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_ranges(args, num_epochs=(1, MANY), epoch_seconds=(1e-9, MANY), megabytes=(1e-9, MANY))
+    return args
 
 
 def run(args: argparse.Namespace) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from benchmarks.plain import compare, hardware, plain_recall, row, seconds
-from dreml.console import DEVICE_HELP, InputError, Parser, fraction, natural_number, pick_device, run_main
-from dreml.data.batches import spans
+from dreml.batches import spans
+from dreml.cli import DEVICE_HELP, MANY, Parser, check_ranges, pick_device, run_main
 from utils import recall_at_k
 
 KS = [1, 10, 100, 1000]
@@ -138,12 +138,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="-m benchmarks.recall", description=__doc__)
     add = parser.add_argument
     add("--device", default="auto", help=DEVICE_HELP)
-    add("--repeats", type=natural_number, default=3, metavar="N", help="runs of each, in turns (default: 3)")
-    add("--scale", type=fraction, default=1.0, metavar="X", help="this share of the images (default: 1.0)")
+    add("--repeats", type=int, default=3, metavar="N", help="runs of each, in turns (default: 3)")
+    add("--scale", type=float, default=1.0, metavar="X", help="this share of the images (default: 1.0)")
     add("--big", action="store_true", help="also 60,502 x 8,000: 2 GB, minutes on a CPU")
     args = parser.parse_args(argv)
-    if args.scale < 0.01:
-        raise InputError("--scale has to be at least 0.01")
+    check_ranges(args, repeats=(1, MANY), scale=(0.01, 1))
     return args
 
 

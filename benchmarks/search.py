@@ -24,11 +24,11 @@ from PIL import Image, ImageOps
 
 from benchmarks.plain import hardware
 from dreml.approximate import ApproximateSearch
-from dreml.console import Parser, natural_number, progress_bar, run_main
-from dreml.data.images import load_rgb, resize_test
+from dreml.cli import MANY, Parser, check_ranges, progress_bar, run_main
+from dreml.images import load_rgb, resize_test
 from dreml.index import PhotoIndex, model_checksum
 from dreml.photos import Photo
-from dreml.runs.folder import read_run
+from dreml.runs import read_run
 from dreml.search import Item, embed_batch, find_neighbours, folder_items, nearest
 from model import load_ensemble
 
@@ -265,10 +265,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("run", type=Path, nargs="?", metavar="RUN_FOLDER", help="a run folder of train.py (not for exact)")
     add("--work", type=Path, default=Path("results/benchmark_search"), metavar="DIR", help="where it works")
     add("--photos", type=Path, nargs="+", default=[], metavar="DIR", help="folders of real photos (ann)")
-    add("--number", type=natural_number, metavar="N", help="photos (default: 10,000; exact and ann: 100,000)")
-    add("--width", type=natural_number, default=272, metavar="D", help="dimensions (exact; default: 272)")
-    add("--repeats", type=natural_number, default=3, metavar="N", help="runs of each (default: 3)")
+    add("--number", type=int, metavar="N", help="photos (default: 10,000; exact and ann: 100,000)")
+    add("--width", type=int, default=272, metavar="D", help="dimensions (exact; default: 272)")
+    add("--repeats", type=int, default=3, metavar="N", help="runs of each (default: 3)")
     args = parser.parse_args(argv)
+    check_ranges(args, number=(1, MANY), width=(1, MANY), repeats=(1, MANY))
     if args.what != "exact" and args.run is None:
         parser.error(f"{args.what} needs a RUN_FOLDER")
     if args.what == "ann" and not args.photos:

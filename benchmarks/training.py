@@ -30,27 +30,28 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.plain import PlainImages, compare, hardware, plain_step, plain_transforms, row, seconds
-from dreml.console import (
+from dreml.augment import Batch, batch_spans, epoch_batches, prepare
+from dreml.batches import input_memory
+from dreml.cache import Cache, read_cache
+from dreml.cache_writer import build_cache
+from dreml.cli import (
     DEVICE_HELP,
+    MANY,
     InputError,
     Parser,
     RunError,
-    natural_number,
+    check_ranges,
     num_cores,
     pick_device,
     run_main,
     set_up_device,
 )
-from dreml.data.augment import Batch, batch_spans, epoch_batches, prepare
-from dreml.data.batches import input_memory
-from dreml.data.cache import Cache, read_cache
-from dreml.data.cache_writer import build_cache
-from dreml.data.images import ImageSpec
-from dreml.data.known_sets import list_data_set
-from dreml.runs.settings import Settings
+from dreml.datasets import list_data_set
+from dreml.images import ImageSpec
+from dreml.settings import Settings
 from model import Compute, extract_features, pick_precision
 from train import Experiment, Sums, initial_state, train_member, train_step
-from utils import draws
+from utils import rng_for
 
 
 def repeated(source: Path, target: Path, num_images: int) -> None:
@@ -98,7 +99,7 @@ def preprocessing(source: Path, folder: Path, num_images: int, spec: ImageSpec, 
 
 def first_epoch(experiment: Experiment, targets: np.ndarray) -> Iterator[Batch]:
     """The batches of the first epoch of member 1, of all training images."""
-    draw = partial(draws, experiment.settings.seed, 1, 0)
+    draw = partial(rng_for, experiment.settings.seed, 1, 0)
     device = experiment.compute.device
     return epoch_batches(experiment.cache, np.arange(len(targets)), targets, experiment.settings, draw, device)
 
@@ -286,15 +287,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="-m benchmarks.training", description=__doc__)
     add = parser.add_argument
     add("source", type=Path, metavar="FOLDER", help="folder of a data set, such as data/cub")
-    add("--image_size", type=natural_number, default=256, metavar="S", help="pixels (default: 256)")
-    add("--batch_size", type=natural_number, default=32, metavar="B", help="images a step (default: 32)")
-    add("--num_images", type=natural_number, metavar="N", help="of each split, repeated (default: 1600)")
-    add("--num_steps", type=natural_number, metavar="N", help="of the epoch that is timed (default: 10)")
+    add("--image_size", type=int, default=256, metavar="S", help="pixels (default: 256)")
+    add("--batch_size", type=int, default=32, metavar="B", help="images a step (default: 32)")
+    add("--num_images", type=int, metavar="N", help="of each split, repeated (default: 1600)")
+    add("--num_steps", type=int, metavar="N", help="of the epoch that is timed (default: 10)")
     add("--device", default="auto", help=DEVICE_HELP)
-    add("--repeats", type=natural_number, default=3, metavar="N", help="runs of each, in turns (default: 3)")
+    add("--repeats", type=int, default=3, metavar="N", help="runs of each, in turns (default: 3)")
     add("--job", action="store_true", help="only a whole job on an image folder that has its cache")
     add("--cold", action="store_true", help="only the input from a cache that is not in memory (Linux)")
     args = parser.parse_args(argv)
+    counts = {name: (1, MANY) for name in ("image_size", "batch_size", "num_images", "num_steps", "repeats")}
+    check_ranges(args, **counts)
     if args.cold and (args.job or sys.platform != "linux"):
         raise InputError("--cold needs Linux, and does not go with --job")
     if args.job and (args.num_images or args.num_steps):

@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 import torch
 
-from dreml.console import InputError, print_text, raise_if_interrupted
+from dreml.cli import InputError, print_text
 from dreml.files import read_record, writable, write_record
 from dreml.index import COLUMNS, IndexedPhotos, PhotoIndex
 from dreml.search import Found, Item, find_neighbours, nearest
@@ -56,7 +56,6 @@ class ApproximateSearch:
         """As `find_neighbours`, but it may miss some neighbours."""
         found = []
         for query, row in zip(queries, query_rows.cpu(), strict=True):
-            raise_if_interrupted()
             nearby = self.candidates(row, top)
             found += find_neighbours([query], row[None], nearby, nearby.vectors, top)
         return found

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dreml.console import InputError, one_line
+from dreml.cli import InputError, one_line
 from dreml.files import sha256
 
 TIMM = "timm:"  # before the name of a network of timm

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dreml.console import InputError, RunError, one_line, out_of_memory, progress_bar
-from dreml.data.images import ImageSpec
+from dreml.cli import InputError, RunError, one_line, out_of_memory, progress_bar
 from dreml.files import flush_to_disk, read_record, replace_folder, sha256, take_lock, temporary_name
+from dreml.images import ImageSpec
 
 if TYPE_CHECKING:
     import onnx

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import filelock
 
-from dreml.console import InputError, one_line, progress_bar, raise_if_interrupted
+from dreml.cli import InputError, one_line, progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,7 +141,6 @@ def take_lock(path: Path, timeout: float = -1) -> contextlib.AbstractContextMana
     lock = filelock.FileLock(path, fallback_to_soft=False)  # soft: a mere file, which stays when its holder dies
     try:
         while True:
-            raise_if_interrupted()
             try:
                 held = lock.acquire(timeout=max(0, min(1, end - time.monotonic())))
                 break

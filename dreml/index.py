@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from dreml.console import InputError, format_problems, one_line, print_text
-from dreml.data.images import IMAGE_VERSION
+from dreml.cli import InputError, format_problems, one_line, print_text
 from dreml.files import atomic_open, json_sha256, take_lock, writable
+from dreml.images import IMAGE_VERSION
 from dreml.photos import IndexedPhotos, Photo, Row, class_of, list_photos, read_photos, walk_order
-from dreml.runs.folder import Run
+from dreml.runs import Run
 from dreml.search import embed_batch
 
 TABLE = "photos"

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from dreml.data.augment import Targets
-from dreml.runs.settings import RECIPES, Settings
+from dreml.augment import Targets
+from dreml.settings import RECIPES, Settings
 
 RISE = 0.2  # the share of the training in which "onecycle" goes up
 

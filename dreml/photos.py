@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dreml.console import InputError, num_cores, progress_bar
-from dreml.data.images import BadImage, ImageSpec, bad_image, read_test_image
-from dreml.data.lists import LeftOut
+from dreml.cli import InputError, num_cores, progress_bar
 from dreml.files import file_id, sha256
+from dreml.images import BadImage, ImageSpec, bad_image, read_test_image
+from dreml.lists import LeftOut
 from dreml.search import Item, image_names, names_of, refuse
 
 

@@ -15,20 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dreml.console import (
+from dreml.batches import image_batches, spans
+from dreml.cli import (
     InputError,
     RunError,
     format_problems,
     is_utf8,
     num_cores,
     progress_bar,
-    raise_if_interrupted,
     with_less_memory,
 )
-from dreml.data.batches import image_batches, spans
-from dreml.data.images import BadImage, read_test_image
-from dreml.data.lists import LeftOut, class_folders
 from dreml.files import file_id
+from dreml.images import BadImage, read_test_image
+from dreml.lists import LeftOut, class_folders
 
 BATCH_SIZE = 128  # images embedded at a time
 
@@ -298,7 +297,6 @@ def nearest(
     similarities, numbers = np.empty((len(queries), top), np.float32), np.empty((len(queries), top), np.int64)
     left_out = torch.as_tensor(left_out, device=gallery.device)
     for start, stop in spans(0, len(queries), max(1, max_block // len(gallery))):
-        raise_if_interrupted()
         block = (queries[start:stop].to(gallery.device) @ gallery.T).mul_(1e6).round_().div_(1e6)
         itself = left_out[start:stop]
         inside = torch.nonzero(itself >= 0)[:, 0]

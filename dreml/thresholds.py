@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dreml.console import InputError, one_line
+from dreml.cli import InputError, one_line
 
 FARS = (0.1, 0.01, 0.001)  # false-accept rates: the share of searches for something that is not there that find it
 FEWEST_ABOVE = 10  # of fewer wrong neighbours above a threshold, their number says little

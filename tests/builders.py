@@ -18,14 +18,14 @@ from PIL import Image
 from torch import nn
 
 import train
-from dreml.console import InputError
-from dreml.data.cache import Cache
-from dreml.data.cache_writer import build_cache
-from dreml.data.images import ImageSpec, load_rgb, resize_test
+from dreml.cache import Cache
+from dreml.cache_writer import build_cache
+from dreml.cli import InputError
 from dreml.files import read_record, sha256, write_record
+from dreml.images import ImageSpec, load_rgb, resize_test
 from dreml.index import PhotoIndex
 from dreml.photos import walk_order
-from dreml.runs.folder import MemberRecord, PooledRecord, member_file, read_run_record
+from dreml.runs import MemberRecord, PooledRecord, member_file, read_run_record
 from dreml.search import Item, embed_images, folder_items
 from model import Ensemble, Head
 

@@ -18,12 +18,12 @@ from processes import Processes
 import data_utils
 import model
 import train
-from dreml.data import workers
-from dreml.data.cache import Cache, read_cache
-from dreml.data.demo import draw_demo
-from dreml.data.images import ImageSpec
-from dreml.runs.folder import TestSplit
-from dreml.runs.settings import Settings, settings_of
+from dreml import workers
+from dreml.cache import Cache, read_cache
+from dreml.demo import draw_demo
+from dreml.images import ImageSpec
+from dreml.runs import TestSplit
+from dreml.settings import Settings, settings_of
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 torch.set_num_threads(1)  # the suite runs in several processes; and the same bits everywhere

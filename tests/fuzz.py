@@ -36,8 +36,8 @@ import data_utils
 import evaluate
 import retrieve
 import train
-from dreml.console import InputError
-from dreml.data import workers
+from dreml import workers
+from dreml.cli import InputError
 from dreml.files import read_record, write_record
 
 

@@ -10,7 +10,7 @@ from builders import queries_of, refused, save_colors
 
 import retrieve
 from dreml.approximate import ApproximateSearch
-from dreml.console import InputError
+from dreml.cli import InputError
 from dreml.search import find_neighbours
 
 pytest.importorskip("lancedb", reason="LanceDB is an extra: pip install lancedb")

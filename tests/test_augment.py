@@ -9,11 +9,11 @@ import torch
 from builders import save_image
 
 import data_utils
-from dreml.data.augment import Batch, batch_spans, epoch_batches, prepare
-from dreml.data.batches import resize_windows
-from dreml.data.cache import Cache, read_cache
-from dreml.data.images import ImageSpec
-from utils import draws
+from dreml.augment import Batch, batch_spans, epoch_batches, prepare
+from dreml.batches import resize_windows
+from dreml.cache import Cache, read_cache
+from dreml.images import ImageSpec
+from utils import rng_for
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def test_a_last_batch_of_one_joins_the_one_before(num_images, batch_size, expect
 def batches_of(cache, settings, member=1, epoch=0, images=None) -> list[Batch]:
     """The batches of an epoch over all images. The target of an image is its number."""
     numbers = np.arange(cache.counts["train"][1])
-    draw = partial(draws, settings.seed, member, epoch)
+    draw = partial(rng_for, settings.seed, member, epoch)
     return list(epoch_batches(cache, numbers if images is None else images, numbers, settings, draw, CPU))
 
 

@@ -39,12 +39,12 @@ from dreml.backbones import (
     weights_tag,
     without_drawing,
 )
-from dreml.console import InputError
-from dreml.data.cache import read_cache
-from dreml.data.images import ImageSpec
+from dreml.cache import read_cache
+from dreml.cli import InputError
 from dreml.files import sha256, write_record
-from dreml.runs.folder import Members
-from dreml.runs.writer import make_run_record
+from dreml.images import ImageSpec
+from dreml.run_writer import make_run_record
+from dreml.runs import Members
 from model import Compute, build_model, extract_features, head_of, load_ensemble, load_member
 from train import Experiment
 

@@ -16,11 +16,10 @@ import evaluate
 import retrieve
 import train
 from dreml.backbones import own_scaling
-from dreml.console import InputError
+from dreml.baseline import BaselineRecord, colour_histograms, print_baseline, read_baseline
+from dreml.cli import InputError
 from dreml.files import read_record, take_lock, write_record
-from dreml.runs import baseline
-from dreml.runs.baseline import BaselineRecord, colour_histograms, print_baseline, read_baseline
-from dreml.runs.folder import read_run_record
+from dreml.runs import baseline, read_run_record
 from model import Compute, extract_features, load_ensemble
 from train import Experiment
 

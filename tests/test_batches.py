@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image
 
-from dreml.console import run_main
-from dreml.data.batches import image_batches, input_memory, normalize, resize_windows, spans
+from dreml.batches import image_batches, input_memory, normalize, resize_windows, spans
+from dreml.cli import run_main
 
 CPU = torch.device("cpu")
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torchvision.transforms.functional as TF
 from builders import SPEC, build, flip_a_bit, random_image, tree, write_image_folder
-
-from dreml.console import InputError, RunError
 from dreml.data import cache as cache_module
-from dreml.data.cache import check_unchanged, make_command, read_cache, verify_cache
-from dreml.data.images import ImageSpec, load_rgb
+
+from dreml.cache import check_unchanged, make_command, read_cache, verify_cache
+from dreml.cli import InputError, RunError
 from dreml.files import read_record, write_record
+from dreml.images import ImageSpec, load_rgb
 
 SIZE, SQUASH = 32, ImageSpec(32, "squash")
 

@@ -24,10 +24,10 @@ from builders import (
 )
 from PIL import Image
 
-from dreml.console import InputError, RunError
-from dreml.data import cache_writer
-from dreml.data.cache import read_cache
-from dreml.data.images import ImageSpec, load_rgb, resize_test, resize_train
+from dreml import cache_writer
+from dreml.cache import read_cache
+from dreml.cli import InputError, RunError
+from dreml.images import ImageSpec, load_rgb, resize_test, resize_train
 
 needs_fork = pytest.mark.skipif(
     multiprocessing.get_start_method() != "fork", reason="the patched function reaches forks only"

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dreml import files
-from dreml.runs import checkpoint
-from dreml.runs.checkpoint import Copies, Progress, has_room, progress_file, remove_progress, snapshot
+from dreml import checkpoint, files
+from dreml.checkpoint import Copies, Progress, has_room, progress_file, remove_progress, snapshot
 
 NEVER = 1e6  # seconds between writes
 

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dreml.figures.curves import draw_comparison, draw_found, draw_recall, draw_training
-from dreml.figures.style import drawing
-from dreml.runs.folder import read_run
+from dreml.curves import draw_comparison, draw_found, draw_recall, draw_training
+from dreml.runs import read_run
+from dreml.style import drawing
 
 
 def test_the_curves_show_the_tables():

@@ -13,10 +13,10 @@ from builders import SPEC, build, flip_a_bit, save_image, tree, write_cub, write
 
 import data_utils
 import train
-from dreml.console import RunError
-from dreml.data.cache import read_cache
-from dreml.data.demo import draw_demo
-from dreml.data.images import ImageSpec
+from dreml.cache import read_cache
+from dreml.cli import RunError
+from dreml.demo import draw_demo
+from dreml.images import ImageSpec
 
 
 def call(data: Path, *options: str) -> int:
@@ -64,16 +64,6 @@ def test_a_set_that_fails_while_running_does_not_stop_the_others(tmp_path, capsy
     assert call(tmp_path) == 1
     output = capsys.readouterr()
     assert f"data_utils.py: failed: first: {error}\n" in output.err and re.search(r"\nsecond +2 classes", output.out)
-
-
-def test_an_interruption_names_the_data_set(tmp_path, capsys, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    write_image_folder(tmp_path / "mine")
-    monkeypatch.setattr(data_utils, "build_cache", interrupted)
-    assert call(tmp_path) == 130
-    assert capsys.readouterr().err == "data_utils.py: interrupted in mine; run the same command again to go on\n"
 
 
 def test_no_data_set_at_all(tmp_path, capsys):
@@ -217,11 +207,11 @@ def test_a_path_that_cannot_be_used_is_named_with_the_remedy(tmp_path, capsys, p
     ("options", "message"),
     [
         (["--data_name", "../x"], "'../x' is not the name of a folder"),
-        (["--image_size", "0"], "'0' is not a positive integer"),
-        (["--image_size", "5000"], "over 2048"),
+        (["--image_size", "0"], "--image_size 0 has to be at least 1 and at most 2,048"),
+        (["--image_size", "5000"], "--image_size 5000 has to be"),
         (["--verify", "--force"], "--verify only reads"),
         (["--a\nb"], "unrecognized arguments: --a b"),
-        (["--num_workers", "many"], "'many' is not a positive integer"),
+        (["--num_workers", "many"], "--num_workers: invalid int value: 'many'"),
         (["--forc"], "unrecognized arguments: --forc"),
         (["--resize", "pad"], "argument --resize: invalid choice: 'pad'"),
     ],
@@ -368,7 +358,7 @@ def test_what_a_holdout_refuses_and_passes_over(tmp_path, capsys):
         (["--data_name", "mine", "--holdout", "0.1", "--force"], "and 0 to test on; it takes at least two of each"),
         (["--holdout", "0.4"], "--holdout needs --data_name"),
         (["--data_name", "mine", "--holdout_seed", "1"], "--holdout_seed goes with --holdout"),
-        (["--data_name", "mine", "--holdout", "1.5"], "'1.5' is above 1"),
+        (["--data_name", "mine", "--holdout", "1.5"], "--holdout 1.5 has to be above 0 and at most 1"),
     ):
         assert call(tmp_path, *options) == 2
         error = capsys.readouterr().err

@@ -4,7 +4,7 @@ import numpy as np
 from builders import tree
 from PIL import Image
 
-from dreml.data.demo import draw_demo
+from dreml.demo import draw_demo
 
 
 def test_demo_is_the_same_for_the_same_seed(tmp_path):

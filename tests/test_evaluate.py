@@ -13,9 +13,9 @@ from PIL import Image
 from reference import slow_best_similarities, slow_map, slow_recall
 
 import evaluate
-from dreml.figures.style import COLORS
-from dreml.runs.folder import Run, read_run
-from dreml.runs.writer import run_lock
+from dreml.run_writer import run_lock
+from dreml.runs import Run, read_run
+from dreml.style import COLORS
 from utils import unmatched_queries
 
 

@@ -16,13 +16,13 @@ from processes import ROOT
 import data_utils
 import export
 import model
-from dreml.console import RunError
-from dreml.data.cache import read_cache
-from dreml.data.images import ImageSpec
+from dreml.cache import read_cache
+from dreml.cli import RunError
 from dreml.exported import open_graph, preprocess_code
 from dreml.files import sha256
+from dreml.images import ImageSpec
 from dreml.index import model_checksum
-from dreml.runs.folder import TestSplit, read_run
+from dreml.runs import TestSplit, read_run
 from dreml.search import embed_images, folder_items
 from model import load_ensemble
 

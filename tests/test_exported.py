@@ -11,8 +11,7 @@ from builders import odd_images, random_image
 from processes import ROOT
 from torch import nn
 
-from dreml.console import InputError, RunError
-from dreml.data.images import ImageSpec, read_test_image
+from dreml.cli import InputError, RunError
 from dreml.exported import (
     DESCRIPTION,
     GRAPH,
@@ -26,6 +25,7 @@ from dreml.exported import (
     write_graph,
 )
 from dreml.files import take_lock, write_record
+from dreml.images import ImageSpec, read_test_image
 from model import Ensemble, build_model, head_of
 
 # ------------------------------------------------------------------------------------------------ pixels

@@ -30,9 +30,9 @@ from faults import (
 from processes import wait_until
 
 import train
-from dreml.console import Terminated
+from dreml.checkpoint import Progress
+from dreml.cli import Terminated
 from dreml.files import read_record, write_record
-from dreml.runs.checkpoint import Progress
 
 EIGHT_MEMBERS = [*TINY, "--ensemble_size", "8"]
 

@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 
 from dreml import files
-from dreml.console import InputError, run_main
+from dreml.cli import InputError, run_main
 from dreml.files import (
     atomic_open,
     crc32,
@@ -37,7 +37,7 @@ from dreml.files import (
     write_csv,
     write_record,
 )
-from dreml.runs.folder import RunRecord
+from dreml.runs import RunRecord
 
 # ------------------------------------------------------------------------------------------------ writing
 

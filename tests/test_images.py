@@ -9,7 +9,7 @@ import pytest
 from builders import SPEC, jpeg_bytes, odd_images, random_image
 from PIL import Image
 
-from dreml.data.images import (
+from dreml.images import (
     BadImage,
     ImageSpec,
     image_suffixes,

@@ -17,9 +17,9 @@ from PIL import Image
 
 import retrieve
 from dreml import index as index_module
-from dreml.console import InputError
+from dreml.cli import InputError
 from dreml.index import PhotoIndex, default_place, model_checksum
-from dreml.runs.folder import read_run
+from dreml.runs import read_run
 from dreml.search import find_neighbours, folder_items
 
 pytest.importorskip("lancedb", reason="LanceDB is an extra: pip install lancedb")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from builders import build, check_refused, put, random_image, rewrite, save_image, write_csv, write_image_folder
 
-from dreml.console import InputError
-from dreml.data.known_sets import count_images
-from dreml.data.lists import Entries, Entry, LeftOut, list_csv, list_image_folder
+from dreml.cli import InputError
+from dreml.datasets import count_images
+from dreml.lists import Entries, Entry, LeftOut, list_csv, list_image_folder
 
 
 @pytest.mark.parametrize("key", [int, str])

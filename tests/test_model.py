@@ -14,12 +14,12 @@ from builders import Payload
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dreml.console import InputError
-from dreml.data.batches import normalize
-from dreml.data.cache import read_cache
-from dreml.data.images import ImageSpec
+from dreml.batches import normalize
+from dreml.cache import read_cache
+from dreml.cli import InputError
 from dreml.files import read_record, sha256, write_record
-from dreml.runs.folder import MemberRecord, RunRecord
+from dreml.images import ImageSpec
+from dreml.runs import MemberRecord, RunRecord
 from model import (
     DTYPES,
     Compute,

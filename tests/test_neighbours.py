@@ -13,9 +13,10 @@ from PIL import Image
 
 import retrieve
 from dreml import search
-from dreml.data.cache import read_cache
-from dreml.data.images import ImageSpec
-from dreml.figures.neighbours import (
+from dreml.cache import read_cache
+from dreml.files import read_record, write_record
+from dreml.images import ImageSpec
+from dreml.neighbours import (
     DPI,
     PICTURE_STYLE,
     PITCH,
@@ -25,10 +26,9 @@ from dreml.figures.neighbours import (
     shortened,
     tile_corner,
 )
-from dreml.figures.style import drawing
-from dreml.files import read_record, write_record
-from dreml.runs.folder import read_run
+from dreml.runs import read_run
 from dreml.search import Found, Item
+from dreml.style import drawing
 
 GREEN, RED, GREY, WHITE = "#1a9641", "#d7191c", "#999999", "#ffffff"
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dreml.optimizers import learning_rate, make_optimizer, with_rates
-from dreml.runs.settings import Settings
+from dreml.settings import Settings
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from builders import save_colors
 from PIL import Image
 
 from dreml import photos as photos_module
-from dreml.data.images import ImageSpec
 from dreml.files import file_id, sha256
+from dreml.images import ImageSpec
 from dreml.photos import IndexedPhotos, list_photos, read_photos, walk_order
 from dreml.search import Item, folder_items
 

@@ -10,9 +10,9 @@ from builders import copy_run, embed_files, save_image
 from reference import mean_cosines
 
 from dreml import search
-from dreml.console import InputError
+from dreml.cli import InputError
 from dreml.files import file_id, read_record, write_record
-from dreml.runs.folder import MemberRecord, member_file, read_run_record
+from dreml.runs import MemberRecord, member_file, read_run_record
 from dreml.search import Item, SplitItems, embed_images, find_neighbours, folder_items, nearest, own_rows, query_items
 from model import load_ensemble
 

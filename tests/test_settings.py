@@ -6,11 +6,11 @@ from dataclasses import Field, FrozenInstanceError, fields, replace
 import pytest
 
 import train
-from dreml.console import InputError, Parser
-from dreml.data.images import ImageSpec
+from dreml.cli import InputError, Parser
 from dreml.files import write_record
-from dreml.runs.folder import FORMAT, DataRecord, RunRecord, read_run_record
-from dreml.runs.settings import RECIPES, Settings, add_settings, settings_of
+from dreml.images import ImageSpec
+from dreml.runs import FORMAT, DataRecord, RunRecord, read_run_record
+from dreml.settings import RECIPES, Settings, add_settings, settings_of
 
 
 def parse(*options: str) -> Settings:

@@ -4,9 +4,8 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from dreml.figures import style
+from PIL import Image
 
 
 def fonts(*names: str) -> list:

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dreml.console import InputError
+from dreml.cli import InputError
 from dreml.thresholds import COLUMNS, Threshold, found_share, read_threshold, threshold_at, threshold_table
 
 

@@ -23,18 +23,18 @@ from tqdm import tqdm
 
 import data_utils
 import train
+from dreml import run_writer as writer
+from dreml import runs as run_folders
+from dreml.augment import Batch, MixedTargets, Mixing, epoch_batches, prepare
 from dreml.backbones import read_weights
-from dreml.data.augment import Batch, MixedTargets, Mixing, epoch_batches, prepare
-from dreml.data.batches import input_memory
-from dreml.data.cache import read_cache
-from dreml.data.demo import draw_demo
-from dreml.data.images import ImageSpec
+from dreml.batches import input_memory
+from dreml.cache import read_cache
+from dreml.checkpoint import Progress
+from dreml.demo import draw_demo
 from dreml.files import read_record, take_lock
-from dreml.runs import folder as run_folders
-from dreml.runs import writer
-from dreml.runs.checkpoint import Progress
-from dreml.runs.folder import HISTORY_COLUMNS, MemberRecord, PooledRecord, TestSplit, read_run_record
-from dreml.runs.settings import RECIPES, Settings, settings_of
+from dreml.images import ImageSpec
+from dreml.runs import HISTORY_COLUMNS, MemberRecord, PooledRecord, TestSplit, read_run_record
+from dreml.settings import RECIPES, Settings, settings_of
 from model import Compute, Head, build_model, extract_features, load_ensemble
 from train import (
     Experiment,
@@ -46,7 +46,7 @@ from train import (
     train_member,
     train_step,
 )
-from utils import capped_images, draws, meta_class_partition, recall_at_k
+from utils import capped_images, meta_class_partition, recall_at_k, rng_for
 
 CPU = torch.device("cpu")
 FP32 = Compute(CPU)
@@ -326,10 +326,10 @@ def test_a_member_learns_the_meta_classes_of_its_images(tiny_cache, tiny_setting
     settings, labels = replace(tiny_settings, seed=3), tiny_cache.array("train_labels")
     experiment = experiment_of(tiny_cache, settings)
     partition = np.array(train_member(experiment, 5, "title")[1]["partition"])
-    assert partition.tolist() == meta_class_partition(6, 3, draws(3, 5, 0, "partition")).tolist()
-    images, expected = capped_images(labels, 4, draws(3, 5, 0, "cut")), []
+    assert partition.tolist() == meta_class_partition(6, 3, rng_for(3, 5, 0, "partition")).tolist()
+    images, expected = capped_images(labels, 4, rng_for(3, 5, 0, "cut")), []
     for epoch in (0, 1):
-        draw = partial(draws, 3, 5, epoch)
+        draw = partial(rng_for, 3, 5, epoch)
         for batch in epoch_batches(tiny_cache, images, np.arange(36), settings, draw, CPU):
             pixels = prepare(batch, torch.tensor(tiny_cache.meta.mean), torch.tensor(tiny_cache.meta.std))
             expected.append((pixels, torch.from_numpy(partition[labels[batch.targets.numpy()]])))
@@ -359,7 +359,7 @@ def test_members_do_not_depend_on_each_other(tiny_run, tiny_cache, tiny_settings
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
     earlier = read_record(tiny_run / "member_002.json", MemberRecord)
     assert result["partition"] == earlier.partition
-    assert result["partition"] == meta_class_partition(6, 3, draws(0, 2, 0, "partition")).tolist()
+    assert result["partition"] == meta_class_partition(6, 3, rng_for(0, 2, 0, "partition")).tolist()
     assert set(HISTORY_COLUMNS) < set(result["history"][0])
     first = torch.load(tiny_run / "member_001.pth", weights_only=True)
     assert not torch.equal(first["fc.weight"], saved["fc.weight"])
@@ -994,29 +994,29 @@ def test_defaults_are_those_of_the_original_command_line():
         (["--data_name", "../tiny"], "is not the name of a folder"),
         (["--meta_class_size", "7"], r"--meta_class_size 7 has to be in 2\.\.6"),
         (["--meta_class_size", "1"], r"--meta_class_size 1 has to be in 2\.\.6 \(training classes\), or all: each"),
-        (["--meta_class_size", "every"], "'every' is not a positive integer"),
+        (["--meta_class_size", "every"], "argument --meta_class_size: invalid number_of_meta_classes value: 'every'"),
         (["--recalls", "1,1"], "names a K twice"),
-        (["--recalls", "0,1"], "'0' is not a positive integer"),
-        (["--recalls", "1,,2"], "'' is not a positive integer"),
+        (["--recalls", "0,1"], "'0,1' is no list of positive integers"),
+        (["--recalls", "1,,2"], "'1,,2' is no list of positive integers"),
         (["--recalls", "1,36"], "36 is not below the number of gallery images, 36"),
-        (["--batch_size", "1"], "at least 2"),
-        (["--num_epochs", "0"], "'0' is not a positive integer"),
-        (["--ensemble_size", "-3"], "'-3' is not a positive integer"),
-        (["--ensemble_size", "10001"], "--ensemble_size 10001 is over 10,000"),
-        (["--ensemble_size", "1" * 5000], "is not a positive integer below 10"),
+        (["--batch_size", "1"], "--batch_size 1 has to be at least 2"),
+        (["--num_epochs", "0"], "--num_epochs 0 has to be at least 1"),
+        (["--ensemble_size", "-3"], "--ensemble_size -3 has to be at least 1 and at most 10,000"),
+        (["--ensemble_size", "10001"], "--ensemble_size 10001 has to be at least 1 and at most 10,000"),
+        (["--ensemble_size", "1" * 5000], "invalid int value: '1111"),
         (["--members", "3-1"], "'3-1' is no range of members"),
         (["--members", "1-99999"], "'1-99999' is no range of members"),
-        (["--members", "1-"], "'' is not a positive integer"),
+        (["--members", "1-"], "'1-' is no range of members"),
         (["--members", "2,5"], "--members 5 is above --ensemble_size 2"),
-        (["--lr", "nan"], "'nan' is not a positive number"),
-        (["--progress_seconds", "-1"], "--progress_seconds: '-1' is not a number of seconds"),
-        (["--scale_min", "0"], "--scale_min: '0' is not a positive number"),
-        (["--scale_min", "1.01"], "--scale_min: '1.01' is above 1"),
-        (["--scale_min", "-1"], "--scale_min: '-1' is not a positive number"),
-        (["--scale_min", "nan"], "--scale_min: 'nan' is not a positive number"),
-        (["--scale_min", "x"], "--scale_min: 'x' is not a positive number"),
-        (["--seed", "-1"], "'-1' is not an integer"),
-        (["--seed", "4294967296"], "is not an integer in"),
+        (["--lr", "nan"], "--lr nan has to be above 0"),
+        (["--progress_seconds", "-1"], "--progress_seconds -1.0 has to be at least 0"),
+        (["--scale_min", "0"], "--scale_min 0.0 has to be above 0 and at most 1"),
+        (["--scale_min", "1.01"], "--scale_min 1.01 has to be above 0 and at most 1"),
+        (["--scale_min", "-1"], "--scale_min -1.0 has to be above 0"),
+        (["--scale_min", "nan"], "--scale_min nan has to be above 0"),
+        (["--scale_min", "x"], "--scale_min: invalid float value: 'x'"),
+        (["--seed", "-1"], "--seed -1 has to be at least 0 and at most 4,294,967,295"),
+        (["--seed", "4294967296"], "--seed 4294967296 has to be at least 0 and at most 4,294,967,295"),
         (["--backbone", "resnet19"], "--backbone 'resnet19' is no network of .*near it: resnet1"),
         (["--weights", "nowhere.pth"], "--weights 'nowhere.pth': no such file"),
         (["--device", "tpu"], "--device tpu is not one of auto, cuda, cuda:i, mps, cpu"),

@@ -17,10 +17,10 @@ import utils
 from utils import (
     best_similarities,
     capped_images,
-    draws,
     map_at_r,
     meta_class_partition,
     recall_at_k,
+    rng_for,
     similarity_memory,
     unmatched_queries,
 )
@@ -54,7 +54,7 @@ def test_partition_refuses(num_classes, num_meta_classes):
 
 def test_draws_depend_on_each_argument_and_nothing_else():
     def numbers(*key):
-        return tuple(draws(*key).integers(2**32, size=4))
+        return tuple(rng_for(*key).integers(2**32, size=4))
 
     base = numbers(0, 1, 2, "order")
     assert numbers(0, 1, 2, "order") == base
@@ -64,7 +64,7 @@ def test_draws_depend_on_each_argument_and_nothing_else():
 
 def test_large_classes_are_cut_to_a_random_300():
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [350, 20, 300]))
-    first, again, other = (capped_images(labels, 300, draws(0, member, 0, "cut")) for member in (1, 1, 2))
+    first, again, other = (capped_images(labels, 300, rng_for(0, member, 0, "cut")) for member in (1, 1, 2))
     assert first.dtype == np.int64 and np.bincount(labels[first]).tolist() == [300, 20, 300]
     assert (np.diff(first) > 0).all() and np.array_equal(first, again)
     assert not np.array_equal(first, other)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dreml.data.workers import WorkerDied, map_ahead, worker_pool
+from dreml.workers import WorkerDied, map_ahead, worker_pool
 
 
 def test_a_worker_that_dies_is_noticed():
@@ -44,7 +44,7 @@ def test_a_few_tasks_are_taken_ahead_and_the_results_come_in_order():
 
 BUSY = """
 import time
-from dreml.data.workers import worker_pool
+from dreml.workers import worker_pool
 if __name__ == "__main__":
     with worker_pool(1) as pool:
         pool.submit(time.sleep, 600)

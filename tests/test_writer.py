@@ -22,9 +22,9 @@ from torch import nn
 import data_utils
 import train
 from dreml import files
+from dreml import run_writer as writer
 from dreml.files import read_record, take_lock, write_record
-from dreml.runs import writer
-from dreml.runs.folder import MemberRecord, Members, TestSplit, read_run_record
+from dreml.runs import MemberRecord, Members, TestSplit, read_run_record
 
 CPU = torch.device("cpu")
 

@@ -91,7 +91,7 @@ print(json.dumps(events | {"own": max(own), "total": time.perf_counter() - start
 RETRIEVE = """
 import json, sys, time
 import retrieve
-from dreml.runs import folder
+from dreml import runs as folder
 apart = []
 
 def timed(owner, name):

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dreml.console import InputError, RunError, one_line
-from dreml.data.images import ImageSpec
+from dreml.cli import InputError, RunError, one_line
 from dreml.files import crc32, read_ahead, read_record, sha256
+from dreml.images import ImageSpec
 
 CACHE_VERSION = 3  # 1: the hidden colours of transparent images; 2: the paths in meta.json
 ARRAYS = ["train_pixels", "train_offsets", "train_sizes", "train_labels", "train_paths", "train_path_offsets"]

@@ -22,9 +22,9 @@ from builders import (
     write_run,
 )
 
-from dreml.console import InputError
+from dreml.cli import InputError
 from dreml.files import json_sha256, read_record, take_lock, write_record
-from dreml.runs.folder import (
+from dreml.runs import (
     FORMAT,
     DamagedRecord,
     DataRecord,
@@ -36,7 +36,7 @@ from dreml.runs.folder import (
     read_run,
     read_run_record,
 )
-from dreml.runs.settings import Settings
+from dreml.settings import Settings
 from model import load_ensemble
 
 CPU = torch.device("cpu")

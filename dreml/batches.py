@@ -8,8 +8,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dreml.console import raise_if_interrupted
-
 BATCHES_AHEAD = 2  # loaded while one is computed on
 
 
@@ -46,7 +44,6 @@ def image_batches(
     with ThreadPoolExecutor(1) as loader:
         waiting, loading = collections.deque(range(len(batches))), collections.deque()
         while waiting or loading:
-            raise_if_interrupted()
             while waiting and len(loading) <= BATCHES_AHEAD:
                 loading.append(loader.submit(load, waiting.popleft()))
             yield loading.popleft().result().to(device, non_blocking=device.type == "cuda")

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dreml.data.batches import image_batches, normalize, resize_windows
-from dreml.data.cache import Cache
-from dreml.runs.settings import Settings
+from dreml.batches import image_batches, normalize, resize_windows
+from dreml.cache import Cache
+from dreml.settings import Settings
 
 
 class Mixing(NamedTuple):

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dreml.console import InputError, is_utf8, one_line
-from dreml.data.images import HEIF_REMEDY, HEIF_SUFFIXES, image_suffixes
+from dreml.cli import InputError, is_utf8, one_line
+from dreml.images import HEIF_REMEDY, HEIF_SUFFIXES, image_suffixes
 
 # ------------------------------------------------------------------------------------------------ what a list gives
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreml.console import InputError
+from dreml.cli import InputError
 from dreml.files import atomic_open
 
 if TYPE_CHECKING:

@@ -28,9 +28,9 @@ from builders import (
     write_sop,
 )
 
-from dreml.console import InputError
-from dreml.data import known_sets
-from dreml.data.known_sets import (
+from dreml import datasets
+from dreml.cli import InputError
+from dreml.datasets import (
     PUBLISHED,
     count_images,
     default_recalls,
@@ -38,7 +38,7 @@ from dreml.data.known_sets import (
     read_car_annotations,
     repeated_paths,
 )
-from dreml.data.lists import Entries, Entry
+from dreml.lists import Entries, Entry
 
 LAYOUTS = {
     "car": ("car", write_car, "car_ims/"),
@@ -154,7 +154,7 @@ def test_every_repeated_path_is_found_once(monkeypatch):
     times = collections.Counter(f"a/{number}.png" for number in numbers)
     expected = sorted(path for path, number in times.items() if number > 1)
     assert sorted(repeated_paths(entries, range(200))) == expected and len(expected) > 20
-    monkeypatch.setattr(known_sets, "hash", len, raising=False)
+    monkeypatch.setattr(datasets, "hash", len, raising=False)
     assert sorted(repeated_paths(entries, range(200))) == expected
     assert repeated_paths(entries, range(0)) == []
 

@@ -13,12 +13,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dreml.console import InputError, RunError, format_problems, progress_bar
-from dreml.data.cache import ARRAYS, CACHE_VERSION, Cache, CacheMeta, Holdout, cache_folder, read_cache
-from dreml.data.images import BadImage, ImageSpec, bad_image, load_rgb, probe_size, resize_test, resized
-from dreml.data.known_sets import PUBLISHED, count_images, hold_out, list_data_set
-from dreml.data.lists import GALLERY, QUERY, Entries, Listing
-from dreml.data.workers import WorkerDied, map_ahead, worker_pool
+from dreml.cache import ARRAYS, CACHE_VERSION, Cache, CacheMeta, Holdout, cache_folder, read_cache
+from dreml.cli import InputError, RunError, format_problems, progress_bar
+from dreml.datasets import PUBLISHED, count_images, hold_out, list_data_set
 from dreml.files import (
     atomic_open,
     crc32,
@@ -29,6 +26,9 @@ from dreml.files import (
     temporary_name,
     write_record,
 )
+from dreml.images import BadImage, ImageSpec, bad_image, load_rgb, probe_size, resize_test, resized
+from dreml.lists import GALLERY, QUERY, Entries, Listing
+from dreml.workers import WorkerDied, map_ahead, worker_pool
 
 SECONDS_FOR_A_LOCK = 10  # the workers of a run that was just killed hold it until they notice
 CHUNK = 32  # images that a worker is given at a time

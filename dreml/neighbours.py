@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from dreml.console import InputError
-from dreml.data.cache import Cache
-from dreml.data.images import BadImage, ImageSpec, read_test_image, resize_test
-from dreml.figures.style import drawing, printable, save_figure, text_measure
-from dreml.runs.folder import Run
+from dreml.cache import Cache
+from dreml.cli import InputError
+from dreml.images import BadImage, ImageSpec, read_test_image, resize_test
+from dreml.runs import Run
 from dreml.search import Found, Item
+from dreml.style import drawing, printable, save_figure, text_measure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import errno
-import math
 import os
 import re
 import signal
@@ -20,6 +19,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and data_utils.py does witho
 
 T = TypeVar("T")
 MAX_ENSEMBLE_SIZE = 10_000  # a typing error is found before its range is listed
+MANY = 10**9 - 1  # the upper end of ranges that have none
 DEVICE_HELP = "auto (default: cuda, else mps, else cpu), cuda, cuda:1, mps or cpu"
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -55,98 +55,69 @@ def print_text(text: str) -> None:
 
 
 def run_main(script: str, run: Callable[[], None], save_memory: str, resumable: bool = True) -> int:
-    """Runs a script's `run` and returns the exit code.
+    """Run a script's `run` and return the exit code.
 
     0 done, 2 refused input or options, 1 failed while running, 130 Ctrl-C, 143 SIGTERM. `save_memory` names the options
-    to change when memory runs out. `resumable`: after an interruption, the same command goes on where it stopped. The
-    notes of an interruption (`add_note`) say where it was, the innermost first.
+    to change when memory runs out. `resumable`: after an interruption, the same command goes on where it stopped.
     """
-    format_warning, handlers = warnings.formatwarning, {}
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    _signals.clear()
-    if threading.current_thread() is threading.main_thread():  # only there signals can be handled
-        names = ("SIGINT", "SIGTERM", "SIGALRM")  # Windows has no SIGALRM
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        handlers = {number: signal.signal(number, _notice) for number in numbers}
-    try:
-        run()
-        return 0
-    except InputError as error:
-        print(f"{script}: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        print(f"{script}: failed: out of memory; try {save_memory}", file=sys.stderr)
-        return 1
-    except (RunError, OSError) as error:  # OSError: disk full, no permission, ...
-        print(f"{script}: failed: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, Terminated) as stop:
-        for number in handlers:
-            signal.signal(number, signal.SIG_IGN)  # it has been heard
-        place = ", ".join(reversed(getattr(stop, "__notes__", [])))
-        remedy = "; run the same command again to go on" if resumable else ""
-        what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        print(f"{script}: {what}{' in ' if place else ''}{place}{remedy}", file=sys.stderr)
-        return code
-    finally:
-        warnings.formatwarning = format_warning
-        _set_alarm(0)
-        _signals.clear()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-# ------------------------------------------------------------------------------------------------ signals
-
-_signals: list[int] = []  # Ctrl-C and SIGTERM that have come since the run began
-
-
-def raise_if_interrupted() -> None:
-    """Ends the run if Ctrl-C or SIGTERM has come, by KeyboardInterrupt or Terminated. Long loops call it.
-
-    An exception right out of the signal's handler could hit a library between two steps that belong together.
-    """
-    if _signals:
-        _set_alarm(0)
-        raise Terminated if _signals[0] == signal.SIGTERM else KeyboardInterrupt
+    remedy = "; run the same command again to go on" if resumable else ""
+    with one_line_warnings(), signals_as_exceptions():
+        try:
+            run()
+            return 0
+        except InputError as error:
+            print(f"{script}: {error}", file=sys.stderr)
+            return 2
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            print(f"{script}: failed: out of memory; try {save_memory}", file=sys.stderr)
+            return 1
+        except (RunError, OSError) as error:  # OSError: disk full, no permission, ...
+            print(f"{script}: failed: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(f"{script}: interrupted{remedy}", file=sys.stderr)
+            return 130
+        except Terminated:
+            print(f"{script}: terminated{remedy}", file=sys.stderr)
+            return 143
 
 
 @contextlib.contextmanager
-def name_interruption(place: str) -> Iterator[None]:
-    """If Ctrl-C or SIGTERM ends the block, the last line of the script says that it was in `place`."""
+def one_line_warnings() -> Iterator[None]:
+    """Print warnings of libraries as one line each, without their source code."""
+    format_warning = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         yield
-    except (KeyboardInterrupt, Terminated) as stop:
-        stop.add_note(place)
-        raise
+    finally:
+        warnings.formatwarning = format_warning
 
 
-def _notice(signum: int, frame: object) -> None:
-    """Handles a signal. If no loop asks for it within 3 seconds, or at a second Ctrl-C, the run ends where it is."""
-    first = not _signals
-    if signum in (signal.SIGINT, signal.SIGTERM):
-        _signals.append(signum)
-    if first:
-        _set_alarm(3)
-    elif signum != signal.SIGTERM:  # schedulers send it twice
-        raise_if_interrupted()
+@contextlib.contextmanager
+def signals_as_exceptions() -> Iterator[None]:
+    """Raise KeyboardInterrupt where Ctrl-C comes, and Terminated where SIGTERM does."""
+    if threading.current_thread() is not threading.main_thread():  # only there signals can be handled
+        yield
+        return
 
+    def terminate(signum: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it twice
+        raise Terminated
 
-def _set_alarm(seconds: float) -> None:
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again: Python drops what a destructor raises
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def progress_bar(items: Iterable[T], title: str, total: int, unit: str = " images") -> Iterator[T]:
-    """Yields the items, with a progress bar if they take more than a second. Stops at Ctrl-C and SIGTERM.
-
-    Without a terminal there is no bar. (The bar of the training itself stands in `train.train_epoch`.)
-    """
-    for item in tqdm(items, title, total, unit=unit, delay=1, disable=None):
-        raise_if_interrupted()
-        yield item
+    """Yield the items, with a progress bar if they take more than a second. Without a terminal there is no bar."""
+    yield from tqdm(items, title, total, unit=unit, delay=1, disable=None)
 
 
 # ------------------------------------------------------------------------------------------------ options
@@ -179,81 +150,40 @@ def data_set_name(text: str) -> str:
     return text
 
 
-def natural_number(text: str) -> int:
-    """argparse type: an integer in 1..999,999,999."""
-    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer below 10^9")
-    return int(text)
+def range_problem(value: float, low: float, high: float) -> str | None:
+    """What is wrong with a number outside low..high, both included; None if nothing is. NaN is in no range."""
+    if low <= value <= high:
+        return None
+    least = "above 0" if 0 < low < 1e-6 else f"at least {low:,g}"
+    return f"{value} has to be {least}" + (f" and at most {high:,g}" if high < MANY else "")
 
 
-def number_or_all(text: str) -> int | str:
-    """argparse type: a positive integer, or "all"."""
-    return text if text == "all" else natural_number(text)
-
-
-def seed_number(text: str) -> int:
-    """argparse type: an integer in 0..2**32-1."""
-    if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer in 0..2**32-1")
-    return int(text)
-
-
-def positive_float(text: str) -> float:
-    """argparse type: a finite number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return number
-
-
-def seconds(text: str) -> float:
-    """argparse type: a finite number of 0 or more."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return number
-
-
-def fraction(text: str) -> float:
-    """argparse type: a number above 0 and at most 1."""
-    number = positive_float(text)
-    if number > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is above 1")
-    return number
-
-
-def cosine(text: str) -> float:
-    """argparse type: a similarity, from -1 to 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not -1 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1")
-    return number
+def check_ranges(args: argparse.Namespace, **ranges: tuple[float, float]) -> None:
+    """Raise InputError for an option outside its range (low, high), both included. An option of None was not given."""
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        problem = None if value is None else range_problem(value, low, high)
+        if problem:
+            raise InputError(f"--{name} {problem}")
 
 
 def member_list(text: str) -> list[int]:
     """argparse type: members such as "13-24" or "1,5,7-9", sorted."""
     members = set()
     for part in text.split(","):
-        first, dash, last = part.partition("-")
-        bounds = natural_number(first), natural_number(last if dash else first)
-        if not bounds[0] <= bounds[1] <= MAX_ENSEMBLE_SIZE:
+        match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last <= MAX_ENSEMBLE_SIZE:
             raise argparse.ArgumentTypeError(f"{part!r} is no range of members")
-        members.update(range(bounds[0], bounds[1] + 1))
+        members.update(range(first, last + 1))
     return sorted(members)
 
 
 def recall_list(text: str) -> list[int]:
     """argparse type: distinct positive integers, separated by commas."""
-    ks = [natural_number(k) for k in text.split(",")]
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}(,0*[1-9][0-9]{0,8})*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of positive integers such as 1,2,4,8")
+    ks = [int(k) for k in text.split(",")]
     if len(set(ks)) < len(ks):
         raise argparse.ArgumentTypeError(f"{text!r} names a K twice")
     return ks

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dreml.console import InputError
-from dreml.data.batches import spans
-from dreml.data.cache import Cache, verify_cache
+from dreml.batches import spans
+from dreml.cache import Cache, verify_cache
+from dreml.checkpoint import remove_progress
+from dreml.cli import InputError
 from dreml.files import (
     atomic_open,
     make_folder,
@@ -31,8 +32,7 @@ from dreml.files import (
     write_csv,
     write_record,
 )
-from dreml.runs.checkpoint import remove_progress
-from dreml.runs.folder import (
+from dreml.runs import (
     FORMAT,
     HISTORY_COLUMNS,
     SUFFIXES,
@@ -47,7 +47,7 @@ from dreml.runs.folder import (
     member_numbers,
     read_run_record,
 )
-from dreml.runs.settings import Settings
+from dreml.settings import Settings
 
 DIGITS = {"loss": 6, "accuracy": 4, "seconds": 3, "images_per_second": 1}  # of the logs of training
 

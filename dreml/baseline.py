@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dreml.console import InputError, one_line, raise_if_interrupted
-from dreml.data.batches import spans
+from dreml.batches import spans
+from dreml.cli import InputError, one_line
 from dreml.files import read_record, remove_leftovers, take_lock, write_csv, write_record
-from dreml.runs.folder import Members
-from dreml.runs.writer import run_lock
+from dreml.run_writer import run_lock
+from dreml.runs import Members
 
 INITIAL_WEIGHTS, COLOURS = "initial weights", "colour histogram"
 LEVELS = 6  # of each of the three channels: 216 colours
@@ -27,7 +27,6 @@ def colour_histograms(images: np.ndarray, max_pixels: int = 2**22) -> torch.Tens
     level_of = (np.arange(256) * LEVELS // 256).astype(np.uint8)
     counts = np.empty((len(images), LEVELS**3), np.float32)
     for start, stop in spans(0, len(images), max(1, max_pixels // images[0, ..., 0].size)):
-        raise_if_interrupted()
         red, green, blue = np.moveaxis(level_of[images[start:stop]].reshape(stop - start, -1, 3), 2, 0)
         colours = red * LEVELS**2 + green * LEVELS + blue  # at most 215
         places = colours + LEVELS**3 * np.arange(stop - start)[:, None]

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dreml.console import InputError, one_line, out_of_memory
-from dreml.data.cache import Cache, read_cache
+from dreml.cache import Cache, read_cache
+from dreml.cli import InputError, one_line, out_of_memory
 from dreml.files import json_sha256, read_record, sha256, take_lock
-from dreml.runs.settings import EMBEDDINGS, PRECISIONS, Settings
+from dreml.settings import EMBEDDINGS, PRECISIONS, Settings
 
 FORMAT = 2  # of args.json and the members' records; folders of another format are refused
 TEST_COLUMNS = {"path": str, "label": np.int64, "is_query": bool, "is_gallery": bool, "class_name": str}  # test.csv

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dreml.console import InputError, one_line
-from dreml.data.cache import Holdout
-from dreml.data.lists import (
+from dreml.cache import Holdout
+from dreml.cli import InputError, one_line
+from dreml.lists import (
     GALLERY,
     QUERY,
     Entries,
@@ -29,7 +29,7 @@ from dreml.data.lists import (
     text_rows,
     what_was_meant,
 )
-from dreml.data.workers import WorkerDied, worker_pool
+from dreml.workers import WorkerDied, worker_pool
 
 LAYOUTS = {
     "car": "cars_annos.mat and car_ims/, or the devkit: cars_train/, cars_test/, devkit/cars_train_annos.mat and "

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dreml.console import progress_bar
+from dreml.cli import progress_bar
 from dreml.files import flush_folder, take_lock, temporary_name
 
 

@@ -12,8 +12,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from dreml.console import raise_if_interrupted
-
 Task, Result = TypeVar("Task"), TypeVar("Result")
 
 
@@ -29,7 +27,6 @@ def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
     except BrokenProcessPool:
         time.sleep(0.1)  # a SIGTERM to the whole group reaches this process at about the same time
-        raise_if_interrupted()
         raise WorkerDied from None
     finally:
         pool.shutdown(cancel_futures=True)

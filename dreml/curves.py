@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from dreml.figures.style import COLORS, LEGEND, line_style, new_figure
-from dreml.runs.folder import MemberRecord
+from dreml.runs import MemberRecord
+from dreml.style import COLORS, LEGEND, line_style, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

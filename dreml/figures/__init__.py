@@ -1,1 +1,0 @@
-"""Curves and retrieval pictures, drawn by matplotlib."""

@@ -1,1 +1,0 @@
-"""Run folders: what defines a run, reading and writing one, going on within a member."""

@@ -1,0 +1,181 @@
+"""The options that define the members of a run, each in one place. A new one is one field of `Settings` and its use."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from typing import NamedTuple
+
+from dreml.cli import MANY, InputError, data_set_name, range_problem
+from dreml.images import RESIZES, ImageSpec
+
+PRECISIONS = ("fp32", "bf16", "fp16")  # what the backbone computes in
+EMBEDDINGS = ("logits", "pooled")  # "logits" is the method
+ALL_CLASSES = 0  # --meta_class_size all, until train.py knows how many there are
+
+
+class Recipe(NamedTuple):
+    """The learning rate of an optimizer, and after which shares of the epochs it falls to a tenth."""
+
+    lr: float
+    milestones: tuple[float, float]
+
+
+RECIPES = {  # docs/METHOD.md, step 4
+    "adam": Recipe(lr=1e-4, milestones=(0.5, 0.7)),
+    "sgd": Recipe(lr=1e-2, milestones=(0.5, 0.8)),  # of the authors' own code, whose momentum is 0.9
+}
+
+
+def weights_in_name(tag: str) -> str:
+    """The initial weights in a run's name: "wnone", "wabcdef01" for a file, nothing for ImageNet's."""
+    return "" if tag.startswith("imagenet") else f"w{tag.removeprefix('sha256:')[:8]}"
+
+
+def backbone_in_name(backbone: str) -> str:
+    """The backbone in a run's name: Windows allows no colon there."""
+    return backbone.replace(":", "-")
+
+
+def number_of_meta_classes(text: str) -> int:
+    """argparse type: a positive integer, or "all", which is ALL_CLASSES."""
+    if text == "all":
+        return ALL_CLASSES
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def option(
+    default: object,
+    in_name: Callable[[object], str],
+    help_text: str,
+    metavar: str | None = None,
+    type: Callable | None = None,
+    choices: tuple[str, ...] | None = None,
+    limits: tuple[float, float] | None = None,
+) -> object:
+    """A field of `Settings`: its default, how a value stands in the run's name, and its command line option.
+
+    `limits`: the smallest and the largest value.
+    """
+    argument = {"help": help_text, "metavar": metavar, "type": type, "choices": choices}
+    return field(default=default, metadata={"in_name": in_name, "argument": argument, "limits": limits})
+
+
+ALWAYS_IN_NAME = ("data_name", "backbone", "meta_class_size", "num_epochs", "seed")  # others where not at their default
+PRECISION_HELP = "fp32, bf16 or fp16 (default: auto, bf16 or fp16 where the device is fast in it)"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What defines the members of a run. Another value of any of these makes another run folder.
+
+    Raises ValueError for a value of another type than its default, outside its limits or none of its choices: settings
+    also come from records.
+    """
+
+    data_name: str = option(
+        "car", "{}".format, "data set: car (default), cub, sop, isc, or your own", "NAME", data_set_name
+    )
+    backbone: str = option(
+        "resnet18", backbone_in_name, "network of torchvision, or timm:NAME (default: resnet18)", "NAME"
+    )
+    meta_class_size: int = option(
+        12,
+        "D{}".format,
+        "meta-classes of a member, or all classes (default: 12)",
+        "D",
+        number_of_meta_classes,
+        limits=(0, MANY),
+    )
+    num_epochs: int = option(12, "e{}".format, "epochs of each member (default: 12)", "E", int, limits=(1, MANY))
+    seed: int = option(0, "s{}".format, "start of all random draws (default: 0)", "N", int, limits=(0, 2**32 - 1))
+    image_size: int = option(
+        256, "i{}".format, "side of the square crops in pixels (default: 256)", "S", int, limits=(1, 2048)
+    )
+    resize: str = option("crop", "{}".format, "crop (default), or squash, which cuts nothing off", "R", choices=RESIZES)
+    batch_size: int = option(128, "b{}".format, "images of a step (default: 128)", "B", int, limits=(2, MANY))
+    optimizer: str = option(
+        "adam", "{}".format, "adam (default), or sgd with momentum 0.9 and later decay", "O", choices=tuple(RECIPES)
+    )
+    schedule: str = option(
+        "steps",
+        "{}".format,
+        "steps (default), or onecycle, which goes up and then down to 0",
+        "S",
+        choices=("steps", "onecycle"),
+    )
+    lr: float | None = option(
+        None, "lr{!r}".format, "learning rate (default: 1e-4; of sgd 0.01)", "LR", float, limits=(1e-30, 1e30)
+    )
+    weights: str = option(
+        "imagenet", weights_in_name, "initial weights: imagenet (default), none, or a file of your own", "W"
+    )
+    flip: bool = option(True, "noflip".format, "do not mirror images, where a mirror image is another class")
+    scale_min: float = option(
+        1.0, "scale{!r}".format, "crop windows of M * S to S pixels (default: 1.0)", "M", float, limits=(1e-9, 1)
+    )
+    mixup: bool = option(False, "mixup".format, "mix each image and its class with another one of its batch")
+    precision: str = option("auto", "{}".format, PRECISION_HELP, "P", choices=("auto", *PRECISIONS))
+
+    def __post_init__(self):
+        for each in fields(self):
+            check_value(each, getattr(self, each.name))
+        if self.lr is None:
+            object.__setattr__(self, "lr", RECIPES[self.optimizer].lr)
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """Size and resize of the images: which cache is read."""
+        return ImageSpec(self.image_size, self.resize)
+
+    def run_name(self) -> str:
+        """`<data>_<backbone>_D<D>_e<epochs>_s<seed>` and a tag for each other setting that is not at its default.
+
+        Made before "auto" becomes a precision, and after `weights` became a tag (`backbones.weights_tag`).
+        """
+        defaults = replace(Settings(), lr=RECIPES[self.optimizer].lr)
+        tags = []
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name in ALWAYS_IN_NAME or value != getattr(defaults, each.name):
+                tags.append(each.metadata["in_name"](value))
+        return "_".join(tag for tag in tags if tag)
+
+    def without_seed(self) -> dict[str, object]:
+        """What several seeds of one experiment share."""
+        return {name: value for name, value in asdict(self).items() if name != "seed"}
+
+
+def check_value(setting: Field, value: object) -> None:
+    """Raise ValueError for a value that a setting cannot have. A default of None stands for a float."""
+    kinds = (float, type(None)) if setting.default is None else (type(setting.default),)
+    if type(value) not in kinds:
+        raise ValueError(f"{setting.name} is {value!r}, not a {kinds[0].__name__}")
+    choices, limits = setting.metadata["argument"]["choices"], setting.metadata["limits"]
+    if choices and value not in choices:
+        raise ValueError(f"{setting.name} is {value!r}, not one of {', '.join(choices)}")
+    problem = range_problem(value, *limits) if limits and value is not None else None
+    if problem:
+        raise ValueError(f"{setting.name} {problem}")
+
+
+def add_settings(group: argparse._ArgumentGroup) -> None:
+    """Add the option of every setting to a parser: --FIELD, or --no_FIELD for one that is true by default."""
+    for each in fields(Settings):
+        argument = {key: value for key, value in each.metadata["argument"].items() if value is not None}
+        if each.default is True:
+            group.add_argument(f"--no_{each.name}", dest=each.name, action="store_false", **argument)
+        elif each.default is False:
+            group.add_argument(f"--{each.name}", action="store_true", **argument)
+        else:
+            group.add_argument(f"--{each.name}", default=each.default, **argument)
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings among parsed options. Raises InputError for a value that a setting cannot have."""
+    try:
+        return Settings(**{each.name: getattr(args, each.name) for each in fields(Settings)})
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
