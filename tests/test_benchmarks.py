@@ -16,7 +16,8 @@ from builders import (
 from processes import ROOT
 from reference import slow_recall
 
-from benchmarks import plain, progress, recall, training
+from benchmarks import plain, progress, recall, rival, training
+from dreml.augment import MixedTargets
 from dreml.files import in_page_cache
 
 
@@ -149,3 +150,38 @@ def test_the_slow_disk_is_slow(tmp_path):
         file.write(bytes(1000))
     assert progress.time.perf_counter() - start >= 0.1 and (tmp_path / "a").read_bytes() == bytes(1000)
     assert (disk.num_files, disk.num_bytes) == (1, 1000)
+
+
+# ------------------------------------------------------------------------------------------------ the rival
+
+
+def test_the_rival_equals_the_library_where_each_image_has_one_class():
+    """Against pytorch-metric-learning, with its gradient; then by hand for an image of two classes."""
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    torch.manual_seed(0)
+    loss, rows, labels = losses.ProxyAnchorLoss(7, 5), torch.randn(9, 5, requires_grad=True), torch.randint(0, 7, (9,))
+    ours, theirs = rival.proxy_anchor(loss, rows, rival.class_shares(labels, 7)), loss(rows, labels)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours, rows), torch.autograd.grad(theirs, rows))
+
+    targets = MixedTargets(torch.tensor([1]), torch.tensor([4]), torch.tensor([0.25]))
+    shares = rival.class_shares(targets, 7)
+    assert shares.tolist() == [[0, 0.25, 0, 0, 0.75, 0, 0]]
+    cosines = torch.cosine_similarity(rows[:1], loss.proxies)
+    near = [torch.log(1 + share * torch.exp(-32 * (cosines[c] - 0.1))) for c, share in ((1, 0.25), (4, 0.75))]
+    far = [torch.log(1 + (1 - shares[0, c]) * torch.exp(32 * (cosines[c] + 0.1))) for c in range(7)]
+    expected = sum(near) / 2 + sum(far) / 7
+    torch.testing.assert_close(rival.proxy_anchor(loss, rows[:1], shares), expected)
+
+
+@pytest.mark.parametrize("options", [[], ["--mixup"]])
+def test_the_rival_learns_the_classes(tiny_data, monkeypatch, capsys, options):
+    pytest.importorskip("pytorch_metric_learning")
+    monkeypatch.setattr(rival, "build_model", build_small_model)
+    base = ["--data_name", "tiny", "--data_path", str(tiny_data), "--image_size", "32", "--weights", "none"]
+    numbers = ["--num_epochs", "8", "--batch_size", "16", "--lr", "1e-2", "--schedule", "onecycle", "--device", "cpu"]
+    assert rival.main([*base, *numbers, *options]) == 0
+    output = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"^epoch \d: loss (\S+)$", output, re.MULTILINE)]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert re.search(r"^R@1 \d+\.\d\d, mAP@R \d+\.\d\d, \d+ s of training$", output, re.MULTILINE)
