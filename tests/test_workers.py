@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
 from dreml.workers import WorkerDied, map_ahead, worker_pool
 
 
