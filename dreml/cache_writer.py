@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -379,17 +379,13 @@ def channel_statistics(histogram: np.ndarray, data_set: str) -> tuple[list[float
 
 def seal(folder: Path) -> dict[str, dict[str, int]]:
     """Flush all finished arrays to disk. Returns the size and the checksum of each."""
-
-    def flush(path: Path) -> None:
+    arrays = {}
+    for name in sorted(ARRAYS):
+        path = folder / f"{name}.npy"
         with open(path, "r+b") as file:
             flush_to_disk(file)
-
-    paths = [folder / f"{name}.npy" for name in sorted(ARRAYS)]
-    with ThreadPoolExecutor(2) as disk, ThreadPoolExecutor(2) as threads:  # the two large files at once
-        flushed = disk.map(flush, paths)
-        sums = list(threads.map(crc32, paths))  # computed while the disk writes
-        list(flushed)
-    return {path.stem: {"bytes": path.stat().st_size, "crc32": crc} for path, crc in zip(paths, sums, strict=True)}
+        arrays[name] = {"bytes": path.stat().st_size, "crc32": crc32(path)}
+    return arrays
 
 
 def write_skipped(path: Path, skipped: list[str]) -> None:

@@ -16,6 +16,8 @@ import pandas as pd
 from dreml.cli import InputError, is_utf8, one_line
 from dreml.images import HEIF_REMEDY, HEIF_SUFFIXES, image_suffixes
 
+PATHS_AT_ONCE = 100_000  # made a column of a table: pandas takes three times their memory on the way
+
 # ------------------------------------------------------------------------------------------------ what a list gives
 
 
@@ -60,13 +62,20 @@ class Listing:
             self.append(entry)
 
     def table(self) -> pd.DataFrame:
-        """The images, one a row, sorted (`sort_images`). Columns as in Entry; label, class_name, split are categories."""
-        table = pd.DataFrame({"path": self.columns["path"]})
-        table["label"] = pd.Categorical(self.columns["label"])
-        table["class_name"] = pd.Categorical(self.columns["class_name"])
-        table["split"] = pd.Categorical(self.columns["split"], ["train", "test"])
-        table["is_query"] = np.array(self.columns["is_query"], bool)
-        table["is_gallery"] = np.array(self.columns["is_gallery"], bool)
+        """The images, one a row, sorted (`sort_images`). Empties `columns`, so that they are not in memory twice.
+
+        The columns are those of Entry. label, class_name and split are categories, those of label in order.
+        """
+        paths = self.columns.pop("path")
+        starts = range(0, max(1, len(paths)), PATHS_AT_ONCE)
+        pieces = [pd.Series(paths[start : start + PATHS_AT_ONCE], dtype="str") for start in starts]
+        del paths
+        table = pd.DataFrame({"path": pd.concat(pieces, ignore_index=True)})
+        table["label"] = pd.Categorical(self.columns.pop("label"))
+        table["class_name"] = pd.Categorical(self.columns.pop("class_name"))
+        table["split"] = pd.Categorical(self.columns.pop("split"), ["train", "test"])
+        table["is_query"] = np.array(self.columns.pop("is_query"), bool)
+        table["is_gallery"] = np.array(self.columns.pop("is_gallery"), bool)
         return sort_images(table)
 
 
@@ -226,7 +235,7 @@ def list_image_folder(root: Path, prefix: str) -> Listing | None:
                     listing.problems.append(f"{folder + file!a}: the name is not valid UTF-8")
         if left_out:
             listing.warnings.append(f"{root / split}: {left_out}")
-        if left_out.empty_folders:
+        elif left_out.empty_folders:
             listing.warnings.append(f"{root / split}: empty folders are no classes: {some(left_out.empty_folders)}")
         if split == "test" and "test" not in listing.columns["split"] and not listing.problems:
             listing.problems.append("the test split has no images")  # a folder test/ that is empty was not meant so
@@ -253,24 +262,22 @@ def misnamed_splits(root: Path) -> str:
 
 def what_was_meant(root: Path) -> str:
     """Say what a folder without a data set holds, and what to do so that it becomes one."""
-    folders = subfolders(root)
-    for folder in folders:
-        split = next((f"{inner.name}/" for inner in subfolders(folder) if inner.name.lower() in ("train", "test")), "")
-        inside = "images.csv" if (folder / "images.csv").is_file() else split
+    for folder in subfolders(root):
+        inside = [f"{inner.name}/" for inner in subfolders(folder) if inner.name.lower() in ("train", "test")]
+        if (folder / "images.csv").is_file():
+            inside.insert(0, "images.csv")
         if inside:
-            return f"found {folder.name}/{inside}: move what is in {folder.name}/ one folder up"
+            return f"found {folder.name}/{inside[0]}: move what is in {folder.name}/ one folder up"
     lists = sorted(path.name for path in root.iterdir() if path.suffix.lower() == ".csv")
     if lists:
         return f"found {lists[0]}: a list has to be called images.csv"
-    classes = [each.name for each in folders if next(class_folders(each, []), None)]
-    if classes:
-        where = "those to train on into train/, those to measure with into test/"
-        return f"found images in {some(classes, 3)}, without train/ and test/: move {where}"
-    left_out = LeftOut()
-    loose = next((files for name, files in class_folders(root, [], left_out) if not name), [])
     where = "put them into train/CLASS/ and test/CLASS/, or list them in images.csv"
-    if loose:
-        return f"found {len(loose):,} images outside any folder: {where}"
+    left_out = LeftOut()
+    folders = [name for name, _ in class_folders(root, [], left_out)]
+    if folders == [""]:
+        return f"found images outside any folder: {where}"
+    if folders:
+        return f"found images in {some([name for name in folders if name], 3)}, without train/ and test/: {where}"
     return f"no images{f' ({left_out})' if left_out else ''}: {where}"
 
 
@@ -281,12 +288,11 @@ NEVER_IMAGES = {"images.csv", "Thumbs.db", "desktop.ini"}  # the last two are wh
 
 @dataclass
 class LeftOut:
-    """The files of other types that lie where images are looked for, and the classes that have nothing else."""
+    """What lies where images are looked for and is none: files of other types, and folders without any image."""
 
     types: collections.Counter = field(default_factory=collections.Counter)  # suffix in lower case -> number
-    empty_classes: list[str] = field(default_factory=list)
-    empty_folders: list[str] = field(default_factory=list)  # those that have not even such files
-    suffixes: set[str] = field(default_factory=image_suffixes)  # of what is not left out
+    empty_folders: list[str] = field(default_factory=list)  # without an image, also below them
+    suffixes: set[str] = field(default_factory=image_suffixes)  # of images
 
     def __bool__(self) -> bool:
         return bool(self.types)
@@ -299,8 +305,8 @@ class LeftOut:
         rest = self.types.total() - sum(number for _, number in most)
         if rest:
             text += f" and {rest:,} of other types"
-        if self.empty_classes:
-            text += f"; classes without an image for that reason: {some(self.empty_classes)}"
+        if self.empty_folders:
+            text += f"; folders without an image: {some(self.empty_folders)}"
         return text
 
     def add(self, file: str) -> None:
@@ -322,7 +328,6 @@ def class_folders(
     above = (*above, os.path.realpath(folder))
     files = []
     folders = []
-    others_before = left_out.types.total()
     try:
         for item in os.scandir(folder):
             if item.name.startswith("."):
@@ -333,11 +338,9 @@ def class_folders(
                 files.append(item.name)
             else:
                 left_out.add(item.name)
-        if name and not files and not folders and left_out.types.total() == others_before:
-            left_out.empty_folders.append(name)
     except OSError as error:
         problems.append(f"{folder}: unreadable folder ({one_line(error)})")
-    is_empty = name and not files and left_out.types.total() > others_before
+    is_empty = not files
     if files:
         yield name, sorted(files)
     for child in sorted(folders):
@@ -346,8 +349,8 @@ def class_folders(
             for found in class_folders(folder / child, problems, left_out, child_name, above):
                 is_empty = False
                 yield found
-    if is_empty:
-        left_out.empty_classes.append(name)
+    if name and is_empty:
+        left_out.empty_folders.append(name)
 
 
 def some(names: list[str], shown: int = 10) -> str:

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.io
 from builders import (
@@ -38,7 +39,6 @@ from dreml.datasets import (
     read_car_annotations,
     repeated_paths,
 )
-from dreml.lists import Entries, Entry
 
 LAYOUTS = {
     "car": ("car", write_car, "car_ims/"),
@@ -147,24 +147,13 @@ def test_images_listed_twice(tmp_path, capsys, split):
 def test_every_repeated_path_is_found_once(monkeypatch):
     """Also where the hashes of different paths are equal."""
     numbers = np.random.default_rng(0).integers(0, 300, 200).tolist()
-    entries = Entries()
-    for number in numbers:
-        entries.append(Entry("train", number % 7, "x", ("./" * (number % 3)) + f"a/{number}.png"))
-    entries.sort()
+    paths = pd.Series([("./" * (number % 3)) + f"a/{number}.png" for number in numbers])
     times = collections.Counter(f"a/{number}.png" for number in numbers)
     expected = sorted(path for path, number in times.items() if number > 1)
-    assert sorted(repeated_paths(entries, range(200))) == expected and len(expected) > 20
+    assert sorted(repeated_paths(paths)) == expected and len(expected) > 20
     monkeypatch.setattr(datasets, "hash", len, raising=False)
-    assert sorted(repeated_paths(entries, range(200))) == expected
-    assert repeated_paths(entries, range(0)) == []
-
-
-def test_an_isc_list_of_another_length_than_it_says_is_a_warning(tmp_path, capsys):
-    write_isc(tmp_path / "isc")
-    path = tmp_path / "isc" / "list_eval_partition.txt"
-    path.write_text(path.read_text().replace("8\n", "52712\n", 1))
-    build(tmp_path, "isc")
-    assert "list_eval_partition.txt: 52712 images by its first line, 8 by its rows" in capsys.readouterr().err
+    assert sorted(repeated_paths(paths)) == expected
+    assert repeated_paths(paths[:0]) == []
 
 
 def test_lists_with_windows_line_ends_a_byte_order_mark_and_spaces(tmp_path):
@@ -205,7 +194,7 @@ DAMAGES = {
         lambda root: [put("image_class_labels.txt", None)(root), (root / "image_class_labels.txt").mkdir()],
         "image_class_labels.txt: not a readable text file",
     ),
-    "binary list": ("cub", put("images.txt", b"\xff\xfe\x00"), "images.txt: not a readable text file in UTF-8"),
+    "binary list": ("cub", put("images.txt", b"\xff\xfe\x00"), "images.txt, line 1: not valid UTF-8"),
     "malformed line": ("cub", rewrite("images.txt", "1 001.Bird_1/", "1\n"), "images.txt, line 1: malformed line"),
     "no class id": ("cub", rewrite("image_class_labels.txt", "1 1\n", "1 x\n"), "'x' is no class id"),
     "unlabelled": ("cub", rewrite("image_class_labels.txt", "1 1\n", ""), "image 1 has no class"),
@@ -285,7 +274,7 @@ def test_real_cub_lists(tmp_path):
         shutil.copy(SHARED / "cub_meta" / name, tmp_path / "cub")
     listing = list_data_set("cub", tmp_path / "cub")
     assert not listing.problems and not listing.warnings
-    assert count_images(listing.entries) == {"train": (100, 5864), "test": (100, 5924)}
+    assert count_images(listing.images) == {"train": (100, 5864), "test": (100, 5924)}
     with pytest.raises(InputError) as refusal:
         build(tmp_path, "cub")
     message = str(refusal.value)
