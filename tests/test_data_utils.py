@@ -25,7 +25,7 @@ def call(data: Path, *options: str) -> int:
 
 def test_it_starts_without_torch_and_scipy():
     """They take seconds to import."""
-    code = "import sys, data_utils; print({'torch', 'torchvision', 'scipy', 'pandas'} & set(sys.modules))"
+    code = "import sys, data_utils; print({'torch', 'torchvision', 'scipy'} & set(sys.modules))"
     folder = Path(data_utils.__file__).parent
     assert subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True).stdout == "set()\n"
 
@@ -115,15 +115,15 @@ LAYOUTS = {
     ),
     "no split": (
         images_in("ant", "bee/deep", "cat", "dog"),
-        "found images in 'ant', 'bee', 'cat' and 1 more, without train/ and test/: move those to train on into train/",
+        "found images in 'ant', 'bee/deep', 'cat' and 1 more, without train/ and test/: put them into train/CLASS/",
     ),
-    "no class": (images_in(""), "found 2 images outside any folder: put them into train/CLASS/ and test/CLASS/, or"),
+    "no class": (images_in(""), "found images outside any folder: put them into train/CLASS/ and test/CLASS/, or"),
     "deeper": (images_in("mine/train/a", "mine/train/b"), "found mine/train/: move what is in mine/ one folder up"),
     "deeper list": (text_in("in/images.csv", ""), "found in/images.csv: move what is in in/ one folder up"),
     "another list": (text_in("labels.CSV", ""), "found labels.CSV: a list has to be called images.csv"),
     "other types": (
         text_in("a/film.mov", "x"),
-        "no images (left out: 1 .mov; classes without an image for that reason:",
+        "no images (left out: 1 .mov; folders without an image: 'a'): put them into",
     ),
     "nothing": (images_in(), "no images: put them into train/CLASS/ and test/CLASS/, or list them in images.csv"),
 }

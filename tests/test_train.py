@@ -25,7 +25,7 @@ import data_utils
 import train
 from dreml import run_writer as writer
 from dreml import runs as run_folders
-from dreml.augment import Batch, MixedTargets, Mixing, epoch_batches, prepare
+from dreml.batches import Batch, MixedTargets, Mixing, epoch_batches, prepare
 from dreml.backbones import read_weights
 from dreml.batches import input_memory
 from dreml.cache import read_cache
