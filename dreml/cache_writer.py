@@ -1,21 +1,14 @@
 """Raw data set -> cache: every image is decoded and resized once, and its pixels are appended to one file a split."""
 
-import collections
-import contextlib
-import itertools
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,14 +28,12 @@ from dreml.files import (
     write_record,
 )
 from dreml.images import BadImage, ImageSpec, read_pixels, read_resized
+from dreml.workers import map_ahead, worker_pool
 
 CHUNK_IMAGES = 32  # that a worker is given at a time, at most;
 CHUNK_BYTES = 2**21  # fewer where their pixels would be more than about this
 JUDGED_AFTER = 1000  # images: from their size, that of the whole cache is estimated
 SECONDS_FOR_A_LOCK = 10  # the workers of a run that was just killed hold it until they notice
-
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 
 
 class CacheJob(NamedTuple):
@@ -141,7 +132,11 @@ def write_cache(folder: Path, data_set: RawDataSet, job: CacheJob) -> list[str]:
     for warning in data_set.warnings:
         print(f"{job.name}: warning: {warning}", file=sys.stderr)
 
-    sizes, bad, histogram = store_pixels(folder, data_set.images, job)
+    try:
+        sizes, bad, histogram = store_pixels(folder, data_set.images, job)
+    except BrokenProcessPool:
+        time.sleep(0.1)  # a SIGTERM to the whole group reaches this process at about the same time
+        raise RunError("a worker process was killed, for lack of memory perhaps; try fewer --num_workers") from None
     is_good = sizes[:, 0] > 0
     images = data_set.images[is_good]
     sizes = sizes[is_good]
@@ -287,52 +282,6 @@ def pixel_shape(split: str, num_bytes: int, spec: ImageSpec) -> tuple[int, ...]:
 def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
     """Write the header of a .npy file of uint8. It takes as many bytes whatever the first number of the shape is."""
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-
-
-# ------------------------------------------------------------------------------------------------ worker processes
-
-
-@contextlib.contextmanager
-def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Offer a pool of worker processes. Raises RunError if one of them is killed or crashes."""
-    pool = ProcessPoolExecutor(num_workers, initializer=end_with_parent)
-    try:
-        yield pool
-    except BrokenProcessPool:
-        time.sleep(0.1)  # a SIGTERM to the whole group reaches this process at about the same time
-        raise RunError("a worker process was killed, for lack of memory perhaps; try fewer --num_workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def end_with_parent() -> None:
-    """Prepare a worker: Ctrl-C is left to the parent, and the worker ends when its parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by it, a pool of which one worker died ends the others
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def map_ahead(
-    pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Iterable[Task], ahead: int
-) -> Iterator[tuple[Task, Result]]:
-    """Yield (task, function(task)) in the order of the tasks, at most `ahead` of which wait or are worked on.
-
-    `pool.map` would take all tasks, and keep all results, at once.
-    """
-    waiting = collections.deque()
-    tasks = iter(tasks)
-    while True:
-        for task in itertools.islice(tasks, ahead - len(waiting)):
-            waiting.append((task, pool.submit(function, task)))
-        if not waiting:
-            return
-        task, future = waiting.popleft()
-        yield task, future.result()
 
 
 # ------------------------------------------------------------------------------------------------ what goes beside them

@@ -5,10 +5,8 @@ A new one is a function that lists its images and one entry of PUBLISHED.
 
 import itertools
 import posixpath
-import signal
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +27,7 @@ from dreml.lists import (
     text_rows,
     what_was_meant,
 )
+from dreml.workers import worker_pool
 
 LAYOUTS = {
     "car": "cars_annos.mat and car_ims/, or the devkit: cars_train/, cars_test/, devkit/cars_train_annos.mat and "
@@ -107,7 +106,7 @@ def car_devkit_tables(root: Path, prefix: str, devkit: Path, listing: Listing) -
 def in_own_process(read: Callable, path: Path, *args: object) -> object:
     """Return read(path, *args), called in another process: a damaged .mat file can crash scipy 1.17's reader."""
     try:
-        with ProcessPoolExecutor(1, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        with worker_pool(1) as pool:
             return pool.submit(read, path, *args).result()
     except BrokenProcessPool:
         raise InputError(f"{path}: not a readable Cars196 annotation file (it crashes scipy's reader)") from None

@@ -184,7 +184,7 @@ def finished(tiny_data, small_run, tmp_path) -> Path:
 @pytest.fixture
 def threads(monkeypatch) -> None:
     """Threads in place of the worker processes that make a cache, whose start would take most of the time."""
-    monkeypatch.setattr(cache_writer, "ProcessPoolExecutor", lambda count, initializer: ThreadPoolExecutor(count))
+    monkeypatch.setattr(cache_writer, "worker_pool", ThreadPoolExecutor)
 
 
 @pytest.fixture
