@@ -13,7 +13,6 @@ import torchvision.transforms.functional as TF
 from builders import (
     SPEC,
     build,
-    bytes_an_image,
     odd_images,
     put,
     random_image,
@@ -81,33 +80,6 @@ def test_worker_processes_read_what_phones_write(tmp_path, monkeypatch):
     first, last = cache.array("train_offsets")[number : number + 2]
     expected = np.asarray(TF.resize(load_rgb(path), SPEC.train_size))
     np.testing.assert_array_equal(cache.array("train_pixels")[first:last], expected.ravel())
-
-
-def test_memory_of_a_large_data_set(tmp_path, threads, monkeypatch):
-    """From its list to its cache, without the work of the workers."""
-
-    def decode_chunk(source, spec, chunk):
-        number = len(chunk.paths)
-        sizes = np.full((number, 2), 8, np.int32)
-        return cache_writer.ChunkResult(bytes(3 * 8 * 8 * number), sizes, [], np.ones((3, 256), np.int64))
-
-    monkeypatch.setattr(cache_writer, "decode_chunk", decode_chunk)
-
-    def make(num_images: int) -> None:
-        (tmp_path / "mine").mkdir(exist_ok=True)
-        with open(tmp_path / "mine" / "images.csv", "w") as file:
-            file.write("path,label,split\n")
-            for number in range(num_images):
-                split = "test" if number % 2 else "train"
-                file.write(f"photos/{number % 97}/{number:08d}.jpg,class {number % 996},{split}\n")
-        cache = build(tmp_path, "mine", ImageSpec(8), num_workers=2, force=True)
-        assert cache.counts == {"train": (498, num_images // 2), "test": (498, num_images // 2)}
-        train_labels = cache.array("train_labels")
-        assert train_labels[-1] == 497 and (np.diff(train_labels) >= 0).all()
-        assert cache.paths("test", 0, 2) == ["photos/1/00000001.jpg", "photos/27/00000997.jpg"]
-
-    assert bytes_an_image(make) < 350  # pandas, on its way; a list of tuples takes 500
-    assert (tmp_path / "mine" / "cache_8" / "meta.json").stat().st_size < 60_000  # every process reads it whole
 
 
 # ------------------------------------------------------------------------------------------------ bad images
