@@ -167,19 +167,19 @@ class Chunk(NamedTuple):
 
     split: str
     paths: list[str]
+    file: Path  # for their pixels: a worker that is killed while it sends much through a pipe would block its parent
 
 
 class ChunkResult(NamedTuple):
-    """What a worker made of a chunk."""
+    """What a worker found in a chunk, whose file has the pixels of the good images, one after the other."""
 
-    pixels: bytes  # of the good images, one after the other
     sizes: np.ndarray  # (n, 2) int32, (height, width); 0 of a bad image
     bad: list[str]  # what is wrong with the bad images
     histogram: np.ndarray  # (3, 256) int64, how often a channel of the training images has each value
 
 
 def store_pixels(folder: Path, images: pd.DataFrame, job: CacheJob) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """Write the pixels of all images, in their order. Worker processes decode, this process writes.
+    """Write the pixels of all images, in their order. Worker processes decode them, this process joins their chunks.
 
     Returns:
         sizes: `(N, 2) int32`, (height, width) of every image in the cache; 0 of a bad one, which has no pixels there.
@@ -201,10 +201,12 @@ def store_pixels(folder: Path, images: pd.DataFrame, job: CacheJob) -> tuple[np.
         for split, file in files.items():
             write_header(file, pixel_shape(split, 0, job.spec))
         decode = partial(decode_chunk, job.source, job.spec)
-        results = map_ahead(pool, decode, chunks_of(images, chunk_size), ahead=2 * num_workers)
+        results = map_ahead(pool, decode, chunks_of(images, chunk_size, folder), ahead=2 * num_workers)
         num_chunks = sum(-(-number // chunk_size) for number in images["split"].value_counts())
         for chunk, result in progress_bar(results, f"{job.name}: pixels", num_chunks, f" x {chunk_size} images"):
-            files[chunk.split].write(result.pixels)
+            with open(chunk.file, "rb") as pixels:
+                shutil.copyfileobj(pixels, files[chunk.split])
+            chunk.file.unlink()
             sizes[done : done + len(chunk.paths)] = result.sizes
             bad += result.bad
             histogram += result.histogram
@@ -219,34 +221,35 @@ def store_pixels(folder: Path, images: pd.DataFrame, job: CacheJob) -> tuple[np.
     return sizes, bad, histogram
 
 
-def chunks_of(images: pd.DataFrame, chunk_size: int) -> Iterator[Chunk]:
+def chunks_of(images: pd.DataFrame, chunk_size: int, folder: Path) -> Iterator[Chunk]:
     """Yield all images, in their order."""
     for split in ("train", "test"):
         paths = images["path"][images["split"] == split]
         for start in range(0, len(paths), chunk_size):
-            yield Chunk(split, paths.iloc[start : start + chunk_size].tolist())
+            some = paths.iloc[start : start + chunk_size].tolist()
+            yield Chunk(split, some, folder / f"{split}_chunk_{start}")
 
 
 def decode_chunk(source: Path, spec: ImageSpec, chunk: Chunk) -> ChunkResult:
     """Decode and resize some images, in a worker process."""
-    pixels = []
     sizes = np.zeros((len(chunk.paths), 2), np.int32)
     bad = []
     histogram = np.zeros(3 * 256, np.int64)
-    for place, path in enumerate(chunk.paths):
-        try:
-            if chunk.split == "test":
-                image = read_pixels(source / path, spec)
+    with open(chunk.file, "wb") as file:
+        for place, path in enumerate(chunk.paths):
+            try:
+                if chunk.split == "test":
+                    pixels = read_pixels(source / path, spec)
+                else:
+                    image = read_resized(source / path, spec, spec.train_size)
+                    histogram += image.histogram()
+                    pixels = np.asarray(image)
+            except BadImage as error:
+                bad.append(str(error))
             else:
-                resized = read_resized(source / path, spec, spec.train_size)
-                histogram += resized.histogram()
-                image = np.asarray(resized)
-        except BadImage as error:
-            bad.append(str(error))
-        else:
-            pixels.append(image.tobytes())
-            sizes[place] = image.shape[:2]
-    return ChunkResult(b"".join(pixels), sizes, bad, histogram.reshape(3, 256))
+                file.write(pixels.tobytes())
+                sizes[place] = pixels.shape[:2]
+    return ChunkResult(sizes, bad, histogram.reshape(3, 256))
 
 
 def check_room(folder: Path, images: pd.DataFrame, sizes: np.ndarray, spec: ImageSpec) -> None:
