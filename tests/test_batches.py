@@ -176,14 +176,6 @@ def test_batches_of_an_epoch(tiny_cache, tiny_settings):
         assert set(numbers[flips]) != set(other[1][other[2]])
 
 
-def test_batches_of_some_images(tiny_cache, tiny_settings):
-    """Those of a member whose large classes are cut."""
-    crops, numbers, _, _ = epoch_of(tiny_cache, tiny_settings, images=np.arange(0, 36, 5))
-    assert sorted(numbers) == list(range(0, 36, 5))
-    for crop, number in zip(crops, numbers, strict=True):
-        assert (all_windows(tiny_cache, number, 32) == crop).all((1, 2, 3)).any()
-
-
 def test_every_offset_and_both_mirrorings_are_reached(tiny_cache, tiny_settings, seen):
     """35 -> 32 leaves offsets 0..3 on both axes, independent and equally likely; half of the crops are mirrored."""
     flips = np.concatenate([epoch_of(tiny_cache, tiny_settings, epoch=epoch)[2] for epoch in range(100)])
@@ -212,16 +204,8 @@ def test_random_resize_draws_sides_and_then_corners(tiny_cache, tiny_settings, s
         reached = corners[sides == side]
         assert (reached.min(0) == 0).all() and (reached.max(0) == 35 - side).all()
         assert abs(np.corrcoef(reached.T)[0, 1]) < 0.15  # both axes independent: four standard deviations
-    again = epoch_of(tiny_cache, settings)
-    assert np.array_equal(windows, again[0])
-
-
-def test_random_resize_never_draws_an_empty_window(tiny_cache, tiny_settings, seen):
     epoch_of(tiny_cache, replace(tiny_settings, scale_min=1e-9))
-    assert min(sides.min() for _, _, sides in seen) >= 1
-
-
-def test_without_random_resize_nothing_is_resized(tiny_cache, tiny_settings):
+    assert min(sides.min() for _, _, sides in seen) >= 1  # never an empty window
     assert all(batch.sides is None for batch in batches_of(tiny_cache, tiny_settings))
 
 
@@ -237,12 +221,6 @@ def test_corners_fit_images_of_every_shape(tmp_path, tiny_settings, seen):
     images, corners, _ = (np.concatenate(arrays) for arrays in zip(*seen, strict=True))
     for image, last in enumerate(cache.array("train_sizes") - 32):
         assert (corners[images == image].max(0) >= 0.8 * last).all()
-
-
-def test_batches_draw_their_own_corners_and_flips(tiny_cache, tiny_settings, seen):
-    """The images mirrored are first in each batch; how many varies."""
-    mirrored = [b.num_mirrored for epoch in range(5) for b in batches_of(tiny_cache, tiny_settings, epoch=epoch)]
-    assert not np.array_equal(seen[0][1], seen[1][1]) and len(set(mirrored)) > 4
 
 
 def test_the_windows_of_all_batches_but_the_first_are_asked_for_ahead(tiny_cache, tiny_settings, seen, monkeypatch):
