@@ -13,8 +13,8 @@ from torch import nn
 
 from dreml.backbones import build_backbone, gains_from_bf16, without_drawing
 from dreml.batches import image_batches, input_memory, normalize, spans
+from dreml.cache import read_ahead
 from dreml.cli import InputError, one_line, out_of_memory
-from dreml.files import read_ahead
 from dreml.images import ImageSpec
 from dreml.runs import Members, member_file, member_numbers, read_run_record
 from dreml.settings import EMBEDDINGS

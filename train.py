@@ -26,9 +26,8 @@ from tqdm import tqdm
 
 from dreml import baseline, cli
 from dreml import run_writer as writer
-from dreml.augment import Targets, epoch_batches, prepare
 from dreml.backbones import check_backbone, own_scaling, read_weights, weights_tag
-from dreml.batches import input_memory
+from dreml.batches import Targets, epoch_batches, input_memory, prepare
 from dreml.cache import Cache, check_unchanged, read_cache
 from dreml.checkpoint import SECONDS_BETWEEN_WRITES, Progress, snapshot
 from dreml.cli import InputError, RunError

@@ -1,4 +1,4 @@
-"""Files that are never half written: atomic writes, locks, checksums, JSON records; and reading ahead."""
+"""Files that are never half written: atomic writes, locks, checksums, JSON records."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ import secrets
 import shutil
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -200,34 +200,3 @@ def read_record(path: Path, kind: type[Record] = dict) -> Record:
         return kind(**content)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"its entries are those of another version: {one_line(error)}") from None
-
-
-# ------------------------------------------------------------------------------------------------ reading ahead
-
-LARGEST_HINT = 2**17  # bytes; of one hint Linux reads no more than its read-ahead, which is mostly so much
-
-
-def read_ahead(path: Path, ranges: Iterable[tuple[int, int]]) -> None:
-    """Asks Linux to read ranges of bytes of a file, `(start, stop)` each, into its page cache, and does not wait.
-
-    So a slow disk gets many requests at once, and for no other bytes. The page faults of a memory map ask for one piece
-    after the other, each with its neighbours. Other systems take no such hints: there, nothing happens.
-    """
-    if not hasattr(os, "RWF_NOWAIT"):
-        return
-    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:  # what is wrong, reading itself will tell
-        descriptor = file.fileno()
-        for start, stop in ranges:
-            # Asked for first, since a hint takes as long as a third of the copy, also for what is in memory already.
-            if in_page_cache(descriptor, start) and in_page_cache(descriptor, stop - 1):
-                continue
-            for first in range(start, stop, LARGEST_HINT):
-                os.posix_fadvise(descriptor, first, min(LARGEST_HINT, stop - first), os.POSIX_FADV_WILLNEED)
-
-
-def in_page_cache(descriptor: int, position: int) -> bool:
-    """Whether a byte of an open file can be read without the disk. Some file systems never say so."""
-    try:
-        return os.preadv(descriptor, [bytearray(1)], position, os.RWF_NOWAIT) == 1
-    except OSError:
-        return False

@@ -18,7 +18,7 @@ from processes import Processes
 import data_utils
 import model
 import train
-from dreml import workers
+from dreml import cache_writer
 from dreml.cache import Cache, read_cache
 from dreml.demo import draw_demo
 from dreml.images import ImageSpec
@@ -183,16 +183,8 @@ def finished(tiny_data, small_run, tmp_path) -> Path:
 
 @pytest.fixture
 def threads(monkeypatch) -> None:
-    """Threads in place of several worker processes, whose start would take most of the time.
-
-    One worker stays a process: there scipy may crash.
-    """
-    process_pool = workers.ProcessPoolExecutor
-
-    def pool(count, initializer):
-        return process_pool(1, initializer=initializer) if count == 1 else ThreadPoolExecutor(count)
-
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", pool)
+    """Threads in place of the worker processes that make a cache, whose start would take most of the time."""
+    monkeypatch.setattr(cache_writer, "worker_pool", ThreadPoolExecutor)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ import data_utils
 import evaluate
 import retrieve
 import train
-from dreml import workers
+from dreml import datasets
 from dreml.cli import InputError
 from dreml.files import read_record, write_record
 
@@ -247,7 +247,7 @@ def names_of_classes_and_images(box: Box, examples: int) -> None:
 
 def car_annotations_of_any_content(box: Box, examples: int) -> None:
     """Well-formed .mat files with anything in them: they do not crash scipy."""
-    box.patch.setattr(workers, "ProcessPoolExecutor", lambda count, initializer: ThreadPoolExecutor(count))
+    box.patch.setattr(datasets, "worker_pool", ThreadPoolExecutor)
     cells = st.one_of(st.integers(-5, 300), st.floats(), st.text(max_size=9), st.just("car_ims/1.jpg"), st.just([]))
     rows = st.lists(st.fixed_dictionaries({}, optional={"class": cells, "relative_im_path": cells}), max_size=3)
     (box.data / "car" / "car_ims").mkdir(parents=True)
@@ -388,7 +388,6 @@ CASES: dict[str, Callable[[Box, int], None]] = {
     "names": names_of_classes_and_images,
     "car annotations": car_annotations_of_any_content,
     "images": images_of_any_size_and_mode,
-    "meta.json": partial(our_record, "data/tiny/cache_32/meta.json"),
     "args.json": partial(our_record, "args.json"),
     "member_001.json": partial(our_record, "member_001.json"),
     "pooled_001.json": partial(our_record, "pooled_001.json"),

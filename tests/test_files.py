@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dreml import files
 from dreml.cli import InputError, run_main
 from dreml.files import (
     atomic_open,
     crc32,
     flush_folder,
-    in_page_cache,
     json_sha256,
     make_folder,
-    read_ahead,
     read_record,
     remove_leftovers,
     sha256,
@@ -274,54 +270,3 @@ def test_a_changed_record_is_noticed(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"its checksum does not fit|too deeply nested"):
             read_record(path)
-
-
-# ------------------------------------------------------------------------------------------------ reading ahead
-
-hints = pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="Linux only")
-
-
-@hints
-def test_what_is_not_in_memory_is_asked_for_exactly_and_in_pieces(tmp_path, monkeypatch):
-    """A range of which one end is missing as a whole; one of which both ends are there not at all."""
-    asked, missing = [], {40, 400_000, 700_009}
-    monkeypatch.setattr(files, "in_page_cache", lambda descriptor, position: position not in missing)
-    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *what: asked.append(what))
-    (tmp_path / "file").write_bytes(b"")
-    read_ahead(tmp_path / "file", [(40, 50), (60, 70), (400_000, 700_000), (700_000, 700_010), (80, 90)])
-    assert {advice for _, _, advice in asked} == {os.POSIX_FADV_WILLNEED}
-    assert [what[:2] for what in asked] == [
-        (40, 10),
-        (400_000, 2**17),
-        (400_000 + 2**17, 2**17),
-        (400_000 + 2**18, 300_000 - 2**18),
-        (700_000, 10),
-    ]
-
-
-@hints
-def test_a_file_that_is_asked_for_comes_into_memory(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(bytes(500_000))
-    with open(path, "rb", buffering=0) as file:
-        if not in_page_cache(file.fileno(), 0):
-            pytest.skip("this file system does not say what is in memory")
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if in_page_cache(file.fileno(), 499_999):
-            pytest.skip("this file system is in memory")
-        read_ahead(path, [(0, 500_000)])
-        for _ in range(500):
-            if all(in_page_cache(file.fileno(), position) for position in range(0, 500_000, 4096)):
-                return
-            time.sleep(0.01)
-    raise AssertionError("it was not read")
-
-
-def test_reading_ahead_is_never_an_error(tmp_path, monkeypatch):
-    """A cache that is being made anew is noticed later; other systems take no hints."""
-    read_ahead(tmp_path / "nowhere", [(0, 10)])
-    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
-    monkeypatch.delattr(os, "posix_fadvise", raising=False)
-    (tmp_path / "file").write_bytes(bytes(10))
-    read_ahead(tmp_path / "file", [(0, 10)])
