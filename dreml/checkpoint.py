@@ -20,7 +20,8 @@ class Progress:
 
     A SHA-256 of 32 bytes, then a torch.save of plain tensors, numbers and lists. Training waits while it is written. So
     it is written only if the last file is older than `interval` seconds and than 20 times what its writing took: at
-    most 5 % of the time is spent on it. Whatever ends a run loses the time since the last file.
+    most 5 % of the time is spent on it. With `interval` 0, every epoch is written. Whatever ends a run loses the time
+    since the last file.
     """
 
     def __init__(self, folder: Path, member: int, settings_hash: str, interval: float = SECONDS_BETWEEN_WRITES):
@@ -49,7 +50,8 @@ class Progress:
     def end_of_epoch(self, state: dict) -> None:
         """Write the state, if it is time to. A disk that is full keeps the earlier file, and training goes on."""
         started = time.monotonic()
-        if started - self.last_write < max(self.interval, 20 * self.write_seconds):
+        is_new = started - self.last_write < max(self.interval, 20 * self.write_seconds)
+        if is_new and self.interval > 0:
             return
         try:
             self.write(state)
