@@ -151,8 +151,9 @@ def write_test_csv(path: Path, cache: Cache) -> None:
         table.writerow(TEST_COLUMNS)
         for start, stop in spans(0, cache.counts["test"][1], 2**12):
             labels, is_query, is_gallery = (column[start:stop] for column in columns)
-            paths = cache.paths("test", start, stop)
-            table.writerows(zip(paths, labels, is_query, is_gallery, class_names[labels], strict=True))
+            table.writerows(
+                zip(cache.paths("test", start, stop), labels, is_query, is_gallery, class_names[labels], strict=True)
+            )
 
 
 def verify_once(folder: Path, cache: Cache) -> None:
