@@ -17,6 +17,7 @@ import pytest
 import torch
 import torchvision
 from builders import Payload, only_folder, train_tiny
+from safetensors.torch import save_file
 from torchvision.models import (
     convnext,
     densenet,
@@ -31,6 +32,7 @@ from torchvision.models import (
 
 import data_utils
 import train
+from dreml import run_writer
 from dreml.backbones import (
     backbone_names,
     check_backbone,
@@ -43,7 +45,6 @@ from dreml.cache import read_cache
 from dreml.cli import InputError
 from dreml.files import sha256, write_record
 from dreml.images import ImageSpec
-from dreml.run_writer import make_run_record
 from dreml.runs import Members
 from model import Compute, build_model, extract_features, head_of, load_ensemble, load_member
 from train import Experiment
@@ -153,8 +154,8 @@ def test_a_small_network_of_each_family_trains_goes_on_and_embeds(
     else:
         pytest.importorskip("timm", reason="timm is an extra")
     settings = dataclasses.replace(tiny_settings, backbone=backbone, batch_size=36)
-    experiment = Experiment(tiny_cache, settings, None, Compute(torch.device("cpu")), {})
-    record = make_run_record(settings, tiny_cache, {"data_path": "data"}, {})
+    experiment = Experiment(tiny_cache, settings, None, Compute(torch.device("cpu")), {}, progress_seconds=0)
+    record = run_writer.make_run_record(settings, tiny_cache, {"data_path": "data"}, {})
     write_record(tmp_path / "args.json", record)
     members, train_epoch = Members(tmp_path, record.settings_hash), train.train_epoch
 
@@ -250,9 +251,10 @@ def test_tables_that_no_file_holds_are_there_in_a_member_that_is_loaded(tmp_path
     pytest.importorskip("timm", reason="timm is an extra")
     model = build_model("timm:test_coatnet", 3, None).eval()
     assert {name for name, _ in model.named_buffers()} - set(model.state_dict())
-    torch.save(model.state_dict(), tmp_path / "w.pth")
+    settings = {"backbone": "timm:test_coatnet", "meta_class_size": 3}
+    run_writer.save_weights(tmp_path / "w.safetensors", model, {"settings": settings})
     before = torch.get_rng_state()
-    loaded = load_member(tmp_path / "w.pth", "timm:test_coatnet", 3).eval()
+    loaded = load_member(tmp_path / "w.safetensors").eval()
     assert torch.equal(torch.get_rng_state(), before)
     pixels = torch.randn(2, 3, 160, 160)
     with torch.no_grad():
@@ -396,10 +398,9 @@ def test_no_initial_weights():
 def test_weights_of_timm_from_files(tmp_path):
     """A state dict and its .safetensors; the tag of what would be downloaded."""
     timm = pytest.importorskip("timm", reason="timm is an extra")
-    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an extra")
     state = timm.create_model("test_efficientnet", num_classes=7).state_dict()
     torch.save(state, tmp_path / "w.pth")
-    safetensors.save_file(state, tmp_path / "w.safetensors")
+    save_file(state, tmp_path / "w.safetensors")
     saved = {name: value for name, value in state.items() if not name.startswith("classifier.")}
     for name in ("w.pth", "w.safetensors"):
         weights = read_weights("timm:test_efficientnet", str(tmp_path / name))

@@ -16,8 +16,9 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from builders import copy_run, digests, edit_record, only_folder, save_image, train_tiny
+from builders import copy_run, digests, edit_record, flip_a_bit, only_folder, save_image, train_tiny
 from reference import slow_recall
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
@@ -29,17 +30,17 @@ from dreml.augment import Batch, MixedTargets, Mixing, epoch_batches, prepare
 from dreml.backbones import read_weights
 from dreml.batches import input_memory
 from dreml.cache import read_cache
-from dreml.checkpoint import Progress
 from dreml.demo import draw_demo
 from dreml.files import read_record, take_lock
 from dreml.images import ImageSpec
 from dreml.runs import HISTORY_COLUMNS, MemberRecord, PooledRecord, TestSplit, read_run_record
 from dreml.settings import RECIPES, Settings, settings_of
-from model import Compute, Head, build_model, extract_features, load_ensemble
+from model import Compute, Head, build_model, extract_features, features_in_batches, load_ensemble
 from train import (
     Experiment,
     Sums,
     TrainState,
+    copy_weights,
     initial_state,
     make_optimizer,
     train_epoch,
@@ -128,40 +129,6 @@ def test_fp16_gradients_are_scaled_and_an_overflow_skips_the_step():
     assert gradients[1.0] == 0
 
 
-def test_sgd_equals_the_definition_of_momentum():
-    """Against PyTorch's plain loop, and against the formula."""
-    torch.manual_seed(0)
-    ours, plain = nn.Linear(4, 3), nn.Linear(4, 3)
-    plain.load_state_dict(ours.state_dict())
-    weight, velocity = ours.weight.detach().clone(), torch.zeros(3, 4)
-    optimizers = make_optimizer("sgd", ours, 0.1, CPU), torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9)
-    state = TrainState(ours, optimizers[0], no_scaling())
-    for _ in range(5):
-        pixels, targets = torch.randn(8, 4), torch.randint(0, 3, (8,))
-        train_step(state, FP32, pixels, targets, Sums.zeros(CPU))
-        optimizers[1].zero_grad()
-        nn.functional.cross_entropy(plain(pixels), targets).backward()
-        optimizers[1].step()
-        velocity = 0.9 * velocity + plain.weight.grad
-        weight = weight - 0.1 * velocity
-        torch.testing.assert_close(ours.weight, weight, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(ours.bias, plain.bias, rtol=1e-5, atol=1e-6)
-
-
-def test_the_momentum_of_sgd_survives_an_overflow_in_the_first_step():
-    """PyTorch's fused SGD would go on from uninitialised memory."""
-    model = nn.Linear(2, 2)
-    optimizer = make_optimizer("sgd", model, 0.1, CPU)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    before, targets = copy.deepcopy(model.state_dict()), torch.tensor([0])
-    train_step(TrainState(model, optimizer, scaler), FP32, torch.full((1, 2), 8.0), targets, Sums.zeros(CPU))
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert scaler.get_scale() == 2.0**126
-    for state in optimizer.state.values():
-        assert not state["momentum_buffer"].any()
-    assert len(optimizer.state) == 2
-
-
 def test_the_first_loss_that_is_not_finite_is_remembered():
     sums, targets = Sums.zeros(CPU), torch.tensor([0, 1])
     for value in (1.0, float("inf"), 1.0, float("nan")):  # a new model each time: one that saw inf never recovers
@@ -171,7 +138,7 @@ def test_the_first_loss_that_is_not_finite_is_remembered():
     assert (sums.steps, sums.finite_steps.item()) == (4, 1)
 
 
-def test_steps_and_the_end_of_an_epoch_never_wait_for_the_device(tmp_path):
+def test_steps_never_wait_for_the_device():
     """The data-less device `meta` refuses .item(), copies to the host and mixed devices.
 
     It has no fused optimiser and no autocast: both are tested on the CPU.
@@ -189,11 +156,7 @@ def test_steps_and_the_end_of_an_epoch_never_wait_for_the_device(tmp_path):
     for batch in [*batches, batches[0]._replace(targets=mixed, mixing=mixing)]:
         train_step(state, compute, prepare(batch, *statistics, memory), batch.targets, sums)
     assert all(parameter.grad is not None for parameter in model.parameters())
-    progress = Progress(tmp_path, 1, "run")
-    for _ in range(2):
-        progress.end_of_epoch(state.state_dict(), best_model=None)
-    progress.remove()  # or leaving would copy it to the host
-    assert {each.device for each in progress.on_device.memory.values() if each.numel() > 1} == {meta}
+    assert {value.device for value in copy_weights(model).values()} == {meta}
     logits = extract_features(model, np.zeros((5, 64, 64, 3), np.uint8), statistics, batch_size=2)
     assert logits.device == meta and logits.shape == (5, 12)
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -355,13 +318,13 @@ def test_members_share_given_weights_but_for_the_head(tiny_cache, tiny_settings,
 def test_members_do_not_depend_on_each_other(tiny_run, tiny_cache, tiny_settings):
     """Member 2 trained alone is bit for bit member 2 of the run, and not member 1."""
     model, result = train_member(experiment_of(tiny_cache, tiny_settings), 2, "member 2/2")
-    saved = torch.load(tiny_run / "member_002.pth", weights_only=True)
+    saved = load_file(tiny_run / "member_002.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
     earlier = read_record(tiny_run / "member_002.json", MemberRecord)
     assert result["partition"] == earlier.partition
     assert result["partition"] == meta_class_partition(6, 3, rng_for(0, 2, 0, "partition")).tolist()
     assert set(HISTORY_COLUMNS) < set(result["history"][0])
-    first = torch.load(tiny_run / "member_001.pth", weights_only=True)
+    first = load_file(tiny_run / "member_001.safetensors")
     assert not torch.equal(first["fc.weight"], saved["fc.weight"])
 
 
@@ -384,14 +347,15 @@ def nothing_finite(model, images, statistics, batch_size, embedding) -> torch.Te
     return torch.full((len(images), 3), float("nan"))
 
 
-def test_an_embedding_that_is_not_finite_ends_the_run(tiny_data, tmp_path, small_network, capsys, monkeypatch):
+def test_an_embedding_that_is_not_finite_ends_the_run(tiny_data, small_run, tmp_path, capsys, monkeypatch):
+    """Logits of a new member and pooled features of a saved one."""
     monkeypatch.setattr(train, "extract_features", nothing_finite)
-    assert train_tiny(tiny_data, tmp_path) == 1
-    assert "initial network: its embedding is not finite" in capsys.readouterr().err
-    monkeypatch.setattr(train, "score_baseline", lambda *args: None)
-    assert train_tiny(tiny_data, tmp_path) == 1
-    assert "member 1: its embedding is not finite; try a lower --lr" in capsys.readouterr().err
-    assert not list(only_folder(tmp_path).glob("member_*"))
+    copy_run(small_run, tmp_path / small_run.name)
+    for options in (["--ensemble_size", "3"], ["--embedding", "pooled"]):
+        assert train_tiny(tiny_data, tmp_path, *options) == 1
+        member = 3 if options[1] == "3" else 1
+        assert f"member {member}: its embedding is not finite; try a lower --lr" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/member_003*")) and not list(tmp_path.glob("*/pooled_*"))
 
 
 # ------------------------------------------------------------------------------------------------ settings at work
@@ -426,18 +390,15 @@ def test_method_options_reach_the_training(tiny_data, tmp_path, small_network, s
     assert optimizers == {torch.optim.SGD} and torch.backends.cudnn.benchmark
 
 
-def test_the_seconds_between_progress_files_are_no_setting(
-    tiny_data, tmp_path, small_network, no_training, monkeypatch
-):
+def test_the_seconds_between_progress_files_are_no_setting(tiny_data, tmp_path, small_network, monkeypatch):
     """They reach every member, and another number of them is the same run."""
     intervals = []
 
-    class Spy(Progress):
-        def __enter__(self):
-            intervals.append(self.interval)
-            raise KeyboardInterrupt
+    def look(experiment, member, title, progress):
+        intervals.append(progress.interval)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "Progress", Spy)
+    monkeypatch.setattr(train, "train_member", look)
     for options in (["--progress_seconds", "0"], ["--progress_seconds", "2.5"], []):
         assert train_tiny(tiny_data, tmp_path, *options) == 130
     assert intervals == [0, 2.5, 30]
@@ -618,8 +579,8 @@ def test_percentages_are_exact(monkeypatch):
             assert (labels, is_query, is_gallery) == split and (embeddings, ks) == (given, "ks")
             return torch.arange(8132)[None].double() / int(is_query.sum())
 
-        monkeypatch.setattr(train, "recall_at_k", recall)
-        percent = train.recall_percent(given, split, "ks")
+        monkeypatch.setattr(writer, "recall_at_k", recall)
+        percent = writer.recall_percent(given, split, "ks")
         assert [f"{value:.4f}" for value in percent[0]] == [f"{100 * hits / 8131:.4f}" for hits in range(8132)]
 
 
@@ -672,14 +633,14 @@ def test_out_of_memory_in_the_evaluation_costs_time_only(tiny_data, small_run, t
 
     def extract(model, images, statistics, batch_size, embedding):
         limited("batch", batch_size, 8)
-        return extract_features(model, images, statistics, batch_size, embedding)
+        return features_in_batches(model, images, statistics, batch_size, embedding)
 
     def recall(embeddings, labels, ks, *, max_bytes, **masks):
         limited("block", max_bytes, 2**28)
         return recall_at_k(embeddings, labels, ks, max_bytes=max_bytes, **masks)
 
-    monkeypatch.setattr(train, "extract_features", extract)
-    monkeypatch.setattr(train, "recall_at_k", recall)
+    monkeypatch.setattr("model.features_in_batches", extract)
+    monkeypatch.setattr(writer, "recall_at_k", recall)
     assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "1") == 0
     assert sizes["batch"] == 2 * [32, 16, 8] and sizes["block"][:3] == [2**30, 2**29, 2**28]
     logits = [np.load(folder / "member_001.npy") for folder in (only_folder(tmp_path), small_run)]
@@ -698,18 +659,15 @@ def test_out_of_memory_names_the_options(tiny_data, tmp_path, small_network, cap
     assert "try a smaller --batch_size or --image_size" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("embedding", ["logits", "pooled"])
-@pytest.mark.parametrize("name", ["member_001.npy", "member_001.pth"])
+@pytest.mark.parametrize(("name", "embedding"), [("member_001.npy", "logits"), ("member_001.safetensors", "pooled")])
 def test_a_disk_that_reads_back_otherwise_ends_the_run(
     tiny_data, tmp_path, small_network, capsys, monkeypatch, name, embedding
 ):
     save_member = writer.save_member
 
-    def save(folder, record, model, logits):
-        save_member(folder, record, model, logits)
-        content = bytearray((folder / name).read_bytes())
-        content[-1] ^= 1
-        (folder / name).write_bytes(content)
+    def save(folder, *arguments):
+        save_member(folder, *arguments)
+        flip_a_bit(folder / name)
 
     monkeypatch.setattr(writer, "save_member", save)
     assert train_tiny(tiny_data, tmp_path, "--num_epochs", "1", "--embedding", embedding) == 1
@@ -779,7 +737,7 @@ def test_pooled_features_of_the_saved_members(pooled_run, tiny_run, tiny_cache):
     embeddings, labels = [], pd.read_csv(pooled_run / "test.csv").label.to_numpy()
     for member in (1, 2):
         model, seen = torchvision.models.resnet18(num_classes=3).eval(), []
-        model.load_state_dict(torch.load(pooled_run / f"member_00{member}.pth", weights_only=True))
+        model.load_state_dict(load_file(pooled_run / f"member_00{member}.safetensors"))
         model.avgpool.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.flatten(1)))
         with torch.no_grad():
             model(images)
@@ -787,10 +745,11 @@ def test_pooled_features_of_the_saved_members(pooled_run, tiny_run, tiny_cache):
         assert embeddings[-1].dtype == np.float32 and embeddings[-1].shape == (36, 512)
         np.testing.assert_allclose(embeddings[-1], seen[0], rtol=1e-4, atol=1e-4)
         record = read_record(pooled_run / f"pooled_00{member}.json", PooledRecord)
-        hashes = digests(pooled_run, f"*_00{member}.[np]*")
-        assert record.weights == hashes[f"member_00{member}.pth"]
+        hashes = digests(pooled_run, f"*_00{member}.[ns]*")
+        assert record.weights == hashes[f"member_00{member}.safetensors"]
         assert record.sha256 == hashes[f"pooled_00{member}.npy"] and record.member == member
-        assert record.run == read_record(pooled_run / f"member_00{member}.json", MemberRecord).run
+        member_record = read_record(pooled_run / f"member_00{member}.json", MemberRecord)
+        assert record.settings_hash == member_record.settings_hash
     expected = 100 * slow_recall(embeddings, labels, [1, 4])
     lines = (pooled_run / "recall_pooled.csv").read_text().splitlines()
     assert lines == ["ensemble_size,R@1,R@4", *(f"{n},{r1:.4f},{r4:.4f}" for n, (r1, r4) in enumerate(expected, 1))]
@@ -819,8 +778,8 @@ def spy_on_scores(monkeypatch) -> list[tuple[str, int]]:
     """(embedding, ensemble sizes) of each time that the logs are written from now on."""
     scores, update_logs = [], writer.update_logs
 
-    def update(members, num_members, device, recall_table, embedding):
-        table, embeddings = update_logs(members, num_members, device, recall_table, embedding)
+    def update(members, num_members, split, ks, embedding, device):
+        table, embeddings = update_logs(members, num_members, split, ks, embedding, device)
         scores.append((embedding, len(table)))
         return table, embeddings
 
@@ -911,8 +870,7 @@ def test_pooling_that_is_interrupted_anywhere_goes_on(
             code = pool(tiny_data, tmp_path)
         error = capsys.readouterr().err
         if code == 130:
-            place = f" in member {number // 2 + 1}/2" if number < 4 else ""  # else in the log
-            assert error.endswith(f"interrupted{place}; run the same command again to go on\n")
+            assert error == "train.py: interrupted; run the same command again to go on\n"
             assert pool(tiny_data, tmp_path) == 0 and "warning" not in capsys.readouterr().err
         for pattern in ("*member_*[!k]", "*pooled_*", "*.csv"):
             assert digests(folder, pattern) == digests(small_pooled_run, pattern)
@@ -926,12 +884,12 @@ def test_weights_that_change_meanwhile_are_not_pooled(small_run, tiny_data, tmp_
     """By another process that has found the member damaged, say: the run ends, and the next one sees the new state."""
     folder = copy_run(small_run, tmp_path / small_run.name)
 
-    def meanwhile(members, num_members, device, recall_table, embedding):
-        shutil.copy(folder / "member_002.pth", folder / "member_001.pth")
+    def meanwhile(*arguments):
+        shutil.copy(folder / "member_002.safetensors", folder / "member_001.safetensors")
 
     monkeypatch.setattr(writer, "update_logs", meanwhile)
     assert pool(tiny_data, tmp_path) == 1
-    message = f"{folder / 'member_001.pth'} has changed since this run began; run the same command again"
+    message = f"{folder / 'member_001.safetensors'} has changed since this run began; run the same command again"
     assert capsys.readouterr().err == f"train.py: failed: {message}\n" and not list(folder.glob("pooled_*"))
 
 
@@ -957,14 +915,6 @@ def test_leftovers_of_pooling_go(small_run, tiny_data, tmp_path, no_training):
     (folder / ".pooled_001.npy.tmp-123").write_text("half")
     assert pool(tiny_data, tmp_path) == 0
     assert not list(folder.glob("*tmp*"))
-
-
-def test_pooled_features_that_are_not_finite_end_the_run(small_run, tiny_data, tmp_path, capsys, monkeypatch):
-    folder = copy_run(small_run, tmp_path / small_run.name)
-    monkeypatch.setattr(train, "extract_features", nothing_finite)
-    assert pool(tiny_data, tmp_path) == 1
-    assert "member 1: its embedding is not finite; try a lower --lr" in capsys.readouterr().err
-    assert not list(folder.glob("pooled_*"))
 
 
 # ------------------------------------------------------------------------------------------------ options
