@@ -18,6 +18,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -394,10 +395,7 @@ def run(args: argparse.Namespace) -> None:
     first = args.recalls[:1]
     alone = [writer.recall_percent([embedding], split, first).item() for embedding in embeddings]
     print_baseline(folder, members.settings_hash, table)
-    print("\n" + table.assign(alone=alone).round(2).to_string(index=False))
-    print(f"(alone: R@{args.recalls[0]} of the last member of the row by itself)")
-    final = ", ".join(f"{name} {value:.2f}" for name, value in table.iloc[-1, 1:].items())
-    print(f"{len(embeddings)} members: {final} in {writer.recall_log(folder, args.embedding)}")
+    print_recalls(table, alone, writer.recall_log(folder, args.embedding))
 
 
 def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSplit) -> None:
@@ -431,6 +429,14 @@ def print_exceptions(cache: Cache, split: TestSplit, training: bool) -> None:
     unmatched = int(unmatched_queries(*split).sum())
     if unmatched:
         print(f"{unmatched} queries have no other image of their class in the gallery: they count as misses")
+
+
+def print_recalls(table: pd.DataFrame, alone: list[float], log: Path) -> None:
+    """Print Recall@K of every ensemble size, with that of its last member by itself, and the last row again."""
+    print("\n" + table.assign(alone=alone).round(2).to_string(index=False))
+    print(f"(alone: {table.columns[1]} of the last member of the row by itself)")
+    final = ", ".join(f"{name} {value:.2f}" for name, value in table.iloc[-1, 1:].items())
+    print(f"{len(table)} members: {final} in {log}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -103,12 +103,6 @@ def test_images_of_a_size_that_a_network_cannot_take_are_refused(backbone, size,
     check_backbone(backbone, 224)
 
 
-def test_train_py_refuses_such_a_size_before_it_looks_for_data(tmp_path, capsys):
-    arguments = ["--data_path", str(tmp_path), "--data_name", "none", "--backbone", "vit_b_32", "--image_size", "96"]
-    assert train.main(arguments) == 2
-    assert "--image_size 96: vit_b_32 cannot take it" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("backbone", "gains"),
     [
@@ -354,13 +348,6 @@ class Answer(io.BytesIO):
         return email.message.Message()
 
 
-def test_a_download_with_another_checksum_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: Answer(b"damaged"))
-    with pytest.raises(InputError, match=r"cannot download .*invalid hash value"):
-        read_weights("resnet18", "imagenet")
-
-
 def downloaded(torch_home: Path) -> Path:
     """Where torchvision keeps the ImageNet weights of resnet18."""
     (torch_home / "hub" / "checkpoints").mkdir(parents=True)
@@ -368,11 +355,14 @@ def downloaded(torch_home: Path) -> Path:
     return torch_home / "hub" / "checkpoints" / url.rsplit("/", 1)[1]
 
 
-@pytest.mark.parametrize("payload", [False, True])
-def test_a_damaged_download_is_refused_and_not_executed(tmp_path, monkeypatch, payload):
+@pytest.mark.parametrize("damage", ["empty", "a pickle that runs code", "another file from the server"])
+def test_a_damaged_download_is_refused_and_not_executed(tmp_path, monkeypatch, damage):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    damaged = pickle.dumps(Payload(str(tmp_path / "owned")), protocol=2) if payload else b""
-    downloaded(tmp_path).write_bytes(damaged)
+    monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: Answer(b"damaged"))
+    if damage == "empty":
+        downloaded(tmp_path).write_bytes(b"")
+    elif damage == "a pickle that runs code":
+        downloaded(tmp_path).write_bytes(pickle.dumps(Payload(str(tmp_path / "owned"))))
     with pytest.raises(InputError, match=re.escape(f"into {tmp_path / 'hub'} ")) as error:
         read_weights("resnet18", "imagenet")
     assert "\n" not in str(error.value) and not (tmp_path / "owned").exists()

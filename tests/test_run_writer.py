@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import safetensors
 import torch
-from builders import bytes_an_image, copy_run, digests, edit_record, only_folder, train_tiny
+from builders import copy_run, digests, edit_record, flip_a_bit, only_folder, train_tiny
 from reference import slow_recall
 from torch import nn
 
@@ -55,30 +55,21 @@ def test_run_folder(tiny_run, tiny_data, tiny_cache):
 
 
 def test_test_csv_is_written_a_piece_at_a_time(tmp_path):
-    """As one table would be. A row of it takes 400 bytes in memory."""
-    generator = np.random.default_rng(0)
-
-    class LargeCache:
-        def __init__(self, number: int):
-            self.number, self.counts = number, {"test": (50, number)}
-            self.meta = SimpleNamespace(test={"classes": [f'ü, "{label}"' for label in range(50)]})
-            self.arrays = {name: generator.integers(0, 2, number).astype(bool) for name in ("is_query", "is_gallery")}
-            self.arrays["labels"] = generator.integers(0, 50, number)
-
-        def array(self, name: str) -> np.ndarray:
-            return self.arrays[name.removeprefix("test_")]
-
-        def paths(self, split: str, start: int, stop: int) -> list[str]:
-            return [f"{split}/ж, {row}.png" for row in range(start, stop)]
-
-    caches = {number: LargeCache(number) for number in (1_000, 5_000, 15_000)}
-    assert bytes_an_image(lambda number: writer.write_test_csv(tmp_path / "test.csv", caches[number])) < 20
-    cache = caches[15_000]
-    table = pd.DataFrame({"path": cache.paths("test", 0, 15_000)} | {"label": cache.arrays["labels"]})
-    table = table.assign(is_query=cache.arrays["is_query"], is_gallery=cache.arrays["is_gallery"])
-    table["class_name"] = np.array(cache.meta.test["classes"], object)[table.label]
-    table.to_csv(tmp_path / "whole.csv", index=False, lineterminator="\n")
-    assert (tmp_path / "test.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    """As one table would be."""
+    generator, number = np.random.default_rng(0), 10_000
+    columns = {"label": generator.integers(0, 50, number)}
+    columns |= {name: generator.integers(0, 2, number).astype(bool) for name in ("is_query", "is_gallery")}
+    paths = [f"test/ж, {row}.png" for row in range(number)]
+    classes = np.array([f'ü, "{label}"' for label in range(50)], object)
+    cache = SimpleNamespace(
+        counts={"test": (50, number)},
+        meta=SimpleNamespace(test={"classes": classes.tolist()}),
+        array=lambda name: columns[{"test_labels": "label"}.get(name, name.removeprefix("test_"))],
+        paths=lambda split, start, stop: paths[start:stop],
+    )
+    writer.write_test_csv(tmp_path / "test.csv", cache)
+    table = pd.DataFrame({"path": paths} | columns | {"class_name": classes[columns["label"]]})
+    assert (tmp_path / "test.csv").read_bytes() == table.to_csv(index=False, lineterminator="\n").encode()
 
 
 def test_train_log(tiny_run):
@@ -308,9 +299,7 @@ def test_the_content_of_a_cache_is_compared_once(tiny_data, small_run, tmp_path,
     for expected in (1, 1):
         assert train_tiny(data, results) == 0 and len(compared) == expected
     path = data / "tiny" / "cache_32" / "test_images.npy"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    flip_a_bit(path)
     for expected in (2, 3):  # a damaged one is not remembered
         assert train_tiny(data, results) == 2 and len(compared) == expected
         error = capsys.readouterr().err

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from builders import copy_run, digests, edit_record, flip_a_bit, only_folder, save_image, train_tiny
+from builders import copy_run, digests, flip_a_bit, only_folder, save_image, train_tiny
 from reference import slow_recall
 from safetensors.torch import load_file
 from torch import nn
@@ -25,15 +25,13 @@ from tqdm import tqdm
 import data_utils
 import train
 from dreml import run_writer as writer
-from dreml import runs as run_folders
 from dreml.augment import Batch, MixedTargets, Mixing, epoch_batches, prepare
 from dreml.backbones import read_weights
 from dreml.batches import input_memory
 from dreml.cache import read_cache
-from dreml.demo import draw_demo
 from dreml.files import read_record, take_lock
 from dreml.images import ImageSpec
-from dreml.runs import HISTORY_COLUMNS, MemberRecord, PooledRecord, TestSplit, read_run_record
+from dreml.runs import HISTORY_COLUMNS, MemberRecord, PooledRecord, read_run_record
 from dreml.settings import RECIPES, Settings, settings_of
 from model import Compute, Head, build_model, extract_features, features_in_batches, load_ensemble
 from train import (
@@ -210,20 +208,6 @@ def test_on_a_terminal_an_epoch_has_a_bar_too(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_a_state_goes_on_from_what_it_was_saved_as():
-    """With Adam's moments and the scale of fp16."""
-    states, (first, second, _) = [linear_state() for _ in range(2)], random_batches()
-    for state in states:
-        state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    train_step(states[0], FP32, *first, Sums.zeros(CPU))
-    states[0].scaler.update(4.0)
-    states[1].load_state_dict(copy.deepcopy(states[0].state_dict()))
-    for state in states:
-        train_step(state, FP32, *second, Sums.zeros(CPU))
-    assert states[1].scaler.get_scale() == 4
-    assert all(torch.equal(*pair) for pair in zip(*(state.model.parameters() for state in states), strict=True))
-
-
 # ------------------------------------------------------------------------------------------------ one member
 
 
@@ -268,7 +252,7 @@ def test_members_and_seeds_differ_in_every_draw(tiny_cache, tiny_settings, small
         first.append((state.model.fc.weight.detach().clone(), pixels))
 
     monkeypatch.setattr(train, "train_step", step)
-    settings = replace(tiny_settings, num_epochs=1, batch_size=10**9)  # memory is taken for 36
+    settings = replace(tiny_settings, num_epochs=1, batch_size=10**6)  # memory is taken for 36
     drawn = []
     for seed, member in ((0, 1), (0, 2), (1, 1)):
         _, result = train_member(experiment_of(tiny_cache, replace(settings, seed=seed)), member, "title")
@@ -543,19 +527,6 @@ def test_growing_an_ensemble(tiny_data, small_run, tmp_path, capsys, monkeypatch
     assert f"\n{text} the last one scores\n" in capsys.readouterr().out
 
 
-def test_a_finished_run_prints_its_table(tiny_data, tiny_run, tmp_path, capsys, no_training):
-    """The last line is the final recall; the column `alone` is that of the last member of the row by itself."""
-    folder = copy_run(tiny_run, tmp_path / tiny_run.name)
-    assert train_tiny(tiny_data, tmp_path) == 0
-    lines = capsys.readouterr().out.splitlines()
-    r1, r4 = (folder / "recall.csv").read_text().splitlines()[2].split(",")[1:]
-    assert lines[-1] == f"2 members: R@1 {float(r1):.2f}, R@4 {float(r4):.2f} in {folder / 'recall.csv'}"
-    labels = torch.from_numpy(pd.read_csv(tiny_run / "test.csv").label.to_numpy(copy=True))
-    second = torch.from_numpy(np.load(tiny_run / "member_002.npy"))
-    alone = 100 * recall_at_k(second, labels, [1]).item()
-    assert float(lines[-3].split()[-1]) == pytest.approx(alone, abs=0.006)
-
-
 def test_nothing_is_left_to_do_but_by_others(tiny_data, small_network, tmp_path, capsys, no_training):
     """The first processes of a run can be more than its members. No log is missing."""
     folder = tmp_path / "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
@@ -567,34 +538,6 @@ def test_nothing_is_left_to_do_but_by_others(tiny_data, small_network, tmp_path,
     assert output.endswith(text)
     assert (folder / "recall.csv").read_text() == "ensemble_size,R@1,R@4\n"
     assert (folder / "train.csv").read_text() == ",".join(["member", *HISTORY_COLUMNS]) + "\n"
-
-
-def test_percentages_are_exact(monkeypatch):
-    """Every share of 8,131 queries prints its four right decimals."""
-    is_query, given = torch.arange(12000) < 8131, [torch.zeros(1)]  # the other images are in the gallery
-    for mask in (is_query, torch.ones(8131).bool()):
-        split = TestSplit(torch.zeros(len(mask)).long(), mask, ~mask)
-
-        def recall(embeddings, labels, ks, *, is_query, is_gallery, max_bytes, split=split):
-            assert (labels, is_query, is_gallery) == split and (embeddings, ks) == (given, "ks")
-            return torch.arange(8132)[None].double() / int(is_query.sum())
-
-        monkeypatch.setattr(writer, "recall_at_k", recall)
-        percent = writer.recall_percent(given, split, "ks")
-        assert [f"{value:.4f}" for value in percent[0]] == [f"{100 * hits / 8131:.4f}" for hits in range(8132)]
-
-
-def test_a_test_class_of_one_image_is_said_once(tmp_path, small_network, capfd):
-    """Its query is a miss in every log, and no more than one line says so."""
-    draw_demo(tmp_path / "data" / "tiny", num_classes=3, images_per_class=3, image_side=40)
-    for path in sorted((tmp_path / "data" / "tiny" / "test" / "character_003").iterdir())[1:]:
-        path.unlink()
-    assert data_utils.main(["--data_path", str(tmp_path / "data"), "--image_size", "32"]) == 0
-    assert train_tiny(tmp_path / "data", tmp_path / "results", "--num_epochs", "1") == 0
-    output = capfd.readouterr()
-    assert (output.out + output.err).count("no other image of their class") == 1
-    last = pd.read_csv(only_folder(tmp_path / "results") / "recall.csv").iloc[-1]
-    assert last["R@4"] <= 100 * 6 / 7 + 1e-4
 
 
 def test_queries_are_scored_against_the_gallery(shop_data, tmp_path, small_network, capfd):
@@ -615,11 +558,6 @@ def test_queries_are_scored_against_the_gallery(shop_data, tmp_path, small_netwo
     assert expected[1, 0] != 100 * slow_recall(members, test.label.to_numpy(), [1])[1, 0]
     alone = [100 * slow_recall([member], test.label.to_numpy(), [1], *masks).item() for member in members]
     assert [float(line.split()[-1]) for line in output.out.splitlines()[-4:-2]] == pytest.approx(alone, abs=0.006)
-
-
-def test_recalls_have_to_be_below_the_gallery(shop_data, tmp_path, capsys, no_training):
-    assert train_tiny(shop_data, tmp_path / "results", "--data_name", "shop", "--recalls", "1,8") == 2
-    assert "--recalls: 8 is not below the number of gallery images, 8\n" in capsys.readouterr().err
 
 
 def test_out_of_memory_in_the_evaluation_costs_time_only(tiny_data, small_run, tmp_path, monkeypatch):
@@ -804,9 +742,11 @@ def test_training_and_pooling_in_one_run(small_pooled_run, tiny_data, tmp_path, 
 def test_pooling_scores_once_and_says_what_it_needs(small_run, tiny_data, tmp_path, capsys, monkeypatch, no_training):
     """Scores of many wide features take long: not after each member. It needs room for features and a record."""
     folder = copy_run(small_run, tmp_path / small_run.name)
+    (folder / ".pooled_001.npy.tmp-123").write_text("half")  # of a process that was killed
     scores = spy_on_scores(monkeypatch)
     assert pool(tiny_data, tmp_path) == 0
     assert scores == [("logits", 2), ("pooled", 2)]
+    assert not list(folder.glob("*tmp*"))
     needed = re.escape(size_of(folder, "pooled_001.*"))
     assert re.search(rf"the other 1 members need about [\d.]+ minutes and {needed} ", capsys.readouterr().out)
 
@@ -827,28 +767,6 @@ def test_processes_share_the_pooling(small_pooled_run, small_run, tiny_data, tmp
     assert pool(tiny_data, tmp_path) == 0
     for pattern in ("member_*", "pooled_*", "*.csv"):
         assert digests(folder, pattern) == digests(small_pooled_run, pattern)
-
-
-def test_what_another_process_has_just_made_is_not_made_again(
-    small_pooled_run, small_run, tiny_data, tmp_path, monkeypatch
-):
-    """It finishes member 1 while this one waits for the lock."""
-    folder, pooled, pool_member = copy_run(small_run, tmp_path / small_run.name), [], train.pool_member
-
-    def late_lock(path, timeout=-1):
-        if path.name == ".member_001.lock":
-            for suffix in ("npy", "json"):
-                shutil.copy(small_pooled_run / f"pooled_001.{suffix}", folder)
-        return take_lock(path, timeout)
-
-    def spy(experiment, members, member):
-        pooled.append(member)
-        pool_member(experiment, members, member)
-
-    monkeypatch.setattr(run_folders, "take_lock", late_lock)
-    monkeypatch.setattr(train, "pool_member", spy)
-    assert pool(tiny_data, tmp_path) == 0
-    assert pooled == [2] and digests(folder, "*.csv") == digests(small_pooled_run, "*.csv")
 
 
 def test_pooling_that_is_interrupted_anywhere_goes_on(
@@ -893,30 +811,6 @@ def test_weights_that_change_meanwhile_are_not_pooled(small_run, tiny_data, tmp_
     assert capsys.readouterr().err == f"train.py: failed: {message}\n" and not list(folder.glob("pooled_*"))
 
 
-def test_a_cache_that_changes_while_pooling_is_noticed(
-    small_run, tiny_data, tmp_path, capsys, monkeypatch, no_training
-):
-    shutil.copytree(tiny_data, tmp_path / "data")
-    copy_run(small_run, tmp_path / "results" / small_run.name)
-    embed, meta = train.embed_test_images, tmp_path / "data" / "tiny" / "cache_32" / "meta.json"
-
-    def meanwhile(experiment, model, member, embedding):
-        edit_record(meta, "mean", value=[0.1, 0.2, 0.3])
-        return embed(experiment, model, member, embedding)
-
-    monkeypatch.setattr(train, "embed_test_images", meanwhile)
-    assert pool(tmp_path / "data", tmp_path / "results") == 1
-    assert "cache_32 has been changed during the run" in capsys.readouterr().err
-    assert not list((tmp_path / "results").glob("*/pooled_*"))
-
-
-def test_leftovers_of_pooling_go(small_run, tiny_data, tmp_path, no_training):
-    folder = copy_run(small_run, tmp_path / small_run.name)
-    (folder / ".pooled_001.npy.tmp-123").write_text("half")
-    assert pool(tiny_data, tmp_path) == 0
-    assert not list(folder.glob("*tmp*"))
-
-
 # ------------------------------------------------------------------------------------------------ options
 
 
@@ -946,37 +840,25 @@ def test_defaults_are_those_of_the_original_command_line():
         (["--meta_class_size", "1"], r"--meta_class_size 1 has to be in 2\.\.6 \(training classes\), or all: each"),
         (["--meta_class_size", "every"], "argument --meta_class_size: invalid number_of_meta_classes value: 'every'"),
         (["--recalls", "1,1"], "names a K twice"),
-        (["--recalls", "0,1"], "'0,1' is no list of positive integers"),
         (["--recalls", "1,,2"], "'1,,2' is no list of positive integers"),
         (["--recalls", "1,36"], "36 is not below the number of gallery images, 36"),
         (["--batch_size", "1"], "--batch_size 1 has to be at least 2"),
         (["--num_epochs", "0"], "--num_epochs 0 has to be at least 1"),
         (["--ensemble_size", "-3"], "--ensemble_size -3 has to be at least 1 and at most 10,000"),
-        (["--ensemble_size", "10001"], "--ensemble_size 10001 has to be at least 1 and at most 10,000"),
-        (["--ensemble_size", "1" * 5000], "invalid int value: '1111"),
         (["--members", "3-1"], "'3-1' is no range of members"),
-        (["--members", "1-99999"], "'1-99999' is no range of members"),
-        (["--members", "1-"], "'1-' is no range of members"),
         (["--members", "2,5"], "--members 5 is above --ensemble_size 2"),
         (["--lr", "nan"], "--lr nan has to be above 0"),
         (["--progress_seconds", "-1"], "--progress_seconds -1.0 has to be at least 0"),
         (["--scale_min", "0"], "--scale_min 0.0 has to be above 0 and at most 1"),
-        (["--scale_min", "1.01"], "--scale_min 1.01 has to be above 0 and at most 1"),
-        (["--scale_min", "-1"], "--scale_min -1.0 has to be above 0"),
-        (["--scale_min", "nan"], "--scale_min nan has to be above 0"),
         (["--scale_min", "x"], "--scale_min: invalid float value: 'x'"),
-        (["--seed", "-1"], "--seed -1 has to be at least 0 and at most 4,294,967,295"),
-        (["--seed", "4294967296"], "--seed 4294967296 has to be at least 0 and at most 4,294,967,295"),
+        (["--seed", "-1"], "--seed -1 has to be at least 0"),
         (["--backbone", "resnet19"], "--backbone 'resnet19' is no network of .*near it: resnet1"),
+        (["--backbone", "vit_b_32"], "--image_size 32: vit_b_32 cannot take it"),
         (["--weights", "nowhere.pth"], "--weights 'nowhere.pth': no such file"),
         (["--device", "tpu"], "--device tpu is not one of auto, cuda, cuda:i, mps, cpu"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has "),
-        (["--device", "cpu:"], "--device cpu: is not one of"),
-        (["--device", "cpu:0"], "--device cpu:0 is not one of"),
         (["--resize", "stretch"], "argument --resize: invalid choice: 'stretch'"),
         (["--resize", "squash"], r"no cache: .*cache_32_squash.* --image_size 32 --resize squash"),
-        (["--embedding", "both"], "argument --embedding: invalid choice: 'both'"),
-        (["--optimizer", "adamw"], "argument --optimizer: invalid choice: 'adamw'"),
         (["--ensemble", "3"], "unrecognized arguments: --ensemble 3"),
         (["--lr"], "expected one argument"),
     ],
