@@ -76,7 +76,7 @@ class Compute:
         return autocast(self.device, self.precision)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss up in fp16, where small gradients would vanish; does nothing in other precisions."""
+        """What scales the loss up in fp16, where small gradients would vanish. It does nothing in other precisions."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def overflow_remedy(self) -> str:

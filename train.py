@@ -34,7 +34,7 @@ from dreml.cache import Cache, check_unchanged, read_cache
 from dreml.checkpoint import SECONDS_BETWEEN_WRITES, Progress, remove_progress
 from dreml.cli import InputError, RunError
 from dreml.datasets import default_recalls
-from dreml.files import make_folder, remove_leftovers, sha256
+from dreml.files import make_folder, remove_leftovers
 from dreml.optimizers import learning_rate, make_optimizer, with_rates
 from dreml.runs import WEIGHTS, MemberRecord, Members, TestSplit, member_path, pooled_path, run_lock
 from dreml.settings import ALL_CLASSES, EMBEDDINGS, Settings, add_settings, settings_of
@@ -116,7 +116,7 @@ def cross_entropy(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
 
 
 def train_step(state: TrainState, compute: Compute, pixels: torch.Tensor, targets: Targets, sums: Sums) -> None:
-    """One step on meta-classes. The host never waits for the device.
+    """Train one step on meta-classes. The host never waits for the device.
 
     The backbone computes in `compute.precision`, its head and the loss in fp32.
     """
@@ -142,12 +142,13 @@ def train_epoch(
     num_images: int,
     title: str,
 ) -> dict[str, float]:
-    """One step for each (pixels, targets) of `batches`, with a progress bar.
+    """Train one epoch: a step for each (pixels, targets) of `batches`, with a progress bar.
 
     Returns loss (mean over the images), accuracy in percent, correct, images, seconds and images_per_second. Raises
     RunError if a loss was not finite.
     """
-    start, sums = time.perf_counter(), Sums.zeros(compute.device)
+    start = time.perf_counter()
+    sums = Sums.zeros(compute.device)
     state.model.train()
     with tqdm(
         total=num_images,
@@ -165,8 +166,11 @@ def train_epoch(
                 accuracy = sums.correct.item() / bar.n
                 bar.set_postfix(loss=f"{sums.loss.item() / bar.n:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
                 next_reading = time.perf_counter() + SECONDS_BETWEEN_READINGS
-    loss, num_correct, finite_steps = (each.item() for each in (sums.loss, sums.correct, sums.finite_steps))  # waits
-    seconds, loss, accuracy = time.perf_counter() - start, loss / num_images, 100 * num_correct / num_images
+    loss = sums.loss.item() / num_images  # waits for the device
+    num_correct = sums.correct.item()
+    accuracy = 100 * num_correct / num_images
+    finite_steps = sums.finite_steps.item()
+    seconds = time.perf_counter() - start
     print(f"{title}: loss {loss:.4f}, accuracy {accuracy:.2f}%, {num_images / seconds:,.0f} images/s", flush=True)
     if finite_steps < sums.steps:
         raise RunError(f"{title}, batch {finite_steps}: the loss is not finite; {compute.overflow_remedy()}")
@@ -302,12 +306,8 @@ def finish_member(experiment: Experiment, members: Members, member: int, title: 
 def pool_member(experiment: Experiment, members: Members, member: int) -> None:
     """Make and save the pooled features of one finished member."""
     remove_leftovers(members.folder, pooled_path(members.folder, member, "*").name)
-    weights = member_path(members.folder, member, WEIGHTS)
-    checksum = sha256(weights)
-    if checksum != members.records[member].sha256[weights.name]:
-        raise RunError(f"{weights} has changed since this run began; run the same command again")
     pooled = embed_test_images(experiment, load_trained(experiment, members, member), member, "pooled")
-    writer.save_pooled(members.folder, member, members.settings_hash, checksum, pooled)
+    writer.save_pooled(members.folder, members.records[member], pooled)
 
 
 def load_trained(experiment: Experiment, members: Members, member: int) -> nn.Module:

@@ -56,11 +56,11 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    describe = [*git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
-        commit, changed = "", ""
+        commit = ""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -68,7 +68,7 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
         "numpy": np.__version__,
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
-        "commit": commit + ("+changes" if changed else "") or None,
+        "commit": commit or None,
     }
 
 
@@ -120,7 +120,7 @@ def find_members(folder: Path, earlier: RunRecord | None, record: RunRecord) -> 
     """The finished members of the run. Raises InputError for a folder that holds members of something unknown."""
     members = Members(folder, record.settings_hash)
     members.refresh()
-    if earlier is None and members.damaged and not members.records:
+    if earlier is None and members.warnings and not members.records:
         raise InputError(
             f"{folder} has no sound args.json and no member of these settings and data: move it away or give "
             "another --results_path"
@@ -186,11 +186,13 @@ def save_member(folder: Path, record: MemberRecord, model: nn.Module, logits: to
     write_record(member_path(folder, record.member, "json"), record)
 
 
-def save_pooled(folder: Path, member: int, settings_hash: str, weights: str, features: torch.Tensor) -> None:
-    """Write `pooled_007.npy` and, last, `.json`. `settings_hash` and `weights`: see `PooledRecord`."""
-    path = pooled_path(folder, member, "npy")
+def save_pooled(folder: Path, record: MemberRecord, features: torch.Tensor) -> None:
+    """Write `pooled_007.npy` and, last, `.json`, for the member of this record."""
+    path = pooled_path(folder, record.member, "npy")
     save_array(path, features)
-    write_record(path.with_suffix(".json"), PooledRecord(member, settings_hash, weights, sha256(path)))
+    weights = record.sha256[member_path(folder, record.member, WEIGHTS).name]
+    pooled = PooledRecord(record.member, record.settings_hash, weights, sha256(path))
+    write_record(path.with_suffix(".json"), pooled)
 
 
 def save_weights(path: Path, model: nn.Module, metadata: dict) -> None:

@@ -146,8 +146,8 @@ class Members:
     records: dict[int, MemberRecord] = field(default_factory=dict)
     pooled: set[int] = field(default_factory=set)  # those of them whose pooled features are saved
     needed: tuple[str, ...] = (WEIGHTS, "npy")  # which files of a member have to be sound
-    damaged: dict[str, int] = field(default_factory=dict)  # name of a record -> its time of change
     not_embedded: dict[int, MemberRecord] = field(default_factory=dict)  # those whose weights alone are sound
+    warnings: set[str] = field(default_factory=set)  # each is printed once
 
     def refresh(self, embedding: str = "logits") -> None:
         """Add the members that were finished since. Name damaged ones and those from other runs. Only reads.
@@ -155,22 +155,15 @@ class Members:
         For "pooled", look for their pooled features too.
         """
         for member in self.missing(member_numbers(self.folder)):
-            path = member_path(self.folder, member, "json")
-            changed = path.stat().st_mtime_ns
-            if self.damaged.get(path.name) == changed:
-                continue
             self.not_embedded.pop(member, None)
             record, damaged = self.read(member)
             if not damaged:
                 self.records[member] = record
-                continue
-            self.damaged[path.name] = changed
-            if damaged == [member_path(self.folder, member, "npy").name]:
+            elif damaged == [member_path(self.folder, member, "npy").name]:
                 self.not_embedded[member] = record
-                what = f"the embedding of member {member}"
+                self.warn(f"the embedding of member {member} is damaged ({damaged[0]})")
             else:
-                what = f"member {member}"
-            print(f"warning: {what} is damaged ({', '.join(damaged)}); train.py makes it again", file=sys.stderr)
+                self.warn(f"member {member} is damaged ({', '.join(damaged)})")
         if embedding == "pooled":
             self.refresh_pooled()
 
@@ -178,8 +171,7 @@ class Members:
         """Add to `pooled`. Name damaged features, and those that were made from other weights."""
         for member in self.missing(self.records, "pooled"):
             path = pooled_path(self.folder, member, "json")
-            changed = path.stat().st_mtime_ns if path.exists() else None
-            if changed is None or self.damaged.get(path.name) == changed:
+            if not path.exists():
                 continue
             weights = self.records[member].sha256[member_path(self.folder, member, WEIGHTS).name]
             try:
@@ -190,8 +182,13 @@ class Members:
                     raise ValueError("the checksum of its .npy does not fit")
                 self.pooled.add(member)
             except (ValueError, OSError) as error:
-                self.damaged[path.name] = changed
-                print(f"warning: {path.name} is damaged ({one_line(error)}); train.py makes it again", file=sys.stderr)
+                self.warn(f"{path.name} is damaged ({one_line(error)})")
+
+    def warn(self, problem: str) -> None:
+        """Print a problem, unless it was printed before."""
+        if problem not in self.warnings:
+            print(f"warning: {problem}; train.py makes it again", file=sys.stderr)
+        self.warnings.add(problem)
 
     def read(self, member: int) -> tuple[MemberRecord | None, list[str]]:
         """A member's record, and which of its files are missing, damaged or from another run."""

@@ -286,35 +286,7 @@ def images_of_any_size_and_mode(box: Box, examples: int) -> None:
     check(examples, st.tuples(modes, sides, sides, suffixes, st.integers(0, 9)), one)
 
 
-# ------------------------------------------------------------------------------------------------ our own files
-
-
-def our_record(name: str, box: Box, examples: int) -> None:
-    """Truncated, or other bytes."""
-    box.add_tiny_data()
-    folder = box.results / box.pooled_run.name
-    path = box.root / "box" / name if "/" in name else folder / name
-    for function in ("finish_member", "pool_member"):
-        box.patch.setattr(train, function, reached)
-    box.patch.setattr(evaluate, "save_figure", lambda *_: None)
-    box.patch.setattr(retrieve, "draw_neighbours", lambda *_: None)
-    reads = [(evaluate.main, ["--plot"]), (retrieve.main, ["--query", "test:0"])] if path.parent == folder else []
-    shutil.copytree(box.pooled_run, folder, copy_function=os.link)
-    good = {file: file.read_bytes() for file in {path, *folder.glob("*.json"), *folder.glob("*.csv")}}
-
-    def one(content):
-        for file, before in good.items():
-            file.unlink(missing_ok=True)
-            file.write_bytes(before)
-        path.write_bytes(content)
-        for main, options in reads:
-            box.call(main, [str(folder), "--embedding", "pooled", "--output", str(box.results / "out"), *options])
-        code, text = box.train("--embedding", "pooled")
-        for log in ("recall.csv", "recall_pooled.csv") if code == 0 else ():
-            assert (folder / log).read_bytes() == good[folder / log], text
-
-    truncated = st.integers(0, len(good[path])).map(lambda length: good[path][:length])
-    check(examples, truncated | st.binary(max_size=20), one)
+# ------------------------------------------------------------------------------------------------ weights
 
 
 class Payload:
@@ -363,9 +335,5 @@ CASES: dict[str, Callable[[Box, int], None]] = {
     "names": names_of_classes_and_images,
     "car annotations": car_annotations_of_any_content,
     "images": images_of_any_size_and_mode,
-    "meta.json": partial(our_record, "data/tiny/cache_32/meta.json"),
-    "args.json": partial(our_record, "args.json"),
-    "member_001.json": partial(our_record, "member_001.json"),
-    "pooled_001.json": partial(our_record, "pooled_001.json"),
     "weights": weights_files,
 }

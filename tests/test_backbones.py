@@ -81,12 +81,7 @@ def test_every_family_gets_a_meta_class_head(backbone):
     assert features == [(2, head_of(model).in_features)] and head_of(model).bias is not None
     weights = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
     assert weights_tag(backbone, "imagenet") == f"imagenet:{weights.url.rsplit('/')[-1]}"
-
-
-def test_the_largest_two_have_other_weights():
-    """Those for images of 224 pixels, as the network is built."""
-    assert weights_tag("vit_h_14", "imagenet") == "imagenet:vit_h_14_lc_swag-c1eb923e.pth"
-    assert weights_tag("regnet_y_128gf", "imagenet") == "imagenet:regnet_y_128gf_lc_swag-cbe8ce12.pth"
+    assert weights_tag("vit_h_14", "imagenet") == "imagenet:vit_h_14_lc_swag-c1eb923e.pth"  # it has no first recipe
 
 
 @pytest.mark.parametrize(
@@ -306,6 +301,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
             read_weights(backbone, str(path))
         assert "\n" not in str(error.value)
 
+    assert read_weights("resnet18", "none") is None and weights_tag("resnet18", "none") == "none"
     refused("no such file")
     path.write_bytes(b"")
     refused("not a readable state dict")
@@ -376,10 +372,6 @@ def test_imagenet_weights_are_torchvisions_file(tmp_path, monkeypatch):
     weights = read_weights("resnet18", "imagenet")
     assert weights_tag("resnet18", "imagenet") == f"imagenet:{path.name}"
     assert set(weights) == set(saved) and all(torch.equal(weights[name], value) for name, value in saved.items())
-
-
-def test_no_initial_weights():
-    assert read_weights("resnet18", "none") is None and weights_tag("resnet18", "none") == "none"
 
 
 # ------------------------------------------------------------------------------------------------ weights of timm

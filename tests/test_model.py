@@ -110,13 +110,6 @@ def test_the_precision_that_a_device_is_fast_in(monkeypatch, kind, bf16, capabil
     assert pick_precision(torch.device(kind), backbone) == expected
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_only_fp16_scales_its_gradients(precision):
-    assert Compute(CPU, precision).grad_scaler().is_enabled() == (precision == "fp16")
-    remedy = "" if precision == "fp32" else f", or --precision fp32 ({precision} was used)"
-    assert Compute(CPU, precision).overflow_remedy() == f"try a lower --lr{remedy}"
-
-
 # ------------------------------------------------------------------------------------------------ features
 
 
@@ -317,12 +310,3 @@ def test_the_file_of_a_member_says_what_it_is(tiny_run, tiny_cache):
     images, statistics = np.array(tiny_cache.array("test_images")), channel_statistics(tiny_cache.meta, CPU)
     logits = extract_features(load_member(path), images, statistics, 32)
     assert np.array_equal(logits, np.load(tiny_run / "member_001.npy"))
-
-
-@pytest.mark.parametrize("change", [{"settings_hash": "another"}, {"member": 2}])
-def test_members_of_another_run_are_no_part_of_an_ensemble(tiny_run, tmp_path, change):
-    shutil.copytree(tiny_run, tmp_path / "run", copy_function=os.link)
-    path = tmp_path / "run" / "member_001.json"
-    write_record(path, read_record(path) | change)
-    with pytest.raises(InputError, match="from another run or member"):
-        load_ensemble(tmp_path / "run")

@@ -114,8 +114,7 @@ def test_a_member_is_finished_by_its_last_file(tmp_path, monkeypatch):
         assert json.loads(file.metadata()["dreml"]) == {"settings": {"lr": 0.1}, "mean": [0.5]}
         assert all(torch.equal(file.get_tensor(name), value) for name, value in model.state_dict().items())
     del written[:]
-    weights = record.sha256["member_001.safetensors"]
-    writer.save_pooled(tmp_path, 1, "r", weights, torch.tensor([[3.0]]))
+    writer.save_pooled(tmp_path, record, torch.tensor([[3.0]]))
     assert written == ["pooled_001.npy", "pooled_001.json"]
     assert members.embeddings(1, "pooled", CPU)[0].tolist() == [[3]]
 
@@ -169,29 +168,25 @@ def test_the_outlook_is_of_the_other_members(tmp_path, capsys, monkeypatch):
             assert ("the disk will be full before the ensemble is finished" in output.err) == warned
 
 
-def test_the_environment_says_what_a_number_depends_on(monkeypatch):
-    """The commit is that of this code, wherever it is run; without git, there is none."""
-
-    def git(output: str, change: str):
-        def run(command, **_):
-            assert command[:3] == ["git", "-C", str(Path(writer.__file__).parent)]
-            return subprocess.CompletedProcess(command, 0, change if "status" in command else output)
-
-        return run
-
-    for output, change, commit in (("abc\n", "", "abc"), ("abc\n", " M a.py\n", "abc+changes"), ("", "", None)):
-        monkeypatch.setattr(subprocess, "run", git(output, change))
-        here = writer.environment(CPU)
-        assert here["commit"] == commit
+def test_the_environment_says_what_a_number_depends_on(tmp_path, monkeypatch):
+    """The commit is that of this code, wherever it is run; without git or outside a checkout, there is none."""
+    here = writer.environment(CPU)
     assert (here["torch"], here["numpy"], here["threads"]) == (torch.__version__, np.__version__, 1)
     assert set(here) == {"python", "torch", "torchvision", "numpy", "device", "threads", "commit"}
     assert here["device"].startswith("cpu (")
 
-    def missing(command, **_):
-        raise FileNotFoundError(2, "No such file or directory", "git")
-
-    monkeypatch.setattr(subprocess, "run", missing)
-    assert writer.environment(CPU)["commit"] is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    monkeypatch.setattr(writer, "__file__", str(tmp_path / "run_writer.py"))
+    commits = [writer.environment(CPU)["commit"]]
+    (tmp_path / "a.py").write_text("1")
+    for command in (["init", "-q"], ["add", "a.py"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    commits.append(writer.environment(CPU)["commit"])
+    (tmp_path / "a.py").write_text("2")
+    commits.append(writer.environment(CPU)["commit"])
+    monkeypatch.setenv("PATH", "")
+    commits.append(writer.environment(CPU)["commit"])
+    assert commits == [None, commits[1], f"{commits[1]}+changes", None] and re.fullmatch("[0-9a-f]{40}", commits[1])
 
 
 # ------------------------------------------------------------------------------------------------ folders refused

@@ -527,19 +527,6 @@ def test_growing_an_ensemble(tiny_data, small_run, tmp_path, capsys, monkeypatch
     assert f"\n{text} the last one scores\n" in capsys.readouterr().out
 
 
-def test_nothing_is_left_to_do_but_by_others(tiny_data, small_network, tmp_path, capsys, no_training):
-    """The first processes of a run can be more than its members. No log is missing."""
-    folder = tmp_path / "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
-    folder.mkdir()
-    with take_lock(folder / ".member_001.lock"):
-        assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "1") == 0
-    output = capsys.readouterr().out
-    text = "member 1 is being trained by another process; the process that finishes the last one scores\n"
-    assert output.endswith(text)
-    assert (folder / "recall.csv").read_text() == "ensemble_size,R@1,R@4\n"
-    assert (folder / "train.csv").read_text() == ",".join(["member", *HISTORY_COLUMNS]) + "\n"
-
-
 def test_queries_are_scored_against_the_gallery(shop_data, tmp_path, small_network, capfd):
     """recall.csv and the column `alone` by the slow implementation, from the files alone."""
     options = ["--data_name", "shop", "--num_epochs", "1", "--recalls", "1,2,7"]
@@ -636,15 +623,6 @@ def test_odd_data_sets_are_trained_on(tmp_path, small_network, meta_classes, bat
 
 def size_of(folder: Path, pattern: str, times: int = 1) -> str:
     return tqdm.format_sizeof(times * sum(path.stat().st_size for path in folder.glob(pattern)), "B")
-
-
-def test_what_the_first_member_tells_of_the_rest(tiny_data, tmp_path, small_network, capsys):
-    assert train_tiny(tiny_data, tmp_path, "--num_epochs", "1", "--ensemble_size", "3") == 0
-    output, needed = capsys.readouterr().out, re.escape(size_of(only_folder(tmp_path), "member_001.*", 2))
-    outlook = rf"the other 2 members need about [\d.]+ minutes and {needed} \([\d.]+[GT]B are free\)"
-    assert re.search(outlook, output) and output.count("the other") == 1
-    assert re.search(r"member 1/3 epoch 0: loss \d\.\d+, accuracy [\d.]+%, [\d,]+ images/s", output)
-    assert re.search(r"member 1/3: training accuracy [\d.]+ % in epoch 0, [\d.]+ s", output)
 
 
 def test_a_cut_of_large_classes_is_said(tiny_data, tmp_path, small_network, capsys, monkeypatch):
@@ -796,19 +774,6 @@ def test_pooling_that_is_interrupted_anywhere_goes_on(
         if code == 0:
             break
     assert number == 5
-
-
-def test_weights_that_change_meanwhile_are_not_pooled(small_run, tiny_data, tmp_path, capsys, monkeypatch, no_training):
-    """By another process that has found the member damaged, say: the run ends, and the next one sees the new state."""
-    folder = copy_run(small_run, tmp_path / small_run.name)
-
-    def meanwhile(*arguments):
-        shutil.copy(folder / "member_002.safetensors", folder / "member_001.safetensors")
-
-    monkeypatch.setattr(writer, "update_logs", meanwhile)
-    assert pool(tiny_data, tmp_path) == 1
-    message = f"{folder / 'member_001.safetensors'} has changed since this run began; run the same command again"
-    assert capsys.readouterr().err == f"train.py: failed: {message}\n" and not list(folder.glob("pooled_*"))
 
 
 # ------------------------------------------------------------------------------------------------ options
