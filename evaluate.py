@@ -38,8 +38,7 @@ from dreml.cli import (
 from dreml.curves import draw_comparison, draw_found, draw_recall, draw_training
 from dreml.datasets import default_recalls
 from dreml.files import writable, write_csv
-from dreml.run_writer import run_lock
-from dreml.runs import SUFFIXES, Run, TestSplit, read_run
+from dreml.runs import SUFFIXES, Run, TestSplit, read_run, run_lock
 from dreml.settings import EMBEDDINGS
 from dreml.style import check_matplotlib, drawing, printable, save_figure
 from dreml.thresholds import FARS, FEWEST_ABOVE, threshold_table

@@ -83,12 +83,7 @@ def no_training(monkeypatch):
 @pytest.fixture
 def small_network(monkeypatch):
     """Whatever backbone is asked for, a small network is built."""
-    use_small_network(monkeypatch)
-
-
-def use_small_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (train, model):
-        monkeypatch.setattr(module, "build_model", build_small_model)
+    monkeypatch.setattr(model, "build_model", build_small_model)
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +91,7 @@ def _small_runs(tiny_data, tmp_path_factory) -> tuple[Path, Path]:
     """A run of small networks, and a copy with its pooled features."""
     results = [tmp_path_factory.mktemp(name) for name in ("small", "small_pooled")]
     with pytest.MonkeyPatch.context() as patch:
-        use_small_network(patch)
+        patch.setattr(model, "build_model", build_small_model)
         assert train_tiny(tiny_data, results[0]) == 0
         run = only_folder(results[0])
         shutil.copytree(run, results[1] / run.name)

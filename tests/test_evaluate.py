@@ -13,8 +13,7 @@ from PIL import Image
 from reference import slow_best_similarities, slow_map, slow_recall
 
 import evaluate
-from dreml.run_writer import run_lock
-from dreml.runs import Run, read_run
+from dreml.runs import Run, read_run, run_lock
 from dreml.style import COLORS
 from utils import unmatched_queries
 
@@ -111,7 +110,7 @@ def test_an_interruption_promises_nothing(tiny_run, tmp_path, capsys, monkeypatc
 
 def test_weights_are_not_needed(tiny_run, tmp_path):
     folder = copy_run(tiny_run, tmp_path / "run")
-    for path in folder.glob("*.pth"):
+    for path in folder.glob("*.safetensors"):
         path.unlink()
     assert evaluate.main([str(folder), "--recalls", "1"]) == 0 and len(scores_in(folder)) == 2
 

@@ -12,7 +12,6 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pandas as pd
 import pytest
@@ -33,7 +32,6 @@ from dreml.files import (
     write_csv,
     write_record,
 )
-from dreml.runs import RunRecord
 
 # ------------------------------------------------------------------------------------------------ writing
 
@@ -97,15 +95,10 @@ def test_temporary_names_are_taken_once_and_found_again(tmp_path):
     with atomic_open(path) as file:
         written.append(Path(file.name))
     assert re.fullmatch(rf"\.log\.csv\.tmp-.*-{os.getpid()}-[0-9a-f]{{8}}", written[0].name)
+    other = tmp_path / ".other.csv.tmp-1"
+    other.write_text("half")
     remove_leftovers(tmp_path, "log.csv")
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_leftovers_of_one_name_go(tmp_path):
-    for name in (".log.csv.tmp-1", ".log.csv.tmp-2", ".other.csv.tmp-1", "log.csv"):
-        (tmp_path / name).write_text("x")
-    remove_leftovers(tmp_path, "log.csv")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.csv.tmp-1", "log.csv"]
+    assert sorted(tmp_path.iterdir()) == [other, path]
 
 
 @pytest.mark.parametrize(("number", "passes"), [("EINVAL", True), ("ENOTSUP", True), ("EIO", False)])
@@ -172,11 +165,6 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
         patch.setattr("fcntl.flock", flock)
         with pytest.raises(InputError, match="is on a file system without file locks"):
             take_lock(tmp_path / ".lock")
-    with monkeypatch.context() as patch:  # what filelock is where there is no flock at all
-        patch.setattr(filelock, "FileLock", filelock.SoftFileLock)
-        with pytest.raises(InputError, match="is on a file system without file locks"):
-            take_lock(tmp_path / ".soft")
-        assert not (tmp_path / ".soft").exists()
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(InputError, match="cannot write"):
         take_lock(tmp_path / "file" / ".lock")
@@ -218,55 +206,31 @@ RECORD = {"a": 1, "b": [{"c": 1.5}], "more": None}
 
 
 @dataclass
-class Checked:
-    """A record that checks its own fields."""
-
+class Kind:
     a: int
     b: list[dict]
     more: None = None
 
-    def __post_init__(self):
-        if self.a < 0 or any("c" not in item for item in self.b):
-            raise ValueError("a is below 0, or an item of b lacks c")
-
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "record.json"
-    for record in (RECORD, Checked(**RECORD)):
+    for record in (RECORD, Kind(**RECORD)):
         write_record(path, record)
-        assert read_record(path) == RECORD and read_record(path, Checked) == Checked(**RECORD)
+        assert read_record(path) == RECORD and read_record(path, Kind) == Kind(**RECORD)
 
 
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"a": 1}, "of another version"),
-        (RECORD | {"d": 1}, "of another version"),
-        (RECORD | {"a": "1"}, "of another version"),
-        (RECORD | {"b": [1]}, "of another version"),
-        (RECORD | {"b": 1}, "of another version"),
-        (RECORD | {"a": -1}, "a is below 0"),
-        (RECORD | {"b": [{"c": 1.5}, {"d": 1}]}, "lacks c"),
-    ],
-)
-def test_a_record_of_another_version_is_refused(tmp_path, record, message):
+@pytest.mark.parametrize("record", [{"a": 1}, RECORD | {"d": 1}])
+def test_a_record_of_another_version_is_refused(tmp_path, record):
     write_record(tmp_path / "record.json", record)
-    with pytest.raises(ValueError, match=message):
-        read_record(tmp_path / "record.json", Checked)
-
-
-@pytest.mark.parametrize("settings", [None, 1, "resnet18", [], {"backbone": "resnet18", "unknown": 1}])
-def test_a_run_record_whose_settings_are_none_is_refused(tmp_path, settings):
-    data = {"fingerprint": "0", "mean": [0.5] * 3, "std": [0.25] * 3, "counts": {}}
-    write_record(tmp_path / "args.json", {"settings": settings, "data": data, "options": {}, "environment": {}})
     with pytest.raises(ValueError, match="of another version"):
-        read_record(tmp_path / "args.json", RunRecord)
+        read_record(tmp_path / "record.json", Kind)
 
 
 def test_a_changed_record_is_noticed(tmp_path):
     path = tmp_path / "record.json"
     write_record(path, RECORD)
-    for text in (path.read_text().replace("1.5", "2.5"), "[]", '{"a": 1}', "[" * 100_000):
+    whole = path.read_text()
+    for text in (whole.replace("1.5", "2.5"), whole[:-9], "", "[]", '{"a": 1}'):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"its checksum does not fit|too deeply nested"):
+        with pytest.raises(ValueError, match=r"its checksum does not fit|Expecting|Unterminated"):
             read_record(path)
