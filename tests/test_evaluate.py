@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from builders import LABELS, copy_run, random_embeddings, refused, write_pooled, write_run
+from dreml.figures import COLORS
 from PIL import Image
 from reference import slow_best_similarities, slow_map, slow_recall
 
 import evaluate
 from dreml.run_writer import run_lock
 from dreml.runs import Run, read_run
-from dreml.style import COLORS
 from utils import unmatched_queries
 
 

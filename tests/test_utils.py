@@ -178,7 +178,7 @@ def test_a_gpu_gets_few_large_launches(monkeypatch):
     members, labels = [torch.randn(3000, 8, generator=generator) for _ in range(4)], torch.arange(3000) // 10
     counts = {}
     for largest in (64, 2**14):
-        monkeypatch.setitem(utils.LARGEST_BLOCKS, "cpu", largest)
+        monkeypatch.setitem(utils.LARGEST_BLOCK, "cpu", largest)
         for score in (
             lambda **memory: recall_at_k(members, labels, [1], **memory),
             lambda **memory: map_at_r(members, labels, **memory),
