@@ -157,7 +157,7 @@ def on_a_circle(*degrees: float) -> np.ndarray:
 
 
 def test_classes_and_confusions_by_hand(tiny_run, tmp_path):
-    """The worst class and the most frequent confusion first, with its surest example. A class alone has no confusion."""
+    """The worst class and the most frequent confusion first, with its surest example. A lone class has no confusion."""
     labels = np.array([0, 0, 0, 1, 1, 1, 2, 2, 3])
     folder = write_run(tmp_path / "run", tiny_run, [on_a_circle(0, 10, 50, 12, 56, 9, 200, 201, 300)], labels)
     assert evaluate.main([str(folder), "--recalls", "1"]) == 0
