@@ -33,9 +33,9 @@ from dreml.cli import (
     run_main,
     with_less_memory,
 )
+from dreml.figures import MAX_ROWS, NoPictures, Thumbnails, check_matplotlib, draw_neighbours
 from dreml.files import atomic_open, make_folder, writable, write_csv
 from dreml.index import PhotoIndex, default_place, is_installed, model_checksum
-from dreml.neighbours import NoPictures, Thumbnails, draw_neighbours
 from dreml.runs import SUFFIXES, Run, TestSplit, read_run
 from dreml.search import (
     BATCH_SIZE,
@@ -54,12 +54,9 @@ from dreml.search import (
     unit_rows,
 )
 from dreml.settings import EMBEDDINGS
-from dreml.style import check_matplotlib
 from dreml.thresholds import Threshold, read_threshold
 from model import Ensemble, load_ensemble
 from utils import unmatched_queries
-
-MAX_ROWS = 40  # queries in the picture; the CSV has all
 
 # ------------------------------------------------------------------------------------------------ options
 
