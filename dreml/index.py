@@ -7,6 +7,7 @@ LanceDB is an extra: it is imported where it is used.
 import contextlib
 import importlib.util
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -169,6 +170,13 @@ def model_checksum(run: Run, embedding: str) -> str:
     return json_sha256([run.record.settings_hash, embedding, run.num_members, run.weights, IMAGE_VERSION])
 
 
+def index_name(photos: Path, model: str) -> str:
+    """The name of the folder for an index, where none is given."""
+    photos = os.path.realpath(photos)
+    name = re.sub(r"[^\w.-]", "_", os.path.basename(photos))[:40]
+    return f"{name}_{json_sha256([photos, model])[:16]}"
+
+
 def schema(width: int):
     """The columns of the table, for embeddings of `width` numbers."""
     import pyarrow as pa
@@ -211,7 +219,7 @@ class PhotoIndex:
         """The newest version of the table, or None if there is none yet. Where LanceDB fails, the index is named."""
         versions = self.place / f"{TABLE}.lance" / "_versions"
         try:  # a process that was killed early leaves a folder without a version
-            yield self.database().open_table(TABLE) if versions.is_dir() and any(versions.iterdir()) else None
+            yield self.database().open_table(TABLE) if any(versions.glob("*.manifest")) else None
         except (RuntimeError, ValueError, OSError, ImportError) as error:  # what LanceDB raises
             remedy = "if it is damaged, delete it and search again"
             raise InputError(f"index {self.place} cannot be used ({one_line(error)}); {remedy}") from None

@@ -16,13 +16,14 @@ from PIL import Image
 
 from dreml.batches import spans
 from dreml.cli import InputError, format_problems, is_utf8, pick_device, print_text
-from dreml.files import file_id, json_sha256
+from dreml.files import file_id
 from dreml.images import BadImage, ImageSpec, read_test_image, resize_test, to_rgb
 from dreml.index import (
     PhotoIndex,
     class_of,
     embed_folder,
     embed_images,
+    index_name,
     is_installed,
     list_photos,
     model_checksum,
@@ -222,10 +223,8 @@ class Searcher:
             raise InputError(f"gallery {gallery}: no such folder")
         elif is_installed():
             model = model_checksum(self.run, embedding)
-            own = json_sha256([os.path.realpath(self.photos), model])[:16]
-            self.index = PhotoIndex(
-                self.photos, Path(index or self.run.folder / "index" / own), model, refresh == "moved"
-            )
+            place = Path(index) if index else self.run.folder / "index" / index_name(self.photos, model)
+            self.index = PhotoIndex(self.photos, place, model, refresh == "moved")
 
     @functools.cached_property
     def ensemble(self) -> Ensemble:
@@ -257,8 +256,10 @@ class Searcher:
             return Gallery(self.data_folder, [], vectors, self.run.test, rows)
         if self.index is None:
             print_text(f"note: every search embeds {self.photos} anew; an index would keep that: pip install lancedb")
-            return Gallery(self.photos, *embed_folder(self.photos, lambda: self.ensemble))
-        return Gallery(self.photos, *self.fresh_index.read())
+            paths, vectors = embed_folder(self.photos, lambda: self.ensemble)
+        else:
+            paths, vectors = self.fresh_index.read()
+        return Gallery(self.photos, paths, vectors.to(self.device))
 
     # -------------------------------------------------------------------------------------------- queries
 
@@ -319,7 +320,7 @@ class Searcher:
             except InputError as error:
                 problems.append(str(error).removeprefix("query "))
         files = [None if item.row is not None else item.file for item in items]
-        rows = same_files(files, self.run.test.path, self.data_folder)
+        rows = same_files(files, self.run.test.path.tolist(), self.data_folder) if any(files) else []
         for place, row in enumerate(rows):
             if row >= 0:
                 items[place] = test_item(self.run.test, self.data_folder, row, items[place].name)
@@ -339,11 +340,7 @@ class Searcher:
                 raise InputError(f"{name}: INDEX has to be a row of test.csv, in 0..{len(self.run.test) - 1}")
             return [test_item(self.run.test, self.data_folder, int(number), name)]
         if os.path.isdir(name):  # unlike Path.is_dir, also for a text that is too long for a name
-            photos = list_photos("query", Path(name), problems)
-            files = [os.path.join(name, photo.path) for photo in photos]
-            return [
-                Item(file, file, class_of(photo.path), Path(file)) for file, photo in zip(files, photos, strict=True)
-            ]
+            return [photo_item(Path(name), photo.path) for photo in list_photos("query", Path(name), problems)]
         if not os.path.isfile(name):
             raise InputError(f"{name}: no such image or folder (test:INDEX for a test image)")
         return [Item(name, name, None, Path(name))]
@@ -376,8 +373,7 @@ class Searcher:
         """The neighbours of each query; row i of `rows` embeds query i."""
         least = -math.inf if threshold is None else round(1e6 * threshold)
         places = gallery.places_of(queries)
-        vectors = gallery.vectors.to(self.device)
-        similarities, numbers = nearest(rows, vectors, min(top, len(vectors)), places)
+        similarities, numbers = nearest(rows, gallery.vectors, min(top, len(gallery.vectors)), places)
         answers = []
         for query, place, values, near in zip(queries, places, similarities.tolist(), numbers.tolist(), strict=True):
             if query.class_name is None and place >= 0:  # a photo that lies in the gallery has its class
@@ -385,9 +381,9 @@ class Searcher:
             neighbours = []
             for value, item in zip(values, map(gallery.item, near), strict=True):
                 if value > -math.inf:  # else it is the query itself
-                    found = round(1e6 * value) >= least
                     right = self.is_right(query, item)
-                    neighbours.append(Neighbour(*item[1:5], value, right, found))
+                    found = round(1e6 * value) >= least
+                    neighbours.append(Neighbour(item.path, item.class_name, item.file, item.row, value, right, found))
             answers.append(Answer(query, neighbours, threshold))
         return answers
 
