@@ -26,12 +26,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from dreml.augment import Batch, batch_spans, epoch_batches, prepare
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.plain import PlainImages, compare, hardware, plain_step, plain_transforms, row, seconds
-from dreml.batches import input_memory
+from dreml.batches import Batch, batch_spans, epoch_batches, input_memory, prepare
 from dreml.cache import Cache, read_cache
 from dreml.cache_writer import build_cache
 from dreml.cli import (

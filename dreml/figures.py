@@ -25,7 +25,7 @@ from dreml.cli import InputError
 from dreml.files import atomic_open
 from dreml.images import BadImage, ImageSpec, read_test_image, resize_test
 from dreml.runs import MemberRecord, Run
-from dreml.search import Found, Item
+from dreml.search import Answer, Item, Neighbour
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -278,7 +278,7 @@ class Thumbnails:
         """The cache of this very run. Raises InputError if it is not there."""
         return self.run.read_cache(self.data_path)
 
-    def pixels(self, item: Item) -> np.ndarray:
+    def pixels(self, item: Item | Neighbour) -> np.ndarray:
         """`(S, S, 3) uint8`, S pixels for a tile. Raises InputError for a bad image, NoPictures if there is none."""
         spec = ImageSpec(round(TILE * DPI), self.run.settings.resize)
         if item.file.exists() or item.row is None:
@@ -296,15 +296,15 @@ class Thumbnails:
         return resize_test(image, spec)
 
 
-def draw_neighbours(found: list[Found], thumbnails: Thumbnails, title: str, folder: Path, name: str) -> None:
+def draw_neighbours(found: list[Answer], thumbnails: Thumbnails, title: str, folder: Path, name: str) -> None:
     """Write NAME.png: each row a query and its neighbours."""
     with drawing(PICTURE_STYLE):
         save_figure(neighbours_figure(found, thumbnails, title), folder, name, ["png"])
 
 
-def neighbours_figure(found: list[Found], thumbnails: Thumbnails, title: str) -> "Figure":
+def neighbours_figure(found: list[Answer], thumbnails: Thumbnails, title: str) -> "Figure":
     """Rows of images with frames and captions, and below them a line that says what the frames mean."""
-    last_left, last_top = tile_corner(len(found) - 1, len(found[0].neighbours))
+    last_left, last_top = tile_corner(len(found) - 1, max(len(each.neighbours) for each in found))
     width = last_left + TILE + MARGIN
     legend = textwrap.fill(f"{legend_text(found)}; {title}", round(19 * width))
     height = last_top + PITCH[1] + 0.13 * (legend.count("\n") + 1) + MARGIN
@@ -315,12 +315,11 @@ def neighbours_figure(found: list[Found], thumbnails: Thumbnails, title: str) ->
     for row, each in enumerate(found):
         captions = [each.query.caption, each.query.class_name or ""]
         draw_tile(axes, tile_corner(row, 0), thumbnails.pixels(each.query), QUERY_FRAME, captions)
-        neighbours = zip(each.neighbours, each.similarities, each.right, each.passes, strict=True)
-        for rank, (item, similarity, right, passes) in enumerate(neighbours, 1):
-            frame = FRAMES[right] if passes else NOT_FOUND
-            mark = MARKS[right] if passes else "not found"
-            captions = [f"{rank}   {mark}   {similarity:.3f}", item.class_name or item.file.name]
-            draw_tile(axes, tile_corner(row, rank), thumbnails.pixels(item), frame, captions)
+        for rank, neighbour in enumerate(each, 1):
+            frame = FRAMES[neighbour.right] if neighbour.found else NOT_FOUND
+            mark = MARKS[neighbour.right] if neighbour.found else "not found"
+            captions = [f"{rank}   {mark}   {neighbour.similarity:.3f}", neighbour.class_name or neighbour.file.name]
+            draw_tile(axes, tile_corner(row, rank), thumbnails.pixels(neighbour), frame, captions)
     axes.text(MARGIN, height - MARGIN, legend, va="bottom", color="#555555")
     return figure
 
@@ -348,11 +347,11 @@ def tile_corner(row: int, column: int) -> tuple[float, float]:
     return left, MARGIN + row * PITCH[1]
 
 
-def legend_text(found: list[Found]) -> str:
+def legend_text(found: list[Answer]) -> str:
     """What the frames that occur mean."""
-    pairs = [pair for each in found for pair in zip(each.right, each.passes, strict=True)]
+    pairs = [(neighbour.right, neighbour.found) for each in found for neighbour in each]
     texts = [meaning for right, meaning in MEANINGS.items() if (right, True) in pairs]
-    if not all(passes for _, passes in pairs):
+    if not all(is_found for _, is_found in pairs):
         texts.append(f"dotted grey: not found, below {found[0].threshold:.3f}")
     return ", ".join(texts)
 

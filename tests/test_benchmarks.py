@@ -17,7 +17,7 @@ from processes import ROOT
 from reference import slow_recall
 
 from benchmarks import plain, progress, recall, rival, training
-from dreml.augment import MixedTargets
+from dreml.batches import MixedTargets
 from dreml.files import in_page_cache
 
 
