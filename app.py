@@ -29,8 +29,9 @@ MARKS = {True: "✓", False: "✗", None: ""}
 NO_QUERY = "Drop a photo, or pick a test image."
 STYLE = """
 .caption-label { white-space: normal !important; max-width: 100% !important; }
-.two .thumbnail-lg { aspect-ratio: 2; }
-.four .thumbnail-lg { aspect-ratio: 4; }
+#grid .thumbnail-lg { aspect-ratio: 19 / 23; }
+.two .thumbnail-lg { aspect-ratio: 37 / 21; }
+.four .thumbnail-lg { aspect-ratio: 74 / 21; }
 """
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # so that browsers ask no other host
 
@@ -69,7 +70,8 @@ def framed(image: Image.Image, color: str, faded: bool) -> Image.Image:
     """A thumbnail with a frame. A faded one has no colours and little contrast."""
     if faded:
         image = Image.blend(ImageEnhance.Color(image).enhance(0), Image.new("RGB", image.size, "white"), 0.6)
-    return ImageOps.expand(image, 5, GREY if faded else color)
+    image = ImageOps.expand(image, 5, GREY if faded else color)
+    return ImageOps.expand(image, (0, 0, 0, 40), "white")  # where the caption will be
 
 
 @dataclass

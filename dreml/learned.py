@@ -42,8 +42,8 @@ def thumbnail(path: Path) -> Image.Image:
 
 
 def side_by_side(images: list[Image.Image]) -> Image.Image:
-    """Thumbnails in a row."""
-    row = Image.new("RGB", (len(images) * (TILE.size + 4), TILE.size), "white")
+    """Thumbnails in a row, and below them a place for the caption."""
+    row = Image.new("RGB", (len(images) * (TILE.size + 4), TILE.size + 28), "white")
     for place, image in enumerate(images):
         row.paste(image, (place * (TILE.size + 4), 0))
     return row
