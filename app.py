@@ -8,6 +8,7 @@ other hosts. Needs: pip install gradio
 """
 
 import argparse
+import functools
 import importlib.util
 import os
 import sys
@@ -170,7 +171,7 @@ def build_page(search: Search, title: str):
             )
             gr.Markdown("**Classes that are most often taken for each other**: two photos of each")
             confusions = gr.Gallery(show_label=False, columns=3, height=320, elem_classes="four", buttons=[])
-            gr.Markdown("**Test images that look the same and have two class names**")
+            gr.Markdown("**Test images that look the same and have two class names** (none if empty)")
             copies = gr.Gallery(
                 show_label=False, columns=4, height=320, elem_classes="two", elem_id="copies", buttons=[]
             )
@@ -192,7 +193,7 @@ def build_page(search: Search, title: str):
                 (learned.classes, classes),
                 (learned.settings, settings),
             ):
-                tab.select(make, None, component)
+                tab.select(functools.cache(make), None, component)
             tab.select(learned.map, method, plane)
             method.change(learned.map, method, plane)
             plane.select(on_map, method, [point, caption])

@@ -14,7 +14,7 @@ from PIL import Image
 from dreml.cache import Cache
 from dreml.cli import InputError
 from dreml.images import BadImage, ImageSpec, read_test_image
-from dreml.runs import Run
+from dreml.runs import SUFFIXES, Run
 from dreml.search import Searcher
 from dreml.thresholds import FARS, threshold_at
 from utils import best_similarities, first_neighbours
@@ -69,6 +69,7 @@ class Learned:
     """What the embedding of the test images says."""
 
     run: Run
+    embedding: str
     folder: Path  # of the data set
     rows: torch.Tensor  # (M, d) float32, of length 1
     queries: pd.DataFrame  # row, neighbour, similarity, class_name, neighbour_class, right
@@ -157,17 +158,19 @@ class Learned:
         return picture(draw, 7, 3.5, layout="constrained")
 
     def recalls(self) -> Image.Image:
-        """Recall against the ensemble size, from recall.csv."""
+        """Recall against the ensemble size, from recall.csv or recall_pooled.csv."""
+        path = self.run.folder / f"recall{SUFFIXES[self.embedding]}.csv"
+        table = pd.read_csv(path) if path.exists() else pd.DataFrame()
+        title = "Recall against the ensemble size" if path.exists() else f"{path.name} is missing"
 
         def draw(figure) -> None:
             axes = figure.subplots()
-            table = pd.read_csv(self.run.folder / "recall.csv")
-            for name in table:
-                if name.startswith("R@"):
-                    axes.plot(table[table.columns[0]], table[name], marker="o", label=name)
-            axes.set(xlabel="ensemble size (members)", ylabel="Recall@K (%)", title="Recall against the ensemble size")
+            for name in table.filter(like="R@"):
+                axes.plot(table.ensemble_size, table[name], marker="o", label=name)
+            axes.set(xlabel="ensemble size (members)", ylabel="Recall@K (%)", title=title)
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.legend()
+            if len(table):
+                axes.legend()
 
         return picture(draw, 7, 3.5, layout="constrained")
 
@@ -234,4 +237,6 @@ def learn(searcher: Searcher) -> Learned:
         cache = run.read_cache(searcher.data_path)
     except InputError:
         cache = None
-    return Learned(run, searcher.data_folder, rows, queries[queries.neighbour >= 0], others[-1], own[-1], cache)
+    return Learned(
+        run, searcher.embedding, searcher.data_folder, rows, queries[queries.neighbour >= 0], others[-1], own[-1], cache
+    )
