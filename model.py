@@ -178,6 +178,14 @@ def extract_features(
 # ------------------------------------------------------------------------------------------------ the ensemble
 
 
+def unit_rows(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The ensemble's embedding with rows of length 1, `(N, sum of all d)`, from the members' outputs `(N, d)` each.
+
+    Each member has the same share, so the dot product of two rows is the mean of the members' cosines.
+    """
+    return torch.cat([F.normalize(output, dim=1) for output in outputs], dim=1) / len(outputs) ** 0.5
+
+
 class Ensemble(nn.Module):
     """The trained members of a run, which turn images into embeddings; see `load_ensemble`."""
 
@@ -209,8 +217,7 @@ class Ensemble(nn.Module):
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """The same from normalised pixels, `(N, 3, S, S) float`, in the precision that the caller has set."""
-        outputs = [features(member, pixels, self.embedding) for member in self.members]
-        return torch.cat([F.normalize(output, dim=1) for output in outputs], dim=1) / len(outputs) ** 0.5
+        return unit_rows([features(member, pixels, self.embedding) for member in self.members])
 
     def one_by_one(self) -> list["Ensemble"]:
         """An ensemble of each member: their embeddings side by side, over sqrt(L), are this one's."""

@@ -66,21 +66,26 @@ def load_rgb(path: str | Path) -> Image.Image:
     over Pillow's limit against decompression bombs (`Image.MAX_IMAGE_PIXELS`, 89 megapixels) is an error too.
     """
     with open_image(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
-            grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-            if isinstance(image.info.get("transparency"), int):  # a PNG may name one grey value as transparent
-                grey[grey == image.info["transparency"]] = 65535
-            image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-        if image.has_transparency_data:  # what lies under transparent pixels is chance, mostly black or white
-            image = image.convert("RGBA")
-            white = Image.new("RGB", image.size, "white")
-            white.paste(image, mask=image.getchannel("A"))
-            return white
-        if image.mode == "RGB":
-            image.load()
-            return image  # its file is closed; a copy would take a fortieth of the time of a photograph
-        return image.convert("RGB")
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An open image as RGB, see `load_rgb`. The image itself may be changed."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        if isinstance(image.info.get("transparency"), int):  # a PNG may name one grey value as transparent
+            grey[grey == image.info["transparency"]] = 65535
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:  # what lies under transparent pixels is chance, mostly black or white
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    if image.mode == "RGB":
+        image.load()
+        return image  # its file is closed; a copy would take a fortieth of the time of a photograph
+    return image.convert("RGB")
 
 
 def open_image(path: str | Path) -> Image.Image:

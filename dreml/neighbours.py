@@ -14,7 +14,7 @@ from dreml.cache import Cache
 from dreml.cli import InputError
 from dreml.images import BadImage, ImageSpec, read_test_image, resize_test
 from dreml.runs import Run
-from dreml.search import Found, Item
+from dreml.search import Answer, Item, Neighbour
 from dreml.style import drawing, printable, save_figure, text_measure
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Thumbnails:
         """The cache of this very run. Raises InputError if it is not there."""
         return self.run.read_cache(self.data_path)
 
-    def pixels(self, item: Item) -> np.ndarray:
+    def pixels(self, item: Item | Neighbour) -> np.ndarray:
         """`(S, S, 3) uint8`, S pixels for a tile. Raises InputError for a bad image, NoPictures if there is none."""
         spec = ImageSpec(round(TILE * DPI), self.run.settings.resize)
         if item.file.exists() or item.row is None:
@@ -70,18 +70,18 @@ class Thumbnails:
         return resize_test(image, spec)
 
 
-def draw_neighbours(found: list[Found], thumbnails: Thumbnails, title: str, folder: Path, name: str) -> None:
+def draw_neighbours(found: list[Answer], thumbnails: Thumbnails, title: str, folder: Path, name: str) -> None:
     """Writes NAME.png."""
     with drawing(PICTURE_STYLE):
         save_figure(neighbours_figure(found, thumbnails, title), folder, name, ["png"])
 
 
-def neighbours_figure(found: list[Found], thumbnails: Thumbnails, title: str) -> "Figure":
+def neighbours_figure(found: list[Answer], thumbnails: Thumbnails, title: str) -> "Figure":
     """Rows of images with frames and captions, and below them a line that says what the frames mean."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    last_left, last_top = tile_corner(len(found) - 1, len(found[0].neighbours))
+    last_left, last_top = tile_corner(len(found) - 1, max(len(each.neighbours) for each in found))
     width = last_left + TILE + MARGIN
     legend = textwrap.fill(f"{legend_text(found)}; {title}", round(19 * width))
     height = last_top + PITCH[1] + 0.13 * (legend.count("\n") + 1) + MARGIN
@@ -93,7 +93,7 @@ def neighbours_figure(found: list[Found], thumbnails: Thumbnails, title: str) ->
     def fits(text: str) -> bool:
         return width_of(text) <= PITCH[0] - 0.08
 
-    def put(row: int, column: int, item: Item, frame: dict, captions: list[str]) -> None:
+    def put(row: int, column: int, item: Item | Neighbour, frame: dict, captions: list[str]) -> None:
         left, top = tile_corner(row, column)
         look = {"alpha": FADED if frame is NOT_FOUND else 1}
         axes.imshow(thumbnails.pixels(item), extent=(left, left + TILE, top + TILE, top), **look)
@@ -106,11 +106,10 @@ def neighbours_figure(found: list[Found], thumbnails: Thumbnails, title: str) ->
 
     for row, each in enumerate(found):
         put(row, 0, each.query, QUERY_FRAME, [each.query.caption, each.query.class_name or ""])
-        neighbours = zip(each.neighbours, each.similarities, each.right, each.passes, strict=True)
-        for rank, (item, similarity, right, passes) in enumerate(neighbours, 1):
+        for rank, item in enumerate(each, 1):
             second = item.class_name or item.file.name
-            frame, mark = (FRAMES[right], MARKS[right]) if passes else (NOT_FOUND, "not found")
-            put(row, rank, item, frame, [f"{rank}   {mark}   {similarity:.3f}", second])
+            frame, mark = (FRAMES[item.right], MARKS[item.right]) if item.found else (NOT_FOUND, "not found")
+            put(row, rank, item, frame, [f"{rank}   {mark}   {item.similarity:.3f}", second])
     axes.text(MARGIN, height - MARGIN, legend, va="bottom", color="#555555")
     axes.set(xlim=(0, width), ylim=(height, 0))
     return figure
@@ -122,9 +121,9 @@ def tile_corner(row: int, column: int) -> tuple[float, float]:
     return (left + QUERY_GAP if column else left), top
 
 
-def legend_text(found: list[Found]) -> str:
+def legend_text(found: list[Answer]) -> str:
     """What the frames that occur mean."""
-    pairs = [pair for each in found for pair in zip(each.right, each.passes, strict=True)]
+    pairs = [(item.right, item.found) for each in found for item in each]
     texts = [meaning for right, meaning in MEANINGS.items() if (right, True) in pairs]
     if not all(passes for _, passes in pairs):
         texts.append(f"dotted grey: not found, below {found[0].threshold:.3f}")

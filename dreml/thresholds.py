@@ -1,7 +1,7 @@
 """Thresholds of the similarity: below which the nearest image is "none of these". docs/THRESHOLDS.md."""
 
 import math
-from pathlib import Path
+import shlex
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from dreml.cli import InputError, one_line
+from dreml.runs import SUFFIXES, Run
 
 FARS = (0.1, 0.01, 0.001)  # false-accept rates: the share of searches for something that is not there that find it
 FEWEST_ABOVE = 10  # of fewer wrong neighbours above a threshold, their number says little
@@ -75,25 +76,26 @@ def threshold_table(
 # ------------------------------------------------------------------------------------------------ reading them
 
 
-def read_threshold(path: Path, num_members: int, far: float, command: str) -> Threshold:
-    """Reads the threshold for a false-accept rate from the thresholds.csv of a run.
+def read_threshold(run: Run, embedding: str, far: float) -> Threshold:
+    """The threshold of a run for a false-accept rate, from thresholds.csv, which evaluate.py writes.
 
-    Raises InputError where the file, or the row, is not there; `command` makes the file.
+    Raises InputError where the file, or the row, is not there.
     """
+    path = run.folder / f"thresholds{SUFFIXES[embedding]}.csv"
+    option = "" if embedding == "logits" else f" --embedding {embedding}"
+    remedy = f"make it with: python evaluate.py {shlex.quote(str(run.folder))}{option}"
     try:
         table = pd.read_csv(path, usecols=list(COLUMNS), dtype=COLUMNS)
-        if not np.isfinite(table).all(axis=None):
-            raise ValueError("a number is not finite")
     except FileNotFoundError:
-        raise InputError(f"--far needs {path}, which is missing; make it with: {command}") from None
+        raise InputError(f"a false-accept rate needs {path}, which is missing; {remedy}") from None
     except (ValueError, OSError) as error:
-        raise InputError(f"{path} is damaged ({one_line(error)}); make it again with: {command}") from None
-    table = table[table.ensemble_size == num_members]
+        raise InputError(f"{path} is damaged ({one_line(error)}); {remedy}") from None
+    table = table[table.ensemble_size == run.num_members]
     rows = table[np.isclose(table.far, far, rtol=1e-6, atol=0)]
-    if len(rows):
-        return Threshold(float(rows.threshold.iloc[0]), far, int(rows.gallery.iloc[0]))
-    known = ", ".join(f"{value:g}" for value in table.far)
-    if not known:
-        why = "it was made for fewer, or the test split has too few queries"
-        raise InputError(f"{path} has no threshold for {num_members} members: {why}; to make it again: {command}")
-    raise InputError(f"--far {far:g}: for {num_members} members, {path} has {known}; or give a --threshold")
+    if not len(rows):
+        known = ", ".join(f"{value:g}" for value in table.far) or "none, or too few queries"
+        raise InputError(
+            f"{path} has no threshold for {run.num_members} members and the false-accept rate {far:g}, but {known}; "
+            "evaluate.py makes it, or give a threshold"
+        )
+    return Threshold(float(rows.threshold.iloc[0]), far, int(rows.gallery.iloc[0]))

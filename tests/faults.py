@@ -20,7 +20,7 @@ from processes import ENOUGH, ROOT, Processes, wait_until
 import data_utils
 import train
 from dreml.files import read_record
-from dreml.search import BATCH_SIZE
+from dreml.index import BATCH_SIZE
 
 EACH_EPOCH = ["--progress_seconds", "0"]
 INTERVALS = [EACH_EPOCH, ["--progress_seconds", "0.01"], []]  # not shorter than 20 times what a write takes; 30 seconds

@@ -12,7 +12,6 @@ from builders import IMAGE_COLORS, random_embeddings, refused, save_image, write
 from PIL import Image
 
 import retrieve
-from dreml import search
 from dreml.cache import read_cache
 from dreml.files import read_record, write_record
 from dreml.images import ImageSpec
@@ -27,10 +26,26 @@ from dreml.neighbours import (
     tile_corner,
 )
 from dreml.runs import read_run
-from dreml.search import Found, Item
+from dreml.search import Answer, Item, Neighbour, test_item
 from dreml.style import drawing
 
 GREEN, RED, GREY, WHITE = "#1a9641", "#d7191c", "#999999", "#ffffff"
+
+
+def answer(query: Item, items: list[Item], similarities: list[float], threshold: float | None = None) -> Answer:
+    """The answer that these items are, right where they are of the query's class."""
+    neighbours = []
+    for item, similarity in zip(items, similarities, strict=True):
+        right = None if None in (query.class_name, item.class_name) else query.class_name == item.class_name
+        neighbours.append(Neighbour(*item[1:5], similarity, right, threshold is None or similarity >= threshold))
+    return Answer(query, neighbours, threshold)
+
+
+def test_images(run, folder: Path) -> list[Item]:
+    return [test_item(run.test, folder, row) for row in range(len(run.test))]
+
+
+test_images.__test__ = test_item.__test__ = False  # they are no tests
 
 
 def read(path: Path) -> np.ndarray:
@@ -60,20 +75,20 @@ def share(pixels: np.ndarray, color: str) -> float:
 def test_the_picture(tiny_run, tmp_path):
     """Two queries: the images in their places, a whole green frame for right ones, a dashed red one for wrong ones."""
     run = read_run(write_colored_run(tmp_path, tiny_run, random_embeddings(3)))
-    items = search.SplitItems(run.test, tmp_path / "data" / "colors", np.arange(len(run.test)))
+    items = test_images(run, tmp_path / "data" / "colors")
     found = [
-        Found(items[query], [items[row] for row in rows], [0.5] * 5)
+        answer(items[query], [items[row] for row in rows], [0.5] * 5)
         for query, rows in ((0, [1, 7, 2, 9, 3]), (7, [8, 0, 1, 9, 11]))
     ]
     draw_neighbours(found, Thumbnails(run, tmp_path / "data"), "similarity: cosine", tmp_path, "picture")
     picture, seen = read(tmp_path / "picture.png"), set()
     for row, each in enumerate(found):
         np.testing.assert_allclose(inside(picture, row, 0), IMAGE_COLORS[each.query.row], atol=3)
-        for column, (item, right) in enumerate(zip(each.neighbours, each.right, strict=True), 1):
+        for column, item in enumerate(each, 1):
             np.testing.assert_allclose(inside(picture, row, column), IMAGE_COLORS[item.row], atol=3)
             pixels = frame(picture, row, column)
-            seen.add(right)
-            if right:
+            seen.add(item.right)
+            if item.right:
                 assert share(pixels, GREEN) > 0.98
             else:
                 assert 0.5 < share(pixels, RED) < 0.8 and 0.15 < share(pixels, WHITE) < 0.45
@@ -84,7 +99,7 @@ def test_the_frame_is_grey_where_the_class_is_not_known(tiny_run, tmp_path):
     run, photo = read_run(tiny_run), tmp_path / "photo.png"
     save_image(photo)
     item = Item(str(photo), str(photo), None, photo)
-    found = [Found(item, [item, item._replace(class_name="cat")], [1.0, 0.5])]
+    found = [answer(item, [item, item._replace(class_name="cat")], [1.0, 0.5])]
     draw_neighbours(found, Thumbnails(run, tmp_path), "similarity: cosine", tmp_path, "picture")
     picture = read(tmp_path / "picture.png")
     for column in (1, 2):
@@ -96,7 +111,7 @@ def test_captions():
     """Rank, mark and similarity, then the class, or the file where there is none; nothing wider than its image."""
     item = Item("test:3", "a.png", "x" * 99 + "end", Path("a.png"), 3)
     others = [item._replace(class_name=name) for name in (item.class_name, "o\nther", None)]
-    found = [Found(item, others, [0.9876, 0.5, -0.25])]
+    found = [answer(item, others, [0.9876, 0.5, -0.25])]
 
     class BlackThumbnails:
         def pixels(self, item):
@@ -119,8 +134,8 @@ def test_captions():
 def test_below_the_threshold_a_neighbour_is_faded_and_grey(tiny_run, tmp_path):
     """Whether it is right or wrong; the legend says so, and only what occurs."""
     run = read_run(write_colored_run(tmp_path, tiny_run, random_embeddings(3)))
-    items = search.SplitItems(run.test, tmp_path / "data" / "colors", np.arange(len(run.test)))
-    found = [Found(items[0], [items[row] for row in (1, 2, 7)], [0.5, 0.4, 0.3], 0.5)]
+    items = test_images(run, tmp_path / "data" / "colors")
+    found = [answer(items[0], [items[row] for row in (1, 2, 7)], [0.5, 0.4, 0.3], 0.5)]
     with drawing(PICTURE_STYLE):
         figure = neighbours_figure(found, Thumbnails(run, tmp_path / "data"), "cosine")
     figure.savefig(tmp_path / "picture.png")

@@ -91,7 +91,7 @@ print(json.dumps(events | {"own": max(own), "total": time.perf_counter() - start
 RETRIEVE = """
 import json, sys, time
 import retrieve
-from dreml import runs as folder
+from dreml import runs as folder, search
 apart = []
 
 def timed(owner, name):
@@ -105,8 +105,8 @@ def timed(owner, name):
     setattr(owner, name, timed_call)
 
 # Reading and checking the saved embeddings, and the search
-for owner, name in ((folder.Members, "read"), (folder.Run, "embeddings"), (retrieve, "unit_rows"),
-                    (retrieve, "find_neighbours")):
+for owner, name in ((folder.Members, "read"), (folder.Run, "embeddings"), (search, "unit_rows"),
+                    (search, "nearest")):
     timed(owner, name)
 start = time.perf_counter()
 assert retrieve.main([sys.argv[1], "--query", "test:17", "--no_picture", "--output", sys.argv[2]]) == 0
