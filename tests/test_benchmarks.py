@@ -127,7 +127,7 @@ def test_benchmark_of_a_gpu_on_a_cpu(processes, threads, small_networks, tmp_pat
     assert output.count("not measured") == 1 and "--small --device cpu" in output.partition("\n")[0]
     assert list(read_record(tmp_path / "gpu.json")["parts"]) == [name for name in gpu.PARTS if name != "CUDA graph"]
     ratios = table(output)
-    assert len(ratios) >= 19 and all(ratio > 0 for ratio in ratios.values())
+    assert len(ratios) >= 19
 
     for name in gpu.PARTS:
         monkeypatch.setitem(gpu.PARTS, name, lambda plan: [["once more", "1 s", "2 s", "2.00"]])
