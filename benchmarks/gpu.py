@@ -210,7 +210,7 @@ def recall(plan: Plan, num_images: int, width: int) -> list[Row]:
 
 def progress_file(plan: Plan) -> list[Row]:
     """How long training waits for one progress file, against 20 steps."""
-    state = end_of_epoch("resnet18", plan.device)
+    state = end_of_epoch(plan.device)
     times = []
     for number in range(plan.of(3, 1)):
         progress = Progress(plan.folder, number, "benchmark", 0)

@@ -1,7 +1,7 @@
 """The plain way to do what this project does, for the benchmarks to compare with, and their stopwatch.
 
-Images are decoded by PIL in a DataLoader; networks compute in float32 and contiguous memory, with `loss.item()` in each
-step; Recall@K comes from the sorted N x N similarity matrix.
+Networks compute in float32 and contiguous memory, with `loss.item()` in each step; Recall@K comes from the sorted N x N
+similarity matrix.
 """
 
 import platform
@@ -16,10 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset
-from torchvision import transforms
 
 # ------------------------------------------------------------------------------------------------ stopwatch
 
@@ -78,31 +75,6 @@ def row(what: str, ours: str, other: str, ratio: float) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ baseline
-
-
-class PlainImages(Dataset):
-    """Images and labels, decoded and transformed one by one."""
-
-    def __init__(self, paths: list[Path], labels: list[int], transform: Callable):
-        self.paths = paths
-        self.labels = labels
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(Image.open(self.paths[index]).convert("RGB")), self.labels[index]
-
-
-def plain_transforms(size: int, flip: bool, train: bool) -> transforms.Compose:
-    """The same pipeline as ours: resize, crop, mirror, normalise."""
-    if train:
-        steps = [transforms.Resize(int(1.1 * size)), transforms.RandomCrop(size)]
-        steps += [transforms.RandomHorizontalFlip()] * flip
-    else:
-        steps = [transforms.Resize(size), transforms.CenterCrop(size)]
-    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.25] * 3)])
 
 
 def plain_step(

@@ -28,8 +28,6 @@ from dreml.optimizers import make_optimizer
 from model import Compute, TrainState, build_model
 from train import Sums, train_step
 
-MEGABYTE = 1e6
-
 
 @contextlib.contextmanager
 def slow_disk(bytes_per_second: float) -> Iterator[list[int]]:
@@ -48,9 +46,9 @@ def slow_disk(bytes_per_second: float) -> Iterator[list[int]]:
         yield sizes
 
 
-def end_of_epoch(backbone: str, device: torch.device) -> dict:
+def end_of_epoch(device: torch.device) -> dict:
     """What is written: a network after one step of Adam, with its moments, and the weights of an earlier epoch."""
-    model = build_model(backbone, 12, None).to(device)
+    model = build_model("resnet18", 12, None).to(device)
     compute = Compute(device)
     state = TrainState(model, make_optimizer("adam", model, 1e-4, device), compute.grad_scaler())
     best_model = {name: value.clone() for name, value in model.state_dict().items()}
@@ -76,8 +74,6 @@ def waiting(state: dict, interval: float, num_epochs: int, epoch_seconds: float)
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="-m benchmarks.progress", description=__doc__)
-    backbone_help = "a ResNet of torchvision (default: resnet18)"
-    parser.add_argument("--backbone", default="resnet18", metavar="NAME", help=backbone_help)
     parser.add_argument("--num_epochs", type=int, default=120, metavar="E", help="epochs (default: 120)")
     seconds_help = "length of an epoch in seconds (default: 1)"
     parser.add_argument("--epoch_seconds", type=float, default=1.0, metavar="S", help=seconds_help)
@@ -91,17 +87,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
-    print(f"{hardware(device)}; {args.backbone}, Adam, {args.num_epochs} epochs of {args.epoch_seconds:g} s")
+    print(f"{hardware(device)}; resnet18, Adam, {args.num_epochs} epochs of {args.epoch_seconds:g} s")
     print("\n| progress files | number | size | share of the time |\n|---|---|---|---|")
-    state = end_of_epoch(args.backbone, device)
-    with slow_disk(args.megabytes * MEGABYTE) as sizes:
+    state = end_of_epoch(device)
+    with slow_disk(1e6 * args.megabytes) as sizes:
         share = waiting(state, SECONDS_BETWEEN_WRITES, args.num_epochs, args.epoch_seconds)
-    size = f"{sum(sizes) / MEGABYTE / max(1, len(sizes)):.0f} MB each"
+    size = f"{sum(sizes) / 1e6 / max(1, len(sizes)):.0f} MB each"
     row(f"every {SECONDS_BETWEEN_WRITES:g} s at most, {args.megabytes:g} MB/s", f"{len(sizes)}", size, share)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_main("benchmarks.progress", lambda: run(parse_args(argv)), "another --backbone", resumable=False)
+    return run_main("benchmarks.progress", lambda: run(parse_args(argv)), "another --device", resumable=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast are preprocessing, input, training step, epoch and embedding?
+"""How fast are preprocessing, training step, embedding and epoch?
 
     python -m benchmarks.training data/cub --image_size 256 --batch_size 32     the images of a data set
 
@@ -22,10 +22,9 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.data import DataLoader
 
 import data_utils
-from benchmarks.plain import PlainImages, class_folders, compare, hardware, plain_step, plain_transforms, row, seconds
+from benchmarks.plain import class_folders, compare, hardware, plain_step, row, seconds
 from dreml import cli
 from dreml.augment import Batch, epoch_batches, prepare
 from dreml.batches import input_memory
@@ -68,8 +67,8 @@ def rates(text: str, runs: dict[str, Callable], num_images: int, repeats: int, d
         row(f"{text}{name} / {plain}", f"{ours:,.1f} images/s", f"{other:,.1f} images/s", ours / other)
 
 
-def preprocessing(source: Path, folder: Path, num_images: int, spec: ImageSpec, repeats: int) -> Path:
-    """data_utils.py with all cores against decoding and resizing alone on one core. Return the last data folder."""
+def preprocessing(source: Path, folder: Path, num_images: int, spec: ImageSpec, repeats: int) -> None:
+    """data_utils.py with all cores against decoding and resizing alone on one core."""
     folders = [folder / f"run{number}" for number in range(repeats + 1)]  # each time a new cache
     for data in folders:
         repeated(source, data / "images", num_images)
@@ -86,7 +85,6 @@ def preprocessing(source: Path, folder: Path, num_images: int, spec: ImageSpec, 
 
     runs = {f"{cli.num_cores()} processes": ours, "bare decode and resize on one core": bare}
     rates("preprocessing: ", runs, 2 * num_images, repeats, torch.device("cpu"))
-    return folders[-1]
 
 
 def first_epoch(cache: Cache, settings: Settings, device: torch.device) -> Iterator[Batch]:
@@ -94,30 +92,6 @@ def first_epoch(cache: Cache, settings: Settings, device: torch.device) -> Itera
     targets = np.array(cache.array("train_labels")) % settings.meta_class_size
     draw = partial(rng_for, settings.seed, 1, 0)
     return epoch_batches(cache, np.arange(len(targets)), targets, settings, draw, device)
-
-
-def inputs(experiment: Experiment, data: Path, repeats: int) -> None:
-    """One epoch of batches, nothing computed on them, against PIL and transforms in a DataLoader."""
-    cache, settings, device = experiment.cache, experiment.settings, experiment.compute.device
-    paths, labels, _ = class_folders(data / "images" / "train")
-    plain_set = PlainImages(paths, labels, plain_transforms(settings.image_size, flip=True, train=True))
-
-    def plain() -> None:
-        options = {"batch_size": settings.batch_size, "num_workers": cli.num_cores()}
-        for batch, _ in DataLoader(plain_set, shuffle=True, **options):
-            batch.to(device)
-
-    def pixels() -> None:
-        for _ in first_epoch(cache, settings, device):
-            pass
-
-    def floats() -> None:
-        memory = input_memory(settings.batch_size + 1, settings.image_size, device)
-        for batch in first_epoch(cache, settings, device):
-            prepare(batch, *experiment.statistics, memory)
-
-    runs = {"uint8 on the device": pixels, "float, mirrored, normalised": floats}
-    rates("input: ", {**runs, f"PIL to float in {cli.num_cores()} workers": plain}, len(paths), repeats, device)
 
 
 class ResidentStep:
@@ -143,11 +117,8 @@ class ResidentStep:
 
     def rate(self, num_steps: int) -> float:
         """Images a second of so many steps, after which the host waits once."""
-        return num_steps * len(self.batch.targets) / seconds(lambda: [self() for _ in range(num_steps)], self.device)
-
-    @property
-    def device(self) -> torch.device:
-        return self.compute.device
+        elapsed = seconds(lambda: [self() for _ in range(num_steps)], self.compute.device)
+        return num_steps * len(self.batch.targets) / elapsed
 
 
 def plain_runs(settings: Settings, device: torch.device) -> dict[str, Callable]:
@@ -185,12 +156,12 @@ def embed_resident(resident: ResidentStep, copies: int) -> Callable[[], None]:
 
 def steps(resident: ResidentStep, settings: Settings, repeats: int) -> None:
     """Our step, from uint8, and our embedding against the plain ones."""
-    plain = plain_runs(settings, resident.device)
+    plain = plain_runs(settings, resident.compute.device)
     text = f"{settings.backbone}, {settings.image_size} px, batch {settings.batch_size}"
     runs = {resident.compute.precision: resident, "fp32, contiguous": plain["step"]}
-    rates(f"step, {text}: ", runs, settings.batch_size, 3 * repeats, resident.device)
+    rates(f"step, {text}: ", runs, settings.batch_size, 3 * repeats, resident.compute.device)
     runs = {"fp32, channels_last": embed_resident(resident, copies=4), "fp32, contiguous": plain["embedding"]}
-    rates(f"embedding, {text}: ", runs, 4 * settings.batch_size, repeats, resident.device)
+    rates(f"embedding, {text}: ", runs, 4 * settings.batch_size, repeats, resident.compute.device)
 
 
 def two_epochs(experiment: Experiment) -> list[float]:
@@ -231,28 +202,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    # 1. The hardware, and the head of the table
     source, repeats, device = args.source, args.repeats, cli.pick_device(args.device)
     if not source.is_dir():
         raise cli.InputError(f"{source}: no such folder")
     cli.set_up_device(device, deterministic=False)
     print(f"{hardware(device)}; {source.name}, medians of {repeats}")
     print("\n| what | ours | other | ratio |\n|---|---|---|---|")
-
-    # 2. Each part alone: the cache, the input, the step and the embedding, the epoch
     settings = Settings(data_name="images", image_size=args.image_size, batch_size=args.batch_size)
     compute = Compute(device, pick_precision(device, settings.backbone))
-    shared = {"weights": None, "compute": compute, "environment": {}}
     with tempfile.TemporaryDirectory() as folder:
-        data = preprocessing(source, Path(folder), args.num_images, settings.image_spec, repeats)
-        cache = read_cache(data, "images", settings.image_spec)
-        settings = replace(settings, meta_class_size=min(settings.meta_class_size, cache.counts["train"][0]))
-        inputs(Experiment(cache=cache, settings=settings, **shared), data, repeats)
-        resident = ResidentStep(settings, compute)
-        steps(resident, settings, repeats)
+        preprocessing(source, Path(folder), args.num_images, settings.image_spec, repeats)
         repeated(source, Path(folder, "epoch", "images"), args.num_steps * settings.batch_size)
         cache = make_cache(Path(folder, "epoch"), settings.image_size)
-        epoch(Experiment(cache=cache, settings=settings, **shared), resident, args.num_steps, repeats)
+        settings = replace(settings, meta_class_size=min(settings.meta_class_size, cache.counts["train"][0]))
+        resident = ResidentStep(settings, compute)
+        steps(resident, settings, repeats)
+        experiment = Experiment(cache=cache, settings=settings, weights=None, compute=compute, environment={})
+        epoch(experiment, resident, args.num_steps, repeats)
 
 
 def main(argv: list[str] | None = None) -> int:
