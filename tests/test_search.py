@@ -16,7 +16,7 @@ from reference import mean_cosines
 from dreml import search
 from dreml.cli import InputError
 from dreml.files import file_id, read_record, write_record
-from dreml.runs import MemberRecord, read_run_record
+from dreml.runs import MemberRecord, member_path, read_run_record
 from dreml.search import Searcher, nearest, same_files
 from model import load_ensemble
 
