@@ -270,9 +270,9 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def flip_a_bit(path: Path) -> None:
+def flip_a_bit(path: Path, place: int = -5) -> None:
     content = bytearray(path.read_bytes())
-    content[-5] ^= 1
+    content[place] ^= 1
     path.write_bytes(content)
 
 

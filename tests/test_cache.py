@@ -162,6 +162,7 @@ CACHE_DAMAGES = {
     ),
     "one entry less": (damage_meta(lambda meta: meta.pop("std")), "is damaged"),
     "missing array": (lambda folder: (folder / "test_labels.npy").unlink(), "test_labels.npy is missing"),
+    "no array": (lambda folder: flip_a_bit(folder / "test_is_query.npy", place=0), "is damaged"),
     "truncated array": (lambda folder: (folder / "test_images.npy").write_bytes(b"x"), "has the wrong size"),
 }
 
