@@ -271,7 +271,7 @@ def test_the_model_is_all_that_an_embedding_hangs_on(small_run, small_pooled_run
     assert Searcher(small_pooled_run, tmp_path / "link", device="cpu").index.place == places[0]
     monkeypatch.setattr(index_module, "IMAGE_VERSION", 99)
     checksums.append(model_checksum(run, "logits"))
-    run.members.records[2].sha256["member_002.pth"] = "0" * 64
+    run.members.records[2].sha256["member_002.safetensors"] = "0" * 64
     checksums.append(model_checksum(run, "logits"))
     run.record.settings = dataclasses.replace(run.record.settings, seed=1)
     checksums.append(model_checksum(run, "logits"))

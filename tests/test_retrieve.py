@@ -31,7 +31,7 @@ from reference import mean_cosines
 import evaluate
 import retrieve
 from dreml import search
-from dreml.neighbours import tile_corner
+from dreml.figures import tile_corner
 from model import load_ensemble
 
 loaded = functools.cache(load_ensemble)
@@ -199,7 +199,7 @@ def test_files_that_are_left_out_are_counted(tiny_run, tmp_path, capsys):
         (photos / name).parent.mkdir(exist_ok=True)
         (photos / name).write_bytes(b"x")
     options = ("--top", "1", "--output", tmp_path / "out")
-    said = "left out: 2 .mov, 1 .txt; classes without an image for that reason: 'b'"
+    said = "left out: 2 .mov, 1 .txt; folders without an image: 'b'"
     call(tiny_run, "--query", photos, *options)
     assert capsys.readouterr().err == f"warning: query {photos}: {said}\n"
     call(tiny_run, "--query", "test:0", "--gallery", photos, *options)
