@@ -23,7 +23,7 @@ from PIL import Image
 from dreml.cache import Cache
 from dreml.cli import InputError
 from dreml.files import atomic_open
-from dreml.images import BadImage, ImageSpec, read_test_image, resize_test
+from dreml.images import BadImage, ImageSpec, read_pixels, resize_test
 from dreml.runs import MemberRecord, Run
 from dreml.search import Answer, Item, Neighbour
 
@@ -283,7 +283,7 @@ class Thumbnails:
         spec = ImageSpec(round(TILE * DPI), self.run.settings.resize)
         if item.file.exists() or item.row is None:
             try:
-                return read_test_image(item.file, spec)
+                return read_pixels(item.file, spec)
             except BadImage as error:
                 raise InputError(f"no picture: {error}") from None
         name = self.run.settings.data_name

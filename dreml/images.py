@@ -152,9 +152,6 @@ def read_pixels(path: str | Path, spec: ImageSpec) -> np.ndarray:
     return centre(read_resized(path, spec, spec.size), spec.size)
 
 
-read_test_image = read_pixels  # its name in the search room, until that is rewritten
-
-
 def read_resized(path: str | Path, spec: ImageSpec, shorter: int) -> Image.Image:
     """An image file as RGB with `shorter` as its shorter side; for squash, as both sides. Raises BadImage."""
     try:

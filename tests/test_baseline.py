@@ -232,9 +232,9 @@ def test_without_test_images_all_but_scores_works(photos_only, tiny_data, tmp_pa
     assert len(pd.read_csv(folder / "retrieval" / "neighbours.csv")) == 12
     assert "there is nothing to score" in refused(capsys, evaluate, folder)
     for options in (["--worst"], ["--export"], ["--query", files[0]]):
-        assert "has no test images to search: give --gallery DIR" in refused(capsys, retrieve, folder, *options)
+        assert "has no test images to search: name a gallery" in refused(capsys, retrieve, folder, *options)
     options = ["--query", files[0], "--gallery", photos, "--far", "0.01"]
-    assert "no thresholds: give --threshold T" in refused(capsys, retrieve, folder, *options)
+    assert "no thresholds: name a value" in refused(capsys, retrieve, folder, *options)
     options = ["--query", "test:0", "--gallery", photos]
     assert "test:0: the data set has no test images" in refused(capsys, retrieve, folder, *options)
 

@@ -91,7 +91,7 @@ def test_bad_files_are_skipped_and_named(indexed, capsys):
 
 
 def test_a_photo_that_changes_while_it_is_read_is_embedded_again(indexed, monkeypatch):
-    read, target = index_module.read_test_image, indexed.photos / PHOTO_NAMES[5]
+    read, target = index_module.read_pixels, indexed.photos / PHOTO_NAMES[5]
 
     def changing(file, spec):
         pixels = read(file, spec)
@@ -99,9 +99,9 @@ def test_a_photo_that_changes_while_it_is_read_is_embedded_again(indexed, monkey
             save_image(target, 9)
         return pixels
 
-    monkeypatch.setattr(index_module, "read_test_image", changing)
+    monkeypatch.setattr(index_module, "read_pixels", changing)
     indexed.refresh()
-    monkeypatch.setattr(index_module, "read_test_image", read)
+    monkeypatch.setattr(index_module, "read_pixels", read)
     assert indexed.refresh() == {"changed": 1}
     indexed.check()
 
