@@ -1,4 +1,4 @@
-"""The optimizers, and their learning rate in each step. `RECIPES` in `runs/settings.py` has their numbers."""
+"""The optimizers, and their learning rate in each step. `RECIPES` in `dreml/settings.py` has their numbers."""
 
 from collections.abc import Iterable, Iterator
 
