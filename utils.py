@@ -75,9 +75,8 @@ def recall_at_k(
         labels: `(N,)` integers.
         ks: positive integers.
         is_query, is_gallery: `(N,) bool`; None: every image. An image may be both, or neither.
-        max_bytes: bound on the memory used beside the arguments; None: `similarity_memory`. It holds for any class
-            sizes, but for 16 bytes an image and member, some 100 bytes an image, and blocks of at least 16 rows. No
-            N x N matrix is made.
+        max_bytes: bound on the memory used beside the arguments, but for 16 bytes an image and member, some 100 bytes
+            an image, and blocks of at least 16 rows; None: `similarity_memory`. No N x N matrix is made.
 
     Returns:
         `(L, len(ks)) float64` on the CPU, in [0, 1]; row l-1 is the ensemble of the first l members.
@@ -120,7 +119,7 @@ def _best_own_similarities(pairs: "_Pairs") -> torch.Tensor:
     step = max(min(pairs.block, 256), pairs.block // 4)
     for start in range(0, pairs.num_queries, step):
         stop = min(start + step, pairs.num_queries)
-        query_rows = pairs.queries.rows_of_all(start, stop)
+        query_rows = [pairs.queries.rows(index, start, stop) for index in range(pairs.num_members)]
         for left in range(pairs.first[start], pairs.last[stop - 1], pairs.block):
             right = min(left + pairs.block, pairs.last[stop - 1])
             sums = _zeros_at(pairs.own(start, stop, left, right))
@@ -153,13 +152,13 @@ def _other_class_sums(pairs: "_Pairs") -> Iterator[tuple[int, tuple[int, int], t
     A block is (index of the last member, (start, stop) of the queries, (left, right) of the gallery images, the summed
     cosines of the members up to it, `(stop - start, right - left) float32`, -inf for a pair of one class).
 
-    Where queries and gallery are the same images, each block of the symmetric matrix is computed once: of the square on
-    the diagonal, both halves are in it; all else, from gallery image max(stop, left) on, counts the other way too.
+    Where queries and gallery are the same images, each block of the symmetric matrix is computed once. Its columns from
+    gallery image max(stop, left) on then count the other way too.
     """
     width = 4 * pairs.block
     for start in range(0, pairs.num_queries, pairs.block):
         stop = min(start + pairs.block, pairs.num_queries)
-        query_rows = pairs.queries.rows_of_all(start, stop)
+        query_rows = [pairs.queries.rows(index, start, stop) for index in range(pairs.num_members)]
         for left in range(start if pairs.symmetric else 0, pairs.num_gallery, width):
             right = min(left + width, pairs.num_gallery)
             sums = torch.zeros((stop - start, right - left), device=pairs.device)
@@ -186,16 +185,14 @@ def map_at_r(
 
     R is the number of images of the query's class in the gallery, itself excluded by index. R-Precision is the share of
     them among the R most similar images. mAP@R adds up, over those, the precision at their positions, and divides by R.
-    The mean is over the queries with R > 0, as in pytorch-metric-learning. The others (`unmatched_queries`) are left
-    out here and misses in Recall@K. Without any query that has R > 0, both are NaN.
+    The mean is over the queries with R > 0, as in pytorch-metric-learning; it is NaN if there are none.
 
     As in `recall_at_k`, ties count against the query: the position of its i-th most similar own-class image is i plus
     the number of images of *other* classes whose similarity is at least that image's minus 1e-6 * l. So the numbers do
     not depend on the order of the images, and a constant embedding scores 0 unless R reaches beyond the other classes.
 
-    Arguments and errors are those of `recall_at_k`, but blocks hold whole rows of the similarity matrix, at least 16.
-    Returns (mAP@R, R-Precision), each `(L,) float64` on the CPU, in [0, 1]; item l-1 is the ensemble of the first l
-    members.
+    Arguments and errors are those of `recall_at_k`; blocks hold whole rows of the similarity matrix, at least 16.
+    Returns (mAP@R, R-Precision), each `(L,) float64` on the CPU, in [0, 1], for the first l members.
     """
     # A row holds its similarities to the gallery, those of its own class once more, and what is computed from the R
     # nearest of both: in all 16 floats a gallery image, if its class is nearly the whole gallery.
@@ -241,22 +238,17 @@ def _precisions(own: torch.Tensor, others: torch.Tensor, num_own: torch.Tensor, 
 
 @torch.inference_mode()
 def best_similarities(
-    embeddings: torch.Tensor | Sequence[torch.Tensor],
-    labels: torch.Tensor,
-    *,
-    is_query: torch.Tensor | None = None,
-    is_gallery: torch.Tensor | None = None,
-    max_bytes: int | None = None,
+    embeddings: torch.Tensor | Sequence[torch.Tensor], labels: torch.Tensor, **options: torch.Tensor | int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Similarity of each query to the nearest image of another class, and of its own, for every ensemble size.
 
     The similarity is the mean of the members' cosines. The first is what a search finds whose class is not in the
-    gallery. Arguments, errors and memory are those of `recall_at_k`.
+    gallery. Arguments, options, errors and memory are those of `recall_at_k`.
 
     Returns (other class, own class), each `(L, queries) float32` on the CPU, in [-1, 1], the queries in the order of
     the rows; row l-1 is the ensemble of the first l members. -inf where there is no such image but the query itself.
     """
-    pairs = _pairs_by_class(embeddings, labels, is_query, is_gallery, max_bytes)
+    pairs = _pairs_by_class(embeddings, labels, **options)
     others = torch.full((pairs.num_members, pairs.num_queries), -torch.inf, device=pairs.device)
     with full_float32(pairs.device.type):
         own = _best_own_similarities(pairs)
@@ -272,23 +264,17 @@ def best_similarities(
 
 @torch.inference_mode()
 def first_neighbours(
-    embeddings: torch.Tensor | Sequence[torch.Tensor],
-    labels: torch.Tensor,
-    *,
-    is_query: torch.Tensor | None = None,
-    is_gallery: torch.Tensor | None = None,
-    max_bytes: int | None = None,
+    embeddings: torch.Tensor | Sequence[torch.Tensor], labels: torch.Tensor, **options: torch.Tensor | int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and similarity of the first neighbour of each query, in the ensemble of all members.
 
     As in Recall@1, ties count against the query: its own class is taken to be less similar by 1e-6 a member. So the
-    share of neighbours of the query's class is the Recall@1. Arguments and errors are those of `recall_at_k`, memory is
-    that of `map_at_r`.
+    share of neighbours of the query's class is the Recall@1. Arguments, options and errors are those of `recall_at_k`.
 
     Returns (rows `(queries,) int64`, means of the members' cosines `(queries,) float32`) on the CPU, the queries in the
     order of the rows. The row is -1 for a query that is the only image of the gallery.
     """
-    pairs = _pairs_by_class(embeddings, labels, is_query, is_gallery, max_bytes, floats_of_a_row=4 * len(labels))
+    pairs = _pairs_by_class(embeddings, labels, **options, floats_of_a_row=4 * len(labels))
     tolerance = TIE_TOLERANCE * pairs.num_members
     best = torch.empty(pairs.num_queries, device=pairs.device)
     places = torch.empty(pairs.num_queries, dtype=torch.int64, device=pairs.device)
@@ -296,7 +282,8 @@ def first_neighbours(
         for start in range(0, pairs.num_queries, pairs.block):
             stop = min(start + pairs.block, pairs.num_queries)
             sums = torch.zeros((stop - start, pairs.num_gallery), device=pairs.device)
-            for index, rows in enumerate(pairs.queries.rows_of_all(start, stop)):
+            for index in range(pairs.num_members):
+                rows = pairs.queries.rows(index, start, stop)
                 for left in range(0, pairs.num_gallery, 4 * pairs.block):
                     right = min(left + 4 * pairs.block, pairs.num_gallery)
                     sums[:, left:right].addmm_(rows, pairs.gallery.rows(index, left, right).T)
@@ -335,10 +322,6 @@ class _Images:
         if self.inverse_norms is None:
             return self.members[index][start:stop]
         return self.members[index][self.order[start:stop]].float() * self.inverse_norms[index, start:stop, None]
-
-    def rows_of_all(self, start: int, stop: int) -> list[torch.Tensor]:
-        """Rows start:stop of every member."""
-        return [self.rows(index, start, stop) for index in range(len(self.members))]
 
 
 @dataclass
@@ -386,20 +369,30 @@ class _Pairs:
 def _pairs_by_class(
     embeddings: torch.Tensor | Sequence[torch.Tensor],
     labels: torch.Tensor,
-    is_query: torch.Tensor | None,
-    is_gallery: torch.Tensor | None,
-    max_bytes: int | None,
+    is_query: torch.Tensor | None = None,
+    is_gallery: torch.Tensor | None = None,
+    max_bytes: int | None = None,
     floats_of_a_row: int | None = None,
 ) -> _Pairs:
     """Check the arguments of `recall_at_k`, sort the images by class, and choose the size of a block of similarities.
 
+    Raises ValueError for arguments that do not fit.
     `floats_of_a_row`: how many float32 each row of a block takes, beside the embeddings. None: blocks of `block` x
     `4 * block` similarities, of which three are held.
     """
     members = [embeddings] if isinstance(embeddings, torch.Tensor) else list(embeddings)
     labels = torch.as_tensor(labels)
-    masks = _checked_masks(members, labels, is_query, is_gallery)
+    if not members or any(member.ndim != 2 or len(member) != len(labels) for member in members) or labels.ndim != 1:
+        raise ValueError("embeddings have to be (N, d) tensors and labels (N,), with the same N")
+    if len(labels) == 0 or labels.is_floating_point():
+        raise ValueError("labels have to be integers, at least one")
     device = members[0].device
+    masks = []
+    for name, mask in (("is_query", is_query), ("is_gallery", is_gallery)):
+        mask = torch.ones(len(labels), dtype=torch.bool) if mask is None else torch.as_tensor(mask)
+        if mask.dtype != torch.bool or mask.shape != labels.shape or not mask.any():
+            raise ValueError(f"{name} has to be ({len(labels)},) bool, with at least one True")
+        masks.append(mask.to(device))
     max_bytes = similarity_memory(device) if max_bytes is None else max_bytes
     # A block holds the rows of all members and, of four times as many gallery images, those of one.
     block = LARGEST_BLOCK[device.type]
@@ -408,7 +401,6 @@ def _pairs_by_class(
     while block > 16 and 4 * block * (2 * width + 9 * widest + (floats_of_a_row or 12 * block)) > max_bytes / 2:
         block //= 2
     labels = labels.to(device).long()
-    masks = [mask.to(device) for mask in masks]
     sides = [_Images(members, labels, mask, block) for mask in (masks[:1] if torch.equal(*masks) else masks)]
     num_rows = sum(len(side.order) for side in sides)
     if 4 * num_rows * (width + widest) <= max_bytes / 2:  # else rows are gathered and scaled again for every block
@@ -419,26 +411,6 @@ def _pairs_by_class(
     last = torch.searchsorted(gallery.labels, queries.labels, right=True)
     num_own = last - first - masks[1][queries.order].long()
     return _Pairs(queries, gallery, first.tolist(), last.tolist(), num_own, block)
-
-
-def _checked_masks(
-    members: Sequence[torch.Tensor],
-    labels: torch.Tensor,
-    is_query: torch.Tensor | None,
-    is_gallery: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    """Both masks, `(N,) bool`. Raises ValueError for arguments of `recall_at_k` that do not fit."""
-    if not members or any(member.ndim != 2 or len(member) != len(labels) for member in members) or labels.ndim != 1:
-        raise ValueError("embeddings have to be (N, d) tensors and labels (N,), with the same N")
-    if len(labels) == 0 or labels.is_floating_point():
-        raise ValueError("labels have to be integers, at least one")
-    masks = []
-    for name, mask in (("is_query", is_query), ("is_gallery", is_gallery)):
-        mask = torch.ones(len(labels), dtype=torch.bool) if mask is None else torch.as_tensor(mask)
-        if mask.dtype != torch.bool or mask.shape != labels.shape or not mask.any():
-            raise ValueError(f"{name} has to be ({len(labels)},) bool, with at least one True")
-        masks.append(mask)
-    return masks
 
 
 def _zeros_at(kept: torch.Tensor) -> torch.Tensor:

@@ -364,14 +364,14 @@ def test_scoring_takes_a_quarter_of_the_free_memory_of_a_gpu(monkeypatch):
     assert similarity_memory(torch.device("cpu")) == similarity_memory(torch.device("mps")) == 2**30
 
 
-@pytest.mark.parametrize("largest_class", [10, 1200])
-@pytest.mark.parametrize("max_bytes", [2**19, 2**21, 2**25])
+@pytest.mark.parametrize("largest_class", [10, 500])
+@pytest.mark.parametrize("max_bytes", [2**19, 2**25])
 def test_no_tensor_of_recall_is_over_max_bytes(max_bytes, largest_class):
-    """1,500 images of 800 dimensions are 4.8 MB: copied as a whole only where that fits into half of the bound.
+    """600 images of 800 dimensions are 1.9 MB: copied as a whole only where that fits into half of the bound.
 
-    The whole matrix would be 9 MB, the largest class alone 5.8 MB.
+    The whole matrix would be 1.4 MB, the largest class alone 1 MB.
     """
-    points, labels = torch.randn(1500, 800), (torch.arange(1500) - largest_class).clamp(min=0) // 10
+    points, labels = torch.randn(600, 800), (torch.arange(600) - largest_class).clamp(min=0) // 10
     for score in (partial(recall_at_k, ks=[1]), best_similarities):
         with Largest(points) as largest:
             score(points, labels, max_bytes=max_bytes)
@@ -381,15 +381,15 @@ def test_no_tensor_of_recall_is_over_max_bytes(max_bytes, largest_class):
 
 @pytest.mark.parametrize("score", [map_at_r, first_neighbours])
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("largest_class", [10, 700])
+@pytest.mark.parametrize("largest_class", [10, 370])
 @pytest.mark.parametrize("width", [8, 800])
 def test_no_tensor_of_whole_rows_is_over_max_bytes(score, apart, largest_class, width):
-    """750 images: the whole matrix would be 2.3 MB, a whole copy of the wider embeddings 2.4 MB."""
-    points, labels, max_bytes = torch.randn(750, width), (torch.arange(750) - largest_class).clamp(min=0) // 10, 2**20
-    masks = as_masks(torch.arange(750) % 2 == 0, torch.arange(750) % 2 == 1) if apart else {}
+    """400 images: the whole matrix would be 0.6 MB, a whole copy of the wider embeddings 1.3 MB."""
+    points, labels = torch.randn(400, width), (torch.arange(400) - largest_class).clamp(min=0) // 10
+    masks = as_masks(torch.arange(400) % 2 == 0, torch.arange(400) % 2 == 1) if apart else {}
     with Largest(points) as largest:
-        score(points, labels, **masks, max_bytes=max_bytes)
-    assert largest.num_bytes <= max_bytes / 2
+        score(points, labels, **masks, max_bytes=2**20)
+    assert largest.num_bytes <= 2**19
 
 
 # ------------------------------------------------------------------------------------------------ wrong arguments
@@ -434,7 +434,7 @@ def test_wrong_masks_are_refused(name, mask):
 def test_scores_equal_those_of_pytorch_metric_learning():
     pytest.importorskip("faiss")  # its search
     package = pytest.importorskip("pytorch_metric_learning.utils.accuracy_calculator")
-    for seed in range(120):
+    for seed in range(40):
         compare_with_package(package, seed)
 
 
