@@ -31,7 +31,7 @@ from benchmarks import training
 from benchmarks.plain import compare, hardware, seconds, synchronize
 from benchmarks.progress import end_of_epoch
 from benchmarks.recall import bare_product, random_embedding, random_labels
-from dreml.augment import Batch, prepare
+from dreml.batches import Batch, prepare
 from dreml.cache import Cache, read_cache
 from dreml.checkpoint import Progress
 from dreml.cli import DEVICE_HELP, InputError, Parser, RunError, one_line, pick_device, run_main, set_up_device

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dreml.augment import Targets, epoch_batches, prepare
 from dreml.backbones import read_weights
+from dreml.batches import Targets, epoch_batches, prepare
 from dreml.cache import Cache, read_cache
 from dreml.cli import DEVICE_HELP, InputError, Parser, RunError, pick_device, run_main, set_up_device
 from dreml.optimizers import learning_rate, make_optimizer

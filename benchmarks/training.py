@@ -26,8 +26,7 @@ from PIL import Image
 import data_utils
 from benchmarks.plain import class_folders, compare, hardware, plain_step, row, seconds
 from dreml import cli
-from dreml.augment import Batch, epoch_batches, prepare
-from dreml.batches import input_memory
+from dreml.batches import Batch, epoch_batches, input_memory, prepare
 from dreml.cache import Cache, read_cache
 from dreml.images import ImageSpec
 from dreml.settings import Settings

@@ -1,38 +1,160 @@
-"""The index of a photo folder: a LanceDB table on disk that keeps the embedding of every photo, for the next search.
+"""The photos below a folder, their embeddings, and the index that keeps these: a LanceDB table on disk.
 
-The table `photos` has a row for each photo, with the columns of `PhotoIndex.schema`; docs/SEARCH.md says how to open it
-elsewhere. LanceDB is an extra: it is imported where it is used.
+The table `photos` has a row for each photo, with the columns of `schema`; docs/SEARCH.md says how to open it elsewhere.
+LanceDB is an extra: it is imported where it is used.
 """
 
-import collections
 import contextlib
-import functools
-import hashlib
 import importlib.util
 import os
 import re
+import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
 
-from dreml.cli import InputError, format_problems, one_line, print_text
-from dreml.files import atomic_open, json_sha256, take_lock, writable
-from dreml.images import IMAGE_VERSION
-from dreml.photos import IndexedPhotos, Photo, Row, class_of, list_photos, read_photos, walk_order
+from dreml.batches import spans
+from dreml.cli import (
+    InputError,
+    RunError,
+    format_problems,
+    is_utf8,
+    num_cores,
+    one_line,
+    print_text,
+    progress_bar,
+    with_less_memory,
+)
+from dreml.files import json_sha256, read_record, sha256, take_lock, writable, write_record
+from dreml.images import IMAGE_VERSION, BadImage, ImageSpec, bad_image, read_test_image
+from dreml.lists import LeftOut, class_folders
 from dreml.runs import Run
-from dreml.search import embed_batch
+from model import Ensemble
 
+T = TypeVar("T")
+BATCH_SIZE = 128  # images embedded at a time
 TABLE = "photos"
-COLUMNS = ["path", "size", "mtime", "vector", "model"]  # what a search reads
-SKIPPED = "skipped.txt"  # beside the table: the photos that cannot be used
-MAX_WAITING = 1024  # rows that need no embedding are written when there are so many
+RECORD = "index.json"  # beside the table: the folder and the model that it was made for
 KEPT_VERSIONS = timedelta(minutes=10)  # older versions of the table are removed: nobody reads for so long
-MAX_VERSIONS, MAX_FRAGMENTS = 16, 200  # with more, the table is compacted after a refresh, and during one
+OPTIMIZE_AFTER = 100  # batches; each adds a small file, and many slow the table down
+MIN_ROWS = 1000  # photos for a vector index: an exact search among fewer takes milliseconds
+EF = 200  # photos that the vector index keeps in view on its way
+REFINE = 4  # for how many times the wanted photos the vectors themselves are compared, not the index's bytes
+
+# ------------------------------------------------------------------------------------------------ photos
+
+
+class Photo(NamedTuple):
+    """A photo as its folder shows it."""
+
+    path: str  # relative to the photo folder, with forward slashes
+    size: int  # bytes
+    mtime: int  # time of change, in nanoseconds
+
+
+def class_of(path: str) -> str | None:
+    """The class of a photo, as in data sets: the path of its folder; None for a photo outside any."""
+    return path.rpartition("/")[0] or None
+
+
+def list_photos(name: str, folder: Path, problems: list[str]) -> list[Photo]:
+    """All photos below a folder, at any depth. What cannot be read is added to `problems`.
+
+    Says which files are left out, for their types. Raises InputError if there are no photos. `name` says what the
+    folder is, "gallery" or "query".
+    """
+    if not os.path.isdir(folder):
+        raise InputError(f"{name} {folder}: no such folder")
+    photos = []
+    left_out = LeftOut()
+    for class_name, files in class_folders(folder, problems, left_out):
+        for file in files:
+            path = f"{class_name}/{file}" if class_name else file
+            try:
+                found = os.stat(folder / path)
+            except OSError as error:  # a link to nowhere
+                problems.append(str(bad_image(folder / path, error)))
+                continue
+            if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait without end
+                problems.append(f"{folder / path}: not a regular file")
+            elif not is_utf8(f"{folder}/{path}"):
+                problems.append(f"{str(folder / path)!a}: the name is not valid UTF-8")
+            else:
+                photos.append(Photo(path, found.st_size, found.st_mtime_ns))
+    if not photos:
+        reason = f" ({left_out})" if left_out else format_problems(problems)
+        raise InputError(f"{name} {folder}: no images below it{reason}")
+    if left_out:
+        print(f"warning: {name} {folder}: {left_out}", file=sys.stderr)
+    return photos
+
+
+@torch.inference_mode()
+def embed_images(
+    items: Sequence[T], read: Callable[[T, ImageSpec], np.ndarray | None], load: Callable[[], Ensemble], title: str
+) -> Iterator[list[tuple[T, torch.Tensor | BadImage | None]]]:
+    """Yield BATCH_SIZE items at a time, each with its embedding or with what is wrong with it.
+
+    `read(item, spec)` returns the pixels `(S, S, 3) uint8`, or None for an image that needs no embedding; it runs in
+    threads. `load()` returns the ensemble. Embeddings are `(d,) float32` on the CPU, of length 1. Raises RunError for
+    one that is not finite.
+    """
+    if not items:
+        return
+    ensemble = load()
+
+    def read_or_say(item: T) -> np.ndarray | BadImage | None:
+        try:
+            return read(item, ensemble.image_spec)
+        except Exception as error:  # of the disk, and whatever a damaged image makes Pillow raise
+            return bad_image(getattr(error, "filename", None) or "image", error)
+
+    def embed(size: int) -> torch.Tensor:
+        return torch.cat([ensemble(part.to(ensemble.mean.device)).cpu() for part in pixels.split(size)])
+
+    pieces = spans(0, len(items), BATCH_SIZE)
+    with ThreadPoolExecutor(num_cores()) as threads:
+        for start, stop in progress_bar(pieces, title, len(pieces), " batches"):
+            batch = list(threads.map(read_or_say, items[start:stop]))
+            usable = [place for place, image in enumerate(batch) if isinstance(image, np.ndarray)]
+            if usable:
+                pixels = torch.from_numpy(np.stack([batch[place] for place in usable]))
+                rows = with_less_memory(embed, len(pixels))
+                if not torch.isfinite(rows).all():
+                    raise RunError(f"{title}: the embedding of some images is not finite")
+                for place, row in zip(usable, rows, strict=True):
+                    batch[place] = row
+            yield list(zip(items[start:stop], batch, strict=True))
+
+
+def embed_folder(folder: Path, load: Callable[[], Ensemble]) -> tuple[list[str], torch.Tensor]:
+    """The paths of the photos below a folder, sorted, and their embeddings `(N, d) float32`, without an index."""
+    problems: list[str] = []
+    paths = sorted(photo.path for photo in list_photos("gallery", folder, problems))
+    rows = {}
+    for batch in embed_images(paths, lambda path, spec: read_test_image(folder / path, spec), load, "gallery"):
+        rows |= {path: row for path, row in batch if not isinstance(row, BadImage)}
+        problems += [str(row) for _, row in batch if isinstance(row, BadImage)]
+    warn_of(problems)
+    if not rows:
+        raise InputError(f"gallery {folder}: none of its images can be used")
+    return list(rows), torch.stack(list(rows.values()))
+
+
+def warn_of(problems: list[str]) -> None:
+    """Count the files that cannot be used, and name the first of them."""
+    if problems:
+        text = f"warning: {len(problems):,} files cannot be used:{format_problems(problems)}"
+        print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------ the index
 
 
 def is_installed() -> bool:
@@ -48,251 +170,182 @@ def model_checksum(run: Run, embedding: str) -> str:
     return json_sha256([run.record.settings_hash, embedding, run.num_members, run.weights, IMAGE_VERSION])
 
 
-def default_place(run: Run, photos: Path, model: str) -> Path:
-    """Where the index of a photo folder is kept unless another place is named: in the run folder."""
+def index_name(photos: Path, model: str) -> str:
+    """The name of the folder for an index, where none is given."""
     photos = os.path.realpath(photos)
     name = re.sub(r"[^\w.-]", "_", os.path.basename(photos))[:40]
-    which = hashlib.sha256(os.fsencode(photos)).hexdigest()[:8]  # other folders may have this name too
-    return run.folder / "index" / f"{name}_{which}_model_{model[:8]}"
+    return f"{name}_{json_sha256([photos, model])[:16]}"
 
 
-# ------------------------------------------------------------------------------------------------ the index
+def schema(width: int):
+    """The columns of the table, for embeddings of `width` numbers."""
+    import pyarrow as pa
+
+    columns = {"path": pa.string(), "class": pa.string(), "size": pa.int64(), "mtime": pa.int64()}
+    return pa.schema(columns | {"hash": pa.string(), "vector": pa.list_(pa.float32(), width)})
 
 
 class PhotoIndex:
     """The index of the photos below `folder`, kept at `place` for the model with this checksum.
 
-    Its methods raise InputError where the index is damaged, of another model, or cannot be written.
+    `moved`: the folder has another place than before, and the index goes on. Methods raise InputError where the index
+    is damaged, of another folder or model, or cannot be written.
     """
 
-    def __init__(self, folder: Path, place: Path, model: str):
-        self.folder, self.place, self.model = folder, place, model
-        if os.path.exists(place) and not os.path.isdir(place):
-            raise InputError(f"--index {place} is not a folder")
+    def __init__(self, folder: Path, place: Path, model: str, moved: bool = False):
+        self.folder = folder
+        self.place = place
+        self.made_for = {"folder": os.path.realpath(folder), "model": model}
+        self.moved = moved
+        self.check()
 
-    @staticmethod
-    def schema(width: int):
-        """The columns of the table."""
-        import pyarrow as pa
+    def check(self) -> None:
+        """Raise InputError unless the index is of this folder and model, or not there yet."""
+        if os.path.exists(self.place) and not os.path.isdir(self.place):
+            raise InputError(f"index {self.place} is not a folder")
+        with self.opened() as table:
+            record = self.made_for if table is None else read_record(self.place / RECORD)
+        if record["model"] != self.made_for["model"]:
+            other = "another model, other members or another embedding"
+            raise InputError(f"index {self.place} is of {other}: choose another place, or delete it")
+        if record["folder"] != self.made_for["folder"] and not self.moved:
+            moved = f"if they are in {self.folder} now, search once with refresh moved"
+            raise InputError(
+                f"index {self.place} is of the photos in {record['folder']}: choose another place; {moved}"
+            )
 
-        columns = {"path": pa.string(), "class": pa.string(), "size": pa.int64(), "mtime": pa.int64()}
-        columns |= {"hash": pa.string(), "vector": pa.list_(pa.float32(), width), "model": pa.string()}
-        return pa.schema([pa.field(name, kind, name == "class") for name, kind in columns.items()])
+    @contextlib.contextmanager
+    def opened(self) -> Iterator:
+        """The newest version of the table, or None if there is none yet. Where LanceDB fails, the index is named."""
+        versions = self.place / f"{TABLE}.lance" / "_versions"
+        try:  # a process that was killed early leaves a folder without a version
+            yield self.database().open_table(TABLE) if any(versions.glob("*.manifest")) else None
+        except (RuntimeError, ValueError, OSError, ImportError) as error:  # what LanceDB raises
+            remedy = "if it is damaged, delete it and search again"
+            raise InputError(f"index {self.place} cannot be used ({one_line(error)}); {remedy}") from None
 
-    @functools.cached_property
     def database(self):
         import lancedb
 
         return lancedb.connect(os.path.abspath(self.place))
 
-    def table(self):
-        """The newest version of the table, or None if there is none yet."""
-        with self.one_line_errors():
-            if not os.path.isdir(self.place):
-                return None
-            try:
-                return self.database.open_table(TABLE)
-            except ValueError as error:  # the process that made it was killed before it had a version
-                if "was not found" in str(error):
-                    return None
-                raise
-
-    @contextlib.contextmanager
-    def one_line_errors(self) -> Iterator[None]:
-        """Names the index where LanceDB fails: its errors are plain RuntimeErrors."""
-        try:
-            yield
-        except (RuntimeError, ValueError, OSError, ImportError) as error:
-            raise InputError(
-                f"--index {self.place} cannot be used ({one_line(error)}); if it is damaged, delete it and search again"
-            ) from None
-
-    def scan(self, table, columns: list[str], where: str | None = None):
-        """Columns of the table's rows, and `_rowid`, as an Arrow table. Later rows have larger ids."""
-        with self.one_line_errors():
-            query = table.search().select(columns).with_row_id(True)
-            found = (query.where(where) if where else query).to_arrow()
-            if "model" in columns and set(found["model"].unique().to_pylist()) - {self.model}:
-                raise InputError(
-                    f"--index {self.place} is of another model, other members or another --embedding: choose another "
-                    "place, or delete it"
-                )
-            return found
-
-    def photos(self) -> IndexedPhotos:
-        """All photos of the index."""
-        table = self.table()
-        if table is None:
-            raise InputError(f"there is no index in {self.place} yet: search once without --refresh never")
-        return self.loaded(self.scan(table, COLUMNS))
-
-    def loaded(self, found) -> IndexedPhotos:
-        """Rows of the table, an Arrow table, in order. Of a photo's two rows (interrupted refresh) the newer counts."""
-        if not found.num_rows:
-            raise InputError(f"--gallery {self.folder}: its index has no photo that can be searched")
-        paths, start = found["path"].to_pylist(), 0
-        vectors = np.empty((len(paths), found["vector"].type.list_size), np.float32)
-        for chunk in found["vector"].chunks:
-            vectors[start : start + len(chunk)] = chunk.flatten().to_numpy().reshape(len(chunk), -1)
-            start += len(chunk)
-        newest = {paths[row]: row for row in np.argsort(found["_rowid"].to_numpy(), kind="stable").tolist()}
-        order = [newest[path] for path in sorted(newest, key=walk_order)]
-        if order != list(range(len(paths))):
-            paths, vectors = [paths[row] for row in order], vectors[order]
-        sizes, mtimes = (found[name].to_numpy()[order] for name in ("size", "mtime"))
-        return IndexedPhotos(self.folder, paths, sizes, mtimes, torch.from_numpy(vectors))
-
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Waits until no other process changes the index, and keeps others from it."""
-        with writable(self.place, "--index"):
+        """Wait until no other process changes the index, and keep others from it."""
+        with writable(self.place, "index"):
             lock = take_lock(self.place / ".lock", timeout=0)
         if lock is None:
-            print_text(f"another process works on {self.place}: waiting for it (--refresh never would not wait)")
+            print_text(f"another process works on {self.place}: waiting for it (refresh never would not wait)")
             lock = take_lock(self.place / ".lock")
         with lock:
             yield
 
-    def refresh(self, load: Callable[[], nn.Module], batch_size: int) -> collections.Counter:
-        """Makes the index equal to the folder, and prints what was done. Returns the counts.
+    def read(self, near: torch.Tensor | None = None, number: int = 0) -> tuple[list[str], torch.Tensor]:
+        """The paths of the photos in the index, sorted, and their embeddings `(N, d) float32`.
+
+        With a vector `near` `(d,) float32`, only the `number` nearest to it, or nearly so, by the vector index.
+        """
+        with self.opened() as table:
+            if table is None:
+                raise InputError(f"there is no index in {self.place} yet: search once with refresh always")
+            query = table.search()
+            if near is not None:  # Lance refuses a smaller ef
+                query = table.search(near.cpu().numpy()).distance_type("cosine").limit(number)
+                query = query.refine_factor(REFINE).ef(max(EF, REFINE * number))
+            found = query.to_arrow().sort_by("path")
+        if not found.num_rows:
+            raise InputError(f"gallery {self.folder}: its index has no photo that can be searched")
+        vectors = np.concatenate([chunk.flatten().to_numpy() for chunk in found["vector"].chunks])
+        return found["path"].to_pylist(), torch.from_numpy(vectors.reshape(found.num_rows, -1))
+
+    def has_vector_index(self) -> bool:
+        """Whether an approximate search is possible."""
+        with self.opened() as table:
+            return table is not None and any(each.columns == ["vector"] for each in table.list_indices())
+
+    def refresh(self, load: Callable[[], Ensemble], vector_index: bool = False) -> dict[str, int]:
+        """Make the index equal to the folder, and print what was done. Returns the counts.
 
         Only new and changed photos are embedded, by the ensemble that `load` returns. Each batch is stored when it is
-        done, so that a killed process loses the batch in hand.
+        done: a killed process loses the batch in hand. `vector_index`: make one, if there are photos enough.
         """
-        if not os.path.isdir(self.folder):
-            raise InputError(f"--gallery {self.folder}: no such folder")
         problems: list[str] = []
+        hashes: dict[Photo, str] = {}
+        counts = {"new": 0, "changed": 0, "removed": 0}
+
+        def read(photo: Photo, spec: ImageSpec) -> np.ndarray | None:
+            file = self.folder / photo.path
+            hashes[photo] = sha256(file)  # first: a photo that changes after this is embedded by the next search
+            known = photo.path in stored and stored[photo.path][1] == hashes[photo]
+            return None if known else read_test_image(file, spec)
+
         with self.locked():
-            photos = list_photos(self.folder, problems)  # as it is when nobody else changes the index
-            rows = self.rows()
-            stored, known = {row.photo for row in rows}, {row.hash for row in rows}
-            pending = [photo for photo in photos if photo not in stored]
-            added = self.add(pending, load(), known, batch_size, problems) if pending else []
-            counts = self.count(rows, photos, added)
-            self.drop_stale(self.rows() if added else rows, photos)
-            self.report(counts, problems)
+            self.check()
+            photos = list_photos("gallery", self.folder, problems)
+            with writable(self.place, "index"):
+                write_record(self.place / RECORD, self.made_for)
+            stored = self.stored()
+            pending = [photo for photo in photos if photo.path not in stored or stored[photo.path][0] != photo]
+            usable = {photo.path for photo in photos}
+            for number, batch in enumerate(embed_images(pending, read, load, "gallery"), 1):
+                self.write(batch, hashes, number % OPTIMIZE_AFTER == 0)
+                for photo, row in batch:
+                    if isinstance(row, BadImage):
+                        problems.append(str(row))
+                        usable.remove(photo.path)
+                    elif row is not None:
+                        counts["changed" if photo.path in stored else "new"] += 1
+            gone = sorted(stored.keys() - usable)
+            counts["removed"] = len(gone)
+            self.finish(gone, bool(pending or gone), vector_index)
+        changes = ", ".join(f"{number:,} {kind}" for kind, number in counts.items() if number) or "no changes"
+        num_embedded = counts["new"] + counts["changed"]
+        print_text(f"{self.place}: {len(photos):,} photos, {changes}; {num_embedded:,} embedded")
+        warn_of(problems)
         return counts
 
-    def rows(self) -> list[Row]:
-        """All rows of the table but their vectors, the older ones first."""
-        table = self.table()
-        if table is None:
-            return []
-        found = self.scan(table, ["path", "size", "mtime", "hash", "model"]).sort_by("_rowid")
-        columns = [found[name].to_pylist() for name in ("path", "size", "mtime", "hash", "_rowid")]
-        return [
-            Row(Photo(path, size, mtime), digest, id) for path, size, mtime, digest, id in zip(*columns, strict=True)
-        ]
+    def stored(self) -> dict[str, tuple[Photo, str]]:
+        """The photos of the table and their hashes, by path."""
+        with self.opened() as table:
+            found = [] if table is None else table.search().select([*Photo._fields, "hash"]).to_arrow().to_pylist()
+        return {row["path"]: (Photo(row["path"], row["size"], row["mtime"]), row["hash"]) for row in found}
 
-    def add(
-        self, pending: list[Photo], ensemble: nn.Module, known: set[str], batch_size: int, problems: list[str]
-    ) -> list[tuple[Photo, str, bool]]:
-        """Stores rows of photos. Returns (photo, hash, whether it was embedded), a photo of known content was not.
-
-        A batch is the next `batch_size` photos of new content, whatever lies between them: a process that goes on
-        after a killed one makes the same batches, and so the same bits.
-        """
-        batch: dict[str, np.ndarray] = {}  # hash -> pixels
-        waiting: list[tuple[Photo, str]] = []
-        added = []
-
-        def store(last: bool = False) -> None:
-            embedded = {}
-            if batch and (last or len(batch) == batch_size):
-                rows = embed_batch("--gallery", torch.from_numpy(np.stack(list(batch.values()))), ensemble)
-                embedded = dict(zip(batch, rows.cpu().numpy(), strict=True))
-                batch.clear()
-            ready = [pair for pair in waiting if pair[1] not in batch]
-            self.write(ready, embedded)
-            known.update(embedded)
-            waiting[:] = [pair for pair in waiting if pair[1] in batch]
-            for photo, digest in ready:
-                added.append((photo, digest, embedded.pop(digest, None) is not None))
-
-        for each in read_photos(self.folder, pending, ensemble.image_spec, known, 2 * batch_size):
-            if each.problem:
-                problems.append(each.problem)
-                continue
-            waiting.append((each.photo, each.hash))
-            if each.hash not in known:
-                batch.setdefault(each.hash, each.pixels)
-            if len(batch) == batch_size or len(waiting) >= MAX_WAITING + batch_size:
-                store()
-        store(last=True)
-        return added
-
-    def write(self, ready: list[tuple[Photo, str]], embedded: dict[str, np.ndarray]) -> None:
-        """Appends a row for each (photo, hash), with the vector embedded now, or that of a row of the same hash."""
+    def write(
+        self, batch: list[tuple[Photo, torch.Tensor | BadImage | None]], hashes: dict[Photo, str], optimize: bool
+    ) -> None:
+        """Store a batch, in the place of earlier rows of the same paths. Without an embedding, theirs stays."""
         import pyarrow as pa
 
-        if not ready:
-            return
-        table = self.table()
-        vectors = dict(embedded)
-        missing = sorted({digest for _, digest in ready} - set(vectors))
-        if missing:
-            where = "hash IN ({})".format(", ".join(f"'{digest}'" for digest in missing))
-            found = self.scan(table, ["hash", "vector"], where).to_pylist()
-            vectors |= {row["hash"]: np.array(row["vector"], np.float32) for row in found}
-        matrix = np.stack([vectors[digest] for _, digest in ready])
-        width = matrix.shape[1]
-        columns = list(zip(*(photo for photo, _ in ready), strict=True))
-        arrays = [columns[0], [class_of(path) for path in columns[0]], *columns[1:], [digest for _, digest in ready]]
-        arrays += [pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), width), [self.model] * len(ready)]
-        rows = pa.table(arrays, schema=self.schema(width))
-        with self.one_line_errors():
-            if table is None:
-                self.database.create_table(TABLE, rows)
-            else:
-                table.add(rows)
-                if table.stats()["fragment_stats"]["num_fragments"] > MAX_FRAGMENTS:
-                    compact(table)
+        rows = []
+        touched = []
+        for photo, row in batch:
+            if row is None:
+                touched.append(photo._asdict())
+            elif not isinstance(row, BadImage):
+                more = {"class": class_of(photo.path), "hash": hashes[photo], "vector": row.numpy()}
+                rows.append(photo._asdict() | more)
+        with self.opened() as table:
+            if touched:
+                table.merge_insert("path").when_matched_update_all().execute(pa.Table.from_pylist(touched))
+            if rows:
+                columns = schema(len(rows[0]["vector"]))
+                if table is None:
+                    table = self.database().create_table(TABLE, schema=columns)
+                merge = table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
+                merge.execute(pa.Table.from_pylist(rows, schema=columns))
+            if optimize and table is not None:
+                table.optimize()
 
-    @staticmethod
-    def count(rows: list[Row], photos: list[Photo], added: list[tuple[Photo, str, bool]]) -> collections.Counter:
-        """What a refresh did, by the rows before, the photos now, and the rows added. A renamed photo is "moved"."""
-        before = {row.photo.path: row.hash for row in rows}
-        gone = before.keys() - {photo.path for photo in photos}
-        gone_hashes = {before[path] for path in gone}
-        counts = collections.Counter(photos=len(photos), removed=len(gone))
-        for photo, digest, was_embedded in added:
-            if photo.path in before:
-                kind = "touched" if before[photo.path] == digest else "changed"
-            else:
-                kind = "moved" if digest in gone_hashes else "new" if was_embedded else "copied"
-            counts.update([kind, "embedded"] if was_embedded else [kind])
-        counts["removed"] = max(0, counts["removed"] - counts["moved"])
-        return counts
+    def finish(self, gone: list[str], changed: bool, vector_index: bool) -> None:
+        """Delete the rows of photos that are gone, and let LanceDB tidy up."""
+        with self.opened() as table:
+            for start, stop in spans(0, len(gone), 1000):
+                names = ", ".join("'" + path.replace("'", "''") + "'" for path in gone[start:stop])
+                table.delete(f"path IN ({names})")
+            if table is not None and changed:  # joins small files, adds new rows to the vector index
+                table.optimize(cleanup_older_than=KEPT_VERSIONS)
+            if vector_index and table is not None and table.count_rows() >= MIN_ROWS and not self.has_vector_index():
+                from lancedb.index import HnswSq
 
-    def drop_stale(self, rows: list[Row], photos: list[Photo]) -> None:
-        """Deletes all rows but the newest one of each photo as it is now. Compacts a table of many versions."""
-        newest = {row.photo: row.id for row in rows}
-        kept = {newest.get(photo) for photo in photos}
-        stale = [str(row.id) for row in rows if row.id not in kept]
-        table = self.table()
-        if table is None:
-            return
-        with self.one_line_errors():
-            if stale:
-                table.delete(f"_rowid IN ({', '.join(stale)})")
-            if len(table.list_versions()) > MAX_VERSIONS:
-                compact(table)
-
-    def report(self, counts: collections.Counter, problems: list[str]) -> None:
-        """Prints what a refresh did. The problems are listed in a file beside the table, the first 20 are printed."""
-        kinds = ("new", "changed", "moved", "copied", "touched", "removed")
-        parts = [f"{counts[kind]:,} {kind}" for kind in kinds if counts[kind]] or ["no changes"]
-        print_text(f"{self.place}: {counts['photos']:,} photos, {', '.join(parts)}; {counts['embedded']:,} embedded")
-        skipped = self.place / SKIPPED
-        if not problems:
-            skipped.unlink(missing_ok=True)
-            return
-        with atomic_open(skipped) as file:
-            file.writelines(f"{problem}\n" for problem in problems)
-        text = f"warning: {len(problems):,} files cannot be used (listed in {skipped}):{format_problems(problems)}"
-        print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
-
-
-def compact(table) -> None:
-    """Joins the table's small files, lets the vector index take in new rows, and removes old versions."""
-    table.optimize(cleanup_older_than=KEPT_VERSIONS)
+                print_text(f"{self.place}: making the vector index")
+                table.create_index("vector", config=HnswSq(distance_type="cosine"))

@@ -1,10 +1,10 @@
-"""Searching images: what to search for and among, embedding image files, the nearest neighbours."""
+"""Search with a trained run: a gallery, the images nearest to a query, and whether they are near enough."""
 
+import functools
 import math
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,24 +12,28 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch import nn
+from PIL import Image
 
-from dreml.batches import image_batches, spans
-from dreml.cli import (
-    InputError,
-    RunError,
-    format_problems,
-    is_utf8,
-    num_cores,
-    progress_bar,
-    with_less_memory,
-)
+from dreml.batches import spans
+from dreml.cli import InputError, format_problems, is_utf8, pick_device, print_text
 from dreml.files import file_id
-from dreml.images import BadImage, read_test_image
-from dreml.lists import LeftOut, class_folders
+from dreml.images import BadImage, ImageSpec, read_test_image, resize_test, to_rgb
+from dreml.index import (
+    PhotoIndex,
+    class_of,
+    embed_folder,
+    embed_images,
+    index_name,
+    is_installed,
+    list_photos,
+    model_checksum,
+)
+from dreml.runs import read_run
+from dreml.thresholds import Threshold, read_threshold
+from model import Ensemble, load_ensemble, unit_rows
+from utils import unmatched_queries
 
-BATCH_SIZE = 128  # images embedded at a time
+Query = str | Path | int | Image.Image | np.ndarray  # a file, a row of test.csv (or "test:17"), (H, W, 3) uint8
 
 # ------------------------------------------------------------------------------------------------ images
 
@@ -37,250 +41,101 @@ BATCH_SIZE = 128  # images embedded at a time
 class Item(NamedTuple):
     """An image to search for or among."""
 
-    name: str  # its path, or test:17 for a query
+    name: str  # its path, or test:17
     path: str  # of a test image: relative to the data set's folder
     class_name: str | None  # None: not known
-    file: Path
+    file: Path | None  # None: it is only in memory
     row: int | None = None  # in test.csv; None: not of the test split
+    image: Image.Image | None = None  # of a query in memory
 
     @property
     def caption(self) -> str:
         """A short name, for the picture."""
-        return self.file.name if self.row is None else self.name
+        return self.name if self.row is not None or self.file is None else self.file.name
 
 
-def test_item(test: pd.DataFrame, folder: Path, row: int) -> Item:
+class Neighbour(NamedTuple):
+    """An image that was found."""
+
+    path: str  # of a test image: relative to the data set's folder
+    class_name: str | None
+    file: Path
+    row: int | None
+    similarity: float  # the mean of the members' cosines, rounded to 1e-6
+    right: bool | None  # whether it is of the query's class; None where that is not known
+    found: bool  # whether it reaches the threshold
+
+
+@dataclass
+class Answer:
+    """A query and its neighbours, the most similar first."""
+
+    query: Item
+    neighbours: list[Neighbour]
+    threshold: float | None = None  # None: every neighbour counts as found
+
+    @property
+    def class_name(self) -> str | None:
+        """The class of the query, where it is known."""
+        return self.query.class_name
+
+    def __iter__(self) -> Iterator[Neighbour]:
+        return iter(self.neighbours)
+
+
+@dataclass
+class Gallery:
+    """What is searched: images of the test split, or photos below a folder. Row i of `vectors` embeds image i."""
+
+    folder: Path
+    paths: Sequence[str]  # relative to the folder
+    vectors: torch.Tensor  # (N, d) float32, rows of length 1
+    test: pd.DataFrame | None = None  # test.csv; None: photos
+    rows: np.ndarray | None = None  # (N,) int64, of test.csv
+
+    def item(self, place: int) -> Item:
+        """One image. It is made when it is asked for: a search needs a few of a million."""
+        if self.rows is not None:
+            return test_item(self.test, self.folder, int(self.rows[place]))
+        return photo_item(self.folder, self.paths[place])
+
+    def places_of(self, queries: list[Item]) -> list[int]:
+        """The place of each query itself, by its row of test.csv or its file, or -1."""
+        if self.rows is None:
+            return same_files([query.file for query in queries], self.paths, self.folder)
+        places = np.full(len(self.test) + 1, -1)
+        places[self.rows] = np.arange(len(self.rows))
+        return [int(places[-1 if query.row is None else query.row]) for query in queries]
+
+
+def test_item(test: pd.DataFrame, folder: Path, row: int, name: str | None = None) -> Item:
     """An image of the test split, by its row of test.csv. `folder` is where the raw data set is, or was."""
     path = test.path[row]
-    return Item(path, path, test.class_name[row], folder / path, row)
+    return Item(name or path, path, test.class_name[row], folder / path, row)
 
 
-class SplitItems(Sequence[Item]):
-    """Images of the test split, made when they are asked for: a search needs a few of a million."""
-
-    def __init__(self, test: pd.DataFrame, folder: Path, rows: np.ndarray):
-        self.test, self.folder = test, folder
-        self.rows = rows  # (N,) int64, of test.csv, in order
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, place: int) -> Item:
-        return test_item(self.test, self.folder, int(self.rows[place]))
-
-    def place_of(self, query: Item) -> int:
-        """The place of a query, or -1: one that is not of the test split has no row."""
-        if query.row is None:
-            return -1
-        place = int(np.searchsorted(self.rows, query.row))
-        return place if place < len(self) and self.rows[place] == query.row else -1
+def photo_item(folder: Path, path: str) -> Item:
+    """A photo below a folder."""
+    file = os.path.join(folder, path)
+    return Item(file, file, class_of(path), Path(file))
 
 
-def image_names(option: str, folder: Path, problems: list[str], left_out: LeftOut) -> Iterator[tuple[str, str]]:
-    """Yields (subfolder, file name) of all images below a folder; the folder itself is called "".
+def same_files(files: list[Path | None], paths: Sequence[str], folder: Path) -> list[int]:
+    """The place in `paths`, relative to a folder, that is each of some files, by whatever path it is named; or -1.
 
-    Adds what cannot be read to `problems`, and counts files of other types in `left_out`. `option` names the folder.
+    The disk is asked only for those that have the name of one of the files, or of the file that it is a link to: asking
+    for a million takes long.
     """
-    if not os.path.isdir(folder):
-        raise InputError(f"{option} {folder}: no such folder")
-    for name, files in class_folders(folder, problems, left_out):
-        for file in files:
-            if is_utf8(f"{folder}/{name}/{file}"):
-                yield name, file
-            else:
-                problems.append(f"{str(folder / name / file)!a}: the name is not valid UTF-8")
-
-
-def folder_items(option: str, folder: Path) -> list[Item]:
-    """All images below a folder, at any depth. The class of an image is the first folder below it on the way.
-
-    Says which files are left out, for their types. Raises InputError if there are no images. `option` is the option
-    that names the folder.
-    """
-    problems, items, left_out = [], [], LeftOut()
-    for name, file in image_names(option, folder, problems, left_out):
-        file = folder / name / file
-        items.append(Item(str(file), str(file), name.split("/")[0] or None, file))
-    refuse(option, problems)
-    if not items:
-        raise InputError(f"{option} {folder}: no images below it{f' ({left_out})' if left_out else ''}")
-    if left_out:
-        print(f"warning: {option} {folder}: {left_out}", file=sys.stderr)
-    return items
-
-
-def refuse(option: str, problems: list[str], shown: int = 20) -> None:
-    """Raises InputError with the problems, if there are any; the first `shown` of them are named."""
-    if len(problems) == 1:
-        raise InputError(f"{option}: {problems[0]}")
-    if problems:
-        raise InputError(f"{option}: {len(problems):,} problems:{format_problems(problems, shown)}")
-
-
-def query_items(texts: Sequence[str], test: pd.DataFrame, folder: Path) -> tuple[list[Item], list[str]]:
-    """The images that --query asks for, in its order, and what is wrong with others.
-
-    The file of a test image counts as that test image; `folder` is where the raw data set is, or was.
-    """
-    items, problems = [], []
-    for text in texts:
-        if not is_utf8(text):
-            problems.append(f"{text!a}: the name is not valid UTF-8")
-        elif text.startswith("test:"):
-            number = text.removeprefix("test:")
-            if not number.isascii() or not number.isdigit() or len(number) > 9 or int(number) >= len(test):
-                rows = f"INDEX has to be in 0..{len(test) - 1}, a row of test.csv"
-                problems.append(f"{text}: {rows if len(test) else 'the data set has no test images'}")
-            else:
-                items.append(test_item(test, folder, int(number))._replace(name=text))
-        elif os.path.isdir(text):  # unlike Path.is_dir, also for a text that is too long for a name
-            try:
-                items += folder_items("--query", Path(text))
-            except InputError as error:
-                problems.append(str(error).removeprefix("--query").lstrip(": "))
-        elif os.path.isfile(text):
-            items.append(Item(text, text, None, Path(text)))
-        else:
-            problems.append(f"{text}: no such image or folder (test:INDEX for a test image)")
-    if os.path.isdir(folder):  # else no file is that of a test image
-        places = [place for place, item in enumerate(items) if item.row is None]
-        rows = own_rows([items[place].file for place in places], test, folder)
-        for place, row in zip(places, rows, strict=True):
-            if row is not None:
-                items[place] = test_item(test, folder, row)._replace(name=items[place].name)
-    return items, problems
-
-
-def names_of(file: Path) -> set[str]:
-    """The name of a file, and of the file that it is a link to."""
-    return {os.path.basename(file), os.path.basename(os.path.realpath(file))}
-
-
-def own_rows(files: list[Path], test: pd.DataFrame, folder: Path) -> list[int | None]:
-    """The row of test.csv whose image is each of some files, by whatever path; None for other photos.
-
-    The disk is asked only for test images that have the name of one of the files, or of the file that it is a link to:
-    asking for a million takes long.
-    """
-    names = set().union(*map(names_of, files))
-    rows: dict[tuple[int, int] | None, int] = {}
-    for row, path in enumerate(test.path.tolist() if names else []):
+    names = {os.path.basename(path) for file in files if file for path in (file, os.path.realpath(file))}
+    places: dict[tuple[int, int] | None, int] = {}
+    for place, path in enumerate(paths if names else []):
         if path.rpartition("/")[2] in names:
-            rows.setdefault(file_id(os.path.join(folder, path)), row)
-    rows.pop(None, None)
-    return [rows.get(file_id(file)) for file in files]
+            places.setdefault(file_id(os.path.join(folder, path)), place)
+    places[None] = -1
+    return [places.get(file and file_id(file), -1) for file in files]
 
 
-# ------------------------------------------------------------------------------------------------ embedding
-
-
-def unit_rows(member_embeddings: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The ensemble's embedding with rows of length 1, from the members' `(N, d)` each: `(N, sum of all d) float32`.
-
-    Each member has the same share, so the dot product of two rows is the mean of the members' cosines.
-    """
-    widths = [member.shape[1] for member in member_embeddings]
-    rows = torch.empty((len(member_embeddings[0]), sum(widths)), device=member_embeddings[0].device)
-    for target, member in zip(rows.split(widths, dim=1), member_embeddings, strict=True):
-        target.copy_(F.normalize(member, dim=1)).div_(math.sqrt(len(widths)))
-    return rows
-
-
-@torch.inference_mode()
-def embed_batch(option: str, images: torch.Tensor, ensemble: nn.Module) -> torch.Tensor:
-    """The embedding of images `(N, S, S, 3) uint8`, like that of `unit_rows`. `ensemble` is an `Ensemble` of model.py.
-
-    Raises RunError, which names `option`, if numbers are not finite.
-    """
-    rows = ensemble(images.to(ensemble.mean.device))
-    if not torch.isfinite(rows).all():
-        raise RunError(f"{option}: the embedding of some images is not finite")
-    return rows
-
-
-@torch.inference_mode()
-def embed_images(
-    option: str, items: list[Item], ensemble: nn.Module, batch_size: int, bad: dict[int, str] | None = None
-) -> torch.Tensor:
-    """The embedding of image files, like that of `unit_rows`. `ensemble` is an `Ensemble` of model.py.
-
-    A bad image is added to `bad`, its place in `items` and what is wrong, and its row says nothing. Without `bad`,
-    raises InputError that names every bad image and `option`, which asked for them; after the first bad image, the
-    others are only read, not embedded.
-    """
-    files, problems, rows, spec = [item.file for item in items], {}, [], ensemble.image_spec
-
-    def read(file: Path) -> np.ndarray | BadImage:
-        try:
-            return read_test_image(file, spec)
-        except BadImage as error:
-            return error
-
-    def fill(start: int, stop: int, out: np.ndarray) -> None:
-        for place, image in enumerate(threads.map(read, files[start:stop])):
-            if isinstance(image, BadImage):
-                problems[start + place], out[place] = str(image), 0
-            else:
-                out[place] = image
-
-    with ThreadPoolExecutor(num_cores()) as threads:
-        pieces = spans(0, len(files), batch_size)
-        batches = image_batches(fill, pieces, spec.size, ensemble.mean.device)
-        for batch in progress_bar(batches, option, len(pieces), " batches"):
-            if bad is not None or not problems:
-                rows.append(embed_batch(option, batch, ensemble))
-    if bad is None:
-        refuse(option, list(problems.values()))
-    else:
-        bad.update(problems)
-    return torch.cat(rows)
-
-
-def embeddings_of(
-    option: str,
-    items: list[Item],
-    saved: torch.Tensor | None,
-    load: Callable[[], nn.Module],
-    bad: dict[int, str] | None = None,
-) -> torch.Tensor:
-    """The embeddings of images, `(N, d)` in their order: rows of `saved` for test images, computed for image files.
-
-    `saved` may be None where there are no test images; `load` is called where there are files. `option` asked for them.
-    Bad files: see `embed_images`.
-    """
-    of_test = [item.row for item in items if item.row is not None]
-    files = [place for place, item in enumerate(items) if item.row is None]
-    if not files:
-        return saved if of_test == list(range(len(saved))) else saved[of_test]
-    of_files, ensemble, problems = [items[place] for place in files], load(), None if bad is None else {}
-    computed = with_less_memory(lambda size: embed_images(option, of_files, ensemble, size, problems), BATCH_SIZE)
-    if problems:
-        bad.update((files[number], problem) for number, problem in problems.items())
-    if not of_test:
-        return computed
-    is_file = torch.tensor([item.row is None for item in items], device=saved.device)
-    rows = saved.new_empty(len(items), saved.shape[1])
-    rows[is_file], rows[~is_file] = computed.to(saved.device), saved[of_test]
-    return rows
-
-
-def embed_queries(
-    queries: list[Item], saved: torch.Tensor | None, load: Callable[[], nn.Module], problems: list[str]
-) -> tuple[list[Item], torch.Tensor]:
-    """The queries whose image can be used, and their embeddings. What is wrong with the others goes to `problems`.
-
-    Raises InputError if none can be used.
-    """
-    bad: dict[int, str] = {}
-    rows = embeddings_of("--query", queries, saved, load, bad)
-    problems += [bad[place] for place in sorted(bad)]
-    good = [place for place in range(len(queries)) if place not in bad]
-    if not good:
-        refuse("--query", problems, shown=len(problems))
-    return [queries[place] for place in good], rows[good]
-
-
-# ------------------------------------------------------------------------------------------------ search
+# ------------------------------------------------------------------------------------------------ nearest
 
 
 @torch.inference_mode()
@@ -291,10 +146,11 @@ def nearest(
 
     Returns their similarities `(Q, top) float32` and their numbers `(Q, top) int64`; among equally similar ones, the
     first in the gallery comes first. Similarities are rounded to 1e-6: the order in which products were summed up
-    should break no tie. `left_out` `(Q,)` is the place of each query itself in the gallery, or -1. At most `max_block`
-    similarities are held at a time, 4 bytes each, but at least one query's.
+    should break no tie. `left_out` `(Q,)` is the place of each query itself in the gallery, or -1; its similarity is
+    -inf. At most `max_block` similarities are held at a time, 4 bytes each, but at least one query's.
     """
-    similarities, numbers = np.empty((len(queries), top), np.float32), np.empty((len(queries), top), np.int64)
+    similarities = np.empty((len(queries), top), np.float32)
+    numbers = np.empty((len(queries), top), np.int64)
     left_out = torch.as_tensor(left_out, device=gallery.device)
     for start, stop in spans(0, len(queries), max(1, max_block // len(gallery))):
         block = (queries[start:stop].to(gallery.device) @ gallery.T).mul_(1e6).round_().div_(1e6)
@@ -307,66 +163,269 @@ def nearest(
         values = block[reaching].cpu().numpy()
         order = np.lexsort((columns, -values, rows))
         places = np.searchsorted(rows[order], np.arange(stop - start))[:, None] + np.arange(top)
-        similarities[start:stop], numbers[start:stop] = values[order[places]], columns[order[places]]
+        similarities[start:stop] = values[order[places]]
+        numbers[start:stop] = columns[order[places]]
     return similarities, numbers
 
 
-@dataclass
-class Found:
-    """A query and its neighbours, the most similar first."""
-
-    query: Item
-    neighbours: list[Item]
-    similarities: list[float]
-    threshold: float | None = None  # neighbours below it count as not found
-
-    @property
-    def right(self) -> list[bool | None]:
-        """Whether each neighbour is of the query's class, by its name; None where one of the classes is not known."""
-        mine, theirs = self.query.class_name, [item.class_name for item in self.neighbours]
-        return [None if None in (mine, other) else mine == other for other in theirs]
-
-    @property
-    def passes(self) -> list[bool]:
-        """Whether each neighbour reaches the threshold, both rounded to 1e-6."""
-        least = -math.inf if self.threshold is None else round(1e6 * self.threshold)
-        return [round(1e6 * similarity) >= least for similarity in self.similarities]
+# ------------------------------------------------------------------------------------------------ the searcher
 
 
-def find_neighbours(
-    queries: list[Item], query_rows: torch.Tensor, gallery: Sequence[Item], gallery_rows: torch.Tensor, top: int
-) -> list[Found]:
-    """The `top` gallery images nearest to each query, but for the query itself. Row i of a matrix embeds image i."""
-    places = places_of(queries, gallery, top)
-    similarities, numbers = nearest(query_rows, gallery_rows, top, places)
-    found = []
-    for query, place, row, values in zip(queries, places, numbers.tolist(), similarities.tolist(), strict=True):
-        if query.class_name is None and place >= 0:  # a photo that lies in the gallery has its class
-            query = query._replace(class_name=gallery[place].class_name)
-        found.append(Found(query, [gallery[number] for number in row], values))
-    return found
+class Searcher:
+    """Finds the images that are most similar to a query, with the ensemble of a run.
 
+        searcher = Searcher("results/RUN", gallery="photos/")
+        for neighbour in searcher.find("photo.jpg", top=8):
+            print(neighbour.similarity, neighbour.class_name, neighbour.path)
 
-def places_of(queries: list[Item], gallery: Sequence[Item], top: int) -> list[int]:
-    """The place of each query itself in the gallery, or -1: the same row of test.csv or, in a folder, the same file.
+    Args:
+        run: a run folder of train.py.
+        gallery: a folder of photos, a class for each folder; None: the gallery of the run's test split.
+        embedding: "logits" or "pooled".
+        num_members: members 1 to `num_members` are used; None: all that are finished.
+        index: where the index of the gallery is kept; None: in the run folder.
+        refresh: "always" embeds new and changed photos first, "never" searches the index as it is, "moved" goes on with
+            the index of a folder that has another place now.
+        ann: whether to search by LanceDB's approximate index, where there are photos enough for one.
+        data_path: where the data sets are; None: as in training.
 
-    A gallery that is no list finds a query by its own method `place_of`. Raises InputError if too few others are left
-    for `top` neighbours.
+    Raises InputError, one sentence, for what cannot be used. Several threads may search at once.
     """
-    if not isinstance(gallery, list):
-        places = [gallery.place_of(query) for query in queries]
-    else:
-        place_of_name = {item.file: place for place, item in enumerate(gallery)}
-        places = [place_of_name.get(query.file, -1) for query in queries]
-        if min(places) < 0:
-            place_of_file = {file_id(item.file): place for place, item in enumerate(gallery)}
-            place_of_file[None] = -1
-            for number, query in enumerate(queries):
-                if places[number] < 0:
-                    places[number] = place_of_file.get(file_id(query.file), -1)
-    available = len(gallery)
-    if max(places) >= 0:
-        available -= 1
-    if top > available:
-        raise InputError(f"--top {top} is over the number of images that can be found, {available}")
-    return places
+
+    def __init__(
+        self,
+        run: str | Path,
+        gallery: str | Path | None = None,
+        *,
+        embedding: str = "logits",
+        num_members: int | None = None,
+        device: str | torch.device = "auto",
+        index: str | Path | None = None,
+        refresh: str = "always",
+        ann: bool = False,
+        data_path: str | Path | None = None,
+    ):
+        self.run = read_run(Path(run), num_members)
+        self.embedding = embedding
+        self.device = pick_device(str(device))
+        self.data_path = self.run.data_path(data_path and Path(data_path))
+        self.data_folder = self.data_path / self.run.settings.data_name
+        self.photos = None if gallery is None else Path(gallery)
+        self.refresh = refresh
+        self.ann = ann
+        self.index = None
+        self.lock = threading.Lock()
+        if self.photos is None:
+            if not len(self.run.test):
+                raise InputError(f"{run}: its data set has no test images to search: name a gallery")
+            self.run.require(embedding)
+        elif refresh != "never" and not self.photos.is_dir():
+            raise InputError(f"gallery {gallery}: no such folder")
+        elif is_installed():
+            model = model_checksum(self.run, embedding)
+            place = Path(index) if index else self.run.folder / "index" / index_name(self.photos, model)
+            self.index = PhotoIndex(self.photos, place, model, refresh == "moved")
+
+    @functools.cached_property
+    def ensemble(self) -> Ensemble:
+        """The network."""
+        return load_ensemble(self.run.folder, self.device, self.embedding, self.run.num_members)
+
+    @functools.cached_property
+    def saved(self) -> torch.Tensor:
+        """The embeddings of all test images, `(M, d) float32`, rows of length 1."""
+        self.run.require(self.embedding)
+        return unit_rows(self.run.embeddings(self.embedding, self.device))
+
+    @functools.cached_property
+    def fresh_index(self) -> PhotoIndex:
+        """The index of the gallery, refreshed."""
+        if self.refresh != "never":
+            self.index.refresh(lambda: self.ensemble, self.ann)
+        if self.ann and not self.index.has_vector_index():
+            print_text(f"{self.photos}: no vector index yet, or too few photos for one: the search is exact")
+            self.ann = False
+        return self.index
+
+    @functools.cached_property
+    def gallery(self) -> Gallery:
+        """All that is searched."""
+        if self.photos is None:
+            rows = np.flatnonzero(self.run.test.is_gallery)
+            vectors = self.saved if len(rows) == len(self.saved) else self.saved[rows]
+            return Gallery(self.data_folder, [], vectors, self.run.test, rows)
+        if self.index is None:
+            print_text(f"note: every search embeds {self.photos} anew; an index would keep that: pip install lancedb")
+            paths, vectors = embed_folder(self.photos, lambda: self.ensemble)
+        else:
+            paths, vectors = self.fresh_index.read()
+        return Gallery(self.photos, paths, vectors.to(self.device))
+
+    # -------------------------------------------------------------------------------------------- queries
+
+    def find(self, query: Query, top: int = 8, far: float | None = None, threshold: float | None = None) -> Answer:
+        """The answer to one query, see `find_many`."""
+        return self.find_many([query], top, far, threshold)[0]
+
+    def find_many(
+        self,
+        queries: Sequence[Query] | Sequence[Item],
+        top: int = 8,
+        far: float | None = None,
+        threshold: float | None = None,
+        problems: list[str] | None = None,
+    ) -> list[Answer]:
+        """The `top` images that are most similar to each query, but not the query itself; fewer if there are fewer.
+
+        Neighbours less similar than `threshold`, or than what evaluate.py has measured for the false-accept rate `far`,
+        have `found` False. A folder stands for the photos below it. What is wrong with queries is added to `problems`,
+        and the others are answered; without `problems`, that is an InputError.
+        """
+        if top < 1:
+            raise InputError("top has to be at least 1")
+        if far is not None:
+            threshold = self.threshold(far).value
+        bad: list[str] = []
+        with self.lock:
+            items, rows = self.embed(self.items(queries, bad), bad)
+            if problems is None:
+                refuse("query", bad)
+            else:
+                problems += bad
+            if not items:
+                return []
+            index = self.fresh_index if self.index else None
+            if index is None or not self.ann:
+                return self.answers(items, rows, self.gallery, top, threshold)
+            answers = []
+            for item, row in zip(items, rows, strict=True):
+                nearby = Gallery(self.photos, *index.read(row, top + 8))
+                answers += self.answers([item], row[None], nearby, top, threshold)
+            return answers
+
+    def threshold(self, far: float) -> Threshold:
+        """The threshold that evaluate.py has measured for a false-accept rate."""
+        if not len(self.run.test):
+            raise InputError(f"{self.run.folder}: its data set has no test images, and so no thresholds: name a value")
+        return read_threshold(self.run, self.embedding, far)
+
+    def items(self, queries: Sequence[Query] | Sequence[Item], problems: list[str]) -> list[Item]:
+        """The images that are asked for. The file of a test image counts as that test image."""
+        if all(isinstance(query, Item) for query in queries):
+            return list(queries)
+        items = []
+        for query in queries:
+            try:
+                items += self.items_of(query, problems)
+            except InputError as error:
+                problems.append(str(error).removeprefix("query "))
+        files = [None if item.row is not None else item.file for item in items]
+        rows = same_files(files, self.run.test.path.tolist(), self.data_folder) if any(files) else []
+        for place, row in enumerate(rows):
+            if row >= 0:
+                items[place] = test_item(self.run.test, self.data_folder, row, items[place].name)
+        return items
+
+    def items_of(self, query: Query, problems: list[str]) -> list[Item]:
+        """The image of one query, or the photos of a folder. Raises InputError if there is none."""
+        if isinstance(query, Image.Image | np.ndarray):
+            image = query.copy() if isinstance(query, Image.Image) else Image.fromarray(query)
+            return [Item("image", "image", None, None, image=image)]
+        name = f"test:{query}" if isinstance(query, int | np.integer) else str(query)
+        if not is_utf8(name):
+            raise InputError(f"{name!a}: the name is not valid UTF-8")
+        if name.startswith("test:"):
+            number = name.removeprefix("test:")
+            if not number.isascii() or not number.isdigit() or int(number) >= len(self.run.test):
+                raise InputError(f"{name}: INDEX has to be a row of test.csv, in 0..{len(self.run.test) - 1}")
+            return [test_item(self.run.test, self.data_folder, int(number), name)]
+        if os.path.isdir(name):  # unlike Path.is_dir, also for a text that is too long for a name
+            return [photo_item(Path(name), photo.path) for photo in list_photos("query", Path(name), problems)]
+        if not os.path.isfile(name):
+            raise InputError(f"{name}: no such image or folder (test:INDEX for a test image)")
+        return [Item(name, name, None, Path(name))]
+
+    def embed(self, items: list[Item], problems: list[str]) -> tuple[list[Item], torch.Tensor | None]:
+        """The images that can be used, and their embeddings `(N, d)`. What is wrong with others goes to `problems`."""
+        rows = {place: self.saved[item.row].cpu() for place, item in enumerate(items) if item.row is not None}
+        files = [place for place in range(len(items)) if place not in rows]
+
+        def read(place: int, spec: ImageSpec) -> np.ndarray:
+            item = items[place]
+            return read_test_image(item.file, spec) if item.image is None else resize_test(to_rgb(item.image), spec)
+
+        for batch in embed_images(files, read, lambda: self.ensemble, "query"):
+            problems += [str(row) for _, row in batch if isinstance(row, BadImage)]
+            rows |= {place: row for place, row in batch if not isinstance(row, BadImage)}
+        good = sorted(rows)
+        return [items[place] for place in good], torch.stack([rows[place] for place in good]) if good else None
+
+    # -------------------------------------------------------------------------------------------- answers
+
+    def answers(
+        self,
+        queries: list[Item],
+        rows: torch.Tensor,
+        gallery: Gallery,
+        top: int,
+        threshold: float | None,
+    ) -> list[Answer]:
+        """The neighbours of each query; row i of `rows` embeds query i."""
+        least = -math.inf if threshold is None else round(1e6 * threshold)
+        places = gallery.places_of(queries)
+        similarities, numbers = nearest(rows, gallery.vectors, min(top, len(gallery.vectors)), places)
+        answers = []
+        for query, place, values, near in zip(queries, places, similarities.tolist(), numbers.tolist(), strict=True):
+            if query.class_name is None and place >= 0:  # a photo that lies in the gallery has its class
+                query = query._replace(class_name=gallery.item(place).class_name)
+            neighbours = []
+            for value, item in zip(values, map(gallery.item, near), strict=True):
+                if value > -math.inf:  # else it is the query itself
+                    right = self.is_right(query, item)
+                    found = round(1e6 * value) >= least
+                    neighbours.append(Neighbour(item.path, item.class_name, item.file, item.row, value, right, found))
+            answers.append(Answer(query, neighbours, threshold))
+        return answers
+
+    def is_right(self, query: Item, item: Item) -> bool | None:
+        """Whether an image is of the query's class; None where one of the classes is not known.
+
+        A folder's name says nothing of a test image's class, unless it is that of a class of the test split.
+        """
+        if query.class_name is None or item.class_name is None:
+            return None
+        if (query.row is None) != (item.row is None):
+            of_folder = query if query.row is None else item
+            if of_folder.class_name not in self.class_names:
+                return None
+        return query.class_name == item.class_name
+
+    @functools.cached_property
+    def class_names(self) -> set[str]:
+        """The classes of the test images."""
+        return set(self.run.test.class_name)
+
+    def confident_errors(self) -> tuple[list[int], int]:
+        """The test queries whose first neighbour is of another class, those first that are most similar to it.
+
+        Returns their rows in test.csv and how many queries were searched for: not those whose class has no other image
+        in the gallery, which can find nothing right.
+        """
+        split = self.run.split
+        queries = torch.nonzero(split.is_query & ~unmatched_queries(*split))[:, 0]
+        gallery = torch.nonzero(split.is_gallery)[:, 0]
+        places = torch.full_like(split.labels, -1)
+        places[gallery] = torch.arange(len(gallery))
+        similarities, numbers = nearest(self.saved[queries], self.gallery.vectors, 1, places[queries])
+        neighbours = gallery[torch.from_numpy(numbers[:, 0])]
+        wrong = torch.nonzero(split.labels[neighbours] != split.labels[queries])[:, 0].numpy()
+        order = np.argsort(-similarities[wrong, 0], kind="stable")
+        return queries.numpy()[wrong[order]].tolist(), len(queries)
+
+
+def refuse(name: str, problems: list[str]) -> None:
+    """Raise InputError that says all that is wrong with some images, if anything is."""
+    if len(problems) == 1:
+        raise InputError(f"{name}: {problems[0]}")
+    if problems:
+        raise InputError(f"{name}: {len(problems):,} problems:{format_problems(problems, len(problems))}")

@@ -1,7 +1,7 @@
 """Thresholds of the similarity: below which the nearest image is "none of these". docs/THRESHOLDS.md."""
 
 import math
-from pathlib import Path
+import shlex
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +9,8 @@ import pandas as pd
 import torch
 
 from dreml.cli import InputError, one_line
+from dreml.runs import SUFFIXES, Run
+from utils import TIE_TOLERANCE
 
 FARS = (0.1, 0.01, 0.001)  # false-accept rates: the share of searches for something that is not there that find it
 FEWEST_ABOVE = 10  # of fewer wrong neighbours above a threshold, their number says little
@@ -45,19 +47,17 @@ def accepted_share(similarities: torch.Tensor, threshold: float) -> float:
     return (torch.round(similarities.double() * 1e6) >= round(threshold * 1e6)).double().mean().item()
 
 
-def found_share(others: torch.Tensor, own: torch.Tensor, threshold: float, tie_tolerance: float) -> float:
+def found_share(others: torch.Tensor, own: torch.Tensor, threshold: float) -> float:
     """The share of queries whose first neighbour is of their class and reaches the threshold.
 
     `others` and `own` `(queries,)`: each query's similarity to the nearest image of another class, and of its own. As
     in Recall@K, ties count against the query: at a threshold of -1, this is the Recall@1.
     """
-    is_right = others < own - tie_tolerance
+    is_right = others < own - TIE_TOLERANCE
     return accepted_share(own.where(is_right, -torch.inf), threshold)
 
 
-def threshold_table(
-    others: torch.Tensor, own: torch.Tensor, fars: tuple[float, ...], num_gallery: int, tie_tolerance: float
-) -> pd.DataFrame:
+def threshold_table(others: torch.Tensor, own: torch.Tensor, fars: tuple[float, ...], num_gallery: int) -> pd.DataFrame:
     """A row of COLUMNS for each ensemble size and each of `fars` that enough queries can tell; `found` is in percent.
 
     `others` and `own` `(L, queries)` as for `found_share`; row l-1 is of the first l members.
@@ -67,7 +67,7 @@ def threshold_table(
         for far in fars:
             threshold = threshold_at(of_others, far)
             if threshold is not None:
-                found = 100 * found_share(of_others, of_own, threshold, tie_tolerance)
+                found = 100 * found_share(of_others, of_own, threshold)
                 rows.append((size, far, threshold, found, num_queries, num_gallery))
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
@@ -75,25 +75,26 @@ def threshold_table(
 # ------------------------------------------------------------------------------------------------ reading them
 
 
-def read_threshold(path: Path, num_members: int, far: float, command: str) -> Threshold:
-    """Reads the threshold for a false-accept rate from the thresholds.csv of a run.
+def read_threshold(run: Run, embedding: str, far: float) -> Threshold:
+    """The threshold of a run for a false-accept rate, from thresholds.csv, which evaluate.py writes.
 
-    Raises InputError where the file, or the row, is not there; `command` makes the file.
+    Raises InputError where the file, or the row, is not there.
     """
+    path = run.folder / f"thresholds{SUFFIXES[embedding]}.csv"
+    option = "" if embedding == "logits" else f" --embedding {embedding}"
+    remedy = f"make it with: python evaluate.py {shlex.quote(str(run.folder))}{option}"
     try:
         table = pd.read_csv(path, usecols=list(COLUMNS), dtype=COLUMNS)
-        if not np.isfinite(table).all(axis=None):
-            raise ValueError("a number is not finite")
     except FileNotFoundError:
-        raise InputError(f"--far needs {path}, which is missing; make it with: {command}") from None
+        raise InputError(f"a false-accept rate needs {path}, which is missing; {remedy}") from None
     except (ValueError, OSError) as error:
-        raise InputError(f"{path} is damaged ({one_line(error)}); make it again with: {command}") from None
-    table = table[table.ensemble_size == num_members]
+        raise InputError(f"{path} is damaged ({one_line(error)}); {remedy}") from None
+    table = table[table.ensemble_size == run.num_members]
     rows = table[np.isclose(table.far, far, rtol=1e-6, atol=0)]
-    if len(rows):
-        return Threshold(float(rows.threshold.iloc[0]), far, int(rows.gallery.iloc[0]))
-    known = ", ".join(f"{value:g}" for value in table.far)
-    if not known:
-        why = "it was made for fewer, or the test split has too few queries"
-        raise InputError(f"{path} has no threshold for {num_members} members: {why}; to make it again: {command}")
-    raise InputError(f"--far {far:g}: for {num_members} members, {path} has {known}; or give a --threshold")
+    if not len(rows):
+        known = ", ".join(f"{value:g}" for value in table.far) or "none, or too few queries"
+        raise InputError(
+            f"{path} has no threshold for {run.num_members} members and the false-accept rate {far:g}, but {known}; "
+            "evaluate.py makes it, or give a threshold"
+        )
+    return Threshold(float(rows.threshold.iloc[0]), far, int(rows.gallery.iloc[0]))

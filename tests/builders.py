@@ -24,9 +24,7 @@ from dreml.cli import InputError
 from dreml.files import read_record, sha256, write_record
 from dreml.images import ImageSpec, load_rgb, resize_test
 from dreml.index import PhotoIndex
-from dreml.photos import walk_order
-from dreml.runs import MemberRecord, PooledRecord, member_file, read_run_record
-from dreml.search import Item, embed_images, folder_items
+from dreml.runs import WEIGHTS, MemberRecord, PooledRecord, member_path, pooled_path, read_run_record
 from model import Ensemble, Head
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # real data beside the checkout, where there is any
@@ -349,22 +347,22 @@ def write_run(
     table |= {"is_gallery": every if is_gallery is None else is_gallery, "class_name": CLASS_NAMES[labels]}
     pd.DataFrame(table).to_csv(folder / "test.csv", index=False)
     for number, embedding in enumerate(member_embeddings, 1):
-        member = read_record(like / member_file(1, "json"), MemberRecord)
-        files = [folder / member_file(number, suffix) for suffix in ("pth", "npy")]
+        member = read_record(member_path(like, 1, "json"), MemberRecord)
+        files = [member_path(folder, number, suffix) for suffix in (WEIGHTS, "npy")]
         files[0].write_bytes(b"no weights")
         np.save(files[1], embedding)
         checksums = {file.name: sha256(file) for file in files}
-        member = dataclasses.replace(member, member=number, run=record.settings_hash, sha256=checksums)
-        write_record(folder / member_file(number, "json"), member)
+        member = dataclasses.replace(member, member=number, settings_hash=record.settings_hash, sha256=checksums)
+        write_record(member_path(folder, number, "json"), member)
     return folder
 
 
 def write_pooled(folder: Path, member_embeddings: list[np.ndarray]) -> None:
     """Adds pooled features to what `write_run` wrote."""
     for number, embedding in enumerate(member_embeddings, 1):
-        path = folder / member_file(number, "npy", "pooled")
+        path = pooled_path(folder, number, "npy")
         np.save(path, embedding)
-        weights = sha256(folder / member_file(number, "pth"))
+        weights = sha256(member_path(folder, number, WEIGHTS))
         record = PooledRecord(number, read_run_record(folder).settings_hash, weights, sha256(path))
         write_record(path.with_suffix(".json"), record)
 
@@ -441,12 +439,12 @@ class Indexed:
         self.photos, self.place, self.ensemble = folder / "photos", folder / "index", ColorEnsemble()
         save_colors(self.photos, PHOTO_NAMES)
 
-    def index(self, model: str = "m" * 64) -> PhotoIndex:
-        return PhotoIndex(self.photos, self.place, model)
+    def index(self, model: str = "m" * 64, **options) -> PhotoIndex:
+        return PhotoIndex(self.photos, self.place, model, **options)
 
-    def refresh(self, batch_size: int = 10) -> dict[str, int]:
-        """The counts of a refresh."""
-        return dict(self.index().refresh(lambda: self.ensemble, batch_size))
+    def refresh(self) -> dict[str, int]:
+        """The counts of a refresh that are not 0."""
+        return {kind: number for kind, number in self.index().refresh(lambda: self.ensemble).items() if number}
 
     def check(self) -> None:
         """The index is what the folder says."""
@@ -456,18 +454,9 @@ class Indexed:
         for name, file in files.items():
             stat, row = file.stat(), rows[name]
             assert (row["size"], row["mtime"], row["hash"]) == (stat.st_size, stat.st_mtime_ns, sha256(file))
-            assert row["class"] == (name.split("/")[0] if "/" in name else None) and row["model"] == "m" * 64
-        vectors = embed_images("", folder_items("", self.photos), ColorEnsemble(), 1000).numpy()
-        np.testing.assert_allclose([rows[name]["vector"] for name in sorted(rows, key=walk_order)], vectors, atol=1e-3)
-
-
-def queries_of(indexed: Indexed, folder: Path) -> tuple[list[Item], torch.Tensor]:
-    """A photo from elsewhere, one of the folder, a link to another, and their embeddings."""
-    save_colors(folder, ["elsewhere.png"], seed=7)
-    (folder / "link.png").symlink_to(indexed.photos / PHOTO_NAMES[20])
-    files = [folder / "elsewhere.png", indexed.photos / PHOTO_NAMES[10], folder / "link.png"]
-    items = [Item(str(file), str(file), None, file) for file in files]
-    return items, embed_images("--query", items, indexed.ensemble, 10)
+            assert row["class"] == (name.rpartition("/")[0] or None)
+        vectors = embed_files(ColorEnsemble(), list(files.values()))[0]
+        np.testing.assert_allclose([rows[name]["vector"] for name in files], vectors, atol=1e-3)
 
 
 def refused(capsys, script, *arguments: str | Path) -> str:

@@ -13,7 +13,7 @@ from processes import ROOT
 from reference import slow_recall
 
 from benchmarks import gpu, plain, progress, recall, rival, training
-from dreml.augment import MixedTargets
+from dreml.batches import MixedTargets
 from dreml.files import read_record
 
 

@@ -21,8 +21,7 @@ from processes import ROOT, wait_until
 import data_utils
 import train
 from dreml import cli
-from dreml.augment import epoch_batches, prepare
-from dreml.batches import input_memory
+from dreml.batches import epoch_batches, input_memory, prepare
 from dreml.cache import Cache, read_cache
 from dreml.demo import draw_demo
 from dreml.images import ImageSpec

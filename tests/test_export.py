@@ -1,4 +1,4 @@
-"""export.py: the whole command, and its comparison with the run."""
+"""export.py: its code for pixels, its graphs, its comparison with the run, and the folder that it makes."""
 
 import json
 import os
@@ -8,23 +8,23 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from builders import build_small_model, edit_record, only_folder, refused, save_image, train_tiny
+from builders import build_small_model, edit_record, odd_images, only_folder, random_image, refused, train_tiny
 from processes import ROOT
+from torch import nn
 
 import data_utils
 import export
 import model
 from dreml.cache import read_cache
-from dreml.cli import RunError
-from dreml.exported import open_graph, preprocess_code
-from dreml.files import sha256
-from dreml.images import ImageSpec
+from dreml.cli import InputError, RunError
+from dreml.files import sha256, take_lock, write_record
+from dreml.images import ImageSpec, read_test_image
 from dreml.index import model_checksum
-from dreml.runs import TestSplit, read_run
-from dreml.search import embed_images, folder_items
-from model import load_ensemble
+from dreml.runs import read_run
+from model import Ensemble, build_model, head_of, load_ensemble
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
@@ -44,15 +44,124 @@ def exported(_small_runs, tiny_data, tmp_path_factory) -> Path:
     return target
 
 
+# ------------------------------------------------------------------------------------------------ pixels
+
+
+@pytest.mark.parametrize("spec", [ImageSpec(32), ImageSpec(45), ImageSpec(45, "squash")], ids=str)
+def test_the_code_that_goes_with_a_model_reads_images_as_this_program(tmp_path, spec):
+    """Every kind of file, bit for bit, but for 16-bit grey with one transparent value; from an open file, too."""
+    names = [*odd_images(tmp_path / "odd"), "photo.jpg"]
+    random_image(4, 301, 200).save(tmp_path / "odd" / "photo.jpg", quality=90)
+    given = {}
+    exec(export.python_code(spec, 1), given)
+    for name in set(names) - {"deep_holes.png"}:
+        path = tmp_path / "odd" / name
+        pixels = given["preprocess"](path)
+        assert pixels.dtype == np.uint8, name
+        np.testing.assert_array_equal(pixels, read_test_image(path, spec), err_msg=name)
+    with open(path, "rb") as file:
+        np.testing.assert_array_equal(given["preprocess"](file), pixels)
+
+
+# ------------------------------------------------------------------------------------------------ graphs
+
+
+def random_images(number: int, size: int = 32) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (number, size, size, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [("timm:test_efficientnet", 32), pytest.param("timm:test_maxvit", 160, marks=pytest.mark.slow)],
+)
+def test_a_graph_gives_the_embedding_of_its_network(tmp_path, backbone, size):
+    """For any number of images, with the weights inside, and without a path of this machine.
+
+    Of networks that are no ResNets: depthwise convolutions with squeeze and excitation; attention.
+    """
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    member = build_model(backbone, 6, None)
+    for layer in member.modules():
+        if isinstance(layer, nn.BatchNorm2d):  # as after training
+            layer.running_mean.normal_(), layer.running_var.uniform_(0.5, 2)
+    ensemble = Ensemble([member], ImageSpec(size), [0.2, 0.5, 0.7], [0.1, 0.25, 0.3], "pooled").eval()
+    file = tmp_path / "member_001.onnx"
+    export.write_graph(ensemble, size, file)
+    embed = export.open_graphs(tmp_path, export.python_code(ImageSpec(size), 1))
+    for number in (1, 2, 7):
+        images = random_images(number, size)
+        expected, found = ensemble(torch.from_numpy(images)).numpy(), embed(images)
+        assert found.dtype == np.float32 and found.shape == (number, head_of(member).in_features)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert export.difference(ensemble, embed, random_images(8, size)) < 1e-6
+    num_bytes = sum(4 * weight.numel() for weight in member.parameters())
+    assert list(tmp_path.iterdir()) == [file] and file.stat().st_size > 0.8 * num_bytes
+    text = file.read_bytes().decode("latin-1")
+    assert not re.search(rf"{re.escape(str(ROOT))}|site-packages|stack_trace|File \"", text)
+
+
+class Rows(nn.Module):
+    """In the place of an ensemble: every image has this embedding."""
+
+    def __init__(self, *row: float):
+        super().__init__()
+        self.row = torch.tensor(row)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.row.expand(len(images), -1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ((0.9998, 0.02), r"^the graphs' embedding is not PyTorch's: 1 - cosine is 0\.0002 for an image, and its rows"),
+        ((1.0003, 0.0), r"rows have lengths of 1\.000000 to 1\.000300, not 1; nothing is exported$"),
+        ((np.nan, 0.0), "1 - cosine is nan for an image"),
+    ],
+)
+def test_a_graph_that_computes_something_else_is_refused(row, message):
+    """Also if only one image of a larger batch is wrong."""
+
+    def embed(images: np.ndarray) -> np.ndarray:
+        rows = np.tile(np.float32([1, 0]), (len(images), 1))
+        rows[5:6] = row
+        return rows
+
+    assert export.difference(Rows(1.0, 0.0), embed, random_images(5, 2)) == 0
+    with pytest.raises(RunError, match=message):
+        export.difference(Rows(1.0, 0.0), embed, random_images(12, 2))
+
+
+class Undecided(nn.Module):
+    """What it computes hangs on the pixels, which a graph cannot say."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean((1, 2)) if images.sum() > 7 else images.float().amax((1, 2))
+
+
+def test_a_network_that_cannot_be_written_is_named_in_one_line(tmp_path):
+    with pytest.raises(RunError, match=r"^PyTorch's ONNX exporter cannot write this network \(\w+: .*data-dep"):
+        export.write_graph(Undecided().eval(), 4, tmp_path / "member_001.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------------------------------------ what is written
 
 
-def test_an_export_embeds_the_test_images_as_the_run_did(exported, small_run, tiny_data):
+def test_an_export_embeds_photos_as_the_run_did(exported, small_run, tiny_data):
+    """Executed from model.json, as a program does that has nothing of ours."""
     saved = [np.load(small_run / f"member_00{member}.npy") for member in (1, 2)]
     expected = np.hstack([rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in saved]) / 2**0.5
+    names = {}
+    exec(json.loads((exported / "model.json").read_text())["code"], names)
+    files = [tiny_data / "tiny" / path for path in read_run(small_run).test.path[:5]]
+    images = np.stack([names["preprocess"](file) for file in files])
+    members = names["load"](exported)
+    np.testing.assert_allclose(names["embed"](members, images), expected[:5], atol=1e-5)
     images = read_cache(tiny_data, "tiny", ImageSpec(32)).array("test_images")
-    np.testing.assert_allclose(open_graph(exported, 1)(images), expected, atol=1e-5)
-    assert sorted(path.name for path in exported.iterdir()) == ["model.json", "model.onnx", "model.onnx.data"]
+    np.testing.assert_allclose(names["embed"](members, images), expected, atol=1e-5)
+    assert sorted(path.name for path in exported.iterdir()) == ["member_001.onnx", "member_002.onnx", "model.json"]
 
 
 def test_test_images_of_the_whole_split_are_compared(tiny_cache, monkeypatch):
@@ -66,47 +175,34 @@ def test_test_images_of_the_whole_split_are_compared(tiny_cache, monkeypatch):
 
 
 def test_its_description(exported, small_run, tiny_data):
-    found, cache = json.loads((exported / "model.json").read_text()), read_cache(tiny_data, "tiny", ImageSpec(32))
+    found = json.loads((exported / "model.json").read_text())
+    cache = read_cache(tiny_data, "tiny", ImageSpec(32))
     assert found["model"] == model_checksum(read_run(small_run), "logits")
     assert found["source"] == f"{small_run.name}, 2 members, logits"
-    assert (found["image_size"], found["resize"], found["d"]) == (32, "crop", 6)
+    assert (found["image_size"], found["resize"], found["members"], found["d"]) == (32, "crop", 2, 6)
     assert (found["mean"], found["std"]) == (cache.meta.mean, cache.meta.std)
-    assert found["input"] == {"name": "images", "shape": ["N", 32, 32, 3], "dtype": "uint8"}
-    assert found["output"] == {"name": "embedding", "shape": ["N", 6], "dtype": "float32"}
-    assert found["preprocess"] == preprocess_code(ImageSpec(32))
-    assert found["sha256"] == {name: sha256(exported / name) for name in ("model.onnx", "model.onnx.data")}
+    assert found["code"] == export.python_code(ImageSpec(32), 2)
+    assert found["sha256"] == {name: sha256(exported / name) for name in ("member_001.onnx", "member_002.onnx")}
     recall = float((small_run / "recall.csv").read_text().splitlines()[2].split(",")[1])
     checked = found["checked"]
-    assert checked["images"] == "32 test images" and 0 <= checked["1 - cosine"] < 1e-6 and checked["queries"] == 36
+    assert checked["images"] == "32 test images" and 0 <= checked["1 - cosine"] < 1e-6
     assert checked["R@1"] == checked["R@1 of the run"] == recall
-
-
-def test_the_python_of_the_page(exported, small_run, tmp_path):
-    """An export, Pillow, NumPy and onnxruntime: what a program does that has nothing of ours."""
-    text = (ROOT / "docs" / "EXPORT.md").read_text("utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert code.startswith(preprocess_code(ImageSpec(32)))
-    save_image(tmp_path / "photos" / "photo.jpg", 5, width=90, height=61)
-    code, number = re.subn(r'"results/\w+/export_L4/', f'"{exported}/', code)
-    names = {}
-    exec(code.replace("photo.jpg", str(tmp_path / "photos" / "photo.jpg")), names)
-    expected = embed_images("", folder_items("", tmp_path / "photos"), load_ensemble(small_run), 1)
-    np.testing.assert_allclose(names["embedding"], expected.numpy(), atol=1e-5)
-    assert number == 1
 
 
 @pytest.fixture
 def networks(monkeypatch) -> list:
-    """PyTorch in the place of the graph, whose networks these are; the first one embeds."""
+    """PyTorch in the place of the graphs: the networks that were to be written, which embed."""
     networks = []
 
-    def write_graph(parts, image_size, folder):
-        networks.extend(parts)
-        for name in ("model.onnx", "model.onnx.data"):
-            (folder / name).write_text(str(image_size))
+    def write_graph(network, image_size, path):
+        networks.append(network)
+        path.write_text(str(image_size))
+
+    def embed(images):
+        return np.hstack([network(torch.from_numpy(images)).numpy() for network in networks]) / len(networks) ** 0.5
 
     monkeypatch.setattr(export, "write_graph", write_graph)
-    monkeypatch.setattr(export, "open_graph", lambda *_: lambda images: networks[0](torch.from_numpy(images)).numpy())
+    monkeypatch.setattr(export, "open_graphs", lambda *_: embed)
     return networks
 
 
@@ -117,12 +213,12 @@ def test_fewer_members_pooled_and_without_the_data(networks, small_pooled_run, t
     call(small_pooled_run, *options, "--output", target)
     images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
     expected = load_ensemble(small_pooled_run, embedding="pooled", num_members=1)(images)
-    assert torch.equal(networks[0](images), expected) and (target / "model.onnx").read_text() == "32"
+    assert torch.equal(networks[0](images), expected) and (target / "member_001.onnx").read_text() == "32"
     found, output = json.loads((target / "model.json").read_text()), capsys.readouterr().out
     assert found["d"] == 16 and found["source"].endswith(", 1 members, pooled")
     assert found["checked"] == {"images": "32 drawn images", "1 - cosine": pytest.approx(0, abs=1e-9)}
     assert re.search("^note: compared on drawn images, not on test images: .*tiny: no such folder", output)
-    assert f"{target}/: model.onnx, model.onnx.data (0.0 MB), model.json; 16 numbers an image\n" in output
+    assert f"{target}/: 1 member_*.onnx (0.0 MB), model.json; 16 numbers an image\n" in output
 
 
 def test_a_run_without_a_test_split_is_compared_on_drawn_images(networks, small_run, tiny_data, tmp_path, capsys):
@@ -139,35 +235,19 @@ def test_a_run_without_a_test_split_is_compared_on_drawn_images(networks, small_
     assert found["checked"] == {"images": "32 drawn images", "1 - cosine": pytest.approx(0, abs=1e-9)}
 
 
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ([], "export_L2"),
-        (["--embedding", "pooled"], "export_L2_pooled"),
-    ],
-)
-def test_where_an_export_goes(small_pooled_run, tiny_data, monkeypatch, options, name):
-    targets = []
-
-    def stop(target: Path, checksum: str):
-        targets.append(target)
-        raise RunError("here")
-
-    monkeypatch.setattr(export, "new_export", stop)
-    assert export.main([str(small_pooled_run), "--data_path", str(tiny_data), *options]) == 1
-    assert targets == [small_pooled_run.resolve() / name]
+def test_where_an_export_goes_and_what_it_replaces(networks, small_pooled_run, tiny_data, tmp_path):
+    """A folder of its own for each embedding and number of members; the same command again replaces its own."""
+    run = shutil.copytree(small_pooled_run, tmp_path / "run")
+    for options, name in (([], "export_L2"), (["--embedding", "pooled", "--num_members", "1"], "export_L1_pooled")):
+        networks.clear()
+        call(run, "--data_path", tiny_data, *options)
+        before = (run / name / "model.json").read_bytes()
+        networks.clear()
+        call(run, "--data_path", tiny_data, *options)
+        assert (run / name / "model.json").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
-
-
-def test_what_onnxruntime_refuses_is_one_line(exported, tmp_path):
-    """Images of another size; weights that are not there."""
-    with pytest.raises(RunError, match=r"^onnxruntime cannot run the graph \(InvalidArgument: .*Got: 16 Expected: 32"):
-        open_graph(exported, 1)(np.zeros((1, 16, 16, 3), np.uint8))
-    shutil.copy(exported / "model.onnx", tmp_path)
-    with pytest.raises(RunError, match=r"^onnxruntime cannot run the graph \(Fail: .*External data"):
-        open_graph(tmp_path, 1)
 
 
 def test_another_model_is_not_replaced(exported, small_run, tiny_data, capsys):
@@ -199,22 +279,91 @@ def test_without_the_packages_one_line_says_so(small_run, monkeypatch, capsys):
     assert refused(capsys, export, small_run) == "export.py: an export needs: pip install onnxscript\n"
 
 
-def test_a_model_that_finds_other_neighbours_is_refused(capsys):
-    """R@1 by hand: two queries may be apart; only queries count. Images are numbers; one-hot rows find each other."""
-    labels, every = torch.tensor([0, 0, 0, 1, 1, 1, 1]), torch.ones(7, dtype=torch.bool)
-    right, images = torch.eye(3)[labels], np.arange(7)[:, None, None, None]
+def test_a_model_that_finds_other_neighbours_is_refused(small_run, capsys):
+    """R@1 by hand: two queries may be apart; only queries count. One-hot rows find their class."""
+    trained = read_run(small_run)
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    right = torch.eye(3)[labels]
+    trained.embeddings = lambda *_: [right]
 
     def compared(changes: dict[int, list[float]], is_query: torch.Tensor) -> dict[str, float]:
         rows = right.clone()
         for image, row in changes.items():
             rows[image] = torch.tensor(row)
-        split = TestSplit(labels, is_query, every)
-        return export.compare_recall(lambda batch: rows[batch.ravel()].numpy(), images, right, split)
+        columns = {"label": labels.numpy(), "is_query": is_query.numpy(), "is_gallery": np.ones(7, bool)}
+        trained.test = pd.DataFrame(columns)
+        return export.compare_recall(trained, "logits", rows)
 
-    assert compared({}, every) == {"R@1": 100, "R@1 of the run": 100, "queries": 7}
+    every = torch.ones(7, dtype=torch.bool)
+    assert compared({}, every) == {"R@1": 100, "R@1 of the run": 100}
     wrong = {0: [0.0, 0.6, 0.8], 3: [0.6, 0.0, 0.8]}  # nearer to the other class, whose images still find their own
     assert compared(wrong, every)["R@1"] == 71.4286
-    assert "R@1 71.43, of the run 100.00: 2 of 7 queries apart" in capsys.readouterr().out
-    assert compared(wrong, torch.arange(7) != 3) == {"R@1": 83.3333, "R@1 of the run": 100, "queries": 6}
-    with pytest.raises(RunError, match=r"^--check_recall: R@1 57.14, of the run 100.00: 3 of 7 queries apart, and 2"):
+    assert "R@1 71.43, R@1 of the run 100.00: 2 queries apart" in capsys.readouterr().out
+    assert compared(wrong, torch.arange(7) != 3)["R@1"] == 83.3333
+    with pytest.raises(RunError, match=r"^--check_recall: R@1 57.14, R@1 of the run 100.00: 3 queries apart, and 2"):
         compared(wrong | {4: [0.6, 0.0, -0.8]}, every)
+
+
+# ------------------------------------------------------------------------------------------------ the folder
+
+
+def write_export(target: Path, content: str, model: str = "a" * 64) -> None:
+    """An export of which only the description is sound."""
+    with export.new_export(target, model) as folder:
+        (folder / "member_001.onnx").write_text(content)
+        record = {"model": model, "source": f"run {model[0]}", "sha256": {"member_001.onnx": ""}}
+        write_record(folder / "model.json", record)
+
+
+def contents(folder: Path) -> str:
+    """The content of the graph, if nothing but the lock lies beside the folder."""
+    assert sorted(path.name for path in folder.parent.iterdir()) == [f".{folder.name}.lock", folder.name]
+    return (folder / "member_001.onnx").read_text()
+
+
+def test_an_export_appears_when_it_is_whole_and_replaces_one_of_the_same_model(tmp_path):
+    """What a killed process left goes. An empty folder may become an export."""
+    target = tmp_path / "model"
+    target.mkdir()
+    write_export(target, "first")
+    assert contents(target) == "first"
+    (tmp_path / ".model.new").mkdir()
+    with pytest.raises(KeyError), export.new_export(target, "a" * 64) as folder:
+        (folder / "member_001.onnx").write_text("half")
+        raise KeyError
+    assert contents(target) == "first"
+    write_export(target, "second")
+    assert contents(target) == "second"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda target: (target / "notes.txt").write_text(""), "has other files than those of an export, such as not"),
+        (
+            lambda target: (target / "model.json").unlink(),
+            r"is not an export \(FileNotFoundError: .*--output names",
+        ),
+        (
+            lambda target: (target / "model.json").write_text("{}"),
+            r"is not an export \(ValueError: its checksum does",
+        ),
+        (lambda target: None, r"has the export of another model \(run a\): delete it, or --output names another fol"),
+    ],
+)
+def test_nothing_else_is_replaced(tmp_path, damage, message):
+    write_export(tmp_path / "model", "first")
+    damage(tmp_path / "model")
+    with pytest.raises(InputError, match=message):
+        write_export(tmp_path / "model", "second", model="b" * 64)
+    assert contents(tmp_path / "model") == "first"
+
+
+def test_a_file_is_no_folder_and_one_process_at_a_time_writes(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match=r"file is not an export \(NotADirectoryError"):
+        write_export(tmp_path / "file", "first")
+    assert (tmp_path / "file").read_text() == "mine"
+    with take_lock(tmp_path / ".model.lock"), pytest.raises(InputError, match="model is being written by another pro"):
+        write_export(tmp_path / "model", "first")
+    assert not (tmp_path / "model").exists()

@@ -1,20 +1,37 @@
-"""search.py: nearest neighbours and the embedding of image files."""
+"""search.py: the searcher, its queries and galleries, nearest neighbours."""
 
 import dataclasses
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import copy_run, embed_files, save_image
+from builders import LABELS, copy_run, embed_files, random_embeddings, random_image, save_image, write_colored_run
+from PIL import Image
 from reference import mean_cosines
 
 from dreml import search
 from dreml.cli import InputError
 from dreml.files import file_id, read_record, write_record
-from dreml.runs import MemberRecord, member_file, read_run_record
-from dreml.search import Item, SplitItems, embed_images, find_neighbours, folder_items, nearest, own_rows, query_items
+from dreml.runs import MemberRecord, member_path, read_run_record
+from dreml.search import Searcher, nearest, same_files
 from model import load_ensemble
+
+
+@pytest.fixture(autouse=True)
+def no_index(monkeypatch):
+    """Without LanceDB, which has its tests in test_index.py."""
+    monkeypatch.setattr(search, "is_installed", lambda: False)
+
+
+def found(answer) -> list[tuple]:
+    return [(each.path, each.class_name, round(each.similarity, 4), each.right, each.found) for each in answer]
+
+
+# ------------------------------------------------------------------------------------------------ nearest
 
 
 @pytest.mark.parametrize("max_block", [1, 30, 2**22])
@@ -40,53 +57,58 @@ def test_rounding_breaks_no_tie():
     assert nearest(torch.tensor([[0.5]]), gallery, 3, [-1])[1].tolist() == [[2, 0, 1]]
 
 
-def test_after_a_bad_photo_no_more_is_embedded(tiny_run, tmp_path):
-    """All bad ones are named, and none of the time of a large gallery is lost."""
-    for name in "bcd":
-        save_image(tmp_path / f"{name}.png")
-    for name in "ae":
-        (tmp_path / f"{name}.png").write_bytes(b"no image")
-    ensemble, embedded = load_ensemble(tiny_run), []
-    ensemble.register_forward_hook(lambda *_: embedded.append(1))
-    with pytest.raises(InputError, match=r"^--query: 2 problems:\n.*a\.png: .*\n.*e\.png: ") as refusal:
-        embed_images("--query", folder_items("--query", tmp_path), ensemble, batch_size=1)
-    assert "b.png" not in str(refusal.value) and not embedded
+# ------------------------------------------------------------------------------------------------ queries
 
 
-def test_photos_are_embedded_in_the_runs_own_way(tiny_run, tmp_path):
-    """--resize squash: all of a wide image. Batches leave no trace."""
-    run = copy_run(tiny_run, tmp_path / "run")
-    record = read_run_record(run)
-    record.settings = dataclasses.replace(record.settings, resize="squash")
-    write_record(run / "args.json", record)
-    path = run / member_file(1, "json")
-    write_record(path, dataclasses.replace(read_record(path, MemberRecord), run=record.settings_hash))
-    files = [tmp_path / "photos" / f"{number}.png" for number in range(5)]
-    for number, file in enumerate(files):
-        save_image(file, number, width=150)
-    items = folder_items("--gallery", tmp_path / "photos")
-    ensemble = load_ensemble(run, num_members=1)
-    rows = embed_images("--gallery", items, ensemble, batch_size=5).numpy()
-    np.testing.assert_allclose(rows @ rows.T, mean_cosines(embed_files(ensemble, files)), atol=1e-5)
-    np.testing.assert_allclose(embed_images("--gallery", items, ensemble, batch_size=2), rows, atol=1e-5)
-    cropped = embed_images("--gallery", items, load_ensemble(tiny_run, num_members=1), batch_size=5)
-    assert abs(cropped.numpy() - rows).max() > 0.01
+def test_a_photo_by_its_path_as_an_image_or_as_an_array(small_run, tmp_path):
+    """The same neighbours; a turned, transparent image is seen as its file is, and stays as it is."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = random_image(3)
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    image.save(tmp_path / "photo.png", exif=exif)
+    searcher = Searcher(small_run, device="cpu")
+    opened = Image.open(tmp_path / "photo.png")
+    expected = searcher.find(tmp_path / "photo.png", top=5)
+    assert found(searcher.find(opened, top=5)) == found(expected) and opened.size == image.size
+    save_image(tmp_path / "plain.png", 4)
+    array = np.asarray(Image.open(tmp_path / "plain.png"))
+    answers = searcher.find_many([str(tmp_path / "plain.png"), array, 7, "test:7", np.int64(7)], top=3)
+    assert found(answers[0]) == found(answers[1]) != found(answers[2])
+    assert found(answers[2]) == found(answers[3]) == found(answers[4])
+    test = pd.read_csv(small_run / "test.csv")
+    assert answers[2].query.row == 7 and answers[2].class_name == test.class_name[7]
+    assert {each.path for each in answers[2]} <= set(test.path) - {test.path[7]}
+    assert answers[0].class_name is None and all(each.right is None for each in answers[0])
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_a_photo_that_lies_in_the_gallery_has_its_class_and_does_not_find_itself(tmp_path, place):
-    """Also if it is the first one of the gallery."""
-    gallery = [Item(name, name, name, tmp_path / name) for name in "abc"]
-    query = gallery[place]._replace(class_name=None)
-    (found,) = find_neighbours([query], torch.eye(3)[[place]], gallery, torch.eye(3), 2)
-    assert found.query.class_name == gallery[place].class_name
-    assert [item.name for item in found.neighbours] == [item.name for item in gallery if item is not gallery[place]]
+def test_what_is_no_query(small_run, tmp_path):
+    """One sentence each; with a list for the problems, the others are answered."""
+    searcher = Searcher(small_run, device="cpu")
+    (tmp_path / "bad.png").write_text("no image")
+    save_image(tmp_path / "good.png")
+    last = "INDEX has to be a row of test.csv, in 0..35"
+    cases = [("nowhere.png", "nowhere.png: no such image"), (tmp_path / "bad.png", "bad.png: unreadable"), (36, last)]
+    cases += [(-1, last), ("test:x", last), ("a\udcff.png", "the name is not valid UTF-8")]
+    for query, message in cases:
+        with pytest.raises(InputError, match=f"^query: .*{message}"):
+            searcher.find(query)
+    problems = []
+    queries = [*(query for query, _ in cases), tmp_path / "good.png", 3]
+    assert [answer.query.name for answer in searcher.find_many(queries, problems=problems)] == [
+        str(tmp_path / "good.png"),
+        "test:3",
+    ]
+    assert len(problems) == len(cases)
+    with pytest.raises(InputError, match="6 problems:"):
+        searcher.find_many(queries)
+    with pytest.raises(InputError, match="top has to be at least 1"):
+        searcher.find(3, top=0)
 
 
-def test_a_photo_is_known_as_a_test_image_by_its_name_and_then_by_its_file(tmp_path, monkeypatch):
+def test_a_file_is_known_by_its_name_and_then_by_its_place_on_the_disk(tmp_path, monkeypatch):
     """By any path, through links, but not by its name alone. The disk is not asked for images of other names."""
     paths = [f"{name}/{number}.png" for name in "ab" for number in range(100)]
-    test = pd.DataFrame({"path": paths, "class_name": "x"})
     for path in paths:
         (tmp_path / "data" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / path).write_bytes(b"")
@@ -97,21 +119,106 @@ def test_a_photo_is_known_as_a_test_image_by_its_name_and_then_by_its_file(tmp_p
     names = ["7.png", "link.png", "link_to_a/9.png", "data/a/../b/10.png", "data/a/5.png", "data/a/6.png", "gone.png"]
     asked = []
     monkeypatch.setattr(search, "file_id", lambda path: asked.append(path) or file_id(path))
-    rows = own_rows([tmp_path / name for name in names], test, tmp_path / "data")
-    assert rows == [None, 108, 9, 110, 5, 6, None]
+    places = same_files([*(tmp_path / name for name in names), None], paths, tmp_path / "data")
+    assert places == [-1, 108, 9, 110, 5, 6, -1, -1]
     assert len(asked) == 6 * 2 + len(names)
-    (tmp_path / "gone.png").write_bytes(b"")
-    queries, problems = query_items(
-        [str(tmp_path / names[2]), "test:3", str(tmp_path / "gone.png")], test, tmp_path / "data"
-    )
-    assert [query.row for query in queries] == [9, 3, None] and not problems
 
 
-def test_images_of_the_test_split_are_made_when_they_are_asked_for(tmp_path):
-    test = pd.DataFrame({"path": [f"{row}.png" for row in range(9)], "class_name": list("aabbccdde")})
-    gallery = SplitItems(test, tmp_path, np.array([1, 2, 5, 8]))
-    assert [item.row for item in gallery] == [1, 2, 5, 8] and gallery[-1].class_name == "e"
-    assert gallery[2] == Item("5.png", "5.png", "c", tmp_path / "5.png", 5)
-    places = [gallery.place_of(gallery[2]._replace(row=row)) for row in (None, 0, 1, 2, 3, 5, 7, 8)]
-    assert places == [-1, -1, 0, 1, -1, 2, -1, 3]
-    assert SplitItems(test, tmp_path, np.array([1, 2])).place_of(gallery[3]) == -1
+def test_several_threads_get_their_own_answers(small_run):
+    """From a searcher that has embedded nothing yet."""
+    expected = [found(answer) for answer in Searcher(small_run, device="cpu").find_many(range(16), top=4)]
+    searcher = Searcher(small_run, device="cpu")
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda row: found(searcher.find(row, top=4)), range(16)))
+    assert answers == expected
+
+
+# ------------------------------------------------------------------------------------------------ galleries
+
+
+def test_a_gallery_gives_what_there_is(tiny_run, tmp_path):
+    """A query in the gallery does not find itself; where it is not, there is one image more."""
+    is_gallery = np.arange(len(LABELS)) >= 4
+    run = write_colored_run(tmp_path, tiny_run, random_embeddings(2), LABELS, ~is_gallery, is_gallery)
+    searcher = Searcher(run, device="cpu", data_path=tmp_path / "data")
+    for row, expected in ((5, 7), (0, 8)):
+        answer = searcher.find(row, top=100)
+        assert len(answer.neighbours) == expected and row not in {each.row for each in answer}
+        assert [each.row for each in searcher.find(row, top=3)] == [each.row for each in answer][:3]
+
+
+def test_photos_are_embedded_in_the_runs_own_way(tiny_run, tmp_path, capsys):
+    """--resize squash: all of a wide image. A bad photo is named and left out."""
+    run = copy_run(tiny_run, tmp_path / "run")
+    record = read_run_record(run)
+    record.settings = dataclasses.replace(record.settings, resize="squash")
+    write_record(run / "args.json", record)
+    path = member_path(run, 1, "json")
+    write_record(path, dataclasses.replace(read_record(path, MemberRecord), settings_hash=record.settings_hash))
+    files = [tmp_path / "photos" / f"{number}.png" for number in range(5)]
+    for number, file in enumerate(files):
+        save_image(file, number, width=150)
+    (tmp_path / "photos" / "bad.png").write_text("no image")
+    gallery = Searcher(run, tmp_path / "photos", num_members=1, device="cpu").gallery
+    assert list(gallery.paths) == [file.name for file in files]
+    assert "1 files cannot be used:\n" in capsys.readouterr().err
+    rows = gallery.vectors.numpy()
+    expected = mean_cosines(embed_files(load_ensemble(run, num_members=1), files))
+    np.testing.assert_allclose(rows @ rows.T, expected, atol=1e-5)
+    cropped = Searcher(tiny_run, tmp_path / "photos", num_members=1, device="cpu").gallery.vectors.numpy()
+    assert abs(cropped - rows).max() > 0.01
+
+
+def test_which_neighbours_are_right(small_run, tiny_data, tmp_path):
+    """Classes are named by their folders' paths. A folder that is no class of the run says nothing of a test image."""
+    test = pd.read_csv(small_run / "test.csv")
+    name = test.class_name[0]
+    for number, folder in enumerate([name, f"{name}/more", "other/a", "other/b", "."]):
+        (tmp_path / "photos" / folder).mkdir(parents=True, exist_ok=True)
+        save_image(tmp_path / "photos" / folder / f"{number}.png", number)
+    searcher = Searcher(small_run, tmp_path / "photos", device="cpu", data_path=tiny_data)
+    queries = [0, tmp_path / "photos" / "other" / "a" / "2.png", tiny_data / "tiny" / test.path[20]]
+    right = [{os.path.basename(each.path): each.right for each in answer} for answer in searcher.find_many(queries)]
+    assert right[0] == {"0.png": True, "1.png": None, "2.png": None, "3.png": None, "4.png": None}
+    assert right[1] == {"0.png": False, "1.png": False, "3.png": False, "4.png": None}
+    assert right[2] == {"0.png": False, "1.png": None, "2.png": None, "3.png": None, "4.png": None}
+    names = {os.path.basename(each.path): each.class_name for each in searcher.find(0)}
+    assert names == {"0.png": name, "1.png": f"{name}/more", "2.png": "other/a", "3.png": "other/b", "4.png": None}
+    answers = Searcher(small_run, device="cpu").find_many([tmp_path / "photos"], top=36)
+    assert {os.path.basename(answer.query.name): {each.right for each in answer} for answer in answers} == {
+        "0.png": {True, False},
+        **{f"{number}.png": {None} for number in (1, 2, 3, 4)},
+    }
+
+
+def test_below_the_threshold_nothing_is_found(small_run, tmp_path):
+    """The threshold itself passes; --far reads what evaluate.py wrote."""
+    searcher = Searcher(small_run, device="cpu")
+    similarity = searcher.find(0, top=4).neighbours[2].similarity
+    answer = searcher.find(0, top=4, threshold=similarity)
+    assert [each.found for each in answer][2:] == [True, False] and answer.threshold == similarity
+    with pytest.raises(InputError, match=r"a false-accept rate needs .*thresholds\.csv, which is missing"):
+        searcher.find(0, far=0.1)
+    run = copy_run(small_run, tmp_path / "run")
+    columns = "ensemble_size,far,threshold,found,queries,gallery\n"
+    (run / "thresholds.csv").write_text(f"{columns}1,0.1,-0.5,9,36,36\n2,0.1,{similarity},9,36,36\n")
+    assert found(Searcher(run, device="cpu").find(0, top=4, far=0.1)) == found(answer)
+
+
+def test_what_cannot_be_searched(small_run, tmp_path):
+    for options, message in (
+        ({"gallery": tmp_path / "nowhere"}, r"^gallery .*nowhere: no such folder$"),
+        ({"embedding": "pooled"}, "pooled"),
+        ({"num_members": 3}, "3"),
+        ({"device": "gpu"}, "gpu"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Searcher(small_run, **options)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no images below it"):
+        Searcher(small_run, tmp_path / "empty", device="cpu").find(0)
+    run = copy_run(small_run, tmp_path / "run")
+    (run / "test.csv").write_text((run / "test.csv").read_text().splitlines()[0] + "\n")
+    with pytest.raises(InputError, match="its data set has no test images to search: name a gallery"):
+        Searcher(run)
+    shutil.rmtree(run)

@@ -4,8 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from builders import copy_run
 
 from dreml.cli import InputError
+from dreml.runs import read_run
 from dreml.thresholds import COLUMNS, Threshold, found_share, read_threshold, threshold_at, threshold_table
 
 
@@ -44,13 +46,13 @@ def test_found_are_right_first_neighbours_at_or_above_the_threshold():
     others = torch.tensor([0.2, 0.8, 0.5, 0.1, -torch.inf, 0.1])
     own = torch.tensor([0.6, 0.7, 0.5 + 2e-7, 0.3, 0.4, -torch.inf])
     for threshold, expected in ((-1.0, 3), (0.3, 3), (0.300001, 2), (0.6, 1), (0.600001, 0)):
-        assert found_share(others, own, threshold, 1e-6) == pytest.approx(expected / 6)
+        assert found_share(others, own, threshold) == pytest.approx(expected / 6)
 
 
 def test_the_table_has_a_row_for_each_size_and_rate():
     generator = torch.Generator().manual_seed(0)
     others, own = torch.rand((2, 500), generator=generator), torch.rand((2, 500), generator=generator)
-    table = threshold_table(others, own, (0.1, 0.05, 0.001), 77, 1e-6)
+    table = threshold_table(others, own, (0.1, 0.05, 0.001), 77)
     assert list(table.columns) == list(COLUMNS) and (table.queries == 500).all() and (table.gallery == 77).all()
     assert list(zip(table.ensemble_size, table.far, strict=True)) == [(1, 0.1), (1, 0.05), (2, 0.1), (2, 0.05)]
     for row in table.itertuples():
@@ -60,25 +62,24 @@ def test_the_table_has_a_row_for_each_size_and_rate():
         assert row.found == pytest.approx(100 * right.double().mean().item())
 
 
-def test_reading_a_threshold(tmp_path):
+def test_reading_a_threshold(tiny_run, tmp_path):
     """The row of this ensemble size and rate; else one line that says which there are, or which command makes them."""
-    path, command = tmp_path / "thresholds.csv", "python evaluate.py run"
+    folder = copy_run(tiny_run, tmp_path / "run")
+    path = folder / "thresholds.csv"
     rows = [(1, 0.1, 0.5, 90.0, 200, 300), (2, 0.1, 0.625, 80.0, 200, 300), (2, 0.05, 0.75, 70.0, 200, 300)]
 
     def refused(size: int, far: float) -> str:
         with pytest.raises(InputError) as refusal:
-            read_threshold(path, size, far, command)
+            read_threshold(read_run(folder, size), "logits", far)
         assert "\n" not in str(refusal.value)
         return str(refusal.value)
 
-    assert refused(1, 0.1) == f"--far needs {path}, which is missing; make it with: {command}"
+    command = f"make it with: python evaluate.py {folder}"
+    assert refused(1, 0.1) == f"a false-accept rate needs {path}, which is missing; {command}"
     pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(path, index=False, float_format="%.6f")
-    assert read_threshold(path, 1, 0.1, command) == Threshold(0.5, 0.1, 300)
-    assert read_threshold(path, 2, 0.05, command) == Threshold(0.75, 0.05, 300)
-    assert refused(2, 0.01).endswith(f"--far 0.01: for 2 members, {path} has 0.1, 0.05; or give a --threshold")
-    assert "no threshold for 3 members" in refused(3, 0.1) and refused(3, 0.1).endswith(command)
+    assert read_threshold(read_run(folder, 1), "logits", 0.1) == Threshold(0.5, 0.1, 300)
+    assert read_threshold(read_run(folder, 2), "logits", 0.05) == Threshold(0.75, 0.05, 300)
+    assert "no threshold for 2 members and the false-accept rate 0.01, but 0.1, 0.05;" in refused(2, 0.01)
     for damage in ("ensemble_size,far\n1,0.1\n", "", path.read_text().replace("0.625", "x"), "\0"):
         path.write_text(damage)
-        assert f"{path} is damaged" in refused(2, 0.1) and refused(2, 0.1).endswith(f"make it again with: {command}")
-    path.write_text(",".join(COLUMNS) + "\n1,0.1,nan,0,1,1\n")
-    assert "is damaged" in refused(1, 0.1)
+        assert f"{path} is damaged" in refused(2, 0.1) and refused(2, 0.1).endswith(command)

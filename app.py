@@ -1,0 +1,276 @@
+"""A web page for a trained run: search by photo, and see what the run has learned.
+
+    python app.py RUN --gallery photos/     search a folder of photos
+    python app.py RUN                       search the run's test images
+
+The page is at http://127.0.0.1:7860, for this machine only. It sends nothing to
+other hosts. Needs: pip install gradio
+"""
+
+import argparse
+import functools
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageEnhance, ImageOps
+
+from dreml.cli import DEVICE_HELP, MANY, InputError, Parser, check_ranges, print_text, run_main
+from dreml.learned import GREEN, GREY, RED, Learned, learn, map_methods
+from dreml.search import Searcher
+from dreml.settings import EMBEDDINGS
+from dreml.thresholds import threshold_at
+
+FRAMES = {True: GREEN, False: RED, None: GREY}
+MARKS = {True: "✓", False: "✗", None: ""}
+NO_QUERY = "Drop a photo, or pick a test image."
+STYLE = """
+.caption-label { white-space: normal !important; max-width: 100% !important; }
+#grid .thumbnail-lg { aspect-ratio: 19 / 23; }
+.two .thumbnail-lg { aspect-ratio: 37 / 21; }
+.four .thumbnail-lg { aspect-ratio: 74 / 21; }
+"""
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # so that browsers ask no other host
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="app.py", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run folder of train.py")
+    group = parser.add_argument_group("what is searched")
+    gallery_help = "folder of photos (default: the run's test images)"
+    group.add_argument("--gallery", type=Path, metavar="DIR", help=gallery_help)
+    group.add_argument("--index", type=Path, metavar="DIR", help="index of the gallery, as in retrieve.py")
+    group.add_argument("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
+    embedding_help = "logits (default), or pooled: the features before the last layer"
+    group.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
+    group = parser.add_argument_group("the server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    group.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
+    upload_help = "largest photo that can be dropped, in megabytes (default: 20)"
+    group.add_argument("--max_upload", type=int, default=20, metavar="MB", help=upload_help)
+    group.add_argument("--device", default="auto", help=DEVICE_HELP)
+    data_help = "folder of data sets, for pictures of the test images (default: as in training)"
+    group.add_argument("--data_path", type=Path, metavar="DIR", help=data_help)
+    args = parser.parse_args(argv)
+    check_ranges(args, num_members=(1, MANY), port=(1, 65535), max_upload=(1, 1000))
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("the page needs: pip install gradio")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------ the search
+
+
+def framed(image: Image.Image, color: str, faded: bool) -> Image.Image:
+    """A thumbnail with a frame. A faded one has no colours and little contrast."""
+    if faded:
+        image = Image.blend(ImageEnhance.Color(image).enhance(0), Image.new("RGB", image.size, "white"), 0.6)
+    image = ImageOps.expand(image, 5, GREY if faded else color)
+    return ImageOps.expand(image, (0, 0, 0, 40), "white")  # where the caption will be
+
+
+@dataclass
+class Search:
+    """Answers of a searcher as pictures and sentences. Several people may ask at once."""
+
+    searcher: Searcher
+    learned: Learned
+
+    def find(self, query: Path | int | None, top: int, far: float) -> tuple[list, str, list]:
+        """The neighbours' pictures with captions, a sentence, and for each neighbour the query that it would be.
+
+        `query` is a file or a row of test.csv, `far` the false-accept rate in percent.
+        """
+        if query is None:
+            return [], NO_QUERY, []
+        threshold = threshold_at(self.learned.others, far / 100)
+        try:
+            answer = self.searcher.find(query, top=top, threshold=threshold)
+        except InputError as error:
+            return [], str(error).replace(str(query), "the photo"), []
+        pictures = []
+        queries = []
+        for neighbour in answer:
+            again = neighbour.file if neighbour.row is None else neighbour.row
+            mark = MARKS[neighbour.right] if neighbour.found else "not found:"
+            caption = f"{mark} {neighbour.similarity:.3f} {neighbour.class_name or neighbour.file.name}"
+            image = framed(self.learned.photo(again), FRAMES[neighbour.right], not neighbour.found)
+            pictures.append((image, caption.strip()))
+            queries.append(again)
+        text = f"Class of the query: {answer.class_name}. " if answer.class_name else ""
+        if threshold is None:
+            text += f"The run has too few test images for a threshold at {far:g} %."
+        else:
+            num_found = sum(neighbour.found for neighbour in answer)
+            text += f"{num_found} of {len(pictures)} reach the threshold, {threshold:.3f}."
+        return pictures, text, queries
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+def build_page(search: Search, title: str):
+    """The page, a `gradio.Blocks`."""
+    import gradio as gr
+
+    learned = search.learned
+    num_test = len(learned.run.test)
+
+    def dropped(path: str | None, top: int, far: float):
+        query = Path(path) if path else None
+        return query, *search.find(query, top, far)
+
+    def picked(row: float | None, top: int, far: float):
+        if row is None or not 0 <= row < num_test:
+            return None, None, [], f"The test images have the numbers 0 to {num_test - 1}.", []
+        return learned.photo(int(row)), int(row), *search.find(int(row), top, far)
+
+    def clicked(neighbours: list, top: int, far: float, event: gr.SelectData):
+        query = neighbours[event.index]
+        return learned.photo(query), query, *search.find(query, top, far)
+
+    def on_map(method: str, event: gr.SelectData):
+        return learned.at(method, *event.index)
+
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(f"### {title}")
+        with gr.Tab("Search"):
+            query = gr.State()
+            neighbours = gr.State([])
+            with gr.Row():
+                with gr.Column(scale=1, min_width=240):
+                    photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=260, elem_id="photo")
+                    row = gr.Number(label=f"or test image, 0 to {num_test - 1}", precision=0, elem_id="row")
+                    top = gr.Slider(1, 48, value=12, step=1, label="neighbours", elem_id="top")
+                    far_label = "false-accept rate (%): below its threshold, neighbours are not found"
+                    far = gr.Slider(0.1, 20, value=1, step=0.1, label=far_label, elem_id="far")
+                with gr.Column(scale=3):
+                    text = gr.Markdown(NO_QUERY, elem_id="text")
+                    grid = gr.Gallery(show_label=False, columns=6, allow_preview=False, elem_id="grid", buttons=[])
+            photo.preprocess = lambda payload: payload and payload.path  # this program reads the file, not Gradio
+            options = [top, far]
+            answer = [grid, text, neighbours]
+            photo.input(dropped, [photo, *options], [query, *answer])
+            row.submit(picked, [row, *options], [photo, query, *answer])
+            grid.select(clicked, [neighbours, *options], [photo, query, *answer])
+            for slider in options:
+                slider.release(search.find, [query, *options], answer)
+        with gr.Tab("What the run has learned") as tab:
+            with gr.Row():
+                histograms = gr.Image(show_label=False, buttons=[])
+                recalls = gr.Image(show_label=False, buttons=[])
+            gr.Markdown("**The most confident errors**: a query and its first neighbour, of another class")
+            errors = gr.Gallery(
+                show_label=False, columns=4, height=320, elem_classes="two", elem_id="errors", buttons=[]
+            )
+            gr.Markdown("**Classes that are most often taken for each other**: two photos of each")
+            confusions = gr.Gallery(show_label=False, columns=3, height=320, elem_classes="four", buttons=[])
+            gr.Markdown("**Test images that look the same and have two class names** (none if empty)")
+            copies = gr.Gallery(
+                show_label=False, columns=4, height=320, elem_classes="two", elem_id="copies", buttons=[]
+            )
+            method = gr.Radio(map_methods(), value="PCA", label="Map of the test images: a click shows the photo")
+            with gr.Row():
+                plane = gr.Image(show_label=False, interactive=False, buttons=[], elem_id="map")
+                with gr.Column():
+                    point = gr.Image(show_label=False, height=300, buttons=[], elem_id="point")
+                    caption = gr.Markdown(elem_id="point_text")
+            with gr.Row():
+                classes = gr.Dataframe(label="R@1 of each class, worst first", max_height=400)
+                settings = gr.Dataframe(label="Settings", max_height=400)
+            for make, component in (
+                (learned.histograms, histograms),
+                (learned.recalls, recalls),
+                (learned.confident_errors, errors),
+                (learned.confusions, confusions),
+                (learned.copies, copies),
+                (learned.classes, classes),
+                (learned.settings, settings),
+            ):
+                tab.select(functools.cache(make), None, component)
+            tab.select(learned.map, method, plane)
+            method.change(learned.map, method, plane)
+            plane.select(on_map, method, [point, caption])
+    return page
+
+
+class Policy:
+    """Tells browsers to load nothing from other hosts."""
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        async def send_with_policy(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+def serve(page, host: str, port: int, max_upload: int) -> None:
+    """Start the server and return. Only Gradio's own files and the pictures it was given are served."""
+    import gradio as gr
+    from starlette.middleware import Middleware
+
+    page.queue(default_concurrency_limit=8)
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_file_size=max_upload * 10**6,
+            footer_links=[],
+            css=STYLE,
+            run_history=False,
+            theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
+            app_kwargs={"middleware": [Middleware(Policy)], "docs_url": None, "redoc_url": None, "openapi_url": None},
+        )
+    except OSError as error:
+        raise InputError(f"cannot listen on {host}:{port} ({error}); --port takes another port") from None
+
+
+def run(args: argparse.Namespace) -> None:
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    # 1. The run, its embedding of the test images, and the gallery
+    searcher = Searcher(
+        args.folder,
+        gallery=args.gallery,
+        embedding=args.embedding,
+        num_members=args.num_members,
+        device=args.device,
+        index=args.index,
+        data_path=args.data_path,
+    )
+    trained = searcher.run
+    if not len(trained.test):
+        raise InputError(f"{args.folder}: its data set has no test images")
+    learned = learn(searcher)
+
+    # 2. The page, until Ctrl-C
+    title = f"{trained.name}: {trained.num_members} members, {args.embedding}, {args.gallery or 'test images'}"
+    page = build_page(Search(searcher, learned), title)
+    serve(page, args.host, args.port, args.max_upload)
+    print_text(f"the page is at http://{args.host}:{args.port}; Ctrl-C ends it")
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_main("app.py", lambda: run(parse_args(argv)), "fewer --num_members", resumable=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""app.py: the page in a real browser, what its server gives away, several people at once."""
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from builders import build_small_model, refused, save_image
+from PIL import Image
+
+import app
+import model
+from dreml import learned, thresholds
+from dreml.search import Searcher
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+# ------------------------------------------------------------------------------------------------ the server
+
+
+@pytest.fixture(scope="module")
+def site(_small_runs, tiny_data, tmp_path_factory):
+    """The page of `small_run` with a gallery of the tiny test photos, whose folder has a link out of it."""
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copytree(tiny_data / "tiny" / "test", folder / "photos")
+    save_image(folder / "secret.png", 77)
+    (folder / "secret.txt").write_text("the secret")
+    (folder / "photos" / "link.txt").symlink_to(folder / "secret.txt")
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "build_model", build_small_model)
+        patch.setattr(thresholds, "FEWEST_ABOVE", 1)
+        searcher = Searcher(_small_runs[0], gallery=folder / "photos", device="cpu", data_path=tiny_data)
+        search = app.Search(searcher, learned.learn(searcher))
+        page = app.build_page(search, "tiny")
+        app.serve(page, "127.0.0.1", port, max_upload=1)
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", folder=folder, search=search)
+        page.close(verbose=False)
+
+
+def call_function(url: str, name: str, data: list, event: dict | None = None) -> dict:
+    """What the page does when somebody acts: asks for a function, and waits for its last message."""
+    import httpx
+
+    functions = httpx.get(f"{url}/config").json()["dependencies"]
+    (number,) = (each["id"] for each in functions if each["api_name"] == name)
+    session = f"session{np.random.default_rng().integers(10**9)}"
+    body = {"data": data, "fn_index": number, "session_hash": session, "event_data": event}
+    assert httpx.post(f"{url}/gradio_api/queue/join", json=body, timeout=60).status_code == 200
+    with httpx.stream("GET", f"{url}/gradio_api/queue/data?session_hash={session}", timeout=60) as lines:
+        for line in lines.iter_lines():
+            message = json.loads(line.removeprefix("data:")) if line else {}
+            if message.get("msg") == "process_completed":
+                return message
+    raise AssertionError("no answer")
+
+
+def upload(url: str, file: Path):
+    import httpx
+
+    return httpx.post(f"{url}/gradio_api/upload", files={"files": (file.name, file.read_bytes())}, timeout=60)
+
+
+def drop(url: str, file: Path, top: int = 4) -> tuple[list[str], str]:
+    """The captions and the sentence for a photo that is dropped."""
+    (path,) = upload(url, file).json()
+    photo = {"path": path, "orig_name": file.name, "meta": {"_type": "gradio.FileData"}}
+    message = call_function(url, "dropped", [photo, top, 1])
+    assert message["success"], message
+    _, grid, text, _ = message["output"]["data"]
+    return [each["caption"] for each in grid], text
+
+
+@needs_gradio
+def test_eight_people_at_once_get_their_own_answers(site, tmp_path):
+    """Twice each; compared with the searcher, whose answers they are."""
+    files = [tmp_path / f"{number}.png" for number in range(8)]
+    for number, file in enumerate(files):
+        save_image(file, 100 + number)
+    expected = [[each.similarity for each in site.search.searcher.find(file, top=4)] for file in files]
+    with ThreadPoolExecutor(8) as people:
+        answers = list(people.map(lambda file: drop(site.url, file), files * 2))
+    for (captions, _), similarities in zip(answers, expected * 2, strict=True):
+        assert [float(caption.removeprefix("not found:").split()[0]) for caption in captions] == pytest.approx(
+            similarities, abs=6e-4
+        )
+
+
+@needs_gradio
+def test_bad_photos_are_answered_with_one_sentence(site, tmp_path):
+    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
+    (tmp_path / "words.png").write_text("no picture")
+    for name in ("torn.jpg", "words.png"):
+        captions, text = drop(site.url, tmp_path / name)
+        assert captions == [] and "the photo: unreadable" in text and "\n" not in text and "/" not in text
+    message = call_function(site.url, "picked", [10**6, 4, 1])
+    assert message["output"]["data"][3] == "The test images have the numbers 0 to 35."
+    (tmp_path / "large.png").write_bytes(bytes(1_100_000))
+    assert upload(site.url, tmp_path / "large.png").status_code == 413
+
+
+@needs_gradio
+def test_no_other_file_is_served(site):
+    """By its path in any spelling, as the query of a forged call, or as a neighbour that was never shown."""
+    import httpx
+
+    asked = 0
+    inside = site.folder / "photos"
+    for secret in (site.folder / "secret.txt", inside / "link.txt", site.folder / "secret.png", Path("/etc/passwd")):
+        content = secret.read_bytes()
+        path = str(secret)
+        ways = [path, path[1:], f"..{path}", f"../../../../../../../..{path}", f"{inside}/../{secret.name}"]
+        ways += [
+            path.replace("/", "%2F"),
+            path.replace("/", "%252F"),
+            f"%2e%2e{path}",
+            f"file://{path}",
+            f"{path}%00.png",
+        ]
+        for way in ways:
+            for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/"):
+                answer = httpx.get(site.url + route + way)
+                assert content not in answer.content, answer.url
+                asked += 1
+    assert asked >= 50
+    photo = {"path": str(site.folder / "secret.png"), "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+    assert not call_function(site.url, "dropped", [photo, 4, 1])["success"]
+    photo = {"path": None, "url": f"file://{site.folder}/secret.png", "meta": {"_type": "gradio.FileData"}}
+    forged = call_function(site.url, "dropped", [photo, 4, 1])
+    assert not forged["success"] or forged["output"]["data"][2] == app.NO_QUERY
+    event = {"index": 0, "value": None, "_data": {"index": 0, "value": None}}
+    forged = call_function(site.url, "clicked", [[str(site.folder / "secret.png")], 4, 1], event)
+    assert not forged["success"]
+
+
+@needs_gradio
+def test_the_page_in_a_browser(site, tmp_path):
+    """A photo is dropped, its neighbours shown; sliders; a neighbour becomes the query; the second tab; one host."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    elsewhere = []
+    photo = tmp_path / "photo.png"
+    save_image(photo, 5)
+
+    def similarities(query: object, top: int) -> list[str]:
+        return [f"{each.similarity:.3f}" for each in site.search.searcher.find(query, top=top)]
+
+    with playwright.sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.on("request", lambda each: elsewhere.append(each.url))
+        page.goto(site.url)
+
+        def wait_for_grid(expected: list[str]) -> None:
+            captions = page.locator("#grid .caption-label")
+            for place, each in enumerate(expected):
+                playwright.expect(captions.nth(place)).to_contain_text(each, timeout=30_000)
+            playwright.expect(captions).to_have_count(len(expected))
+
+        page.set_input_files("#photo input[type=file]", photo)
+        wait_for_grid(similarities(photo, 12))
+        for slider, value in (("top", "3"), ("far", "20")):
+            page.fill(f"#{slider} input[type=number]", value)
+            page.locator(f"#{slider} input[type=number]").blur()
+            wait_for_grid(similarities(photo, 3))
+        threshold = thresholds.threshold_at(site.search.learned.others, 0.2)
+        playwright.expect(page.locator("#text")).to_contain_text(f"reach the threshold, {threshold:.3f}")
+        neighbour = list(site.search.searcher.find(photo, top=3))[1]
+        page.locator("#grid button.thumbnail-item").nth(1).click()
+        wait_for_grid(similarities(neighbour.file if neighbour.row is None else neighbour.row, 3))
+        playwright.expect(page.locator("#text")).to_contain_text(f"Class of the query: {neighbour.class_name}")
+        page.fill("#row input", "7")
+        page.press("#row input", "Enter")
+        wait_for_grid(similarities(7, 3))
+
+        page.get_by_role("tab", name="What the run has learned").click()
+        number = min(len(site.search.learned.errors), learned.NUM_SHOWN)
+        playwright.expect(page.locator("#errors .caption-label")).to_have_count(number, timeout=30_000)
+        plane = page.locator("#map img")
+        plane.wait_for()
+        box = plane.bounding_box()
+        _, places = site.search.learned.map_points("PCA")
+        x, y = (places[7] * box["width"] / learned.MAP_SIZE).tolist()
+        plane.click(position={"x": x, "y": y})
+        playwright.expect(page.locator("#point_text")).to_contain_text("test image 7:")
+        if os.environ.get("SCREENSHOTS"):
+            page.screenshot(path=os.environ["SCREENSHOTS"] + "/app_test.png", full_page=True)
+        browser.close()
+    assert elsewhere and all(url.startswith((site.url, "data:", "blob:")) for url in elsewhere)
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_a_neighbour_below_the_threshold_is_grey():
+    image = Image.new("RGB", (180, 180), "red")
+    assert app.framed(image, app.GREEN, False).getpixel((90, 90)) == (255, 0, 0)
+    red, green, blue = app.framed(image, app.GREEN, True).getpixel((90, 90))
+    assert red == green == blue > 128
+
+
+def test_what_is_refused(small_run, tmp_path, monkeypatch, capsys):
+    assert "is not a run folder" in refused(capsys, app, tmp_path)
+    assert "--port 0 has to be at least 1" in refused(capsys, app, small_run, "--port", "0")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert refused(capsys, app, small_run) == "app.py: the page needs: pip install gradio\n"
+
+
+@needs_gradio
+def test_a_port_that_is_taken_is_named(site, _small_runs, small_run, tiny_data, capsys):
+    port = site.url.rpartition(":")[2]
+    line = refused(capsys, app, small_run, "--port", port, "--device", "cpu", "--data_path", tiny_data)
+    assert f"cannot listen on 127.0.0.1:{port}" in line and "--port takes another port" in line

@@ -1,0 +1,65 @@
+"""What a run has learned: errors, classes, confusions and near copies by hand; the map."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from builders import random_embeddings, random_image, write_run
+
+from dreml import learned
+from dreml.runs import read_run
+from dreml.search import Searcher
+
+
+def test_errors_classes_and_confusions_by_hand(small_run, tmp_path):
+    """Against every similarity of the test images, one by one."""
+    run = read_run(write_run(tmp_path / "run", small_run, random_embeddings(3)))
+    members = [rows / rows.norm(dim=1, keepdim=True) for rows in run.embeddings("logits", torch.device("cpu"))]
+    rows = torch.cat(members, 1) / 2**0.5
+    searcher = SimpleNamespace(run=run, embedding="logits", saved=rows, data_folder=tmp_path, data_path=tmp_path)
+    found = learned.learn(searcher)
+    labels = run.test.label.to_numpy()
+    similarities = (rows @ rows.T).numpy()
+    np.fill_diagonal(similarities, -2)
+    first = similarities.argmax(1)
+    wrong = [row for row in range(len(rows)) if labels[row] != labels[first[row]]]
+    wrong.sort(key=lambda row: -similarities[row, first[row]])
+    assert found.errors.row.tolist() == wrong
+    assert found.errors.neighbour.tolist() == first[wrong].tolist()
+    names = run.test.class_name.to_numpy()
+    shares = {name: 100 * np.mean(labels[first[names == name]] == labels[names == name]) for name in set(names)}
+    table = found.classes()
+    assert dict(zip(table["class"], table["R@1 (%)"], strict=True)) == pytest.approx(shares, abs=0.01)
+    assert table["R@1 (%)"].is_monotonic_increasing and table["queries"].sum() == len(rows)
+    times = {}
+    for row in wrong:
+        pair = " | ".join(sorted((names[row], names[first[row]])))
+        times[pair] = times.get(pair, 0) + 1
+    captions = [caption for _, caption in found.confusions()]
+    assert dict(caption.removesuffix(" times").rsplit("   ", 1) for caption in captions) == {
+        pair: str(number) for pair, number in times.items()
+    }
+    assert captions[0].endswith(f" {max(times.values())} times")
+
+
+def test_near_copies_under_two_names_are_found(small_run, tmp_path):
+    """The same picture saved twice, once as JPEG; another error of two different pictures is none."""
+    rows = torch.eye(6)[[0, 0, 1, 1, 2, 3]]
+    run = read_run(write_run(tmp_path / "run", small_run, [rows.numpy()], labels=np.array([0, 1, 2, 3, 0, 1])))
+    run.test["path"] = [f"{number}.jpg" for number in range(6)]
+    for number, seed in enumerate([1, 1, 2, 3, 4, 5]):
+        random_image(seed, 60, 60).save(tmp_path / f"{number}.jpg", quality=95 - 10 * number)
+    searcher = SimpleNamespace(run=run, embedding="logits", saved=rows, data_folder=tmp_path, data_path=tmp_path)
+    captions = [caption for _, caption in learned.learn(searcher).copies()]
+    names = run.test.class_name
+    assert captions == [f"{names[0]} | {names[1]}   1.000"]
+
+
+def test_a_click_on_the_map_finds_the_nearest_point(small_run, tiny_data):
+    found = learned.learn(Searcher(small_run, device="cpu", data_path=tiny_data))
+    for method in learned.map_methods():
+        rows, places = found.map_points(method)
+        assert places.min() >= 0 and places.max() <= learned.MAP_SIZE and len(rows) == len(found.rows)
+        image, caption = found.at(method, *(places[7] + 0.1))
+        assert caption == f"test image 7: {found.run.test.class_name[7]}" and image == found.photo(7)
