@@ -113,15 +113,17 @@ def time_row(what: str, ours: float, other: float) -> Row:
 
 
 def several(run: Callable[[], object], number: int, kind: str = "tf32") -> Callable[[], None]:
-    """A call that runs `run` so many times. Its convolutions of float32 are computed as "ieee" or, the default of
-    PyTorch, as "tf32"."""
+    """A call that runs `run` so many times. Convolutions of float32 are "ieee" or, PyTorch's default, "tf32"."""
 
     def call() -> None:
-        before = torch.backends.cudnn.conv.fp32_precision
-        torch.backends.cudnn.conv.fp32_precision = kind
-        for _ in range(number):
-            run()
-        torch.backends.cudnn.conv.fp32_precision = before
+        convolutions = torch.backends.cudnn.conv
+        before = convolutions.fp32_precision
+        try:
+            convolutions.fp32_precision = kind
+            for _ in range(number):
+                run()
+        finally:
+            convolutions.fp32_precision = before
 
     return call
 
@@ -154,8 +156,10 @@ def epochs(plan: Plan) -> list[Row]:
         with loader_threads(threads):
             cold, warm = training.two_epochs(plan.experiment())
         text = f"loader threads {threads} / one resident batch"
-        if bytes_from_disk() - before > pixels.stat().st_size / 2:  # else the files stayed in memory
+        if bytes_from_disk() - before > pixels.stat().st_size / 2:
             rows.append(speed_row(f"epoch, cold cache, {text}", cold, ceiling))
+        else:
+            rows.append([f"epoch, cold cache, {text}", "not measured: the files stay in memory", "", ""])
         rows.append(speed_row(f"epoch, warm cache, {text}", warm, ceiling))
     return rows
 
@@ -181,10 +185,8 @@ def evict(path: Path) -> None:
 
 def bytes_from_disk() -> int:
     """What Linux has read from disks for this process."""
-    counts = Path("/proc/self/io")
-    if not counts.exists():
-        return 0
-    return int(dict(line.split(": ") for line in counts.read_text().splitlines())["read_bytes"])
+    counts = Path("/proc/self/io").read_text() if sys.platform == "linux" else "read_bytes: 0"
+    return int(dict(line.split(": ") for line in counts.splitlines())["read_bytes"])
 
 
 def embedding(plan: Plan) -> list[Row]:
