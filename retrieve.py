@@ -18,16 +18,13 @@ import numpy as np
 import pandas as pd
 
 from dreml.cli import DEVICE_HELP, MANY, InputError, Parser, check_ranges, print_text, run_main
+from dreml.figures import MAX_ROWS, NoPictures, Thumbnails, check_matplotlib, draw_neighbours
 from dreml.files import atomic_open, make_folder, writable, write_csv
 from dreml.index import is_installed
-from dreml.neighbours import NoPictures, Thumbnails, draw_neighbours
 from dreml.runs import SUFFIXES
 from dreml.search import Answer, Searcher, refuse
 from dreml.settings import EMBEDDINGS
-from dreml.style import check_matplotlib
 from dreml.thresholds import Threshold
-
-MAX_ROWS = 40  # queries in the picture; the CSV has all
 
 # ------------------------------------------------------------------------------------------------ options
 

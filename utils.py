@@ -2,21 +2,21 @@
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 TIE_TOLERANCE = 1e-6  # a member: below it, two summed cosines count as equal (float32 rounding decides nothing)
-LARGEST_BLOCKS = {"cpu": 1024}  # rows of similarities at a time: larger ones are no faster there
-LARGEST_BLOCK = 2**14  # elsewhere: a GPU wants few large launches
+# Rows of similarities at a time. On a CPU larger blocks are no faster; a GPU wants few large launches.
+LARGEST_BLOCK = {"cpu": 2**10, "cuda": 2**14, "mps": 2**14}
 
 # ------------------------------------------------------------------------------------------------ partitions
 
 
 def rng_for(seed: int, member: int, epoch: int, purpose: str) -> np.random.Generator:
-    """The random generator for one purpose in one epoch of one member.
+    """Return the random generator for one purpose in one epoch of one member.
 
     It depends on these four arguments only. So member 7 is the same whether or not members 1-6 were trained before it,
     and an epoch can be repeated. `seed`, `member` and `epoch` are below 2**32.
@@ -25,7 +25,7 @@ def rng_for(seed: int, member: int, epoch: int, purpose: str) -> np.random.Gener
 
 
 def meta_class_partition(num_classes: int, num_meta_classes: int, generator: np.random.Generator) -> np.ndarray:
-    """A random, balanced partition of the training classes into meta-classes (paper, section 3).
+    """Draw a random, balanced partition of the training classes into meta-classes (paper, section 3).
 
     Returns `(num_classes,) int64`: the meta-class, 0..num_meta_classes-1, of every class. Each meta-class gets
     floor(N/D) or ceil(N/D) classes. Raises ValueError unless 2 <= num_meta_classes <= num_classes.
@@ -39,7 +39,7 @@ def meta_class_partition(num_classes: int, num_meta_classes: int, generator: np.
 
 
 def capped_images(labels: np.ndarray, most: int, generator: np.random.Generator) -> np.ndarray:
-    """The training images of a member: all, but of a class with more than `most` images a random `most` of them.
+    """Draw the training images of a member: all, but only `most` random ones of a class that has more.
 
     `labels` `(N,) int64`: the class of each image. Returns their indices, sorted, `(n,) int64`.
     """
@@ -62,7 +62,7 @@ def recall_at_k(
     is_gallery: torch.Tensor | None = None,
     max_bytes: int | None = None,
 ) -> torch.Tensor:
-    """The share of queries that have an image of their own class among the K most similar, for every ensemble size.
+    """Share of queries with an image of their own class among the K most similar, for every ensemble size.
 
     The rank of a query is the number of images of *other* classes whose similarity (the cosines summed over the first
     l members) is at least its best own-class similarity, itself excluded by index, minus 1e-6 * l. It is a hit at K if
@@ -76,9 +76,8 @@ def recall_at_k(
         ks: positive integers.
         is_query, is_gallery: `(N,) bool`; None: every image. An image may be both, or neither.
         max_bytes: bound on the memory used beside the arguments; None: `similarity_memory`. It holds for any class
-            sizes, but for 12 bytes an image and member (16 where queries and gallery differ), some 100 bytes an image,
-            and blocks of at least 16 rows. No N x N matrix is made. The embeddings are copied, sorted and scaled, only
-            where that fits into half of the bound; else blocks of rows are gathered, cast and scaled when needed.
+            sizes, but for 16 bytes an image and member, some 100 bytes an image, and blocks of at least 16 rows. No
+            N x N matrix is made.
 
     Returns:
         `(L, len(ks)) float64` on the CPU, in [0, 1]; row l-1 is the ensemble of the first l members.
@@ -88,13 +87,10 @@ def recall_at_k(
     """
     if any(k < 1 for k in ks):
         raise ValueError(f"every K has to be a positive integer, not {list(ks)}")
-    members = [embeddings] if isinstance(embeddings, torch.Tensor) else list(embeddings)
-    masks = _checked_masks(members, labels, is_query, is_gallery)
-    # Similarities are computed in blocks of `block` x `4 * block`, of which three are held.
-    pairs = _sort_by_class(members, labels, masks, max_bytes, lambda block: 12 * block)
+    pairs = _pairs_by_class(embeddings, labels, is_query, is_gallery, max_bytes)
     with full_float32(pairs.device.type):
         thresholds = _best_own_similarities(pairs)
-        thresholds -= TIE_TOLERANCE * torch.arange(1, len(members) + 1, device=pairs.device)[:, None]
+        thresholds -= TIE_TOLERANCE * torch.arange(1, pairs.num_members + 1, device=pairs.device)[:, None]
         ranks = _count_others_above(pairs, thresholds)
     has_match = pairs.num_own > 0
     hits = torch.stack([((ranks < k) & has_match).sum(1) for k in ks], dim=1)
@@ -102,14 +98,14 @@ def recall_at_k(
 
 
 def similarity_memory(device: torch.device) -> int:
-    """The bytes that scoring may use for similarities: on CUDA a quarter of what is free, elsewhere 1 GiB."""
+    """Bytes that scoring may use for similarities: on CUDA a quarter of what is free, elsewhere 1 GiB."""
     return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
 
 
 def unmatched_queries(
     labels: torch.Tensor, is_query: torch.Tensor | None = None, is_gallery: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Which images are queries whose class has no other image in the gallery, `(N,) bool`: misses in Recall@K."""
+    """Queries whose class has no other image in the gallery, `(N,) bool`. They are misses in Recall@K."""
     everything = torch.ones(len(labels), dtype=torch.bool)
     is_query = everything if is_query is None else is_query
     is_gallery = everything if is_gallery is None else is_gallery
@@ -119,25 +115,24 @@ def unmatched_queries(
 
 
 def _best_own_similarities(pairs: "_Pairs") -> torch.Tensor:
-    """Each query's best similarity to another image of its class, `(L, queries) float32`; -inf if there is none."""
-    queries, gallery, num_queries = pairs.queries, pairs.gallery, len(pairs.queries.order)
-    best = torch.full((pairs.num_members, num_queries), -torch.inf, device=pairs.device)
+    """Best similarity of each query to another image of its class, `(L, queries) float32`; -inf if there is none."""
+    best = torch.full((pairs.num_members, pairs.num_queries), -torch.inf, device=pairs.device)
     step = max(min(pairs.block, 256), pairs.block // 4)
-    for start in range(0, num_queries, step):
-        stop = min(start + step, num_queries)
-        query_rows = queries.rows_of_all(start, stop)
+    for start in range(0, pairs.num_queries, step):
+        stop = min(start + step, pairs.num_queries)
+        query_rows = pairs.queries.rows_of_all(start, stop)
         for left in range(pairs.first[start], pairs.last[stop - 1], pairs.block):
             right = min(left + pairs.block, pairs.last[stop - 1])
             sums = _zeros_at(pairs.own(start, stop, left, right))
             for index, rows in enumerate(query_rows):
-                sums.addmm_(rows, gallery.rows(index, left, right).T)
+                sums.addmm_(rows, pairs.gallery.rows(index, left, right).T)
                 best[index, start:stop] = torch.maximum(best[index, start:stop], sums.amax(1))
     return best
 
 
 def _count_others_above(pairs: "_Pairs", thresholds: torch.Tensor) -> torch.Tensor:
-    """How many images of other classes reach each query's threshold, `(L, queries) int32`."""
-    ranks = torch.zeros((pairs.num_members, pairs.sizes[0]), dtype=torch.int32, device=pairs.device)
+    """Count the images of other classes that reach each query's threshold, `(L, queries) int32`."""
+    ranks = torch.zeros((pairs.num_members, pairs.num_queries), dtype=torch.int32, device=pairs.device)
     reached = torch.empty(0, device=pairs.device)
     for index, (start, stop), (left, right), sums in _other_class_sums(pairs):
         if reached.shape != sums.shape:
@@ -153,26 +148,25 @@ def _count_others_above(pairs: "_Pairs", thresholds: torch.Tensor) -> torch.Tens
 
 
 def _other_class_sums(pairs: "_Pairs") -> Iterator[tuple[int, tuple[int, int], tuple[int, int], torch.Tensor]]:
-    """The similarities of queries to images of other classes, block by block.
+    """Yield the similarities of queries to images of other classes, block by block.
 
-    Yields (index of the last member, (start, stop) of the queries, (left, right) of the gallery images, the summed
+    A block is (index of the last member, (start, stop) of the queries, (left, right) of the gallery images, the summed
     cosines of the members up to it, `(stop - start, right - left) float32`, -inf for a pair of one class).
 
     Where queries and gallery are the same images, each block of the symmetric matrix is computed once: of the square on
     the diagonal, both halves are in it; all else, from gallery image max(stop, left) on, counts the other way too.
     """
-    queries, gallery, num_queries, num_gallery = pairs.queries, pairs.gallery, *pairs.sizes
     width = 4 * pairs.block
-    for start in range(0, num_queries, pairs.block):
-        stop = min(start + pairs.block, num_queries)
-        query_rows = queries.rows_of_all(start, stop)
-        for left in range(start if pairs.symmetric else 0, num_gallery, width):
-            right = min(left + width, num_gallery)
+    for start in range(0, pairs.num_queries, pairs.block):
+        stop = min(start + pairs.block, pairs.num_queries)
+        query_rows = pairs.queries.rows_of_all(start, stop)
+        for left in range(start if pairs.symmetric else 0, pairs.num_gallery, width):
+            right = min(left + width, pairs.num_gallery)
             sums = torch.zeros((stop - start, right - left), device=pairs.device)
             if left < pairs.last[stop - 1] and right > pairs.first[start]:  # else the block has no pair of one class
                 sums.masked_fill_(pairs.same_class(start, stop, left, right), -torch.inf)
             for index, rows in enumerate(query_rows):
-                sums.addmm_(rows, gallery.rows(index, left, right).T)
+                sums.addmm_(rows, pairs.gallery.rows(index, left, right).T)
                 yield index, (start, stop), (left, right), sums
 
 
@@ -192,39 +186,30 @@ def map_at_r(
 
     R is the number of images of the query's class in the gallery, itself excluded by index. R-Precision is the share of
     them among the R most similar images. mAP@R adds up, over those, the precision at their positions, and divides by R.
-    The mean is over the queries with R > 0, as in pytorch-metric-learning; the others (`unmatched_queries`), which
-    Recall@K takes for misses, are left out. Without any query that has R > 0, both are NaN.
+    The mean is over the queries with R > 0, as in pytorch-metric-learning. The others (`unmatched_queries`) are left
+    out here and misses in Recall@K. Without any query that has R > 0, both are NaN.
 
     As in `recall_at_k`, ties count against the query: the position of its i-th most similar own-class image is i plus
     the number of images of *other* classes whose similarity is at least that image's minus 1e-6 * l. So the numbers do
     not depend on the order of the images, and a constant embedding scores 0 unless R reaches beyond the other classes.
 
-    Args:
-        embeddings, labels, is_query, is_gallery: as for `recall_at_k`.
-        max_bytes: as for `recall_at_k`, but blocks hold whole rows of the similarity matrix, at least 16.
-
-    Returns:
-        (mAP@R, R-Precision), each `(L,) float64` on the CPU, in [0, 1]; item l-1 is the ensemble of the first l
-        members.
-
-    Raises:
-        ValueError: shapes that do not fit, no query, no gallery, or embeddings that are not finite.
+    Arguments and errors are those of `recall_at_k`, but blocks hold whole rows of the similarity matrix, at least 16.
+    Returns (mAP@R, R-Precision), each `(L,) float64` on the CPU, in [0, 1]; item l-1 is the ensemble of the first l
+    members.
     """
-    members = [embeddings] if isinstance(embeddings, torch.Tensor) else list(embeddings)
-    masks = _checked_masks(members, labels, is_query, is_gallery)
     # A row holds its similarities to the gallery, those of its own class once more, and what is computed from the R
     # nearest of both: in all 16 floats a gallery image, if its class is nearly the whole gallery.
-    pairs = _sort_by_class(members, labels, masks, max_bytes, lambda block: 16 * len(labels))
-    num_queries, num_gallery = pairs.sizes
-    scores = torch.zeros((2, len(members), num_queries), device=pairs.device)
+    pairs = _pairs_by_class(embeddings, labels, is_query, is_gallery, max_bytes, floats_of_a_row=16 * len(labels))
+    num_gallery = pairs.num_gallery
+    scores = torch.zeros((2, pairs.num_members, pairs.num_queries), device=pairs.device)
     with full_float32(pairs.device.type):
-        for start in range(0, num_queries, pairs.block):
-            stop = min(start + pairs.block, num_queries)
+        for start in range(0, pairs.num_queries, pairs.block):
+            stop = min(start + pairs.block, pairs.num_queries)
             left, right = pairs.first[start], pairs.last[stop - 1]  # outside lie other classes only
             own = _zeros_at(pairs.own(start, stop, left, right))
             others = _zeros_at(~pairs.same_class(start, stop, 0, num_gallery))
             num_own = pairs.num_own[start:stop, None]
-            for index in range(len(members)):
+            for index in range(pairs.num_members):
                 rows = pairs.queries.rows(index, start, stop)
                 for sums, begin, end in ((own, left, right), (others, 0, num_gallery)):
                     for near in range(begin, end, 4 * pairs.block):
@@ -251,7 +236,7 @@ def _precisions(own: torch.Tensor, others: torch.Tensor, num_own: torch.Tensor, 
     return torch.stack([(found * ordinal / position).sum(1) / num_own[:, 0], found.sum(1) / num_own[:, 0]])
 
 
-# ------------------------------------------------------------------------------------------------ none of these
+# ------------------------------------------------------------------------------------------------ nearest images
 
 
 @torch.inference_mode()
@@ -263,7 +248,7 @@ def best_similarities(
     is_gallery: torch.Tensor | None = None,
     max_bytes: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each query's similarity to the nearest image of another class, and to that of its own, for every ensemble size.
+    """Similarity of each query to the nearest image of another class, and of its own, for every ensemble size.
 
     The similarity is the mean of the members' cosines. The first is what a search finds whose class is not in the
     gallery. Arguments, errors and memory are those of `recall_at_k`.
@@ -271,24 +256,58 @@ def best_similarities(
     Returns (other class, own class), each `(L, queries) float32` on the CPU, in [-1, 1], the queries in the order of
     the rows; row l-1 is the ensemble of the first l members. -inf where there is no such image but the query itself.
     """
-    members = [embeddings] if isinstance(embeddings, torch.Tensor) else list(embeddings)
-    masks = _checked_masks(members, labels, is_query, is_gallery)
-    pairs = _sort_by_class(members, labels, masks, max_bytes, lambda block: 12 * block)
+    pairs = _pairs_by_class(embeddings, labels, is_query, is_gallery, max_bytes)
+    others = torch.full((pairs.num_members, pairs.num_queries), -torch.inf, device=pairs.device)
     with full_float32(pairs.device.type):
-        best = (_best_other_similarities(pairs), _best_own_similarities(pairs))
-    sizes, by_row = torch.arange(1, len(members) + 1)[:, None], torch.argsort(pairs.queries.order.cpu())
-    return tuple(sums.cpu()[:, by_row] / sizes for sums in best)
+        own = _best_own_similarities(pairs)
+        for index, (start, stop), (left, right), sums in _other_class_sums(pairs):
+            others[index, start:stop] = torch.maximum(others[index, start:stop], sums.amax(1))
+            rest = max(stop, left)
+            if pairs.symmetric and rest < right:
+                others[index, rest:right] = torch.maximum(others[index, rest:right], sums[:, rest - left :].amax(0))
+    sizes = torch.arange(1, pairs.num_members + 1)[:, None]
+    by_row = torch.argsort(pairs.queries.order.cpu())
+    return others.cpu()[:, by_row] / sizes, own.cpu()[:, by_row] / sizes
 
 
-def _best_other_similarities(pairs: "_Pairs") -> torch.Tensor:
-    """Each query's best similarity to an image of another class, `(L, queries) float32`; -inf if there is none."""
-    best = torch.full((pairs.num_members, pairs.sizes[0]), -torch.inf, device=pairs.device)
-    for index, (start, stop), (left, right), sums in _other_class_sums(pairs):
-        best[index, start:stop] = torch.maximum(best[index, start:stop], sums.amax(1))
-        rest = max(stop, left)
-        if pairs.symmetric and rest < right:
-            best[index, rest:right] = torch.maximum(best[index, rest:right], sums[:, rest - left :].amax(0))
-    return best
+@torch.inference_mode()
+def first_neighbours(
+    embeddings: torch.Tensor | Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    *,
+    is_query: torch.Tensor | None = None,
+    is_gallery: torch.Tensor | None = None,
+    max_bytes: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and similarity of the first neighbour of each query, in the ensemble of all members.
+
+    As in Recall@1, ties count against the query: its own class is taken to be less similar by 1e-6 a member. So the
+    share of neighbours of the query's class is the Recall@1. Arguments and errors are those of `recall_at_k`, memory is
+    that of `map_at_r`.
+
+    Returns (rows `(queries,) int64`, means of the members' cosines `(queries,) float32`) on the CPU, the queries in the
+    order of the rows. The row is -1 for a query that is the only image of the gallery.
+    """
+    pairs = _pairs_by_class(embeddings, labels, is_query, is_gallery, max_bytes, floats_of_a_row=4 * len(labels))
+    tolerance = TIE_TOLERANCE * pairs.num_members
+    best = torch.empty(pairs.num_queries, device=pairs.device)
+    places = torch.empty(pairs.num_queries, dtype=torch.int64, device=pairs.device)
+    with full_float32(pairs.device.type):
+        for start in range(0, pairs.num_queries, pairs.block):
+            stop = min(start + pairs.block, pairs.num_queries)
+            sums = torch.zeros((stop - start, pairs.num_gallery), device=pairs.device)
+            for index, rows in enumerate(pairs.queries.rows_of_all(start, stop)):
+                for left in range(0, pairs.num_gallery, 4 * pairs.block):
+                    right = min(left + 4 * pairs.block, pairs.num_gallery)
+                    sums[:, left:right].addmm_(rows, pairs.gallery.rows(index, left, right).T)
+            sums -= tolerance * pairs.same_class(start, stop, 0, pairs.num_gallery)
+            sums.masked_fill_(pairs.queries.order[start:stop, None] == pairs.gallery.order, -torch.inf)
+            best[start:stop], places[start:stop] = sums.max(1)
+    is_right = pairs.gallery.labels[places] == pairs.queries.labels
+    similarities = (best + tolerance * is_right) / pairs.num_members
+    rows = torch.where(best.isneginf(), -1, pairs.gallery.order[places])
+    by_row = torch.argsort(pairs.queries.order)
+    return rows[by_row].cpu(), similarities[by_row].cpu()
 
 
 # ------------------------------------------------------------------------------------------------ images by class
@@ -305,7 +324,7 @@ class _Images:
         self.inverse_norms = torch.stack([_inverse_norms(member, self.order, block) for member in members])  # (L, n)
 
     def copy(self) -> None:
-        """Gathers and scales all rows once, in place of doing so for every block."""
+        """Gather and scale all rows once, in place of doing so for every block."""
         self.members = [
             member[self.order].float() * self.inverse_norms[index, :, None] for index, member in enumerate(self.members)
         ]
@@ -318,7 +337,7 @@ class _Images:
         return self.members[index][self.order[start:stop]].float() * self.inverse_norms[index, start:stop, None]
 
     def rows_of_all(self, start: int, stop: int) -> list[torch.Tensor]:
-        """The rows start:stop of every member."""
+        """Rows start:stop of every member."""
         return [self.rows(index, start, stop) for index in range(len(self.members))]
 
 
@@ -342,14 +361,17 @@ class _Pairs:
         return len(self.queries.members)
 
     @property
+    def num_queries(self) -> int:
+        return len(self.queries.order)
+
+    @property
+    def num_gallery(self) -> int:
+        return len(self.gallery.order)
+
+    @property
     def symmetric(self) -> bool:
         """Whether queries and gallery are the same images."""
         return self.queries is self.gallery
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """The numbers of queries and of gallery images."""
-        return len(self.queries.order), len(self.gallery.order)
 
     def same_class(self, start: int, stop: int, left: int, right: int) -> torch.Tensor:
         """Which of queries start:stop and gallery images left:right share a class, `(rows, columns) bool`."""
@@ -361,14 +383,51 @@ class _Pairs:
         return self.same_class(start, stop, left, right) & other
 
 
+def _pairs_by_class(
+    embeddings: torch.Tensor | Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    is_query: torch.Tensor | None,
+    is_gallery: torch.Tensor | None,
+    max_bytes: int | None,
+    floats_of_a_row: int | None = None,
+) -> _Pairs:
+    """Check the arguments of `recall_at_k`, sort the images by class, and choose the size of a block of similarities.
+
+    `floats_of_a_row`: how many float32 each row of a block takes, beside the embeddings. None: blocks of `block` x
+    `4 * block` similarities, of which three are held.
+    """
+    members = [embeddings] if isinstance(embeddings, torch.Tensor) else list(embeddings)
+    labels = torch.as_tensor(labels)
+    masks = _checked_masks(members, labels, is_query, is_gallery)
+    device = members[0].device
+    max_bytes = similarity_memory(device) if max_bytes is None else max_bytes
+    # A block holds the rows of all members and, of four times as many gallery images, those of one.
+    block = LARGEST_BLOCK[device.type]
+    width = sum(member.shape[1] for member in members)
+    widest = max(member.shape[1] for member in members)
+    while block > 16 and 4 * block * (2 * width + 9 * widest + (floats_of_a_row or 12 * block)) > max_bytes / 2:
+        block //= 2
+    labels = labels.to(device).long()
+    masks = [mask.to(device) for mask in masks]
+    sides = [_Images(members, labels, mask, block) for mask in (masks[:1] if torch.equal(*masks) else masks)]
+    num_rows = sum(len(side.order) for side in sides)
+    if 4 * num_rows * (width + widest) <= max_bytes / 2:  # else rows are gathered and scaled again for every block
+        for side in sides:
+            side.copy()
+    queries, gallery = sides[0], sides[-1]
+    first = torch.searchsorted(gallery.labels, queries.labels)
+    last = torch.searchsorted(gallery.labels, queries.labels, right=True)
+    num_own = last - first - masks[1][queries.order].long()
+    return _Pairs(queries, gallery, first.tolist(), last.tolist(), num_own, block)
+
+
 def _checked_masks(
     members: Sequence[torch.Tensor],
     labels: torch.Tensor,
     is_query: torch.Tensor | None,
     is_gallery: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    """The two masks, `(N,) bool`. Raises ValueError for arguments of `recall_at_k` that do not fit."""
-    labels = torch.as_tensor(labels)
+    """Both masks, `(N,) bool`. Raises ValueError for arguments of `recall_at_k` that do not fit."""
     if not members or any(member.ndim != 2 or len(member) != len(labels) for member in members) or labels.ndim != 1:
         raise ValueError("embeddings have to be (N, d) tensors and labels (N,), with the same N")
     if len(labels) == 0 or labels.is_floating_point():
@@ -382,39 +441,8 @@ def _checked_masks(
     return masks
 
 
-def _sort_by_class(
-    members: Sequence[torch.Tensor],
-    labels: torch.Tensor,
-    masks: list[torch.Tensor],
-    max_bytes: int | None,
-    floats_of_a_row: Callable[[int], int],
-) -> _Pairs:
-    """Sorts the images by class, and chooses the size of the blocks in which similarities are computed.
-
-    `floats_of_a_row(block)` says how many float32 each row of a block of similarities takes, beside the embeddings.
-    """
-    device = members[0].device
-    max_bytes = similarity_memory(device) if max_bytes is None else max_bytes
-    # A block holds the rows of all members and, of four times as many gallery images, those of one.
-    block = LARGEST_BLOCKS.get(device.type, LARGEST_BLOCK)
-    width, widest = sum(member.shape[1] for member in members), max(member.shape[1] for member in members)
-    while block > 16 and 4 * block * (2 * width + 9 * widest + floats_of_a_row(block)) > max_bytes / 2:
-        block //= 2
-    labels, masks = torch.as_tensor(labels).to(device).long(), [mask.to(device) for mask in masks]
-    sides = [_Images(members, labels, mask, block) for mask in (masks[:1] if torch.equal(*masks) else masks)]
-    num_rows = sum(len(side.order) for side in sides)
-    if 4 * num_rows * (width + widest) <= max_bytes / 2:  # else rows are gathered and scaled again for every block
-        for side in sides:
-            side.copy()
-    queries, gallery = sides[0], sides[-1]
-    first = torch.searchsorted(gallery.labels, queries.labels)
-    last = torch.searchsorted(gallery.labels, queries.labels, right=True)
-    num_own = last - first - masks[1][queries.order].long()
-    return _Pairs(queries, gallery, first.tolist(), last.tolist(), num_own, block)
-
-
 def _zeros_at(kept: torch.Tensor) -> torch.Tensor:
-    """The start of a block's sums: 0 for the pairs that are kept, -inf for the others, float32."""
+    """Start of a block's sums: 0 for the pairs that are kept, -inf for the others, float32."""
     return torch.zeros(kept.shape, device=kept.device).masked_fill_(~kept, -torch.inf)
 
 
@@ -432,7 +460,7 @@ def _inverse_norms(member: torch.Tensor, order: torch.Tensor, block: int) -> tor
 
 @contextlib.contextmanager
 def full_float32(device_type: str) -> Iterator[None]:
-    """Computes in full float32, without autocast, TF32 or bfloat16. The caller's settings return afterwards."""
+    """Compute in full float32, without autocast, TF32 or bfloat16. The caller's settings return afterwards."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     backends += (torch.backends.cudnn.conv, torch.backends.mkldnn.conv)
     shared = torch.backends.fp32_precision

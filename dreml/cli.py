@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import functools
 import os
 import re
 import signal
@@ -127,7 +128,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviations whose errors are one line."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=120)
+        super().__init__(allow_abbrev=False, formatter_class=formatter_class, **kwargs)
 
     def error(self, message: str):
         message = re.sub(r"(\S{60})\S{60,}", r"\1…", " ".join(message.split()))

@@ -10,6 +10,7 @@ import torch
 
 from dreml.cli import InputError, one_line
 from dreml.runs import SUFFIXES, Run
+from utils import TIE_TOLERANCE
 
 FARS = (0.1, 0.01, 0.001)  # false-accept rates: the share of searches for something that is not there that find it
 FEWEST_ABOVE = 10  # of fewer wrong neighbours above a threshold, their number says little
@@ -46,19 +47,17 @@ def accepted_share(similarities: torch.Tensor, threshold: float) -> float:
     return (torch.round(similarities.double() * 1e6) >= round(threshold * 1e6)).double().mean().item()
 
 
-def found_share(others: torch.Tensor, own: torch.Tensor, threshold: float, tie_tolerance: float) -> float:
+def found_share(others: torch.Tensor, own: torch.Tensor, threshold: float) -> float:
     """The share of queries whose first neighbour is of their class and reaches the threshold.
 
     `others` and `own` `(queries,)`: each query's similarity to the nearest image of another class, and of its own. As
     in Recall@K, ties count against the query: at a threshold of -1, this is the Recall@1.
     """
-    is_right = others < own - tie_tolerance
+    is_right = others < own - TIE_TOLERANCE
     return accepted_share(own.where(is_right, -torch.inf), threshold)
 
 
-def threshold_table(
-    others: torch.Tensor, own: torch.Tensor, fars: tuple[float, ...], num_gallery: int, tie_tolerance: float
-) -> pd.DataFrame:
+def threshold_table(others: torch.Tensor, own: torch.Tensor, fars: tuple[float, ...], num_gallery: int) -> pd.DataFrame:
     """A row of COLUMNS for each ensemble size and each of `fars` that enough queries can tell; `found` is in percent.
 
     `others` and `own` `(L, queries)` as for `found_share`; row l-1 is of the first l members.
@@ -68,7 +67,7 @@ def threshold_table(
         for far in fars:
             threshold = threshold_at(of_others, far)
             if threshold is not None:
-                found = 100 * found_share(of_others, of_own, threshold, tie_tolerance)
+                found = 100 * found_share(of_others, of_own, threshold)
                 rows.append((size, far, threshold, found, num_queries, num_gallery))
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 

@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from builders import LABELS, copy_run, random_embeddings, refused, write_pooled, write_run
+from builders import CLASS_NAMES, LABELS, copy_run, random_embeddings, refused, write_pooled, write_run
 from PIL import Image
-from reference import slow_best_similarities, slow_map, slow_recall
+from reference import mean_cosines, slow_best_similarities, slow_map, slow_recall
 
 import evaluate
+from dreml.figures import COLORS
 from dreml.run_writer import run_lock
-from dreml.runs import Run, read_run
-from dreml.style import COLORS
-from utils import unmatched_queries
+from dreml.runs import read_run
 
 
 def scores_in(folder: Path, name: str = "evaluation") -> np.ndarray:
@@ -75,27 +74,17 @@ def test_queries_without_a_match_are_named_once(tiny_run, tmp_path, capsys):
     np.testing.assert_allclose(scores_in(folder), [[80, 80, 100, 100]])
 
 
-def test_unmatched_queries_of_a_run():
-    """The columns of test.csv reach `unmatched_queries`, each in its place."""
-    columns = {"label": [0, 0, 1, 2, 2, 3], "is_query": [1, 1, 1, 1, 0, 0], "is_gallery": [1, 0, 1, 1, 0, 1]}
-    kinds = {"label": int, "is_query": bool, "is_gallery": bool}
-    test = pd.DataFrame({name: np.array(values, kinds[name]) for name, values in columns.items()})
-    run = Run(folder=Path(), record=None, members=None, num_members=1, test=test)
-    assert unmatched_queries(*run.split).tolist() == [True, False, True, True, False, False]
-
-
-@pytest.mark.parametrize(("name", "ks"), [("tiny", [1, 2, 4, 8]), ("isc", [1, 10, 20, 30])])
-def test_default_recalls(tiny_run, tmp_path, name, ks):
-    labels = np.repeat([0, 1], 16)
-    folder = write_run(tmp_path / "run", tiny_run, random_embeddings(0, 1, 32), labels, data_name=name)
-    assert evaluate.main([str(folder)]) == 0
-    assert list(pd.read_csv(folder / "evaluation.csv").columns[1:-2]) == [f"R@{k}" for k in ks]
-
-
-def test_a_comparison_with_isc_has_the_recalls_of_the_others(tiny_run, tmp_path, capsys):
-    runs = [write_run(tmp_path / name, tiny_run, random_embeddings(1), data_name=name) for name in ("isc", "tiny")]
+def test_default_recalls(tiny_run, tmp_path, capsys):
+    """Those of the data set; for several data sets the usual ones."""
+    runs = []
+    for name, ks in (("tiny", [1, 2, 4, 8]), ("isc", [1, 10, 20, 30])):
+        labels = np.repeat([0, 1], 16)
+        runs.append(write_run(tmp_path / name, tiny_run, random_embeddings(0, 1, 32), labels, data_name=name))
+        assert evaluate.main([str(runs[-1])]) == 0
+        assert list(pd.read_csv(runs[-1] / "evaluation.csv").columns[1:-2]) == [f"R@{k}" for k in ks]
+    capsys.readouterr()
     assert evaluate.main([*map(str, runs)]) == 0
-    assert "R@20" not in capsys.readouterr().out
+    assert "R@8" in capsys.readouterr().out
 
 
 def test_an_interruption_promises_nothing(tiny_run, tmp_path, capsys, monkeypatch):
@@ -132,16 +121,13 @@ def test_names_that_the_terminal_lacks(tiny_run, tmp_path, monkeypatch):
     assert rb"\xfcn\xef" in out.buffer.getvalue()
 
 
-def test_fewer_members(tiny_run, tmp_path):
+def test_fewer_members(tiny_run, tmp_path, capsys):
+    """As --num_members asks, or up to the first that is missing."""
     members = random_embeddings(1, 3)
     folder = write_run(tmp_path / "run", tiny_run, members)
     assert evaluate.main([str(folder), "--recalls", "1", "--num_members", "2"]) == 0
     expected = 100 * slow_recall(members[:2], LABELS, [1])
     np.testing.assert_allclose(scores_in(folder)[:, 0], expected[:, 0], atol=5e-5)
-
-
-def test_members_up_to_the_first_that_is_missing(tiny_run, tmp_path, capsys):
-    folder = write_run(tmp_path / "run", tiny_run, random_embeddings(1, 3))
     (folder / "member_002.json").unlink()
     assert evaluate.main([str(folder), "--recalls", "1"]) == 0
     assert len(scores_in(folder)) == 1
@@ -155,11 +141,54 @@ def test_the_pooled_embedding_has_files_of_its_own(tiny_run, tmp_path):
     folder, pooled = write_run(tmp_path / "run", tiny_run, random_embeddings(0)), random_embeddings(7)
     write_pooled(folder, pooled)
     assert evaluate.main([str(folder), "--recalls", "1", "--embedding", "pooled"]) == 0
-    assert not (folder / "evaluation.csv").exists() and not (folder / "thresholds.csv").exists()
-    assert (folder / "thresholds_pooled.csv").exists()
+    names = {f"{name}_pooled.csv" for name in evaluate.WRITTEN}
+    assert {path.name for path in folder.glob("*.csv")} == names | {"test.csv"}
     expected = 100 * slow_recall(pooled, LABELS, [1])
     np.testing.assert_allclose(scores_in(folder, "evaluation_pooled")[:, 0], expected[:, 0], atol=5e-5)
     assert len(scores_in(folder, "members_pooled")) == 2
+
+
+# ------------------------------------------------------------------------------------------------ classes
+
+
+def on_a_circle(*degrees: float) -> np.ndarray:
+    angles = np.deg2rad(degrees)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def test_classes_and_confusions_by_hand(tiny_run, tmp_path):
+    """The worst class and the most frequent confusion first, with its surest example. A lone class has no confusion."""
+    labels = np.array([0, 0, 0, 1, 1, 1, 2, 2, 3])
+    folder = write_run(tmp_path / "run", tiny_run, [on_a_circle(0, 10, 50, 12, 56, 9, 200, 201, 300)], labels)
+    assert evaluate.main([str(folder), "--recalls", "1"]) == 0
+    # 0 is nearest to 9 degrees, 10 to 9, 50 to 56: three of class 0. 12 is nearest to 10, 56 to 50, 9 to 10: class 1.
+    a, b, c, d = CLASS_NAMES
+    classes = pd.read_csv(folder / "classes.csv")
+    assert classes.values.tolist() == [[a, 3, 0], [b, 3, 0], [d, 1, 0], [c, 2, 100]]
+    assert list(classes) == ["class_name", "queries", "R@1"]
+    confusions = pd.read_csv(folder / "confusions.csv")
+    assert list(confusions) == ["class_name", "neighbour_class", "times", "query_path", "neighbour_path"]
+    assert confusions.values.tolist() == [[a, b, 3, "1.png", "5.png"], [b, a, 3, "5.png", "1.png"]]
+
+
+def test_classes_and_confusions_are_those_of_the_recall(tiny_run, tmp_path):
+    """Together they have the Recall@1 of all members, and one confusion for each miss that could have been a hit."""
+    labels, members = np.arange(150) % 4, random_embeddings(3, 2, 150)
+    masks = np.arange(150) % 3 > 0, np.arange(150) % 7 > 0
+    folder = write_run(tmp_path / "run", tiny_run, members, labels, *masks)
+    assert evaluate.main([str(folder), "--recalls", "1"]) == 0
+    classes, confusions = (pd.read_csv(folder / f"{name}.csv") for name in ("classes", "confusions"))
+    assert classes.queries.sum() == masks[0].sum() and classes["R@1"].is_monotonic_increasing
+    hits = (classes.queries * classes["R@1"]).sum() / 100
+    assert 100 * hits / 100 == pytest.approx(scores_in(folder)[1, 0], abs=1e-3)
+    assert confusions.times.sum() == pytest.approx(100 - hits, abs=1e-3)
+    assert confusions.times.is_monotonic_decreasing and (confusions.class_name != confusions.neighbour_class).all()
+    similarity = mean_cosines(members)
+    first = confusions.iloc[0]
+    query, neighbour = (int(path.removesuffix(".png")) for path in (first.query_path, first.neighbour_path))
+    assert (CLASS_NAMES[labels[query]], CLASS_NAMES[labels[neighbour]]) == (first.class_name, first.neighbour_class)
+    others = masks[1] & (np.arange(150) != query)
+    assert similarity[query, neighbour] == pytest.approx(similarity[query][others].max(), abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ none of these
@@ -192,33 +221,41 @@ def test_a_test_split_that_is_too_small_has_no_threshold(tiny_run, tmp_path):
 # ------------------------------------------------------------------------------------------------ several runs
 
 
-def test_runs_that_differ_in_their_seed_are_averaged(tiny_run, tmp_path, capsys):
-    """Two seeds of one setting and another setting, at the largest size that all have: two members."""
-    plan = {"r_s0_x": (0, 3, 12), "r_s7_x": (7, 2, 12), "r_D3_s0": (0, 2, 3)}
-    runs, recalls, members = [], {}, {}
+def test_runs_are_compared_with_all_their_members_best_first(tiny_run, tmp_path, capsys):
+    """Two seeds of one setting at the size that both have, and below them each; one network; three members."""
+    plan = {"r_s0_x": (0, 3, 12), "r_s7_x": (7, 2, 12), "r_D3_s0": (0, 1, 3), "r_D4_s0": (0, 3, 4)}
+    runs, scores, members = [], {}, {}
+    every = np.ones(len(LABELS), bool)
     for number, (name, (seed, size, meta_classes)) in enumerate(plan.items()):
         members[name] = random_embeddings(number, size)
         path = tmp_path / "results" / name
         runs.append(write_run(path, tiny_run, members[name], seed=seed, meta_class_size=meta_classes))
-        recalls[name] = 100 * slow_recall(members[name], LABELS, [1, 2])[1]
+        last = 1 if name.endswith("_x") else -1
+        maps = slow_map(members[name], LABELS, every, every)[0]
+        scores[name] = 100 * np.array([*slow_recall(members[name], LABELS, [1, 2])[last], maps[last]])
     before = {path.name for path in (tmp_path / "results").rglob("*")}
     output = tmp_path / "compared"
     assert evaluate.main([*map(str, runs), "--recalls", "1,2", "--output", str(output)]) == 0
     assert before == {path.name for path in (tmp_path / "results").rglob("*")}
-    table = pd.read_csv(output / "comparison.csv", dtype={"seeds": str})
-    assert table.run.tolist() == ["r_s*_x", "r_s0_x", "r_s7_x", "r_D3_s0"]
-    assert table.seeds.tolist() == ["0 7", "0", "7", "0"] and table.n.tolist() == [2, 1, 1, 1]
-    assert table.ensemble_size.tolist() == [2] * 4
-    pair = np.array([recalls["r_s0_x"], recalls["r_s7_x"]])
-    expected = [pair.mean(0), *pair, recalls["r_D3_s0"]]
-    np.testing.assert_allclose(table[["R@1", "R@2"]], expected, atol=5e-5)
-    std = abs(pair[0] - pair[1]) / np.sqrt(2)  # of two values, with n - 1
-    np.testing.assert_allclose(table.loc[0, ["R@1_std", "R@2_std"]].astype(float), std, atol=5e-5)
-    assert table.loc[1:, [name for name in table if name.endswith("_std")]].isna().all(axis=None)
     out = capsys.readouterr().out
-    assert f"{pair[:, 0].mean():.2f} ± {std[0]:.2f}" in out and "--output DIR writes" not in out
-    assert evaluate.main([*map(str, runs), "--recalls", "1,2"]) == 0
-    assert capsys.readouterr().out.endswith("(--output DIR writes this table, and with --plot a figure of it)\n")
+    pair = np.array([scores["r_s0_x"], scores["r_s7_x"]])
+    seeds = sorted(["r_s0_x", "r_s7_x"], key=lambda name: -scores[name][2])
+    groups = {"r_s*_x": ["r_s*_x", *seeds], "r_D3_s0": ["r_D3_s0"], "r_D4_s0": ["r_D4_s0"]}
+    scores["r_s*_x"] = pair.mean(0)
+    expected = [name for group in sorted(groups, key=lambda name: -scores[name][2]) for name in groups[group]]
+    table = pd.read_csv(output / "comparison.csv", dtype={"seeds": str}).set_index("run")
+    assert table.index.tolist() == expected
+    assert table.seeds["r_s*_x"] == "0 7" and table.n.to_dict() == dict.fromkeys(table.index, 1) | {"r_s*_x": 2}
+    assert table.ensemble_size.to_dict() == {"r_s*_x": 2, "r_s0_x": 2, "r_s7_x": 2, "r_D3_s0": 1, "r_D4_s0": 3}
+    for name, row in table[["R@1", "R@2", "mAP@R"]].iterrows():
+        np.testing.assert_allclose(row, scores[name], atol=5e-5)
+    std = abs(pair[0] - pair[1]) / np.sqrt(2)  # of two values, with n - 1
+    of_std = [name for name in table if name.endswith("_std")]
+    np.testing.assert_allclose(table.loc["r_s*_x", of_std[:3]].astype(float), std, atol=5e-5)
+    assert table.drop("r_s*_x")[of_std].isna().all(axis=None)
+    assert "by mAP@R, best first" in out and f"{pair[:, 0].mean():.2f} ± {std[0]:.2f}" in out
+    printed = [line.split()[0] for line in out.splitlines() if line.split()[:1] and line.split()[0] in scores]
+    assert printed == expected and "ensemble_size" in out and "--output DIR writes" not in out
     for name in plan:
         assert len(scores_in(output / name)) == len(members[name])
 
@@ -240,25 +277,27 @@ def test_without_output_the_comparison_is_only_printed(tiny_run, tmp_path, capsy
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert evaluate.main([*map(str, runs), "--recalls", "1"]) == 0
-    assert "r_s*   0 1  2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "r_s*   0 1  2" in out
+    assert out.endswith("(--output DIR writes this table, and with --plot a figure of it)\n")
     assert all((folder / "evaluation.csv").exists() for folder in runs)
     assert not list(tmp_path.rglob("comparison*"))
 
 
-def test_legends_say_what_differs(tiny_run, tmp_path):
+def test_runs_of_one_setting_and_data_set_are_a_group(tiny_run, tmp_path):
     different = [{}, {"seed": 1}, {"meta_class_size": 5}, {"meta_class_size": 5, "lr": 0.5}]
     runs = [
-        read_run(write_run(tmp_path / str(number), tiny_run, random_embeddings(0, 1), **settings))
+        read_run(
+            write_run(tmp_path / f"{number}_s{settings.get('seed', 0)}", tiny_run, random_embeddings(0, 1), **settings)
+        )
         for number, settings in enumerate(different)
     ]
     groups = evaluate.group_by_settings(runs)
-    assert [[run.folder.name for run in group] for group in groups] == [["0", "1"], ["2"], ["3"]]
-    expected = ["meta_class_size 3, lr 0.001 (2 seeds)", "meta_class_size 5, lr 0.001", "meta_class_size 5, lr 0.5"]
-    assert evaluate.group_labels(groups) == expected
+    assert [[run.name for run in group] for group in groups] == [["0_s0", "1_s1"], ["2_s0"], ["3_s0"]]
+    assert [evaluate.group_name(group) for group in groups] == ["0_s*, 1_s*", "2_s0", "3_s0"]
     data = dataclasses.replace(runs[0].record.data, fingerprint="0123456789")
-    runs[2].record = dataclasses.replace(runs[0].record, data=data)
-    assert [len(group) for group in evaluate.group_by_settings(runs[1:3])] == [1, 1]  # other data
-    assert evaluate.group_labels([[runs[0]], [runs[2]]])[1] == "cache 01234567"
+    runs[1].record = dataclasses.replace(runs[1].record, data=data)
+    assert [len(group) for group in evaluate.group_by_settings(runs[:2])] == [1, 1]  # other data
 
 
 # ------------------------------------------------------------------------------------------------ what is written
@@ -299,10 +338,10 @@ def test_the_run_is_locked_while_its_folder_is_written(tiny_run, tmp_path, monke
     monkeypatch.setattr(evaluate, "write_csv", lambda path, *_, **__: written.append((path.name, len(locked))))
     assert evaluate.main([str(tmp_path / "link"), "--recalls", "1"]) == 0
     assert evaluate.main([str(folder), "--recalls", "1", "--output", str(tmp_path / "link")]) == 0
-    names = [("evaluation.csv", 1), ("members.csv", 1), ("thresholds.csv", 1)]
-    assert locked == [folder, folder] and written[:3] == names
+    names = [f"{name}.csv" for name in evaluate.WRITTEN]
+    assert locked == [folder, folder] and written == [(name, count) for count in (1, 2) for name in names]
     assert evaluate.main([str(folder), "--recalls", "1", "--output", str(tmp_path / "out")]) == 0
-    assert len(locked) == 2 and len(written) == 9
+    assert len(locked) == 2 and len(written) == 15
 
 
 # ------------------------------------------------------------------------------------------------ refusals

@@ -31,7 +31,7 @@ from reference import mean_cosines
 import evaluate
 import retrieve
 from dreml import search
-from dreml.neighbours import tile_corner
+from dreml.figures import tile_corner
 from model import load_ensemble
 
 loaded = functools.cache(load_ensemble)

@@ -46,13 +46,13 @@ def test_found_are_right_first_neighbours_at_or_above_the_threshold():
     others = torch.tensor([0.2, 0.8, 0.5, 0.1, -torch.inf, 0.1])
     own = torch.tensor([0.6, 0.7, 0.5 + 2e-7, 0.3, 0.4, -torch.inf])
     for threshold, expected in ((-1.0, 3), (0.3, 3), (0.300001, 2), (0.6, 1), (0.600001, 0)):
-        assert found_share(others, own, threshold, 1e-6) == pytest.approx(expected / 6)
+        assert found_share(others, own, threshold) == pytest.approx(expected / 6)
 
 
 def test_the_table_has_a_row_for_each_size_and_rate():
     generator = torch.Generator().manual_seed(0)
     others, own = torch.rand((2, 500), generator=generator), torch.rand((2, 500), generator=generator)
-    table = threshold_table(others, own, (0.1, 0.05, 0.001), 77, 1e-6)
+    table = threshold_table(others, own, (0.1, 0.05, 0.001), 77)
     assert list(table.columns) == list(COLUMNS) and (table.queries == 500).all() and (table.gallery == 77).all()
     assert list(zip(table.ensemble_size, table.far, strict=True)) == [(1, 0.1), (1, 0.05), (2, 0.1), (2, 0.05)]
     for row in table.itertuples():

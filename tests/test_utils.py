@@ -1,10 +1,7 @@
 """The draws, the partition, the cut of large classes, and Recall@K and mAP@R against obvious implementations."""
 
-import contextlib
-import os
-import resource
-import sys
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,10 +10,10 @@ from reference import slow_best_similarities, slow_map, slow_recall
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import utils
 from utils import (
     best_similarities,
     capped_images,
+    first_neighbours,
     map_at_r,
     meta_class_partition,
     recall_at_k,
@@ -151,68 +148,55 @@ class Largest(TorchDispatchMode):
         return result
 
 
-class Launches(TorchDispatchMode):
-    """How many operations are given to the device meanwhile."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
-# ------------------------------------------------------------------------------------------------ memory
-
-
-def test_scoring_takes_a_quarter_of_the_free_memory_of_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, 80 * 2**30))
-    assert similarity_memory(torch.device("cuda", 1)) == 15 * 2**30
-    assert similarity_memory(torch.device("cpu")) == similarity_memory(torch.device("mps")) == 2**30
-
-
-def test_a_gpu_gets_few_large_launches(monkeypatch):
-    """Where all images fit into one block, the number of operations depends on the members only."""
-    generator = torch.Generator().manual_seed(0)
-    members, labels = [torch.randn(3000, 8, generator=generator) for _ in range(4)], torch.arange(3000) // 10
-    counts = {}
-    for largest in (64, 2**14):
-        monkeypatch.setitem(utils.LARGEST_BLOCKS, "cpu", largest)
-        for score in (
-            lambda **memory: recall_at_k(members, labels, [1], **memory),
-            lambda **memory: map_at_r(members, labels, **memory),
-        ):
-            with Launches() as launches:
-                score(max_bytes=2**34)
-            counts.setdefault(largest, []).append(launches.count)
-    own, others = counts[2**14]
-    assert own < 200 + 60 * len(members) and others < 100 + 60 * len(members)
-    assert all(few < many / 8 for few, many in zip(*reversed(counts.values()), strict=True))
-
-
 # ------------------------------------------------------------------------------------------------ Recall@K
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_recall_equals_the_definition(seed):
+def test_all_scores_equal_their_definitions(seed):
+    """Every image against all others, or queries in a gallery; in one block, and in many."""
     embeddings, labels, ks = random_case(seed)
-    expected = slow_recall(embeddings, labels, ks)
+    every = np.ones(len(labels), bool)
+    masks = random_masks(seed, len(labels)) if seed % 4 else (every, every)
+    options = as_masks(*masks) if seed % 4 else {}
+    recall = slow_recall(embeddings, labels, ks, *masks)
+    maps = slow_map(embeddings, labels, *masks)
+    best = slow_best_similarities(embeddings, labels, *masks)
+    parts, num_members = tensors(embeddings), len(embeddings)
     for max_bytes in MAX_BYTES:
-        result = recall_at_k(tensors(embeddings), torch.from_numpy(labels), ks, max_bytes=max_bytes)
-        assert result.dtype == torch.float64 and result.shape == (len(embeddings), len(ks))
-        np.testing.assert_array_equal(result.numpy(), expected)
+        arguments = {**options, "max_bytes": max_bytes}
+        result = recall_at_k(parts, torch.from_numpy(labels), ks, **arguments)
+        assert result.dtype == torch.float64 and result.shape == (num_members, len(ks))
+        np.testing.assert_array_equal(result.numpy(), recall)
+        for score, expected in zip(map_at_r(parts, torch.from_numpy(labels), **arguments), maps, strict=True):
+            assert score.dtype == torch.float64 and score.shape == (num_members,)
+            np.testing.assert_allclose(score, expected, atol=1e-6)
+        for values, expected in zip(best_similarities(parts, torch.from_numpy(labels), **arguments), best, strict=True):
+            assert values.dtype == torch.float32 and values.shape == (num_members, masks[0].sum())
+            np.testing.assert_allclose(values, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_recall_of_queries_in_a_gallery_equals_the_definition(seed):
-    embeddings, labels, ks = random_case(seed)
-    masks = random_masks(seed, len(labels))
-    expected = slow_recall(embeddings, labels, ks, *masks)
+def test_first_neighbours_equal_the_definition(seed):
+    """An image of another class that is as similar as the best of the own one comes first; never the query itself."""
+    embeddings, labels, _ = random_case(seed)
+    every = np.ones(len(labels), bool)
+    masks = random_masks(seed, len(labels)) if seed % 4 else (every, every)
+    others, own = (values[-1] for values in slow_best_similarities(embeddings, labels, *masks))
+    is_wrong = others >= own - 1e-6
+    units = [part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-9) for part in embeddings]
+    cosines = sum(unit.astype(float) @ unit.T for unit in units) / len(units)
+    queries = np.flatnonzero(masks[0])
     for max_bytes in MAX_BYTES:
-        options = as_masks(*masks) | {"max_bytes": max_bytes}
-        result = recall_at_k(tensors(embeddings), torch.from_numpy(labels), ks, **options)
-        np.testing.assert_array_equal(result.numpy(), expected)
+        options = {**as_masks(*masks), "max_bytes": max_bytes}
+        rows, similarities = first_neighbours(tensors(embeddings), torch.from_numpy(labels), **options)
+        assert (rows.dtype, similarities.dtype) == (torch.int64, torch.float32) and rows.shape == queries.shape
+        np.testing.assert_allclose(similarities, np.where(is_wrong, others, own), atol=2e-6)
+        for query, row, similarity, wrong in zip(queries, rows.tolist(), similarities.tolist(), is_wrong, strict=True):
+            if similarity == -np.inf:
+                assert row == -1
+                continue
+            assert masks[1][row] and row != query and (labels[row] != labels[query]) == wrong
+            assert cosines[query, row] == pytest.approx(similarity, abs=2e-6)
 
 
 def test_queries_in_a_gallery_by_hand():
@@ -233,20 +217,20 @@ def test_recall_by_hand():
     assert result.tolist() == [[0.0, 0.75, 1.0]]
 
 
-def similarities_computed(num_images: int, **masks: torch.Tensor) -> int:
-    """How many numbers the matrix products of one call give."""
-    points, labels = torch.randn(num_images, 4), torch.arange(num_images) // 4
+def similarities_computed(score: Callable, **masks: torch.Tensor) -> int:
+    """How many numbers the matrix products of one call give, for 1,000 images."""
     with Products() as products:
-        recall_at_k(points, labels, [1], max_bytes=2**20, **masks)
+        score(torch.randn(1000, 4), torch.arange(1000) // 4, max_bytes=2**20, **masks)
     return sum(rows * columns for rows, columns in products.shapes)
 
 
-def test_half_of_the_similarities_are_enough_where_all_are_queries_and_gallery():
+@pytest.mark.parametrize("score", [partial(recall_at_k, ks=[1]), best_similarities])
+def test_half_of_the_similarities_are_enough_where_all_are_queries_and_gallery(score):
     every, all_but_one = torch.ones(1000, dtype=torch.bool), torch.arange(1000) > 0
-    half = similarities_computed(1000)
-    assert half < 0.7 * 1000**2 and similarities_computed(1000, is_query=every, is_gallery=every) == half
-    assert similarities_computed(1000, is_query=all_but_one, is_gallery=all_but_one) < 0.7 * 1000**2
-    assert similarities_computed(1000, is_query=all_but_one) > 0.7 * 1000**2
+    half = similarities_computed(score)
+    assert half < 0.7 * 1000**2 and similarities_computed(score, is_query=every, is_gallery=every) == half
+    assert similarities_computed(score, is_query=all_but_one, is_gallery=all_but_one) < 0.7 * 1000**2
+    assert similarities_computed(score, is_query=all_but_one) > 0.7 * 1000**2
 
 
 @pytest.mark.parametrize("first", [0, 2])  # whichever class lies first in the order
@@ -263,10 +247,12 @@ def test_the_tolerance_grows_with_the_number_of_members():
     assert [score.tolist() for score in map_at_r([points, points], labels)] == [[0, 0], [0, 0]]
 
 
-def test_recall_of_a_constant_embedding_is_zero():
+def test_a_constant_embedding_scores_zero():
     labels = torch.arange(40) // 4
     assert recall_at_k(torch.ones(40, 3), labels, [1, 36, 37]).tolist() == [[0, 0, 1]]
-    assert recall_at_k(torch.zeros(40, 3), labels, [1]).item() == 0
+    for points in (torch.ones(40, 3), torch.zeros(40, 3)):
+        assert recall_at_k(points, labels, [1]).item() == 0
+        assert [score.tolist() for score in map_at_r([points, points], labels)] == [[0, 0], [0, 0]]
 
 
 def test_recall_excludes_the_query_by_index_not_by_value():
@@ -277,19 +263,15 @@ def test_recall_excludes_the_query_by_index_not_by_value():
 
 
 @pytest.mark.filterwarnings("error")  # a program that knows what it does is not warned
-def test_lone_classes_are_misses():
+def test_queries_without_a_class_mate_are_misses_and_left_out_of_map_at_r():
+    """In the second case, one of four queries has no class mate, one's is no gallery image, and one's is itself."""
     labels = torch.tensor([5, 5, 9])
     assert recall_at_k(torch.eye(3), labels, [1, 100]).tolist() == [[0, 2 / 3]]
-    assert unmatched_queries(labels).tolist() == [False, False, True]
-
-
-@pytest.mark.filterwarnings("error")
-def test_queries_without_an_image_in_the_gallery_are_misses():
-    """Of four queries, one has no class mate, one's is no gallery image, and one's class mate is itself."""
-    labels = torch.tensor([0, 1, 1, 2, 0])
+    points = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
+    assert [score.tolist() for score in map_at_r(points, labels)] == [[1], [1]]
+    assert all(score.isnan().all() for score in map_at_r(points, torch.arange(3)))
     masks = as_masks(torch.tensor([1, 1, 0, 1, 1]).bool(), torch.tensor([1, 1, 0, 0, 0]).bool())
-    assert recall_at_k(torch.eye(5), labels, [2, 100], **masks).tolist() == [[0.25, 0.25]]
-    assert unmatched_queries(labels, **masks).tolist() == [True, True, False, True, False]
+    assert recall_at_k(torch.eye(5), torch.tensor([0, 1, 1, 2, 0]), [2, 100], **masks).tolist() == [[0.25, 0.25]]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -328,147 +310,98 @@ def test_scores_are_computed_in_float32_and_ignore_lengths(dtype):
 
 @pytest.mark.parametrize("scale", [1e-25, 1e20])
 def test_recall_of_very_small_and_very_large_rows(scale):
-    """Their squares are 0 or infinite in float32."""
+    """Their squares are 0 or infinite in float32. Rows below its range count as zeros: never a hit for anyone."""
     points, labels = torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 12
     assert torch.equal(recall_at_k(points * scale, labels, [1, 4]), recall_at_k(points, labels, [1, 4]))
-
-
-def test_recall_of_rows_below_the_range_of_float32():
-    """They count as zeros: never a hit for anyone."""
-    points, labels = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) // 2
-    points[3] = torch.tensor([1e-40] + [0] * 7)
     zeroed = points.clone()
     zeroed[3] = 0
+    points[3] = torch.tensor([1e-40] + [0] * 7)
     assert torch.equal(recall_at_k(points, labels, [1, 4]), recall_at_k(zeroed, labels, [1, 4]))
-    assert recall_at_k(torch.full((40, 8), 1e-40), labels, [1]).item() == 0
 
 
-PRECISION_SETTINGS = {  # PyTorch's older setting and its newer ones, after which reading the older one may be an error
-    "none": lambda: None,
-    "medium": lambda: torch.set_float32_matmul_precision("medium"),
-    "mkldnn": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
-    "cuda": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
-    "every backend": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
-}
+@pytest.fixture(params=["none", "matmul_precision", "mkldnn", "cuda", "every backend"])
+def reduced_precision(request):
+    """PyTorch's older setting or one of its newer ones; afterwards as PyTorch starts."""
+    if request.param == "matmul_precision":
+        torch.set_float32_matmul_precision("medium")
+    if request.param == "mkldnn":
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    if request.param == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    if request.param == "every backend":
+        torch.backends.fp32_precision = "tf32"
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for backend in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        backend.fp32_precision = "none"
 
 
-@contextlib.contextmanager
-def precision_settings(name: str):
-    """With one of PRECISION_SETTINGS; afterwards as PyTorch starts."""
-    try:
-        PRECISION_SETTINGS[name]()
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        for backend in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
-            backend.fp32_precision = "none"
-
-
-def read_precision_settings() -> list[str]:
-    backends = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    settings = [backend.fp32_precision for backend in backends]
-    try:
-        return [*settings, torch.get_float32_matmul_precision()]
-    except RuntimeError:  # "mix of the legacy and new APIs"
-        return [*settings, "unreadable"]
-
-
-@pytest.mark.parametrize("name", PRECISION_SETTINGS)
-def test_scores_ignore_reduced_precision_settings(name):
+def test_scores_ignore_reduced_precision_settings(reduced_precision):
     """TF32 or bfloat16 products and autocast around the call change nothing, and are as before afterwards.
 
     The CPU of the tests may have neither, so what is asked for in each product is looked at too.
     """
-    generator = torch.Generator().manual_seed(0)
-    points, labels = torch.randn(300, 64, generator=generator), torch.arange(300) % 30
-    expected = [recall_at_k(points, labels, [1, 4]), *map_at_r(points, labels)]
-    with precision_settings(name):
-        before = read_precision_settings()
-        assert before[3] == {"none": "highest", "medium": "medium"}.get(name, before[3])
+    backends = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    points, labels = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)), torch.arange(300) % 30
+    scores = (partial(recall_at_k, ks=[1, 4]), map_at_r, best_similarities, first_neighbours)
+    for score in scores:
         with torch.autocast("cpu", torch.bfloat16), Products() as products:
-            results = [recall_at_k(points, labels, [1, 4]), *map_at_r(points, labels)]
+            score(points, labels)
         assert products.precisions == {("ieee", "ieee", False)}
-        assert read_precision_settings() == before
-        with pytest.raises(MemoryError), Products(MemoryError()):
-            recall_at_k(points, labels, [1])
-        assert read_precision_settings() == before
-    for result, value in zip(results, expected, strict=True):
-        assert torch.equal(result, value)
+        assert [backend.fp32_precision for backend in backends] == before
+    with pytest.raises(MemoryError), Products(MemoryError()):
+        recall_at_k(points, labels, [1])
+    assert [backend.fp32_precision for backend in backends] == before
 
 
 # ------------------------------------------------------------------------------------------------ memory
 
 
-def test_max_bytes_bounds_the_blocks():
-    with Products() as products:
-        recall_at_k(torch.randn(256, 8), torch.arange(256) // 2, [1], max_bytes=2**16)
-    widest = max(max(shape) for shape in products.shapes)
-    assert 0 < 3 * 4 * widest**2 <= 2**16
+def test_scoring_takes_a_quarter_of_the_free_memory_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, 80 * 2**30))
+    assert similarity_memory(torch.device("cuda", 1)) == 15 * 2**30
+    assert similarity_memory(torch.device("cpu")) == similarity_memory(torch.device("mps")) == 2**30
 
 
+@pytest.mark.parametrize("largest_class", [10, 1200])
 @pytest.mark.parametrize("max_bytes", [2**19, 2**21, 2**25])
-def test_no_tensor_of_recall_is_over_max_bytes(max_bytes):
-    """1,500 images of 800 dimensions are 4.8 MB: copied as a whole only where that fits into half of the bound."""
-    points, labels = torch.randn(1500, 800), torch.arange(1500) // 10
-    with Largest(points) as largest:
-        recall_at_k(points, labels, [1], max_bytes=max_bytes)
-    assert largest.num_bytes <= max_bytes / 2
-    assert (largest.num_bytes >= points.nbytes) == (max_bytes == 2**25)
+def test_no_tensor_of_recall_is_over_max_bytes(max_bytes, largest_class):
+    """1,500 images of 800 dimensions are 4.8 MB: copied as a whole only where that fits into half of the bound.
+
+    The whole matrix would be 9 MB, the largest class alone 5.8 MB.
+    """
+    points, labels = torch.randn(1500, 800), (torch.arange(1500) - largest_class).clamp(min=0) // 10
+    for score in (partial(recall_at_k, ks=[1]), best_similarities):
+        with Largest(points) as largest:
+            score(points, labels, max_bytes=max_bytes)
+        assert largest.num_bytes <= max_bytes / 2
+        assert (largest.num_bytes >= points.nbytes) == (max_bytes == 2**25)
 
 
+@pytest.mark.parametrize("score", [map_at_r, first_neighbours])
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("largest_class", [10, 700])
 @pytest.mark.parametrize("width", [8, 800])
-def test_no_tensor_of_map_at_r_is_over_max_bytes(apart, largest_class, width):
+def test_no_tensor_of_whole_rows_is_over_max_bytes(score, apart, largest_class, width):
     """750 images: the whole matrix would be 2.3 MB, a whole copy of the wider embeddings 2.4 MB."""
     points, labels, max_bytes = torch.randn(750, width), (torch.arange(750) - largest_class).clamp(min=0) // 10, 2**20
     masks = as_masks(torch.arange(750) % 2 == 0, torch.arange(750) % 2 == 1) if apart else {}
     with Largest(points) as largest:
-        map_at_r(points, labels, **masks, max_bytes=max_bytes)
+        score(points, labels, **masks, max_bytes=max_bytes)
     assert largest.num_bytes <= max_bytes / 2
-
-
-def memory_growth(call: Callable[[], object]) -> int:
-    """By how many bytes the memory of a process grows while it calls. A copy of this process does it."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            call()
-            growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-            os.write(writer, str(growth).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    os.waitpid(child, 0)
-    with open(reader) as answer:
-        return int(answer.read())
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss counts kilobytes on Linux")
-def test_recall_needs_no_square_matrix():
-    """8,000 images: the full matrix would be 256 MB, the one giant class alone 144 MB."""
-    labels = torch.cat([torch.zeros(6000, dtype=torch.int64), torch.arange(1, 1001).repeat(2)])
-    points = torch.randn(8000, 32)
-    recall_at_k(points[:500], labels[:500], [1])  # loads what the first call loads
-    assert memory_growth(lambda: recall_at_k(points, labels, [1], max_bytes=2**24)) < 2 * 2**24
 
 
 # ------------------------------------------------------------------------------------------------ wrong arguments
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_recall_refuses_what_is_not_finite(value):
-    points = torch.randn(10, 4)
+def test_what_is_not_finite_is_refused(value):
+    points, labels = torch.randn(10, 4), torch.arange(10) // 2
     points[3, 2] = value
-    with pytest.raises(ValueError, match="not finite: 1 of 10 rows"):
-        recall_at_k([torch.randn(10, 4), points], torch.arange(10) // 2, [1])
-
-
-def test_map_at_r_refuses_what_is_not_finite():
-    with pytest.raises(ValueError, match="not finite: 10 of 10 rows"):
-        map_at_r(torch.full((10, 4), torch.nan), torch.arange(10) // 2)
+    for score in (partial(recall_at_k, ks=[1]), map_at_r, best_similarities, first_neighbours):
+        with pytest.raises(ValueError, match="not finite: 1 of 10 rows"):
+            score([torch.randn(10, 4), points], labels)
 
 
 @pytest.mark.parametrize(
@@ -490,27 +423,12 @@ def test_recall_refuses_wrong_arguments(embeddings, labels, ks):
 @pytest.mark.parametrize("name", ["is_query", "is_gallery"])
 @pytest.mark.parametrize("mask", [torch.ones(3).bool(), torch.ones(4, 1).bool(), torch.ones(4), torch.zeros(4).bool()])
 def test_wrong_masks_are_refused(name, mask):
-    points, labels = torch.randn(4, 2), torch.tensor([0, 0, 1, 1])
-    with pytest.raises(ValueError, match=rf"{name} has to be \(4,\) bool, with at least one True"):
-        recall_at_k(points, labels, [1], **{name: mask})
-    with pytest.raises(ValueError, match=rf"{name} has to be \(4,\) bool, with at least one True"):
-        map_at_r(points, labels, **{name: mask})
+    for score in (partial(recall_at_k, ks=[1]), map_at_r):
+        with pytest.raises(ValueError, match=rf"{name} has to be \(4,\) bool, with at least one True"):
+            score(torch.randn(4, 2), torch.tensor([0, 0, 1, 1]), **{name: mask})
 
 
 # ------------------------------------------------------------------------------------------------ mAP@R
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_map_at_r_equals_the_definition(seed):
-    embeddings, labels, _ = random_case(seed)
-    masks = random_masks(seed, len(labels)) if seed % 4 else [np.ones(len(labels), bool)] * 2
-    options = as_masks(*masks) if seed % 4 else {}
-    expected = slow_map(embeddings, labels, *masks)
-    for max_bytes in MAX_BYTES:
-        scores = map_at_r(tensors(embeddings), torch.from_numpy(labels), **options, max_bytes=max_bytes)
-        for score, value in zip(scores, expected, strict=True):
-            assert score.dtype == torch.float64 and score.shape == (len(embeddings),)
-            np.testing.assert_allclose(score, value, atol=1e-6)
 
 
 def test_scores_equal_those_of_pytorch_metric_learning():
@@ -553,12 +471,6 @@ def test_map_at_r_by_hand():
     np.testing.assert_allclose(mean_precision, [(1 / 4 + 1 / 4 + 1 / 2 + 0 + 0) / 5], atol=1e-7)
 
 
-def test_map_at_r_of_a_constant_embedding_is_zero():
-    labels = torch.arange(40) // 4
-    for points in (torch.ones(40, 3), torch.zeros(40, 3)):
-        assert [score.tolist() for score in map_at_r([points, points], labels)] == [[0, 0], [0, 0]]
-
-
 def test_map_at_r_does_not_depend_on_the_order_of_tied_images():
     generator = torch.Generator().manual_seed(0)
     points, labels = torch.randint(-1, 2, (200, 2), generator=generator).float(), torch.arange(200) % 9
@@ -573,44 +485,3 @@ def test_an_own_image_exactly_at_the_tolerance_comes_after_the_other(first):
     points = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1e-6, 1.0], *[[-1.0, 0.0]] * 15])
     labels = torch.tensor([first] * 2 + [1 - first] * 16)
     assert map_at_r(points, labels)[1].item() == pytest.approx((0 + 0 + 14 / 15 + 15 * 14 / 15) / 18)
-
-
-@pytest.mark.filterwarnings("error")
-def test_lone_queries_are_left_out():
-    points, labels = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), torch.tensor([5, 5, 9])
-    assert [score.tolist() for score in map_at_r(points, labels)] == [[1], [1]]
-    assert all(score.isnan().all() for score in map_at_r(points, torch.arange(3)))
-
-
-# ------------------------------------------------------------------------------------------------ none of these
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_best_similarities_equal_the_definition(seed):
-    """Of another class and of the own one, for every ensemble size, in the order of the rows."""
-    embeddings, labels, _ = random_case(seed)
-    masks = random_masks(seed, len(labels)) if seed % 4 else [np.ones(len(labels), bool)] * 2
-    options = as_masks(*masks) if seed % 4 else {}
-    expected = slow_best_similarities(embeddings, labels, *masks)
-    for max_bytes in MAX_BYTES:
-        best = best_similarities(tensors(embeddings), torch.from_numpy(labels), **options, max_bytes=max_bytes)
-        for similarities, values in zip(best, expected, strict=True):
-            assert similarities.dtype == torch.float32 and similarities.shape == (len(embeddings), masks[0].sum())
-            np.testing.assert_allclose(similarities, values, atol=1e-6)
-
-
-def test_best_similarities_compute_each_pair_once_and_keep_within_their_memory():
-    """1,500 images of 800 dimensions, as for the recall; and its first neighbours are those of the recall."""
-    points, labels, max_bytes = torch.randn(1500, 800), torch.arange(1500) // 10, 2**21
-    with Products() as products, Largest(points) as largest:
-        others, own = best_similarities(points, labels, max_bytes=max_bytes)
-    assert largest.num_bytes <= max_bytes / 2
-    assert sum(rows * columns for rows, columns in products.shapes) < 0.7 * 1500**2
-    assert (others < own - 1e-6).double().mean() == recall_at_k(points, labels, [1]).item()
-
-
-def test_best_similarities_refuse_what_recall_refuses():
-    with pytest.raises(ValueError, match="not finite: 10 of 10 rows"):
-        best_similarities(torch.full((10, 4), torch.nan), torch.arange(10) // 2)
-    with pytest.raises(ValueError, match=r"is_query has to be \(4,\) bool"):
-        best_similarities(torch.randn(4, 2), torch.tensor([0, 0, 1, 1]), is_query=torch.ones(3).bool())

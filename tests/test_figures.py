@@ -1,0 +1,351 @@
+"""dreml/figures.py: curves show their tables, the retrieval picture, characters that fonts lack."""
+
+import dataclasses
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from builders import IMAGE_COLORS, random_embeddings, refused, write_colored_run
+from PIL import Image
+from processes import ROOT
+
+import retrieve
+from dreml import figures
+from dreml.cache import read_cache
+from dreml.figures import (
+    DPI,
+    PICTURE_STYLE,
+    PITCH,
+    Thumbnails,
+    draw_comparison,
+    draw_found,
+    draw_neighbours,
+    draw_recall,
+    draw_training,
+    drawing,
+    neighbours_figure,
+    shorten,
+    tile_corner,
+)
+from dreml.files import read_record, write_record
+from dreml.images import ImageSpec
+from dreml.runs import read_run
+from dreml.search import Answer, Item, Neighbour, test_item
+
+GREEN, RED, GREY, WHITE = "#1a9641", "#d7191c", "#999999", "#ffffff"
+
+# ------------------------------------------------------------------------------------------------ matplotlib
+
+
+def answer(query: Item, items: list[Item], similarities: list[float], threshold: float | None = None) -> Answer:
+    """The answer that these items are, right where they are of the query's class."""
+    neighbours = []
+    for item, similarity in zip(items, similarities, strict=True):
+        right = None if None in (query.class_name, item.class_name) else query.class_name == item.class_name
+        neighbours.append(Neighbour(*item[1:5], similarity, right, threshold is None or similarity >= threshold))
+    return Answer(query, neighbours, threshold)
+
+
+def test_images(run, folder: Path) -> list[Item]:
+    return [test_item(run.test, folder, row) for row in range(len(run.test))]
+
+
+test_images.__test__ = test_item.__test__ = False  # they are no tests
+
+
+def fonts(*names: str) -> list:
+    """The installed upright fonts of these names."""
+    from matplotlib import font_manager
+
+    entries = font_manager.fontManager.ttflist
+    return [font for font in entries if font.name in names and (font.style, font.weight) == ("normal", 400)]
+
+
+def drawn(text: str) -> np.ndarray:
+    """A picture of the text, `(H, W) uint8`."""
+    with drawing():
+        figure = figures.new_figure(3.4, 1)
+        figure.text(0.1, 0.5, text)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    return np.asarray(Image.open(buffer).convert("L"))
+
+
+def glyph_warnings(recwarn) -> list[str]:
+    return [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_characters_without_a_font_are_named_and_drawn_as_boxes(monkeypatch, recwarn):
+    """DejaVu Sans has no Chinese; a "$" is no formula, and a line break is a box."""
+    monkeypatch.setattr("matplotlib.font_manager.fontManager.ttflist", fonts("DejaVu Sans"))
+    text = figures.printable("a\n\x00 $\\frac{$ é")
+    assert text == "a□□ $\\frac{$ é" and (drawn(text) < 128).any() and not glyph_warnings(recwarn)
+    with pytest.warns(UserWarning, match="missing from"):
+        assert (drawn("猫") < 128).any()
+
+
+def test_another_font_is_used_for_what_dejavu_lacks(monkeypatch, recwarn):
+    """STIX stands for a font with many characters."""
+    from matplotlib import font_manager
+
+    dejavu, stix = (
+        set(font_manager.get_font(fonts(name)[0].fname).get_charmap()) for name in ("DejaVu Sans", "STIXGeneral")
+    )
+    character = next(chr(code) for code in sorted(stix - dejavu) if chr(code).isprintable())
+    monkeypatch.setattr(figures, "WIDE_FONTS", ("No Such Font", "STIXGeneral"))
+    assert (drawn(character) < 128).any() and not glyph_warnings(recwarn)
+
+
+SAVE_A_FIGURE = """
+import sys, pandas as pd
+from pathlib import Path
+from dreml.figures import draw_recall, drawing, save_figure
+with drawing():
+    sizes = pd.DataFrame({"ensemble_size": [1, 2], "R@1": [10.0, 20.0]})
+    save_figure(draw_recall(sizes, sizes.rename(columns={"ensemble_size": "member"})), Path(sys.argv[1]), "figure")
+"""
+
+
+def test_figures_do_not_depend_on_the_settings_of_matplotlib(tmp_path):
+    """Neither on a notebook's backend that is not installed here, nor on a matplotlibrc: the same bytes."""
+    rc = ["font.size: 30", "savefig.bbox: tight", "axes.facecolor: red", "font.family: cursive", "backend: tkagg"]
+    (tmp_path / "matplotlibrc").write_text("\n".join(rc) + "\n")
+    mine = {"MPLBACKEND": "no_such_backend", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
+    for name, variables in (("plain", {}), ("mine", mine)):
+        (tmp_path / name).mkdir()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+        subprocess.run([sys.executable, "-c", SAVE_A_FIGURE, tmp_path / name], env=environment, check=True)
+    for name in ("figure.png", "figure.svg"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "mine" / name).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------ curves
+
+
+def test_the_curves_show_the_tables():
+    sizes = pd.DataFrame({"ensemble_size": [1, 2, 3], "R@1": [10.0, 20, 30], "R@5": [40.0, 50, 60], "mAP@R": [1.0] * 3})
+    alone = pd.DataFrame({"member": [1, 2, 3], "R@1": [10.0, 14, 12], "R@5": [0.0] * 3})
+    baseline = pd.DataFrame({"baseline": ["a", "b"], "R@1": [7.0, 8], "R@5": [0.0, 0]})
+    with drawing():
+        axes = draw_recall(sizes, alone, baseline).axes[0]
+        others = draw_recall(sizes, alone, baseline[["baseline", "R@5"]]).axes[0].lines
+    lines = {line.get_label(): line for line in axes.lines}
+    means = ["their mean, R@1 12.0 %", "a, R@1 7.0 %", "b, R@1 8.0 %"]
+    assert list(lines) == ["R@1", "R@5", "each member alone, R@1", *means] and len(others) == 4
+    assert lines["R@5"].get_xydata().tolist() == [[1, 40], [2, 50], [3, 60]]
+    assert lines["each member alone, R@1"].get_xydata().tolist() == [[1, 10], [2, 14], [3, 12]]
+    assert [lines[name].get_ydata()[0] for name in means] == [12, 7, 8]
+    assert len({lines[name].get_linestyle() for name in means[1:]}) == 2
+    styles = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.lines[:2]]
+    assert all(first != second for first, second in zip(*styles, strict=True))
+    assert axes.get_xlabel() == "ensemble size (members)" and axes.get_ylabel() == "Recall@K (%)"
+
+
+def test_the_thresholds_curve_shows_its_table():
+    """A curve for each size; without any threshold, empty axes."""
+    curves = pd.DataFrame({"ensemble_size": [1, 1, 4, 4], "far": [0.01, 0.1] * 2, "found": [10.0, 20, 30, 40]})
+    with drawing():
+        axes, empty = (draw_found(table).axes[0] for table in (curves, curves[:0]))
+    assert [line.get_label() for line in axes.lines] == ["1 member", "4 members"]
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 10], [10, 20]], [[1, 30], [10, 40]]]
+    assert axes.get_xlabel() == "queries whose class is absent that are accepted (%)"
+    assert axes.get_xscale() == "log" and not empty.lines
+
+
+def test_training_curves_show_the_histories(tiny_run):
+    records = [record for _, record in sorted(read_run(tiny_run).members.records.items())]
+    with drawing():
+        figure = draw_training(records)
+    loss, accuracy = figure.axes
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert labels == ["training loss (nats)", "training accuracy (%)"] and accuracy.get_xlabel() == "epoch"
+    histories = [pd.DataFrame(record.history) for record in records]
+    for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+        curves = [line.get_ydata() for line in axes.lines]
+        assert [len(curve) for curve in curves] == [2, 1, 2, 1, 2]  # each member, its best epoch; the mean
+        np.testing.assert_allclose(curves[0], histories[0][name])
+        np.testing.assert_allclose(curves[2], histories[1][name])
+        np.testing.assert_allclose(curves[4], (histories[0][name] + histories[1][name]) / 2)
+        best = [history[name][record.best_epoch] for history, record in zip(histories, records, strict=True)]
+        assert [float(curves[place][0]) for place in (1, 3)] == best
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a member", "epoch that is kept", "mean of 2"]
+
+
+@pytest.mark.parametrize("size", [1, 48])
+def test_small_and_large_ensembles_have_whole_numbers_at_the_axis(size):
+    values = {"ensemble_size": range(1, size + 1), "R@1": np.linspace(30, 80, size)}
+    with drawing():
+        figure = draw_recall(pd.DataFrame(values), pd.DataFrame({"member": [1], "R@1": [30.0]}))
+    ticks = figure.axes[0].get_xticks().tolist()
+    assert ticks == ([1] if size == 1 else [1, 5, 10, 15, 20, 25, 30, 35, 40, 45])
+
+
+def test_the_comparison_has_a_band_for_seeds():
+    curves = [("two", np.array([[10.0, 20], [20, 40]])), ("o" * 57, np.array([[50.0]]))]
+    with drawing():
+        axes = draw_comparison(curves, "R@1").axes[0]
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 15], [2, 30]], [[1, 50]]]
+    assert axes.lines[1].get_label() == "o" * 56 + "\no"
+    (band,) = axes.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert heights.min() == pytest.approx(15 - 50**0.5) and heights.max() == pytest.approx(30 + 200**0.5)
+
+
+# ------------------------------------------------------------------------------------------------ neighbours
+
+
+def read(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def inside(picture: np.ndarray, row: int, column: int) -> np.ndarray:
+    """The mean colour of an image in the picture."""
+    left, top = (round(DPI * inches) for inches in tile_corner(row, column))
+    return picture[top + 5 : top + 145, left + 5 : left + 145].mean((0, 1))
+
+
+def frame(picture: np.ndarray, row: int, column: int) -> np.ndarray:
+    """The pixels just around an image in the picture, `(n, 3)`."""
+    left, top = (round(DPI * inches) for inches in tile_corner(row, column))
+    sides = [picture[y, left : left + 150] for y in (top - 3, top + 152)]
+    sides += [picture[top : top + 150, x] for x in (left - 3, left + 152)]
+    return np.concatenate(sides).astype(int)
+
+
+def share(pixels: np.ndarray, color: str) -> float:
+    """How many of the pixels have about this colour."""
+    wanted = [int(color[place : place + 2], 16) for place in (1, 3, 5)]
+    return float((abs(pixels - wanted).max(1) < 60).mean())
+
+
+@pytest.fixture
+def colored_run(tiny_run, tmp_path):
+    """A run whose test images have a colour each."""
+    return read_run(write_colored_run(tmp_path, tiny_run, random_embeddings(3)))
+
+
+def test_the_picture(colored_run, tmp_path):
+    """Two queries: the images in their places, a whole green frame for right ones, a dashed red one for wrong ones."""
+    items = test_images(colored_run, tmp_path / "data" / "colors")
+    found = [
+        answer(items[query], [items[row] for row in rows], [0.5] * 5)
+        for query, rows in ((0, [1, 7, 2, 9, 3]), (7, [8, 0, 1, 9, 11]))
+    ]
+    draw_neighbours(found, Thumbnails(colored_run, tmp_path / "data"), "similarity: cosine", tmp_path, "picture")
+    picture, seen = read(tmp_path / "picture.png"), set()
+    for row, each in enumerate(found):
+        np.testing.assert_allclose(inside(picture, row, 0), IMAGE_COLORS[each.query.row], atol=3)
+        for column, item in enumerate(each, 1):
+            np.testing.assert_allclose(inside(picture, row, column), IMAGE_COLORS[item.row], atol=3)
+            pixels = frame(picture, row, column)
+            seen.add(item.right)
+            if item.right:
+                assert share(pixels, GREEN) > 0.98
+            else:
+                assert 0.5 < share(pixels, RED) < 0.8 and 0.15 < share(pixels, WHITE) < 0.45
+    assert seen == {True, False}
+
+
+def test_below_the_threshold_a_neighbour_is_faded_and_grey(colored_run, tmp_path):
+    """Whether it is right or wrong; the legend says so, and only what occurs."""
+    items = test_images(colored_run, tmp_path / "data" / "colors")
+    found = [answer(items[0], [items[row] for row in (1, 2, 7)], [0.5, 0.4, 0.3], 0.5)]
+    with drawing(PICTURE_STYLE):
+        figure = neighbours_figure(found, Thumbnails(colored_run, tmp_path / "data"), "cosine")
+    figure.savefig(tmp_path / "picture.png")
+    picture, texts = read(tmp_path / "picture.png"), figure.axes[0].texts
+    assert share(frame(picture, 0, 1), GREEN) > 0.98
+    np.testing.assert_allclose(inside(picture, 0, 1), IMAGE_COLORS[1], atol=3)
+    for column, row in ((2, 2), (3, 7)):
+        pixels = frame(picture, 0, column)
+        assert share(pixels, GREEN) == share(pixels, RED) == 0 and share(pixels, WHITE) > 0.3
+        np.testing.assert_allclose(inside(picture, 0, column), 255 - 0.35 * (255.0 - IMAGE_COLORS[row]), atol=3)
+    words = [text.get_text() for text in texts[2:-1:2]]
+    assert words == ["1   ✓   0.500", "2   not found   0.400", "3   not found   0.300"]
+    assert [text.get_color() for text in texts[2:-1]] == ["black"] * 2 + [GREY] * 4
+    legend = texts[-1].get_text().replace("\n", " ")
+    assert legend == "green ✓: the query's class, dotted grey: not found, below 0.500; cosine"
+
+
+def test_captions_and_a_class_that_is_not_known():
+    """Rank, mark and similarity, then the class, or the file where there is none; nothing wider than its image."""
+    item = Item("test:3", "a.png", "x" * 99 + "end", Path("a.png"), 3)
+    others = [item._replace(class_name=name) for name in (item.class_name, "o\nther", None)]
+    found = [answer(item, others, [0.9876, 0.5, -0.25])]
+
+    class BlackThumbnails:
+        def pixels(self, item):
+            return np.zeros((2, 2, 3), np.uint8)
+
+    with drawing(PICTURE_STYLE):
+        figure = neighbours_figure(found, BlackThumbnails(), "similarity: cosine")
+        texts = figure.axes[0].texts
+        widths = [text.get_window_extent().width / figure.dpi for text in texts[:-1]]
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    words = [text.get_text() for text in texts]
+    assert words[2::2][:3] == ["1   ✓   0.988", "2   ✗   0.500", "3   –   -0.250"]
+    assert words[0] == "test:3" and words[5] == "o□ther" and words[7] == "a.png"
+    assert re.fullmatch("x+…x+end", words[1]) and words[1] == words[3]
+    assert max(widths) < PITCH[0] and max(widths) > 0.9
+    assert words[-1].replace("\n", " ") == (
+        "green ✓: the query's class, dashed red ✗: another class, grey: class not known; similarity: cosine"
+    )
+    pixels = frame(read(buffer), 0, 3)
+    assert share(pixels, GREEN) == share(pixels, RED) == 0 and share(pixels, GREY) > 0.3
+
+
+@pytest.mark.parametrize(
+    ("whole", "width", "expected"),
+    [("short", 5, "short"), ("abcdefgh", 5, "ab…gh"), ("abcdefgh", 4, "ab…h"), ("ab", 1, "…"), ("abcd", 2, "a…")],
+)
+def test_a_caption_is_cut_in_its_middle(whole, width, expected, monkeypatch):
+    """Here with characters of one inch."""
+    with drawing():
+        text = figures.new_figure(1, 1).text(0, 0, whole)
+        monkeypatch.setattr(text, "get_window_extent", lambda: Image.new("L", (len(text.get_text()) * 300, 1)))
+        shorten(text, width)
+    assert text.get_text() == expected
+
+
+def test_test_images_come_from_the_cache_where_the_files_are_gone(tiny_run, tiny_data, tmp_path, capsys):
+    """The cache of this very run, or none: then one line says what is missing, after the CSV is written."""
+    data, table = tmp_path / "data", tmp_path / "out" / "neighbours.csv"
+    shutil.copytree(tiny_data / "tiny" / "cache_32", data / "tiny" / "cache_32")
+    arguments = [tiny_run, "--query", "test:20", "--top", "2", "--output", tmp_path / "out", "--data_path", data]
+    assert retrieve.main([str(argument) for argument in arguments]) == 0
+    test = pd.read_csv(tiny_run / "test.csv").path.tolist()
+    cached = read_cache(data, "tiny", ImageSpec(32)).array("test_images")
+    picture = read(table.with_suffix(".png"))
+    for column, row in enumerate([20, *(test.index(path) for path in pd.read_csv(table).path)]):
+        np.testing.assert_allclose(inside(picture, 0, column), cached[row].mean((0, 1)), atol=6)
+
+    (data / "tiny" / "cache_32" / "meta.json").unlink()
+    table.unlink()
+    message = refused(capsys, retrieve, *arguments)
+    assert f"no picture: {data / 'tiny' / test[20]} is missing (see --data_path), and no cache" in message
+    assert table.exists()
+    meta = read_record(tiny_data / "tiny" / "cache_32" / "meta.json")
+    write_record(data / "tiny" / "cache_32" / "meta.json", meta | {"mean": [0.5, 0.5, 0.5]})
+    assert "is not the cache of this run" in refused(capsys, retrieve, *arguments)
+
+
+def test_the_picture_shows_what_the_network_sees(tiny_run, tiny_data, tmp_path):
+    """The centre crop of a photo that is black but for its white middle, or, for squash, all of it."""
+    photo = tmp_path / "photo.png"
+    image = Image.new("RGB", (300, 100))
+    image.paste((255, 255, 255), (100, 0, 200, 100))
+    image.save(photo)
+    item, run = Item("", "", None, photo), read_run(tiny_run)
+    for resize, expected in (("crop", 255), ("squash", 85)):
+        run.record.settings = dataclasses.replace(run.settings, resize=resize)
+        pixels = Thumbnails(run, tiny_data).pixels(item)
+        assert pixels.shape == (150, 150, 3) and pixels.mean() == pytest.approx(expected, abs=2)
