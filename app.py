@@ -267,7 +267,9 @@ def run(args: argparse.Namespace) -> None:
     trained = searcher.run
     if not len(trained.test):
         raise InputError(f"{args.folder}: its data set has no test images")
-    print_text(f"{len(searcher.gallery):,} images to search")  # new photos are embedded now, not at the first question
+    print_text(
+        f"{len(searcher.gallery.vectors):,} images to search"
+    )  # new photos are embedded now, not at the first question
     searcher.ensemble.eval()  # and the network is loaded
     learned = learn(searcher)
 
