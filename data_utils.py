@@ -42,6 +42,7 @@ __all__ = ["ImageSpec", "load_rgb", "main", "resize_test"]  # the images: for em
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The options of the command line. Raises InputError for those that do not go together."""
     parser = Parser(prog="data_utils.py", description=__doc__)
     names_help = "data sets to cache (default: all that are found)"
     parser.add_argument("--data_name", nargs="+", type=data_set_name, metavar="NAME", help=names_help)
@@ -74,12 +75,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     # 1. The data sets: those that are named, or all that are found
-    data_path, spec = args.data_path, ImageSpec(args.image_size, args.resize)
+    data_path = args.data_path
+    spec = ImageSpec(args.image_size, args.resize)
     holdout = Holdout(args.holdout, args.holdout_seed or 0) if args.holdout else None
     names = list(dict.fromkeys(args.data_name or found_names(data_path, spec, args.verify)))
 
     # 2. One after the other. A bad one does not stop the others
-    rows, refused, passed_over, failed = [], [], [], False
+    rows = []
+    refused = []
+    passed_over = []
+    failed = False
     for name in names:
         start = time.perf_counter()
         try:
@@ -92,7 +97,10 @@ def run(args: argparse.Namespace) -> None:
                 name = cache.folder.parent.name
             rows.append((name, cache, time.perf_counter() - start))
         except UnknownLayout as error:
-            (refused if args.data_name else passed_over).append(str(error))
+            if args.data_name:
+                refused.append(str(error))
+            else:
+                passed_over.append(str(error))
         except InputError as error:
             refused.append(str(error))
         except (RunError, OSError) as error:
@@ -113,9 +121,10 @@ def run(args: argparse.Namespace) -> None:
     if not rows and args.verify:
         wanted = cache_folder(data_path, "", spec).name
         raise InputError(f"no {wanted} found in {data_path}/; --image_size and --resize name another one")
+    if not rows and passed_over:
+        raise InputError("\n".join(passed_over))
     if not rows:
-        found = "\n".join(passed_over) or f"no data set found in {data_path}/; expected is one of\n{ALL_LAYOUTS}"
-        raise InputError(found)
+        raise InputError(f"no data set found in {data_path}/; expected is one of\n{ALL_LAYOUTS}")
 
 
 def found_names(data_path: Path, spec: ImageSpec, cached: bool) -> list[str]:
@@ -132,7 +141,7 @@ def found_names(data_path: Path, spec: ImageSpec, cached: bool) -> list[str]:
 
 
 def require_raw(data_path: Path, name: str) -> None:
-    """Raises UnknownLayout if the folder of a raw data set is missing. The demo is drawn instead."""
+    """Raise UnknownLayout if the folder of a raw data set is missing. The demo is drawn instead."""
     folder = data_path / name
     if name == "demo" and not folder.exists():
         data_path.mkdir(parents=True, exist_ok=True)
@@ -142,7 +151,7 @@ def require_raw(data_path: Path, name: str) -> None:
 
 
 def print_summary(rows: list[tuple[str, Cache, float]]) -> None:
-    """Prints a table of caches and the seconds that each took."""
+    """Print a table of caches and the seconds that each took."""
     print(f"\n{'data set':<12}{'train':>26}{'test':>26}{'on disk':>10}{'seconds':>9}")
     for name, cache, seconds in rows:
         train, test = (f"{c:,} classes {n:,} images" for c, n in (cache.counts["train"], cache.counts["test"]))
@@ -152,7 +161,8 @@ def print_summary(rows: list[tuple[str, Cache, float]]) -> None:
 
 def training_text(data_path: Path, name: str, cache: Cache) -> str:
     """The command that trains on a data set, with options that fit few classes or images; or why none can."""
-    num_classes, num_gallery = cache.counts["train"][0], int(cache.array("test_is_gallery").sum())
+    num_classes = cache.counts["train"][0]
+    num_gallery = int(cache.array("test_is_gallery").sum())
     recalls = [k for k in default_recalls(name) if k < num_gallery]
     if num_classes < 2:
         return f"{name} cannot be trained on: it has one training class, and telling classes apart needs two"

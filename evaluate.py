@@ -47,8 +47,7 @@ from dreml.figures import (
     save_figure,
 )
 from dreml.files import writable, write_csv
-from dreml.run_writer import run_lock
-from dreml.runs import SUFFIXES, Run, TestSplit, read_run
+from dreml.runs import SUFFIXES, Run, TestSplit, read_run, run_lock
 from dreml.settings import EMBEDDINGS
 from dreml.thresholds import FARS, FEWEST_ABOVE, threshold_table
 from utils import (

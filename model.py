@@ -1,24 +1,26 @@
 """A network with a meta-class head, its precision and its features; the Ensemble of several."""
 
 import contextlib
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 
 from dreml.backbones import build_backbone, gains_from_bf16, without_drawing
 from dreml.batches import image_batches, input_memory, normalize, spans
-from dreml.cli import InputError, one_line, out_of_memory
-from dreml.files import read_ahead
+from dreml.cache import read_ahead
+from dreml.cli import InputError, with_less_memory
 from dreml.images import ImageSpec
-from dreml.runs import Members, member_file, member_numbers, read_run_record
-from dreml.settings import EMBEDDINGS
-from utils import full_float32
+from dreml.runs import METADATA, WEIGHTS, Members, member_numbers, member_path, read_run_record
+from dreml.settings import EMBEDDINGS, Settings
+from utils import full_float32, rng_for
 
 # ------------------------------------------------------------------------------------------------ network
 
@@ -35,6 +37,13 @@ def build_model(backbone: str, num_meta_classes: int, weights: dict[str, torch.T
     if weights is not None:
         model.load_state_dict(weights | {f"{last}.{name}": value for name, value in head.state_dict().items()})
     return model.to(memory_format=torch.channels_last)  # the layout that cuDNN and oneDNN compute fastest
+
+
+def initial_model(settings: Settings, member: int, weights: dict[str, torch.Tensor] | None) -> nn.Module:
+    """A member before its first step, on the CPU. What `weights` does not fill is drawn for this member."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng_for(settings.seed, member, 0, "weights").integers(2**63)))
+        return build_model(settings.backbone, settings.meta_class_size, weights)
 
 
 class Head(nn.Linear):
@@ -67,7 +76,7 @@ class Compute:
         return autocast(self.device, self.precision)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss up in fp16, where small gradients would vanish; does nothing in other precisions."""
+        """What scales the loss up in fp16, where small gradients would vanish. It does nothing in other precisions."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def overflow_remedy(self) -> str:
@@ -139,7 +148,11 @@ def features(model: nn.Module, pixels: torch.Tensor, embedding: str) -> torch.Te
     return inputs_of_head[0].float()
 
 
-@torch.inference_mode()
+def channel_statistics(data: object, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of a data set's channels, `(3,)` each, from what has them as `mean` and `std`."""
+    return torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
+
+
 def extract_features(
     model: nn.Module,
     images: np.ndarray,
@@ -152,9 +165,23 @@ def extract_features(
     Args:
         images: `(N, S, S, 3) uint8`, memory-mapped or not.
         statistics: mean and standard deviation of the data set's channels, `(3,)` each, on the device.
+        batch_size: at most; half of it, and so on, while memory is too short.
     """
     model.eval()
-    device, batches = statistics[0].device, spans(0, len(images), batch_size)
+    return with_less_memory(lambda size: features_in_batches(model, images, statistics, size, embedding), batch_size)
+
+
+@torch.inference_mode()
+def features_in_batches(
+    model: nn.Module,
+    images: np.ndarray,
+    statistics: tuple[torch.Tensor, torch.Tensor],
+    batch_size: int,
+    embedding: str,
+) -> torch.Tensor:
+    """`extract_features` in batches of this size."""
+    device = statistics[0].device
+    batches = spans(0, len(images), batch_size)
     head = head_of(model)
     width = head.out_features if embedding == "logits" else head.in_features
     outputs = torch.empty((len(images), width), device=device)
@@ -225,22 +252,14 @@ class Ensemble(nn.Module):
         return [Ensemble([member], *of_the_run).eval() for member in self.members]
 
 
-def load_member(weights: Path, backbone: str, num_meta_classes: int) -> nn.Module:
-    """The network of a trained member, `member_007.pth`, on the CPU."""
-    model = without_drawing(lambda: build_model(backbone, num_meta_classes, None))
-    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), assign=True)
+def load_member(path: Path) -> nn.Module:
+    """The network of a trained member, on the CPU. `member_007.safetensors` itself says which network it is."""
+    with safe_open(path, framework="pt") as file:
+        settings = json.loads(file.metadata()[METADATA])["settings"]
+        state = {name: file.get_tensor(name).clone() for name in file.keys()}  # the file is mapped into memory
+    model = without_drawing(lambda: build_model(settings["backbone"], settings["meta_class_size"], None))
+    model.load_state_dict(state, assign=True)
     return model.to(memory_format=torch.channels_last)
-
-
-@contextlib.contextmanager
-def damage_named(what: str, script: str) -> Iterator[None]:
-    """Raises InputError, one line, where the block fails to read `what`, which `script` makes again."""
-    try:
-        yield
-    except Exception as error:  # damaged files raise a dozen kinds
-        if out_of_memory(error):
-            raise
-        raise InputError(f"{what} is damaged ({one_line(error)}); {script} makes it again") from None
 
 
 def load_ensemble(
@@ -249,26 +268,26 @@ def load_ensemble(
     embedding: str = "logits",
     num_members: int | None = None,
 ) -> Ensemble:
-    """Loads the first finished members of a run folder (`results/...`), ready to embed images in float32.
+    """Load the first finished members of a run folder (`results/...`), ready to embed images in float32.
 
     `num_members` None: all of them. Raises InputError if the folder is no run, has no or fewer finished members, or a
     file does not match its checksum.
     """
     run_folder = Path(run_folder)
     record = read_run_record(run_folder)
-    settings, finished = record.settings, member_numbers(run_folder)
+    finished = member_numbers(run_folder)
     if not finished:
         raise InputError(f"{run_folder} has no finished member")
     if num_members is not None and len(finished) < num_members:
         raise InputError(f"{run_folder} has {len(finished)} finished members, not {num_members}")
-    checked, networks = Members(run_folder, record.settings_hash, needed=("pth",)), []
+    members = Members(run_folder, record.settings_hash, needed=(WEIGHTS,))
+    networks = []
     for member in finished[:num_members]:
-        damaged = checked.read(member)[1]
-        with damage_named(f"{run_folder}: member {member}", "train.py"):
-            if damaged:
-                raise ValueError(", ".join(damaged))
-            path = run_folder / member_file(member, "pth")
-            networks.append(load_member(path, settings.backbone, settings.meta_class_size))
-    data = record.data
-    ensemble = Ensemble(networks, settings.image_spec, data.mean, data.std, embedding)
+        _, damaged = members.read(member)
+        if damaged:
+            raise InputError(
+                f"{run_folder}: member {member} is damaged ({', '.join(damaged)}); train.py makes it again"
+            )
+        networks.append(load_member(member_path(run_folder, member, WEIGHTS)))
+    ensemble = Ensemble(networks, record.settings.image_spec, record.data.mean, record.data.std, embedding)
     return ensemble.to(device).eval()

@@ -208,7 +208,7 @@ def threshold_text(threshold: Threshold, answers: list[Answer]) -> str:
     if threshold.far is None:
         return text
     share = f"of test queries whose class is absent, {100 * threshold.far:g} % reached it"
-    return f"{text}; {share} in {threshold.gallery:,} images, and more do in larger galleries (docs/THRESHOLDS.md)"
+    return f"{text}; {share} in {threshold.gallery:,} images, and more do in larger galleries (docs/SEARCH.md)"
 
 
 def draw(answers: list[Answer], thumbnails: Thumbnails, title: str, path: Path, required: bool) -> None:

@@ -2,13 +2,13 @@
 
     python -m benchmarks.progress            files as large as they get, 50 MB/s, epochs of a second
 
-Epochs are pauses. Their ends are those of a network that was trained for one step, with an earlier best epoch, which
-makes the file as large as it gets. The disk is the one for temporary files, whose writes are made to last longer. The
-first row is the way before: every epoch is written, and waits until the one before is. It takes a fifth of the epochs.
+Epochs are pauses. Their ends are those of a network after one step, with an earlier best epoch, which makes the file as
+large as it gets. The disk is the one for temporary files, whose writes are made to last longer.
 """
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 import tempfile
@@ -19,73 +19,67 @@ from unittest import mock
 
 import torch
 
-from benchmarks.plain import hardware, synchronize
+from benchmarks.plain import hardware, row
 from dreml import checkpoint
-from dreml.checkpoint import SECONDS_BETWEEN_WRITES, Progress, snapshot
+from dreml.checkpoint import SECONDS_BETWEEN_WRITES, Progress
 from dreml.cli import DEVICE_HELP, MANY, Parser, check_ranges, pick_device, run_main
 from dreml.files import atomic_open
-from model import Compute, build_model
-from train import Sums, TrainState, make_optimizer, train_step
+from dreml.optimizers import make_optimizer
+from model import Compute, TrainState, build_model
+from train import Sums, train_step
 
-MEGABYTE = 1e6
 
-
-class SlowDisk:
-    """Stands in for `atomic_open`: what is written takes its time at so many bytes a second. Counts files and bytes."""
-
-    def __init__(self, bytes_per_second: float):
-        self.bytes_per_second, self.num_files, self.num_bytes = bytes_per_second, 0, 0
+@contextlib.contextmanager
+def slow_disk(bytes_per_second: float) -> Iterator[list[int]]:
+    """Make writing as slow as on a disk of such a speed. Yields the sizes of the files that are written, in bytes."""
+    sizes = []
 
     @contextlib.contextmanager
-    def open(self, path: Path, mode: str) -> Iterator:
+    def slow_open(path: Path, mode: str) -> Iterator[io.IOBase]:
         start = time.perf_counter()
         with atomic_open(path, mode) as file:
             yield file
-            num_bytes = file.seek(0, os.SEEK_END)
-            time.sleep(max(0, start + num_bytes / self.bytes_per_second - time.perf_counter()))
-        self.num_files, self.num_bytes = self.num_files + 1, self.num_bytes + num_bytes
+            sizes.append(file.seek(0, os.SEEK_END))
+            time.sleep(max(0, start + sizes[-1] / bytes_per_second - time.perf_counter()))
+
+    with mock.patch.object(checkpoint, "atomic_open", slow_open):
+        yield sizes
 
 
-def trained_state(backbone: str, device: torch.device) -> TrainState:
-    """A network after one step of Adam, whose moments exist then."""
-    model = build_model(backbone, 12, None).to(device)
-    state = TrainState(model, make_optimizer("adam", model, 1e-4, device), Compute(device).grad_scaler())
-    pixels, targets = torch.randn(4, 3, 32, 32, device=device), torch.zeros(4, dtype=torch.int64, device=device)
-    train_step(state, Compute(device), pixels, targets, Sums.zeros(device))
-    return state
+def end_of_epoch(device: torch.device) -> dict:
+    """What is written: a network after one step of Adam, with its moments, and the weights of an earlier epoch."""
+    model = build_model("resnet18", 12, None).to(device)
+    compute = Compute(device)
+    state = TrainState(model, make_optimizer("adam", model, 1e-4, device), compute.grad_scaler())
+    best_model = {name: value.clone() for name, value in model.state_dict().items()}
+    pixels = torch.randn(4, 3, 32, 32, device=device)
+    targets = torch.zeros(4, dtype=torch.int64, device=device)
+    train_step(state, compute, pixels, targets, Sums.zeros(device))
+    return state.state_dict() | {"history": [], "best_epoch": -1, "best_model": best_model}
 
 
-def run_epochs(
-    state: TrainState, interval: float, num_epochs: int, epoch_seconds: float, disk: SlowDisk
-) -> tuple[float, float]:
-    """So many epochs of one member, each a pause. Returns the seconds that training stood still, and all of them."""
-    device = next(state.model.parameters()).device
-    best_model, waited, start = snapshot(state.model.state_dict(), device), 0.0, time.perf_counter()
-    with (
-        mock.patch.object(checkpoint, "atomic_open", disk.open),
-        tempfile.TemporaryDirectory() as folder,
-        Progress(Path(folder), 1, "benchmark", interval) as progress,
-    ):
-        for epoch in range(num_epochs):
+def waiting(state: dict, interval: float, num_epochs: int, epoch_seconds: float) -> float:
+    """The share of the time that so many epochs of one member, each a pause, wait for their progress files."""
+    waited = 0.0
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        progress = Progress(Path(folder), 1, "benchmark", interval)
+        for _ in range(num_epochs):
             time.sleep(epoch_seconds)
             before = time.perf_counter()
-            progress.end_of_epoch(state.state_dict(), history=[epoch], best_epoch=-1, best_model=best_model)
-            synchronize(device)  # the time of the copy counts too
+            progress.end_of_epoch(state)
             waited += time.perf_counter() - before
-        before = time.perf_counter()
-        progress.remove()
-        end = time.perf_counter()
-    return waited + end - before, end - start
+    return waited / (time.perf_counter() - start)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="-m benchmarks.progress", description=__doc__)
-    add = parser.add_argument
-    add("--backbone", default="resnet18", metavar="NAME", help="a ResNet of torchvision (default: resnet18)")
-    add("--num_epochs", type=int, default=60, metavar="E", help="epochs (default: 60)")
-    add("--epoch_seconds", type=float, default=1.0, metavar="S", help="length of an epoch (default: 1)")
-    add("--megabytes", type=float, default=50.0, metavar="M", help="MB/s of the disk (default: 50)")
-    add("--device", default="auto", help=DEVICE_HELP)
+    parser.add_argument("--num_epochs", type=int, default=120, metavar="E", help="epochs (default: 120)")
+    seconds_help = "length of an epoch in seconds (default: 1)"
+    parser.add_argument("--epoch_seconds", type=float, default=1.0, metavar="S", help=seconds_help)
+    speed_help = "speed of the disk in MB/s (default: 50)"
+    parser.add_argument("--megabytes", type=float, default=50.0, metavar="M", help=speed_help)
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     args = parser.parse_args(argv)
     check_ranges(args, num_epochs=(1, MANY), epoch_seconds=(1e-9, MANY), megabytes=(1e-9, MANY))
     return args
@@ -93,22 +87,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
-    print(f"{hardware(device)}; {args.backbone}, Adam; epochs of {args.epoch_seconds:g} s, {args.megabytes:g} MB/s")
-    print("\n| a progress file | epochs | files | MB each | waited | share of the run |\n|---|---|---|---|---|---|")
-    state = trained_state(args.backbone, device)
-    runs = {"after each epoch": (0, max(1, args.num_epochs // 5))}
-    runs[f"each {SECONDS_BETWEEN_WRITES:g} s"] = SECONDS_BETWEEN_WRITES, args.num_epochs
-    for name, (interval, num_epochs) in runs.items():
-        disk = SlowDisk(args.megabytes * MEGABYTE)
-        waited, total = run_epochs(state, interval, num_epochs, args.epoch_seconds, disk)
-        size = f"{disk.num_bytes / MEGABYTE / disk.num_files:.0f}" if disk.num_files else ""
-        print(
-            f"| {name} | {num_epochs} | {disk.num_files} | {size} | {waited:.2f} s | {waited / total:.2%} |", flush=True
-        )
+    print(f"{hardware(device)}; resnet18, Adam, {args.num_epochs} epochs of {args.epoch_seconds:g} s")
+    print("\n| progress files | number | size | share of the time |\n|---|---|---|---|")
+    state = end_of_epoch(device)
+    with slow_disk(1e6 * args.megabytes) as sizes:
+        share = waiting(state, SECONDS_BETWEEN_WRITES, args.num_epochs, args.epoch_seconds)
+    size = f"{sum(sizes) / 1e6 / max(1, len(sizes)):.0f} MB each"
+    row(f"every {SECONDS_BETWEEN_WRITES:g} s at most, {args.megabytes:g} MB/s", f"{len(sizes)}", size, share)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_main("benchmarks.progress", lambda: run(parse_args(argv)), "another --backbone", resumable=False)
+    return run_main("benchmarks.progress", lambda: run(parse_args(argv)), "another --device", resumable=False)
 
 
 if __name__ == "__main__":

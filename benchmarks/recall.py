@@ -4,7 +4,7 @@
     python -m benchmarks.recall --big      also 60,502 images x 8,000 dimensions, with the peak memory
 
 Compares with the bare matrix product (the ceiling of every method that computes all similarities), with a full argsort
-and, where they are installed, with faiss (IndexFlatIP) and pytorch-metric-learning (AccuracyCalculator).
+and, where it is installed, with faiss (IndexFlatIP).
 """
 
 import argparse
@@ -49,14 +49,6 @@ def faiss_search(embedding: torch.Tensor, k: int) -> np.ndarray:
     return index.search(embedding.numpy(), k)[1]
 
 
-def accuracy_calculator(embedding: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """pytorch-metric-learning's evaluation, at its cheapest: the first neighbour only."""
-    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-
-    calculator = AccuracyCalculator(include=("precision_at_1",), k=1, device=embedding.device)
-    return calculator.get_accuracy(embedding, labels)
-
-
 def against_others(num_images: int, width: int, repeats: int, device: torch.device) -> None:
     embedding, labels = random_embedding(num_images, width, device), random_labels(num_images)
     runs = {
@@ -67,8 +59,6 @@ def against_others(num_images: int, width: int, repeats: int, device: torch.devi
         runs |= {f"faiss k={k}": (lambda k=k: faiss_search(embedding, k)) for k in (1001, 9) if k < num_images}
     if 3 * 12 * num_images**2 < 10e9:  # the sorted indices are int64
         runs["argsort"] = lambda: plain_recall(embedding, labels.to(device), KS)
-    if importlib.util.find_spec("pytorch_metric_learning") and importlib.util.find_spec("faiss"):  # it needs both
-        runs["AccuracyCalculator, R@1 only"] = lambda: accuracy_calculator(embedding, labels.to(device))
     if "argsort" in runs:
         plain, ours = runs["argsort"](), runs["recall_at_k"]()[0].tolist()
         assert np.allclose(plain[: len(ours)], ours, atol=2 / num_images), (plain, ours)
@@ -76,37 +66,6 @@ def against_others(num_images: int, width: int, repeats: int, device: torch.devi
     ours = medians.pop("recall_at_k")
     for name, median in medians.items():
         row(f"N={num_images:,} d={width:,}: recall_at_k / {name}", f"{ours:.3f} s", f"{median:.3f} s", ours / median)
-
-
-def curve(num_images: int, members: int, width: int, repeats: int, device: torch.device) -> None:
-    """All ensemble sizes against the largest one alone."""
-    embeddings, labels = (
-        [random_embedding(num_images, width, device) for _ in range(members)],
-        random_labels(num_images),
-    )
-    whole = torch.cat(embeddings, 1)
-    runs = {"curve": lambda: recall_at_k(embeddings, labels, KS), "whole": lambda: recall_at_k(whole, labels, KS)}
-    medians = compare(runs, repeats, device)
-    row(
-        f"N={num_images:,}: the curve of {members} members of {width} dimensions / their concatenation",
-        f"{medians['curve']:.3f} s",
-        f"{medians['whole']:.3f} s",
-        medians["curve"] / medians["whole"],
-    )
-
-
-def growth(num_images: int, repeats: int, device: torch.device) -> None:
-    """How the time grows with N, with the dimensions d and with the members L of 12 dimensions each."""
-    sizes = [(num_images // 4, 1, 576), (num_images // 2, 1, 576), (num_images, 1, 576)]
-    sizes += [(num_images // 2, 1, width) for width in (144, 2304)]
-    sizes += [(num_images // 2, members, 12) for members in (12, 24, 48)]
-    labels = {number: random_labels(number) for number, _, _ in sizes}
-    embeddings = {(n, m, d): [random_embedding(n, d, device) for _ in range(m)] for n, m, d in sizes}
-    runs = {size: (lambda size=size: recall_at_k(embeddings[size], labels[size[0]], KS)) for size in sizes}
-    medians = compare(runs, repeats, device)
-    print("\n| N | L | d of a member | recall_at_k |\n|---|---|---|---|")
-    for (number, members, width), median in medians.items():
-        print(f"| {number:,} | {members} | {width:,} | {median:.3f} s |", flush=True)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -136,11 +95,10 @@ def big(num_images: int, width: int, device: torch.device) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="-m benchmarks.recall", description=__doc__)
-    add = parser.add_argument
-    add("--device", default="auto", help=DEVICE_HELP)
-    add("--repeats", type=int, default=3, metavar="N", help="runs of each, in turns (default: 3)")
-    add("--scale", type=float, default=1.0, metavar="X", help="this share of the images (default: 1.0)")
-    add("--big", action="store_true", help="also 60,502 x 8,000: 2 GB, minutes on a CPU")
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each, in turns (default: 3)")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="this share of the images (default: 1.0)")
+    parser.add_argument("--big", action="store_true", help="also 60,502 x 8,000: 2 GB, minutes on a CPU")
     args = parser.parse_args(argv)
     check_ranges(args, repeats=(1, MANY), scale=(0.01, 1))
     return args
@@ -155,8 +113,6 @@ def run(args: argparse.Namespace) -> None:
     print("\n| what | ours | other | ratio |\n|---|---|---|---|")
     against_others(round(20_000 * args.scale), 1024, args.repeats, device)
     against_others(round(8131 * args.scale), 576, args.repeats, device)
-    curve(round(20_000 * args.scale), 16, 64, args.repeats, device)
-    growth(round(20_000 * args.scale), args.repeats, device)
 
 
 def main(argv: list[str] | None = None) -> int:

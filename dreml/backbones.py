@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from dreml.cli import InputError, one_line
@@ -46,22 +47,30 @@ def backbone_names() -> list[str]:
 
 
 def check_backbone(backbone: str, image_size: int) -> None:
-    """Raises InputError for a backbone that is unknown, and for images of a size that it cannot take."""
+    """Raise InputError for a backbone that is unknown, and for images of a size that it cannot take."""
     if backbone.startswith(TIMM):
-        name, timm = backbone.removeprefix(TIMM), timm_library()
-        try:
-            known, names = timm.models.get_pretrained_cfg(name) is not None, timm.list_models
-        except RuntimeError:  # a known network, an unknown tag of its weights: resnet50.nobody
-            known, names = False, lambda: timm.list_pretrained(f"{name.partition('.')[0]}.*")
-        known = known and timm.is_model(name.partition(".")[0])
+        library = "timm"
+        near = names_near_in_timm(backbone.removeprefix(TIMM))
     else:
-        name, names = backbone, backbone_names
-        known = name in names()
-    if not known:
-        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.3)
-        library = "timm" if backbone.startswith(TIMM) else f"torchvision, or {TIMM}NAME"
+        library = f"torchvision, or {TIMM}NAME"
+        near = names_near(backbone, backbone_names())
+    if near is not None:
         raise InputError(f"--backbone {backbone!r} is no network of {library}; near it: {', '.join(near) or 'none'}")
     check_image_size(backbone, image_size)
+
+
+def names_near(name: str, known: list[str]) -> list[str] | None:
+    """The known names that were perhaps meant by one that is unknown. None if it is known."""
+    return None if name in known else difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+
+
+def names_near_in_timm(name: str) -> list[str] | None:
+    """The same for a network of timm, such as resnet50 or, with a tag of its weights, resnet50.a1_in1k."""
+    timm = timm_library()
+    network, _, tag = name.partition(".")
+    if tag and timm.is_model(network):
+        return names_near(name, timm.list_pretrained(f"{network}.*"))
+    return names_near(name, timm.list_models())
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -108,7 +117,7 @@ def without_drawing(build: Callable[[], nn.Module]) -> nn.Module:
 
 @functools.cache
 def check_image_size(backbone: str, size: int) -> None:
-    """Raises InputError unless the network can train on images of `size` pixels. Names usual sizes that it can."""
+    """Raise InputError unless the network can train on images of `size` pixels. Names usual sizes that it can."""
     network = without_drawing(lambda: build_backbone(backbone, 2)[0]).to("meta").train()
 
     def problem(size: int) -> Exception | None:
@@ -172,7 +181,7 @@ def own_scaling(backbone: str, device: torch.device) -> tuple[torch.Tensor, torc
 
 
 def read_weights(backbone: str, weights: str) -> dict[str, torch.Tensor] | None:
-    """Reads the backbone's initial weights once, for all members.
+    """Read the backbone's initial weights once, for all members.
 
     Args:
         weights: "imagenet" (the library's own download), "none", or the path of a state dict in the library's naming,
@@ -187,14 +196,14 @@ def read_weights(backbone: str, weights: str) -> dict[str, torch.Tensor] | None:
     if weights == "none":
         return None
     if weights == "imagenet":
-        state = download(backbone)
-    else:
-        try:
-            state = read_state_dict(Path(weights))
-        except InputError:
-            raise
-        except Exception as error:  # damaged files raise a dozen kinds
-            raise InputError(f"--weights {weights}: not a readable state dict ({one_line(error)})") from None
+        return checked_weights(backbone, weights, download(backbone))
+    try:
+        if weights.endswith(".safetensors"):
+            state = load_file(weights)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise a dozen kinds
+        raise InputError(f"--weights {weights}: not a readable state dict ({one_line(error)})") from None
     return checked_weights(backbone, weights, state)
 
 
@@ -205,25 +214,14 @@ def download(backbone: str) -> dict[str, torch.Tensor]:
         if backbone.startswith(TIMM):
             with torch.random.fork_rng(devices=[]):
                 return timm_library().create_model(backbone.removeprefix(TIMM), pretrained=True).state_dict()
-        source = torchvision_weights(backbone).url
-        return torchvision_weights(backbone).get_state_dict(progress=True, check_hash=True, weights_only=True)
+        entry = torchvision_weights(backbone)
+        source = f"{entry.url} into {torch.hub.get_dir()}"
+        return entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except Exception as error:  # no network, no disk, a damaged file among the downloads
-        where = "" if backbone.startswith(TIMM) else f" into {torch.hub.get_dir()}"
         raise InputError(
-            f"cannot download or read the ImageNet weights {source}{where} ({one_line(error)}); give a copy of that "
-            "file with --weights PATH, or train from scratch with --weights none"
+            f"cannot download or read the ImageNet weights {source} ({one_line(error)}); give a copy of that file with "
+            "--weights PATH, or train from scratch with --weights none"
         ) from None
-
-
-def read_state_dict(path: Path) -> object:
-    """What a file of weights holds, on the CPU."""
-    if path.suffix != ".safetensors":
-        return torch.load(path, map_location="cpu", weights_only=True)
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise InputError(f"--weights {path} needs: pip install safetensors") from None
-    return load_file(path)
 
 
 def checked_weights(backbone: str, weights: str, state: object) -> dict[str, torch.Tensor]:

@@ -1,7 +1,6 @@
 """What finds images without training, which every ensemble has to beat: the initial weights, and the colours."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +8,15 @@ import numpy as np
 import pandas as pd
 import torch
 
+from dreml.backbones import own_scaling, read_weights
 from dreml.batches import spans
+from dreml.cache import Cache
 from dreml.cli import InputError, one_line
 from dreml.files import read_record, remove_leftovers, take_lock, write_csv, write_record
-from dreml.run_writer import run_lock
-from dreml.runs import Members
+from dreml.run_writer import recall_percent
+from dreml.runs import Members, TestSplit, run_lock
+from dreml.settings import Settings
+from model import channel_statistics, extract_features, initial_model
 
 INITIAL_WEIGHTS, COLOURS = "initial weights", "colour histogram"
 LEVELS = 6  # of each of the three channels: 216 colours
@@ -38,23 +41,40 @@ def colour_histograms(images: np.ndarray, max_pixels: int = 2**22) -> torch.Tens
 class BaselineRecord:
     """`baseline.json`: Recall@K of what finds images without training."""
 
-    run: str  # settings_hash of its run
+    settings_hash: str  # of its run
     recalls: list[dict[str, str | float]]  # the rows of baseline.csv: "baseline" and "R@1", ..., in percent
+
+
+def initial_features(settings: Settings, weights: str, cache: Cache, device: torch.device) -> torch.Tensor:
+    """The pooled features of the test images before the first step of member 1, `(M, d) float32`.
+
+    `weights`: as --weights names them. Pretrained weights see images scaled as they were for them; members are trained
+    on the data set's own scaling. Raises InputError for weights that cannot be had.
+    """
+    state = read_weights(settings.backbone, weights)
+    model = initial_model(settings, 1, state).to(device)
+    scaling = own_scaling(settings.backbone, device) if state else channel_statistics(cache.meta, device)
+    features = extract_features(model, cache.array("test_images"), scaling, 2 * settings.batch_size, "pooled")
+    if not torch.isfinite(features).all():
+        raise InputError("their features are not finite")
+    return features
 
 
 def update_baseline(
     members: Members,
-    images: np.ndarray,
+    settings: Settings,
+    weights: str,
+    cache: Cache,
+    split: TestSplit,
     ks: list[int],
-    initial_features: Callable[[], torch.Tensor],
-    recall_percent: Callable[[torch.Tensor, list[int]], np.ndarray],
+    device: torch.device,
 ) -> None:
-    """Makes and prints the baseline of a run, unless it is there for these K. One process does so, others go on.
+    """Make and print the baseline of a run, unless it is there for these K. One process does so, others go on.
 
-    `initial_features` computes those of the initial weights for the test images `(N, S, S, 3) uint8`; weights that
-    cannot be had give a warning. `recall_percent` computes Recall@K in percent, `(1, len(ks))`, from features `(N, d)`.
+    `weights`: as --weights names them. A warning says if they cannot be had.
     """
-    folder, wanted = members.folder, [f"R@{k}" for k in ks]
+    folder = members.folder
+    wanted = [f"R@{k}" for k in ks]
     lock = take_lock(folder / ".baseline.lock", timeout=0)
     if lock is None:  # another process is at it
         return
@@ -63,15 +83,16 @@ def update_baseline(
         is_new = table is None or len(table) < 2 or not set(wanted) <= set(table)
         if is_new:
             earlier = [] if table is None else [int(name.removeprefix("R@")) for name in list(table)[1:]]
-            ks, recalls = sorted({*ks, *earlier}), {}
-            names = [f"R@{k}" for k in ks]
+            ks = sorted({*ks, *earlier})
+            features = {}
             try:
-                recalls[INITIAL_WEIGHTS] = recall_percent(initial_features(), ks)
+                features[INITIAL_WEIGHTS] = initial_features(settings, weights, cache, device)
             except InputError as error:
                 print(f"warning: the initial weights are not scored: {error}", file=sys.stderr)
-            recalls[COLOURS] = recall_percent(colour_histograms(images), ks)
-            table = pd.DataFrame(np.concatenate([*recalls.values()]), columns=names).round(4)
-            table.insert(0, "baseline", list(recalls))
+            features[COLOURS] = colour_histograms(cache.array("test_images")).to(device)
+            recalls = [recall_percent([rows], split, ks)[0] for rows in features.values()]
+            table = pd.DataFrame(recalls, columns=[f"R@{k}" for k in ks]).round(4)
+            table.insert(0, "baseline", list(features))
         with run_lock(folder):
             remove_leftovers(folder, "baseline.json")
             if is_new:
@@ -81,38 +102,42 @@ def update_baseline(
         print("\n".join(baseline_lines(table, wanted)), flush=True)
 
 
-def read_baseline(folder: Path, run: str) -> pd.DataFrame | None:
-    """The table of the baselines: name and Recall@K in percent. None if it is missing or, which is said, damaged."""
+def read_baseline(folder: Path, settings_hash: str) -> pd.DataFrame | None:
+    """The table of the baselines of a run: name and Recall@K in percent. None if missing; warns if damaged."""
     path = folder / "baseline.json"
     try:
         record = read_record(path, BaselineRecord)
-        if record.run != run:
-            raise ValueError("of another run")
+        if record.settings_hash != settings_hash:
+            raise ValueError("from another run")
         return pd.DataFrame(record.recalls)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, OSError) as error:
-        print(f"warning: {path} counts as not made ({one_line(error)})", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"warning: {path} is damaged ({one_line(error)}); train.py makes it again", file=sys.stderr)
         return None
 
 
 def baseline_lines(table: pd.DataFrame, names: list[str]) -> list[str]:
     """A line for each baseline, with the scores `names` (R@1, ...)."""
-    rows = table.to_dict("records")
-    return [f"before training: {', '.join(f'{n} {row[n]:.2f}' for n in names)} ({row['baseline']})" for row in rows]
+    lines = []
+    for row in table.to_dict("records"):
+        scores = ", ".join(f"{name} {row[name]:.2f}" for name in names)
+        lines.append(f"before training: {scores} ({row['baseline']})")
+    return lines
 
 
-def print_baseline(folder: Path, run: str, ensembles: pd.DataFrame) -> None:
-    """Prints the baselines of a run for the scores of its table of ensembles, and says if one is ahead of the largest.
+def print_baseline(folder: Path, settings_hash: str, ensembles: pd.DataFrame) -> None:
+    """Print the baselines of a run for the scores of its table of ensembles, and say if one is ahead of the largest.
 
-    `run` is its settings_hash. The table's first column is the ensemble size. Scores that no baseline has are left out.
+    The table's first column is the ensemble size. Scores that no baseline has are left out.
     """
-    table = read_baseline(folder, run)
+    table = read_baseline(folder, settings_hash)
     names = [name for name in list(ensembles)[1:] if table is not None and name in table]
     if not names:
         return
     print("\n".join(baseline_lines(table, names)))
-    name, best = names[0], table.loc[table[names[0]].idxmax()]
+    name = names[0]
+    best = table.loc[table[name].idxmax()]
     of_ensemble = ensembles[name].iloc[-1]
     if best[name] > of_ensemble:
         remedy = "more members or epochs may pass it"

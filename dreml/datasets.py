@@ -3,33 +3,31 @@
 A new one is a function that lists its images and one entry of PUBLISHED.
 """
 
-import collections
 import itertools
 import posixpath
 import zlib
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from dreml.cache import Holdout
-from dreml.cli import InputError, one_line
+from dreml.cli import InputError, is_utf8, one_line
 from dreml.lists import (
-    GALLERY,
-    QUERY,
-    Entries,
     Entry,
     Listing,
     list_csv,
     list_image_folder,
     some,
+    sort_images,
     subfolders,
-    text_lines,
     text_rows,
     what_was_meant,
 )
-from dreml.workers import WorkerDied, worker_pool
+from dreml.workers import worker_pool
 
 LAYOUTS = {
     "car": "cars_annos.mat and car_ims/, or the devkit: cars_train/, cars_test/, devkit/cars_train_annos.mat and "
@@ -51,32 +49,31 @@ class UnknownLayout(InputError):
 
 
 def list_car(root: Path, prefix: str) -> Listing | None:
-    """Lists Cars196: `cars_annos.mat` with `car_ims/`, or the devkit with `cars_train/` and `cars_test/`."""
-    listing, single, devkit = Listing(), root / "cars_annos.mat", find_car_devkit(root)
+    """List Cars196: `cars_annos.mat` with `car_ims/`, or the devkit with `cars_train/` and `cars_test/`."""
+    listing = Listing()
+    single = root / "cars_annos.mat"
+    devkit = find_car_devkit(root)
     if single.is_file() and (root / "car_ims").is_dir():
-        tables, names_file = [(single, "relative_im_path", prefix)], single
+        tables = [(single, "relative_im_path", prefix)]
+        names_file = single
     elif devkit is not None:
-        tables, names_file = car_devkit_tables(root, prefix, devkit, listing), devkit.with_name("cars_meta.mat")
+        tables = car_devkit_tables(root, prefix, devkit, listing)
+        names_file = devkit.with_name("cars_meta.mat")
     elif single.is_file():
         listing.problems.append(f"{root / 'car_ims'}: missing folder")
         return listing
     else:
         return None
-    names = {}
     try:
         names = in_own_process(read_car_names, names_file)
+        for table, path_field, folder in tables:
+            rows = in_own_process(read_car_annotations, table, path_field)
+            for number, (path, class_id) in enumerate(rows, 1):
+                name = names.get(class_id, str(class_id))
+                entry = Entry(folder + path, class_id, name, split_of("car", class_id))
+                add_numbered(listing, "car", f"{table}, entry {number}", entry, path)
     except InputError as error:
         listing.problems.append(str(error))
-    for table, path_field, folder in tables:
-        try:
-            rows = in_own_process(read_car_annotations, table, path_field)
-        except InputError as error:
-            listing.problems.append(str(error))
-            continue
-        for number, (path, class_id) in enumerate(rows, 1):
-            name = names.get(class_id) or str(class_id)
-            entry = Entry(split_of("car", class_id), class_id, name, folder + path)
-            add_numbered(listing, "car", f"{table}, entry {number}", entry, path)
     return listing
 
 
@@ -107,11 +104,11 @@ def car_devkit_tables(root: Path, prefix: str, devkit: Path, listing: Listing) -
 
 
 def in_own_process(read: Callable, path: Path, *args: object) -> object:
-    """Returns read(path, *args), called in another process: a damaged .mat file can crash scipy 1.17's reader."""
+    """Return read(path, *args), called in another process: a damaged .mat file can crash scipy 1.17's reader."""
     try:
         with worker_pool(1) as pool:
             return pool.submit(read, path, *args).result()
-    except WorkerDied:
+    except BrokenProcessPool:
         raise InputError(f"{path}: not a readable Cars196 annotation file (it crashes scipy's reader)") from None
 
 
@@ -125,32 +122,30 @@ def read_car_annotations(path: Path, path_field: str = "fname") -> list[tuple[st
     try:
         annotations = np.ravel(scipy.io.loadmat(path)["annotations"])
         fields = annotations.dtype.names
+        if not fields or "class" in fields:
+            return [(str(row[path_field].item()), int(row["class"].item())) for row in annotations]
     except Exception as error:  # scipy raises a dozen kinds for a damaged, empty, HTML or version 7.3 file
         raise InputError(f"{path}: not a readable Cars196 annotation file ({one_line(error)})") from None
-    if fields and "class" not in fields:
-        raise InputError(f"{path}: has no labels; the file needed is cars_test_annos_withlabels.mat")
-    try:
-        return [(str(row[path_field].item()), int(row["class"].item())) for row in annotations]
-    except (ValueError, TypeError, IndexError, AttributeError) as error:
-        raise InputError(f"{path}: not a readable Cars196 annotation file ({one_line(error)})") from None
+    raise InputError(f"{path}: has no labels; the file needed is cars_test_annos_withlabels.mat")
 
 
 def read_car_names(path: Path) -> dict[int, str]:
-    """Class id -> name, from the `class_names` of a .mat file. Empty if they cannot be read."""
+    """Class id -> name, from the `class_names` of a .mat file. Empty if they cannot be read: the ids will do."""
     import scipy.io
 
     try:
-        names = np.ravel(scipy.io.loadmat(path, variable_names=["class_names"])["class_names"])
-        return {class_id: str(name.item()) for class_id, name in enumerate(names, 1)}
-    except Exception:  # names are for people only: the ids will do, and a bad annotation file is reported elsewhere
+        class_names = np.ravel(scipy.io.loadmat(path, variable_names=["class_names"])["class_names"])
+        names = {class_id: str(name.item()) for class_id, name in enumerate(class_names, 1)}
+    except Exception:  # as above; where the labels are in the same file, reading them says what is wrong
         return {}
+    return {class_id: name for class_id, name in names.items() if name and is_utf8(name)}
 
 
 # ------------------------------------------------------------------------------------------------ CUB, SOP, In-Shop
 
 
 def list_cub(root: Path, prefix: str) -> Listing | None:
-    """Lists CUB-200-2011: `images.txt` ("id path") and `image_class_labels.txt` ("id class")."""
+    """List CUB-200-2011: `images.txt` ("id path") and `image_class_labels.txt` ("id class")."""
     if not (root / "images.txt").is_file():
         return None
     listing = Listing()
@@ -169,15 +164,16 @@ def list_cub(root: Path, prefix: str) -> Listing | None:
         elif image_id not in classes:
             listing.problems.append(f"{where}: image {image_id} has no class in image_class_labels.txt")
         else:
-            class_id, class_name = classes[image_id], path.split("/")[0]
-            entry = Entry(split_of("cub", class_id), class_id, class_name, f"{prefix}images/{path}")
+            class_id = classes[image_id]
+            class_name = path.split("/")[0]
+            entry = Entry(f"{prefix}images/{path}", class_id, class_name, split_of("cub", class_id))
             add_numbered(listing, "cub", where, entry, path)
         seen.add(image_id)
     return listing
 
 
 def list_sop(root: Path, prefix: str) -> Listing | None:
-    """Lists Stanford Online Products: `Ebay_train.txt` and `Ebay_test.txt`, "image class super_class path" in a row."""
+    """List Stanford Online Products: `Ebay_train.txt` and `Ebay_test.txt`, "image class super_class path" in a row."""
     if not (root / "Ebay_train.txt").is_file() and not (root / "Ebay_test.txt").is_file():
         return None
     listing = Listing()
@@ -188,14 +184,15 @@ def list_sop(root: Path, prefix: str) -> Listing | None:
             listing.problems.append(f"{header[0]}: the header 'image_id class_id super_class_id path' is missing")
         for where, (_, class_id, _, path) in rows:
             if is_number(class_id):
-                add_numbered(listing, "sop", where, Entry(split, int(class_id), class_id, prefix + path), path)
+                entry = Entry(prefix + path, int(class_id), class_id, split)
+                add_numbered(listing, "sop", where, entry, path)
             else:
                 listing.problems.append(f"{where}: malformed line: {class_id!r} is no class id")
     return listing
 
 
 def list_isc(root: Path, prefix: str) -> Listing | None:
-    """Lists In-Shop Clothes: `list_eval_partition.txt`, a count, a header, then "image item status", and `img/`."""
+    """List In-Shop Clothes: `list_eval_partition.txt`, a count, a header, then "image item status", and `img/`."""
     name = "list_eval_partition.txt"
     path = first_existing(root / name, root / "Eval" / name, root / "Anno" / name)
     if path is None:
@@ -205,18 +202,15 @@ def list_isc(root: Path, prefix: str) -> Listing | None:
         prefix += "Img/"
     rows = text_rows(path, 3, listing, skip=1)
     header = next(rows, None)
-    first_line = next(text_lines(path, Listing()), "").strip()
     if header is not None and header[1][0] != "image_name":
         listing.problems.append(f"{header[0]}: the header 'image_name item_id evaluation_status' is missing")
     for where, (image, item, status) in rows:
         if status in ("train", "query", "gallery"):
             split = "train" if status == "train" else "test"
-            entry = Entry(split, item, item, prefix + image, status != "gallery", status != "query")
+            entry = Entry(prefix + image, item, item, split, status != "gallery", status != "query")
             listing.add(where, entry, image)
         else:
             listing.problems.append(f"{where}: {status!r} is not one of train, query, gallery")
-    if is_number(first_line) and int(first_line) != len(listing.entries) and not listing.problems:
-        listing.warnings.append(f"{path}: {first_line} images by its first line, {len(listing.entries)} by its rows")
     return listing
 
 
@@ -282,117 +276,116 @@ def default_recalls(data_name: str) -> list[int]:
 # ------------------------------------------------------------------------------------------------ any data set
 
 
-def list_data_set(name: str, folder: Path) -> Listing:
-    """Lists the images of the raw data set in `folder` (data/NAME), training images first, sorted by class.
+class RawDataSet(NamedTuple):
+    """The images that a raw data set lists, and what is wrong with the lists."""
+
+    images: pd.DataFrame  # see Listing.table
+    problems: list[str]
+    warnings: list[str]
+
+
+def list_data_set(name: str, folder: Path) -> RawDataSet:
+    """List the images of the raw data set in `folder` (data/NAME), training images first, sorted by class.
 
     Raises UnknownLayout if the folder has not the layout that its name asks for, InputError if it nearly has. Problems
-    with single lines and paths are collected in the listing; that the images exist is checked when they are opened.
+    with single lines and paths are collected; that the images exist is checked when they are opened.
     """
+    data_set = read_lists(name, folder)
+    check_whole(data_set, name)
+    return data_set
+
+
+def read_lists(name: str, folder: Path) -> RawDataSet:
+    """Find and read the lists of a raw data set. Raises as `list_data_set` does."""
     if name in PUBLISHED:
-        readers, roots = [PUBLISHED[name].list_images], [folder, *subfolders(folder)]  # archives unpack one deeper
-    else:  # images.csv comes first: somebody wrote it for this, while train/ and test/ may just be where images lie
-        readers, roots = [list_csv, list_image_folder], [folder]
+        readers = [PUBLISHED[name].list_images]
+        roots = [folder, *subfolders(folder)]  # archives unpack one deeper
+    else:
+        readers = [list_csv, list_image_folder]  # images.csv counts: beside it, train/ may just be where images lie
+        roots = [folder]
     for root, list_images in itertools.product(roots, readers):
         listing = list_images(root, f"{root.relative_to(folder).as_posix()}/" if root != folder else "")
         if listing is not None:
-            listing.entries.sort()
-            check_whole(listing, name)
-            return listing
+            return RawDataSet(listing.table(), listing.problems, listing.warnings)
     if name not in PUBLISHED:
         raise UnknownLayout(f"{folder}: {what_was_meant(folder)}")
     hint = "; for images of your own, choose another name" if (folder / "train").is_dir() else ""
     raise UnknownLayout(f"{folder} holds no {name}; expected is {LAYOUTS[name]}{hint}")
 
 
-def hold_out(listing: Listing, holdout: Holdout) -> Listing:
-    """The training images of a data set, divided by class into a training and a test split.
+def hold_out(data_set: RawDataSet, holdout: Holdout) -> RawDataSet:
+    """Divide the training images of a data set by class into a training and a test split.
 
     The images of the true test split are left out. Raises InputError if a split would have fewer than two classes.
     """
-    classes = [each for each in listing.entries.classes if each.split == "train"]
-    num_held_out = round(holdout.share * len(classes))
-    if num_held_out < 2 or len(classes) - num_held_out < 2:
+    images = data_set.images[data_set.images["split"] == "train"].copy()
+    labels = images["label"].cat.remove_unused_categories().cat.categories  # in order
+    num_held_out = round(holdout.share * len(labels))
+    if num_held_out < 2 or len(labels) - num_held_out < 2:
         raise InputError(
-            f"--holdout {holdout.share:g} of {len(classes)} training classes leaves {len(classes) - num_held_out} to "
+            f"--holdout {holdout.share:g} of {len(labels)} training classes leaves {len(labels) - num_held_out} to "
             f"train on and {num_held_out} to test on; it takes at least two of each"
         )
-    order = np.random.default_rng((holdout.seed, zlib.crc32(b"holdout"))).permutation(len(classes))
-    held_out = {classes[place].key for place in order[:num_held_out]}
-    divided = Listing(problems=listing.problems, warnings=listing.warnings)
-    for entry in listing.entries:
-        if entry.split == "train":
-            split = "test" if entry.class_key in held_out else "train"
-            divided.entries.append(entry._replace(split=split))
-    divided.entries.sort()
-    return divided
+    order = np.random.default_rng((holdout.seed, zlib.crc32(b"holdout"))).permutation(len(labels))
+    held_out = images["label"].isin(labels[order[:num_held_out]])
+    images.loc[held_out, "split"] = "test"
+    return data_set._replace(images=sort_images(images))
 
 
-def check_whole(listing: Listing, name: str) -> None:
-    """Adds the problems and warnings that only the whole list of a data set shows."""
-    entries = listing.entries
-    classes = {split: {each.key for each in entries.classes if each.split == split} for split in ("train", "test")}
-    both = sorted(classes["train"] & classes["test"])
+def check_whole(data_set: RawDataSet, name: str) -> None:
+    """Add the problems and warnings that only the whole list of a data set shows."""
+    images, problems, warnings = data_set
+    is_test = images["split"] == "test"
+    labels = {"train": images["label"][~is_test], "test": images["label"][is_test]}
+    both = sorted(set(labels["train"].unique()) & set(labels["test"].unique()))
     if both:
         shown = ", ".join(map(str, both[:3])) + (", …" if len(both) > 3 else "")
-        listing.warnings.append(
+        warnings.append(
             f"classes in both train and test: {len(both)} ({shown}); Recall@K is meant for classes that were not "
             "trained on"
         )
-    for split, reports in (("train", listing.warnings), ("test", listing.problems)):  # a test image would find itself
-        repeated = repeated_paths(entries, entries.rows_of(split))
+    for split, reports in (("train", warnings), ("test", problems)):  # a test image would find itself
+        repeated = repeated_paths(images["path"][images["split"] == split])
         if repeated:
             reports.append(f"{len(repeated)} {split} images are listed more than once, such as {repeated[0]}")
     if name not in PUBLISHED:
-        warn_of_single_images(listing)
-    for part, found in count_images(entries).items():
-        if found[1] == 0 and part == "test" and name not in PUBLISHED and not listing.problems:
-            listing.warnings.append("no test images: all classes are trained on, and nothing can be measured")
-        elif found[1] == 0 and not listing.problems:
-            listing.problems.append(f"the {part} split has no images")
+        warn_of_single_images(images, warnings)
+    for part, found in count_images(images).items():
+        if found[1] == 0 and part == "test" and name not in PUBLISHED and not problems:
+            warnings.append("no test images: all classes are trained on, and nothing can be measured")
+        elif found[1] == 0 and not problems:
+            problems.append(f"the {part} split has no images")
         published = PUBLISHED[name].counts.get(part, found) if name in PUBLISHED else found
         if found != published:
             numbers = "{:,} and {:,}".format(*published)
-            listing.warnings.append(f"{part}: {found[0]:,} classes and {found[1]:,} images, published are {numbers}")
+            warnings.append(f"{part}: {found[0]:,} classes and {found[1]:,} images, published are {numbers}")
 
 
-def warn_of_single_images(listing: Listing) -> None:
-    """Adds a warning of the classes of one image."""
-    entries = listing.entries
-    sizes = np.bincount(entries.class_numbers, minlength=len(entries.classes)).tolist()
+def warn_of_single_images(images: pd.DataFrame, warnings: list[str]) -> None:
+    """Add a warning of the classes of one image."""
     for split, why in (("train", "one image teaches little"), ("test", "as a query it can only miss")):
-        names = [
-            each.name for each, size in zip(entries.classes, sizes, strict=True) if (each.split, size) == (split, 1)
-        ]
-        if names:
-            listing.warnings.append(f"{split}: classes of one image: {some(names)}; {why}: add some, or leave it out")
+        of_split = images[["label", "class_name"]][images["split"] == split]
+        single = of_split["class_name"][~of_split["label"].duplicated(keep=False)].tolist()
+        if single:
+            warnings.append(f"{split}: classes of one image: {some(single)}; {why}: add some, or leave it out")
 
 
-def repeated_paths(entries: Entries, rows: range) -> list[str]:
-    """The paths that more than one of these rows has, however they are written."""
-    # Found by hashes, 8 bytes each: a set of texts takes 150.
-    hashes = np.fromiter((hash(posixpath.normpath(entries.path(row))) for row in rows), np.int64, len(rows))
-    in_order = np.sort(hashes)
-    suspects = np.flatnonzero(np.isin(hashes, in_order[1:][in_order[1:] == in_order[:-1]]))
-    times = collections.Counter(posixpath.normpath(entries.path(rows[place])) for place in suspects)
-    return [path for path, number in times.items() if number > 1]
+def repeated_paths(paths: pd.Series) -> list[str]:
+    """The paths that stand in a list more than once, however they are written."""
+    # Found by hashes, 8 bytes each: the texts themselves would take 100.
+    hashes = np.fromiter((hash(posixpath.normpath(path)) for path in paths), np.int64, len(paths))
+    suspects = paths[pd.Series(hashes).duplicated(keep=False).to_numpy()].map(posixpath.normpath)
+    return suspects[suspects.duplicated()].unique().tolist()
 
 
-def count_images(entries: Entries, kept: np.ndarray | None = None) -> dict[str, tuple[int, int]]:
-    """Counts split -> (classes, images). "query" and "gallery" are counted too, unless all test images are both.
-
-    `kept` `(N,) bool`: the images that count; None: all.
-    """
-    numbers, roles = entries.class_numbers, entries.roles
-    if kept is not None:
-        numbers, roles = numbers[kept], roles[kept]
-    is_test = np.array([each.split == "test" for each in entries.classes], bool)[numbers]
+def count_images(images: pd.DataFrame) -> dict[str, tuple[int, int]]:
+    """Count split -> (classes, images). "query" and "gallery" are counted too, unless all test images are both."""
+    is_test = images["split"] == "test"
     parts = {"train": ~is_test, "test": is_test}
-    if (roles[is_test] != QUERY | GALLERY).any():
-        parts |= {"query": is_test & (roles & QUERY > 0), "gallery": is_test & (roles & GALLERY > 0)}
-    return {
-        part: (np.count_nonzero(np.bincount(numbers[members])), np.count_nonzero(members))
-        for part, members in parts.items()
-    }
+    if not (images["is_query"] & images["is_gallery"])[is_test].all():
+        parts["query"] = is_test & images["is_query"]
+        parts["gallery"] = is_test & images["is_gallery"]
+    return {part: (images["label"][rows].nunique(), int(rows.sum())) for part, rows in parts.items()}
 
 
 def split_of(data_set: str, class_id: int) -> str:
@@ -401,12 +394,12 @@ def split_of(data_set: str, class_id: int) -> str:
 
 
 def add_numbered(listing: Listing, data_set: str, where: str, entry: Entry, path: str) -> None:
-    """Adds one image of a data set whose classes are numbers, or a problem if there is no such class."""
+    """Add one image of a data set whose classes are numbers, or a problem if there is no such class."""
     num_classes = PUBLISHED[data_set].num_classes
-    if 1 <= entry.class_key <= num_classes:
+    if 1 <= entry.label <= num_classes:
         listing.add(where, entry, path)
     else:
-        listing.problems.append(f"{where}: class id {entry.class_key} is out of range 1..{num_classes}")
+        listing.problems.append(f"{where}: class id {entry.label} is out of range 1..{num_classes}")
 
 
 def first_existing(*paths: Path) -> Path | None:

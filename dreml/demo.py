@@ -15,7 +15,7 @@ from dreml.files import flush_folder, take_lock, temporary_name
 def draw_demo(
     folder: Path, num_classes: int = 100, images_per_class: int = 20, image_side: int = 64, seed: int = 0
 ) -> None:
-    """Draws an image folder of handwriting-like characters: `num_classes` to train on and as many unseen ones.
+    """Draw an image folder of handwriting-like characters: `num_classes` to train on and as many unseen ones.
 
     A character is a few random strokes. Each image is that character written anew: the strokes jitter, the whole is
     turned, sheared, scaled and shifted a little, with another pen, ink and paper. The same arguments give the same

@@ -23,7 +23,7 @@ from PIL import Image
 from dreml.cache import Cache
 from dreml.cli import InputError
 from dreml.files import atomic_open
-from dreml.images import BadImage, ImageSpec, read_test_image, resize_test
+from dreml.images import BadImage, ImageSpec, read_pixels, resize_test
 from dreml.runs import MemberRecord, Run
 from dreml.search import Answer, Item, Neighbour
 
@@ -283,7 +283,7 @@ class Thumbnails:
         spec = ImageSpec(round(TILE * DPI), self.run.settings.resize)
         if item.file.exists() or item.row is None:
             try:
-                return read_test_image(item.file, spec)
+                return read_pixels(item.file, spec)
             except BadImage as error:
                 raise InputError(f"no picture: {error}") from None
         name = self.run.settings.data_name
@@ -315,11 +315,11 @@ def neighbours_figure(found: list[Answer], thumbnails: Thumbnails, title: str) -
     for row, each in enumerate(found):
         captions = [each.query.caption, each.query.class_name or ""]
         draw_tile(axes, tile_corner(row, 0), thumbnails.pixels(each.query), QUERY_FRAME, captions)
-        for rank, item in enumerate(each, 1):
-            frame = FRAMES[item.right] if item.found else NOT_FOUND
-            mark = MARKS[item.right] if item.found else "not found"
-            captions = [f"{rank}   {mark}   {item.similarity:.3f}", item.class_name or item.file.name]
-            draw_tile(axes, tile_corner(row, rank), thumbnails.pixels(item), frame, captions)
+        for rank, neighbour in enumerate(each, 1):
+            frame = FRAMES[neighbour.right] if neighbour.found else NOT_FOUND
+            mark = MARKS[neighbour.right] if neighbour.found else "not found"
+            captions = [f"{rank}   {mark}   {neighbour.similarity:.3f}", neighbour.class_name or neighbour.file.name]
+            draw_tile(axes, tile_corner(row, rank), thumbnails.pixels(neighbour), frame, captions)
     axes.text(MARGIN, height - MARGIN, legend, va="bottom", color="#555555")
     return figure
 
@@ -349,9 +349,9 @@ def tile_corner(row: int, column: int) -> tuple[float, float]:
 
 def legend_text(found: list[Answer]) -> str:
     """What the frames that occur mean."""
-    pairs = [(item.right, item.found) for each in found for item in each]
+    pairs = [(neighbour.right, neighbour.found) for each in found for neighbour in each]
     texts = [meaning for right, meaning in MEANINGS.items() if (right, True) in pairs]
-    if not all(passes for _, passes in pairs):
+    if not all(is_found for _, is_found in pairs):
         texts.append(f"dotted grey: not found, below {found[0].threshold:.3f}")
     return ", ".join(texts)
 

@@ -1,17 +1,15 @@
-"""Files that are never half written: atomic writes, locks, checksums, JSON records; and reading ahead."""
+"""Files that are never half written: atomic writes, locks, checksums, JSON records."""
 
 import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import platform
 import secrets
 import shutil
-import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -35,7 +33,7 @@ def temporary_name(path: Path, word: str = "tmp") -> Path:
 
 @contextlib.contextmanager
 def atomic_open(path: Path, mode: str = "w") -> Iterator:
-    """Opens a temporary file beside `path` that takes its place, flushed to disk, when the block ends without an error.
+    """Open a temporary file beside `path` that takes its place, flushed to disk, when the block ends without an error.
 
     So `path` is never half written, whenever the process dies.
     """
@@ -54,19 +52,19 @@ def atomic_open(path: Path, mode: str = "w") -> Iterator:
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
-    """Removes what killed processes left of writing the files that match `name`. Call it while none can be writing."""
+    """Remove what killed processes left of writing the files that match `name`. Call it while none can be writing."""
     for leftover in folder.glob(f".{name}.tmp-*"):
         leftover.unlink(missing_ok=True)
 
 
 def flush_to_disk(file) -> None:
-    """Returns when what was written to the open `file` would survive a power loss."""
+    """Return when what was written to the open `file` would survive a power loss."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes renames inside `folder` durable, where the system can. Windows cannot open folders."""
+    """Make renames inside `folder` durable, where the system can. Windows cannot open folders."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -80,7 +78,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Puts a finished folder in its place. If that fails, an earlier one stays there."""
+    """Put a finished folder in its place. If that fails, an earlier one stays there."""
     old = temporary_name(target, "old")
     try:
         if target.exists():
@@ -94,7 +92,7 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder for results. Raises InputError if that cannot be done."""
+    """Make a folder for results. Raises InputError if that cannot be done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         flush_folder(folder.parent)
@@ -104,7 +102,7 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writable(folder: Path, option: str) -> Iterator[None]:
-    """Makes the folder that the block writes into. Raises InputError, naming the option to change, where it cannot."""
+    """Make the folder that the block writes into. Raises InputError, naming the option to change, where it cannot."""
     make_folder(folder)
     try:
         yield
@@ -113,7 +111,7 @@ def writable(folder: Path, option: str) -> Iterator[None]:
 
 
 def write_csv(path: Path, table: "pd.DataFrame", **kwargs) -> None:
-    """Writes a table without its index."""
+    """Write a table without its index."""
     with atomic_open(path) as file:
         table.to_csv(file, index=False, lineterminator="\n", **kwargs)
 
@@ -131,28 +129,18 @@ def file_id(path: str | Path) -> tuple[int, int] | None:
 
 
 def take_lock(path: Path, timeout: float = -1) -> contextlib.AbstractContextManager | None:
-    """Takes an advisory file lock, which the kernel frees when its holder dies; leaving the context frees it.
+    """Take an advisory file lock. Leaving the context frees it, and so does the kernel when its holder dies.
 
-    Waits `timeout` seconds for another process that holds it; -1 waits without end. Returns None if it is still held
-    then.
+    Waits `timeout` seconds for another process that holds it; -1 waits without end. Returns None if it is still held.
     """
-    no_locks = f"{path.parent} is on a file system without file locks (flock): use another one"
-    end = time.monotonic() + timeout if timeout >= 0 else math.inf
-    lock = filelock.FileLock(path, fallback_to_soft=False)  # soft: a mere file, which stays when its holder dies
     try:
-        while True:
-            try:
-                held = lock.acquire(timeout=max(0, min(1, end - time.monotonic())))
-                break
-            except filelock.Timeout:
-                if time.monotonic() >= end:
-                    return None
-        if isinstance(lock, filelock.SoftFileLock):  # what FileLock is where Python has no flock at all
-            lock.release()
-            raise InputError(no_locks)
-        return held
+        return filelock.FileLock(path, timeout, fallback_to_soft=False).acquire()  # a soft one stays after a death
+    except filelock.Timeout:
+        return None
     except OSError as error:
-        raise InputError(no_locks if error.errno == errno.ENOSYS else f"cannot write {path}: {error}") from None
+        if error.errno == errno.ENOSYS:
+            raise InputError(f"{path.parent} is on a file system without file locks (flock): use another one") from None
+        raise InputError(f"cannot write {path}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------ checksums, records
@@ -166,7 +154,8 @@ def sha256(path: Path) -> str:
 
 def crc32(path: Path) -> int:
     """The CRC-32 of a file, which is read at the speed of the disk; with a progress bar."""
-    crc, num_bytes, step = 0, path.stat().st_size, 2**22
+    crc, step = 0, 2**22
+    num_bytes = path.stat().st_size
     with open(path, "rb") as file:
         for _ in progress_bar(range(0, num_bytes, step), f"checksum of {path.name}", -(-num_bytes // step), " x 4 MiB"):
             crc = zlib.crc32(file.read(step), crc)
@@ -179,55 +168,21 @@ def json_sha256(value: object) -> str:
 
 
 def write_record(path: Path, record: object) -> None:
-    """Writes a dataclass or dict as JSON, with a checksum of its own. Plain dicts, lists, strings, finite numbers."""
+    """Write a dataclass or dict as JSON, with a checksum of its own. Plain dicts, lists, strings, finite numbers."""
     content = asdict(record) if is_dataclass(record) else record
     with atomic_open(path) as file:
         json.dump(content | {"checksum": json_sha256(content)}, file, indent=1)
 
 
 def read_record(path: Path, kind: type[Record] = dict) -> Record:
-    """Reads what `write_record` wrote, as an instance of `kind`, a dataclass that checks its own fields.
+    """Read what `write_record` wrote, as an instance of the dataclass `kind`.
 
     Raises ValueError for a damaged file or one of another kind or version.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except RecursionError:
-        raise ValueError("too deeply nested") from None
+    content = json.loads(path.read_bytes())
     if not isinstance(content, dict) or content.pop("checksum", None) != json_sha256(content):
         raise ValueError("its checksum does not fit")
     try:
         return kind(**content)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"its entries are those of another version: {one_line(error)}") from None
-
-
-# ------------------------------------------------------------------------------------------------ reading ahead
-
-LARGEST_HINT = 2**17  # bytes; of one hint Linux reads no more than its read-ahead, which is mostly so much
-
-
-def read_ahead(path: Path, ranges: Iterable[tuple[int, int]]) -> None:
-    """Asks Linux to read ranges of bytes of a file, `(start, stop)` each, into its page cache, and does not wait.
-
-    So a slow disk gets many requests at once, and for no other bytes. The page faults of a memory map ask for one piece
-    after the other, each with its neighbours. Other systems take no such hints: there, nothing happens.
-    """
-    if not hasattr(os, "RWF_NOWAIT"):
-        return
-    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:  # what is wrong, reading itself will tell
-        descriptor = file.fileno()
-        for start, stop in ranges:
-            # Asked for first, since a hint takes as long as a third of the copy, also for what is in memory already.
-            if in_page_cache(descriptor, start) and in_page_cache(descriptor, stop - 1):
-                continue
-            for first in range(start, stop, LARGEST_HINT):
-                os.posix_fadvise(descriptor, first, min(LARGEST_HINT, stop - first), os.POSIX_FADV_WILLNEED)
-
-
-def in_page_cache(descriptor: int, position: int) -> bool:
-    """Whether a byte of an open file can be read without the disk. Some file systems never say so."""
-    try:
-        return os.preadv(descriptor, [bytearray(1)], position, os.RWF_NOWAIT) == 1
-    except OSError:
-        return False

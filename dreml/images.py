@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dreml.cli import one_line
+
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif"}
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "AVIF")  # no other decoder of Pillow sees a file
 HEIF_SUFFIXES = {".heic", ".heif"}  # of phones; only where pillow-heif is installed
@@ -14,7 +16,7 @@ HEIF_REMEDY = "pip install pillow-heif"
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 MAX_RESIZED_PIXELS = 16_000_000  # a 1 x 10,000 image would grow to 281 x 2,810,000
 RESIZES = ("crop", "squash")
-IMAGE_VERSION = 2  # of how a file becomes pixels; 1: the hidden colours of transparent images
+IMAGE_VERSION = 2  # of the way from a file to its pixels; 1 showed the hidden colours of transparent images
 
 
 class BadImage(Exception):
@@ -22,7 +24,7 @@ class BadImage(Exception):
 
 
 def image_suffixes() -> set[str]:
-    """The suffixes by which an image is known in a folder, in lower case. HEIC is one if it can be read here."""
+    """The suffixes of images, in lower case. HEIC is one if pillow-heif is installed."""
     return IMAGE_SUFFIXES | HEIF_SUFFIXES if has_heif() else IMAGE_SUFFIXES
 
 
@@ -60,7 +62,7 @@ class ImageSpec:
 
 
 def load_rgb(path: str | Path) -> Image.Image:
-    """Opens an image as RGB: EXIF orientation applied, 16-bit grey scaled to 8 bits, transparent parts on white.
+    """Open an image as RGB: EXIF orientation applied, 16-bit grey scaled to 8 bits, transparent parts on white.
 
     Raises BadImage as `open_image` does, and what Pillow raises for a missing, unreadable or truncated file. An image
     over Pillow's limit against decompression bombs (`Image.MAX_IMAGE_PIXELS`, 89 megapixels) is an error too.
@@ -89,7 +91,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Reads the header of an image file. Raises as `load_rgb` does.
+    """Open an image file and read its header.
 
     Raises BadImage for grey values in floating point, which have no defined black and white, and for HEIC without
     pillow-heif.
@@ -118,7 +120,7 @@ def is_heif(path: str | Path) -> bool:
 
 
 def register_heif(path: str | Path) -> None:
-    """Teaches Pillow to read HEIC, in each process that meets such a file: the import takes time.
+    """Teach Pillow to read HEIC. Called where the first such file is met, since the import takes time.
 
     Raises BadImage, which names `path`, if pillow-heif is not installed.
     """
@@ -130,53 +132,39 @@ def register_heif(path: str | Path) -> None:
 
 
 def resized(image: Image.Image, spec: ImageSpec, shorter: int) -> Image.Image:
-    """An image with `shorter` as its shorter side; for squash, as both."""
+    """An image with `shorter` as its shorter side; for squash, as both sides."""
     return image.resize(spec.resized_size(*image.size, shorter), Image.Resampling.BILINEAR)
 
 
-def resize_train(image: Image.Image, spec: ImageSpec) -> np.ndarray:
-    """A training image before the random crop: `(H, W, 3) uint8`, the shorter side int(1.1 * size)."""
-    return np.asarray(resized(image, spec, spec.train_size))
+def centre(image: Image.Image, size: int) -> np.ndarray:
+    """The centre of a resized image: `(size, size, 3) uint8`."""
+    left, top = (round((side - size) / 2) for side in image.size)  # torchvision's rounding
+    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def resize_test(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     """A test image as the network sees it: `(size, size, 3) uint8`, the centre of the resized image."""
-    image = resized(image, spec, spec.size)
-    left, top = (round((side - spec.size) / 2) for side in image.size)  # torchvision's rounding
-    return np.asarray(image.crop((left, top, left + spec.size, top + spec.size)))
+    return centre(resized(image, spec, spec.size), spec.size)
 
 
-def probe_size(path: Path, spec: ImageSpec, shorter: int) -> tuple[int, int]:
-    """Reads one image's header: the (width, height) that it will have with `shorter` as its shorter side.
-
-    Raises BadImage.
-    """
-    try:
-        with open_image(path) as image:
-            size = spec.resized_size(*image.size, shorter)
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
-        raise bad_image(path, error) from None
-    check_resized_size(path, size)
-    return size
+def read_pixels(path: str | Path, spec: ImageSpec) -> np.ndarray:
+    """An image file as the network sees it: `resize_test` of `load_rgb`, `(size, size, 3) uint8`. Raises BadImage."""
+    return centre(read_resized(path, spec, spec.size), spec.size)
 
 
-def read_test_image(path: Path, spec: ImageSpec) -> np.ndarray:
-    """An image file as the network sees it, see `resize_test`. Raises BadImage."""
+def read_resized(path: str | Path, spec: ImageSpec, shorter: int) -> Image.Image:
+    """An image file as RGB with `shorter` as its shorter side; for squash, as both sides. Raises BadImage."""
     try:
         image = load_rgb(path)
-        check_resized_size(path, spec.resized_size(*image.size, spec.size))
-        return resize_test(image, spec)
-    except Exception as error:  # as in probe_size
+        width, height = spec.resized_size(*image.size, shorter)
+        if width * height > MAX_RESIZED_PIXELS:
+            raise BadImage(f"{path}: {width} x {height} after the resize is over {MAX_RESIZED_PIXELS:,} pixels")
+        return resized(image, spec, shorter)
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
         raise bad_image(path, error) from None
 
 
-def check_resized_size(path: Path, size: tuple[int, int]) -> None:
-    """Raises BadImage for an image that would be too large after the resize."""
-    if size[0] * size[1] > MAX_RESIZED_PIXELS:
-        raise BadImage(f"{path}: {size[0]} x {size[1]} after the resize is over {MAX_RESIZED_PIXELS:,} pixels")
-
-
-def bad_image(path: Path, error: Exception) -> BadImage:
+def bad_image(path: str | Path, error: Exception) -> BadImage:
     """The BadImage for an error that came while an image was opened or decoded."""
     if isinstance(error, BadImage):
         return error
@@ -184,5 +172,4 @@ def bad_image(path: Path, error: Exception) -> BadImage:
         return BadImage(f"{path}: missing image")
     if isinstance(error, UnidentifiedImageError):
         return BadImage(f"{path}: unreadable (not an image of a known format)")
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return BadImage(f"{path}: unreadable ({reason})")
+    return BadImage(f"{path}: unreadable ({one_line(error)})")

@@ -32,12 +32,13 @@ from dreml.cli import (
     with_less_memory,
 )
 from dreml.files import json_sha256, read_record, sha256, take_lock, writable, write_record
-from dreml.images import IMAGE_VERSION, BadImage, ImageSpec, bad_image, read_test_image
+from dreml.images import IMAGE_VERSION, BadImage, ImageSpec, bad_image, read_pixels
 from dreml.lists import LeftOut, class_folders
 from dreml.runs import Run
 from model import Ensemble
 
 T = TypeVar("T")
+Embedding = torch.Tensor | BadImage | None  # (d,) float32; or what is wrong; None: it was not needed
 BATCH_SIZE = 128  # images embedded at a time
 TABLE = "photos"
 RECORD = "index.json"  # beside the table: the folder and the model that it was made for
@@ -98,7 +99,7 @@ def list_photos(name: str, folder: Path, problems: list[str]) -> list[Photo]:
 @torch.inference_mode()
 def embed_images(
     items: Sequence[T], read: Callable[[T, ImageSpec], np.ndarray | None], load: Callable[[], Ensemble], title: str
-) -> Iterator[list[tuple[T, torch.Tensor | BadImage | None]]]:
+) -> Iterator[list[tuple[T, Embedding]]]:
     """Yield BATCH_SIZE items at a time, each with its embedding or with what is wrong with it.
 
     `read(item, spec)` returns the pixels `(S, S, 3) uint8`, or None for an image that needs no embedding; it runs in
@@ -138,7 +139,7 @@ def embed_folder(folder: Path, load: Callable[[], Ensemble]) -> tuple[list[str],
     problems: list[str] = []
     paths = sorted(photo.path for photo in list_photos("gallery", folder, problems))
     rows = {}
-    for batch in embed_images(paths, lambda path, spec: read_test_image(folder / path, spec), load, "gallery"):
+    for batch in embed_images(paths, lambda path, spec: read_pixels(folder / path, spec), load, "gallery"):
         rows |= {path: row for path, row in batch if not isinstance(row, BadImage)}
         problems += [str(row) for _, row in batch if isinstance(row, BadImage)]
     warn_of(problems)
@@ -277,7 +278,7 @@ class PhotoIndex:
             file = self.folder / photo.path
             hashes[photo] = sha256(file)  # first: a photo that changes after this is embedded by the next search
             known = photo.path in stored and stored[photo.path][1] == hashes[photo]
-            return None if known else read_test_image(file, spec)
+            return None if known else read_pixels(file, spec)
 
         with self.locked():
             self.check()
@@ -310,9 +311,7 @@ class PhotoIndex:
             found = [] if table is None else table.search().select([*Photo._fields, "hash"]).to_arrow().to_pylist()
         return {row["path"]: (Photo(row["path"], row["size"], row["mtime"]), row["hash"]) for row in found}
 
-    def write(
-        self, batch: list[tuple[Photo, torch.Tensor | BadImage | None]], hashes: dict[Photo, str], optimize: bool
-    ) -> None:
+    def write(self, batch: list[tuple[Photo, Embedding]], hashes: dict[Photo, str], optimize: bool) -> None:
         """Store a batch, in the place of earlier rows of the same paths. Without an embedding, theirs stays."""
         import pyarrow as pa
 

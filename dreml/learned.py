@@ -13,7 +13,7 @@ from PIL import Image
 
 from dreml.cache import Cache
 from dreml.cli import InputError
-from dreml.images import BadImage, ImageSpec, read_test_image
+from dreml.images import BadImage, ImageSpec, read_pixels
 from dreml.runs import SUFFIXES, Run
 from dreml.search import Searcher
 from dreml.thresholds import FARS, threshold_at
@@ -36,7 +36,7 @@ MAP_SIZE = 700  # pixels
 def thumbnail(path: Path) -> Image.Image:
     """A photo as a small square. Grey if it cannot be read."""
     try:
-        return Image.fromarray(read_test_image(path, TILE))
+        return Image.fromarray(read_pixels(path, TILE))
     except BadImage:
         return Image.new("RGB", (TILE.size, TILE.size), GREY)
 

@@ -1,20 +1,22 @@
 """Which images a data set holds: its text and CSV lists, and folders of images. No image is opened here."""
 
-import array
 import collections
 import csv
-import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from dreml.cli import InputError, is_utf8, one_line
 from dreml.images import HEIF_REMEDY, HEIF_SUFFIXES, image_suffixes
+
+PATHS_AT_ONCE = 100_000  # made a column of a table: pandas takes three times their memory on the way
 
 # ------------------------------------------------------------------------------------------------ what a list gives
 
@@ -22,103 +24,29 @@ from dreml.images import HEIF_REMEDY, HEIF_SUFFIXES, image_suffixes
 class Entry(NamedTuple):
     """One image of a raw data set."""
 
-    split: str  # "train" or "test"
-    class_key: int | str  # sorts the classes
-    class_name: str
     path: str  # relative to data/NAME, with forward slashes
+    label: int | str  # its class: classes are sorted by it
+    class_name: str
+    split: str  # "train" or "test"
     is_query: bool = True  # of a test image: whether it is searched for,
     is_gallery: bool = True  # and whether it is searched among
 
 
-QUERY, GALLERY = 1, 2  # bits of an image's roles
-
-
-class EntryClass(NamedTuple):
-    """A class of one split."""
-
-    split: str
-    key: int | str
-    name: str  # that of its last image
-
-
-class Entries(Sequence[Entry]):
-    """Many entries in little memory: 17 bytes each and their paths. A list of tuples would take 500.
-
-    Entries are appended; once `sort` was called, no more can be.
-    """
-
-    def __init__(self):
-        self.classes: list[EntryClass] = []  # by their number
-        self._numbers: dict[tuple[str, int | str], int] = {}  # (split, class key) -> the number of the class
-        self._text = bytearray()  # all paths in UTF-8, one after the other
-        self._starts, self._lengths = array.array("q"), array.array("i")  # of each path, in bytes
-        self._class_numbers, self._roles = array.array("i"), array.array("B")
-
-    def append(self, entry: Entry) -> None:
-        number = self._numbers.setdefault((entry.split, entry.class_key), len(self.classes))
-        self.classes[number : number + 1] = [EntryClass(entry.split, entry.class_key, entry.class_name)]
-        path = entry.path.encode()
-        self._starts.append(len(self._text))
-        self._lengths.append(len(path))
-        self._text += path
-        self._class_numbers.append(number)
-        self._roles.append(QUERY * entry.is_query + GALLERY * entry.is_gallery)
-
-    def sort(self) -> None:
-        """Puts training images first, and orders each split by class. Within a class, images stay as they came."""
-        places = [(each.split != "train", each.key) for each in self.classes]
-        numbers = sorted(range(len(places)), key=places.__getitem__)
-        self.classes = [self.classes[number] for number in numbers]
-        new_numbers = np.empty(len(numbers), np.int32)
-        new_numbers[numbers] = np.arange(len(numbers))
-        class_numbers = new_numbers[self.class_numbers]
-        order = np.argsort(class_numbers, kind="stable")
-        self._class_numbers, self._roles = class_numbers[order], self.roles[order]
-        self._starts, self._lengths = np.asarray(self._starts)[order], np.asarray(self._lengths)[order]
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, row: int) -> Entry:
-        roles, (split, key, name) = self._roles[row], self.classes[self._class_numbers[row]]
-        return Entry(split, key, name, self.path(row), bool(roles & QUERY), bool(roles & GALLERY))
-
-    def path(self, row: int) -> str:
-        """The path of one image."""
-        start = self._starts[row]
-        return self._text[start : start + self._lengths[row]].decode()
-
-    @property
-    def class_numbers(self) -> np.ndarray:
-        """The class of every image, as a place in `classes`: `(N,) int32`."""
-        return np.asarray(self._class_numbers)
-
-    @property
-    def roles(self) -> np.ndarray:
-        """`(N,) uint8`: QUERY, GALLERY or both."""
-        return np.asarray(self._roles)
-
-    @property
-    def path_lengths(self) -> np.ndarray:
-        """The length of every path in UTF-8: `(N,) int32`."""
-        return np.asarray(self._lengths)
-
-    def rows_of(self, split: str) -> range:
-        """The rows of a split. Only once sorted."""
-        num_train = np.searchsorted(self.class_numbers, sum(each.split == "train" for each in self.classes))
-        return range(num_train) if split == "train" else range(num_train, len(self))
-
-
 @dataclass
 class Listing:
-    """The images of a raw data set, and what is wrong with its lists."""
+    """The images that the lists of a raw data set name, and what is wrong with the lists."""
 
-    entries: Entries = field(default_factory=Entries)
+    columns: dict[str, list] = field(default_factory=lambda: {name: [] for name in Entry._fields})
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    def append(self, entry: Entry) -> None:
+        """Add one image whose path is known to be usable."""
+        for column, value in zip(self.columns.values(), entry, strict=True):  # a list of tuples would take more memory
+            column.append(value)
+
     def add(self, where: str, entry: Entry, path: str) -> None:
-        """Adds one image, or a problem if its `path` in the list is unusable.
+        """Add one image, or a problem if its `path` in the list is unusable.
 
         The path is judged by its text: links on the disk are fine.
         """
@@ -131,14 +59,54 @@ class Listing:
         elif "\0" in path or not is_utf8(path):
             self.problems.append(f"{where}: unusable characters in {path!r}: rename the image")
         else:
-            self.entries.append(entry)
+            self.append(entry)
+
+    def table(self) -> pd.DataFrame:
+        """The images, one a row, sorted (`sort_images`). Empties `columns`, so that they are not in memory twice.
+
+        The columns are those of Entry. label, class_name and split are categories, those of label in order.
+        """
+        paths = self.columns.pop("path")
+        starts = range(0, max(1, len(paths)), PATHS_AT_ONCE)
+        pieces = [pd.Series(paths[start : start + PATHS_AT_ONCE], dtype="str") for start in starts]
+        del paths
+        table = pd.DataFrame({"path": pd.concat(pieces, ignore_index=True)})
+        table["label"] = pd.Categorical(self.columns.pop("label"))
+        table["class_name"] = pd.Categorical(self.columns.pop("class_name"))
+        table["split"] = pd.Categorical(self.columns.pop("split"), ["train", "test"])
+        table["is_query"] = np.array(self.columns.pop("is_query"), bool)
+        table["is_gallery"] = np.array(self.columns.pop("is_gallery"), bool)
+        return sort_images(table)
+
+
+def sort_images(table: pd.DataFrame) -> pd.DataFrame:
+    """Put training images first, and order each split by class. Within a class, images stay as they came."""
+    return table.sort_values(["split", "label"], kind="stable", ignore_index=True)
 
 
 # ------------------------------------------------------------------------------------------------ text and CSV files
 
 
+def text_lines(path: Path, listing: Listing, newline: str | None = None) -> Iterator[str]:
+    """Yield the lines of a list in UTF-8, without its byte order mark. If that fails, add a problem and stop.
+
+    `newline` as for `open`. The list is never in memory as a whole.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
+            for number, line in enumerate(file, 1):
+                if not is_utf8(line):
+                    listing.problems.append(f"{path}, line {number}: not valid UTF-8: save the list in that encoding")
+                    return
+                yield line
+    except FileNotFoundError:
+        listing.problems.append(f"{path}: missing file")
+    except OSError as error:
+        listing.problems.append(f"{path}: not a readable text file ({one_line(error)})")
+
+
 def text_rows(path: Path, columns: int, listing: Listing, skip: int = 0) -> Iterator[tuple[str, list[str]]]:
-    """Yields ("file, line n", fields) of a text list. Blank lines and the first `skip` lines are left out.
+    """Yield ("file, line n", fields) of a text list. Blank lines and the first `skip` lines are left out.
 
     The last field may contain spaces.
     """
@@ -153,32 +121,28 @@ def text_rows(path: Path, columns: int, listing: Listing, skip: int = 0) -> Iter
             listing.problems.append(f"{path}, line {number}: malformed line: {columns} fields expected: {shown!r}")
 
 
-def csv_rows(
-    path: Path, needed: tuple[str, ...], optional: tuple[str, ...], listing: Listing
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields ("file, line n", column -> field) of a CSV file with a header. Blank lines are left out.
+def csv_rows(path: Path, listing: Listing) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield ("file, line n", column -> field) of an `images.csv`. Blank lines are left out.
 
-    Fields are separated by commas, semicolons or tabs, by whichever the header has most of.
+    Fields are separated by commas, semicolons or tabs, by whichever the header has most of. The line is the one where
+    a row begins: a quoted field may go over several.
     """
-    lines = lines_without_nul(path, listing)
-    start = []  # up to the header
-    for line in lines:
-        start.append(line)
-        if line.strip(" ,;\t\r\n"):
-            break
-    separator = max(",;\t", key=start[-1].count) if start else ","
-    rows = csv.reader(itertools.chain(start, lines), strict=True, delimiter=separator)
-    header, line = None, 1
+    header_line = next((line for line in text_lines(path, Listing()) if line.strip(" ,;\t\n")), "")
+    separator = max(",;\t", key=header_line.count)
+    rows = csv.reader(text_lines(path, listing, newline=""), strict=True, delimiter=separator)
+    header = None
+    line = 1
     try:
         for row in rows:
-            where, line = f"{path}, line {line}", rows.line_num + 1  # a quoted field may go over several lines
+            where = f"{path}, line {line}"
+            line = rows.line_num + 1
             fields = [field.strip() for field in row]
             if not any(fields):
                 continue
             if header is None:
                 header = [name.lower() for name in fields]
-                faults = [f"no column {name!r}" for name in needed if name not in header]
-                faults += [f"two columns {name!r}" for name in (*needed, *optional) if header.count(name) > 1]
+                faults = [f"no column {name!r}" for name in NEEDED_COLUMNS if name not in header]
+                faults += [f"two columns {name!r}" for name in CSV_COLUMNS if header.count(name) > 1]
                 if faults:
                     listing.problems.append(f"{where}: {', '.join(faults)} in the header {','.join(header)[:80]!r}")
                     return
@@ -189,68 +153,36 @@ def csv_rows(
     except csv.Error as error:
         listing.problems.append(f"{path}, line {line}: not valid CSV, read no further ({error})")
     if header is None and not listing.problems:
-        listing.problems.append(f"{path}: empty; its first line has to be {','.join(needed)}")
-
-
-def lines_without_nul(path: Path, listing: Listing) -> Iterator[str]:
-    """Yields the lines of a list with the ends that they have. At a NUL byte, adds a problem and stops."""
-    for number, line in enumerate(text_lines(path, listing, newline=""), 1):
-        if "\0" in line:
-            listing.problems.append(f"{path}, line {number}: a NUL byte")
-            return
-        yield line
-
-
-def text_lines(path: Path, listing: Listing, newline: str | None = None) -> Iterator[str]:
-    """Yields the lines of a list in UTF-8, without its byte order mark. If that fails, adds a problem and stops.
-
-    `newline` as for `open`. The list is never in memory as a whole.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline=newline) as file:
-            yield from file
-    except FileNotFoundError:
-        listing.problems.append(f"{path}: missing file")
-    except UnicodeDecodeError as error:
-        line = first_line_not_utf8(path)
-        listing.problems.append(f"{path}: not a readable text file in UTF-8 (line {line}: {one_line(error)})")
-    except OSError as error:
-        listing.problems.append(f"{path}: not a readable text file in UTF-8 ({one_line(error)})")
-
-
-def first_line_not_utf8(path: Path) -> int:
-    """The number of the first line that is not valid UTF-8."""
-    number = 0
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return number + len(line[: error.start + 1].splitlines())
-            number += len(line.splitlines())
-    return number
+        listing.problems.append(f"{path}: empty; its first line has to be {','.join(NEEDED_COLUMNS)}")
 
 
 # ------------------------------------------------------------------------------------------------ data sets of any name
 
+NEEDED_COLUMNS = ("path", "label", "split")
+CSV_COLUMNS = (*NEEDED_COLUMNS, "is_query", "is_gallery")
 TRUTH_VALUES = {"0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True}  # the last: pandas
 
 
 def list_csv(root: Path, prefix: str) -> Listing | None:
-    """Lists a data set by its `images.csv`: path, label, split, and is_query, is_gallery for test images.
+    """List a data set by its `images.csv`: path, label, split, and is_query, is_gallery for test images.
 
-    The last two columns may be missing: both true. Spaces around a field do not count; other columns are left alone.
-    The test split may be called "validation" or "val", as in other libraries' lists, but a list that has it and "test"
-    is refused. Paths may be written as on Windows, with backslashes. Returns None if there is no `images.csv`.
+    The last two columns may be missing: both true. Other columns are left alone. The test split may be called
+    "validation" or "val", as in other libraries' lists, but a list that has it and "test" is refused. Paths may be
+    written as on Windows, with backslashes. Returns None if there is no `images.csv`.
     """
     if not (root / "images.csv").is_file():
         return None
-    listing, test_names = Listing(), set()
-    for where, row in csv_rows(root / "images.csv", ("path", "label", "split"), ("is_query", "is_gallery"), listing):
-        split, label, path = row["split"].lower(), row["label"], row["path"]
-        roles = [TRUTH_VALUES.get(row.get(column, "true").lower()) for column in ("is_query", "is_gallery")]
-        if split == "train":
-            roles = [True, True]  # whatever stands there
+    listing = Listing()
+    test_names = set()
+    for where, row in csv_rows(root / "images.csv", listing):
+        path = row["path"]
+        label = sys.intern(row["label"])  # one text a class, not one an image
+        split = row["split"].lower()
+        is_query = TRUTH_VALUES.get(row.get("is_query", "true").lower())
+        is_gallery = TRUTH_VALUES.get(row.get("is_gallery", "true").lower())
+        if split == "train":  # whatever stands there
+            is_query = True
+            is_gallery = True
         elif split in ("test", "validation", "val"):
             test_names.add("test" if split == "test" else "validation")
             split = "test"
@@ -261,17 +193,18 @@ def list_csv(root: Path, prefix: str) -> Listing | None:
             break
         elif not label:
             listing.problems.append(f"{where}: the label is empty")
-        elif None in roles:
+        elif is_query is None or is_gallery is None:
             listing.problems.append(f"{where}: is_query and is_gallery have to be 0, 1, true or false")
-        elif not any(roles):
+        elif not is_query and not is_gallery:
             listing.problems.append(f"{where}: a test image has to be a query, in the gallery, or both")
         else:
-            listing.add(where, Entry(split, label, label, prefix + path.replace("\\", "/"), *roles), path)
+            entry = Entry(prefix + path.replace("\\", "/"), label, label, sys.intern(split), is_query, is_gallery)
+            listing.add(where, entry, path)
     return listing
 
 
 def list_image_folder(root: Path, prefix: str) -> Listing | None:
-    """Lists a data set in `train/` and `test/`: every folder that holds images is a class, named by its path.
+    """List a data set in `train/` and `test/`: every folder that holds images is a class, named by its path.
 
     Returns None if neither is there. Raises InputError where one of them seems to be there under another name.
     """
@@ -297,15 +230,14 @@ def list_image_folder(root: Path, prefix: str) -> Listing | None:
             folder = f"{prefix}{split}/{class_name}/"
             for file in files:
                 if is_utf8(folder + file):
-                    listing.entries.append(Entry(split, class_name, class_name, folder + file))
+                    listing.append(Entry(folder + file, class_name, class_name, split))
                 else:
                     listing.problems.append(f"{folder + file!a}: the name is not valid UTF-8")
         if left_out:
             listing.warnings.append(f"{root / split}: {left_out}")
-        if left_out.empty_folders:
+        elif left_out.empty_folders:
             listing.warnings.append(f"{root / split}: empty folders are no classes: {some(left_out.empty_folders)}")
-        is_empty = split not in {each.split for each in listing.entries.classes}
-        if split == "test" and is_empty and not listing.problems:
+        if split == "test" and "test" not in listing.columns["split"] and not listing.problems:
             listing.problems.append("the test split has no images")  # a folder test/ that is empty was not meant so
     return listing
 
@@ -316,7 +248,7 @@ OTHER_NAMES = {"train": ("train", "training"), "test": ("test", "testing", "val"
 
 
 def misnamed_splits(root: Path) -> str:
-    """Says which folders are `train/` or `test/` under another name, such as `Train/` or `val/`; "": none."""
+    """Say which folders are `train/` or `test/` under another name, such as `Train/` or `val/`; "": none."""
     found = {}  # name -> what it should be
     for split, names in OTHER_NAMES.items():
         if not (root / split).is_dir():
@@ -329,64 +261,56 @@ def misnamed_splits(root: Path) -> str:
 
 
 def what_was_meant(root: Path) -> str:
-    """Says what a folder holds that is no data set, and what to do so that it is one."""
-    folders = subfolders(root)
-    for folder in folders:
-        split = next((f"{inner.name}/" for inner in subfolders(folder) if inner.name.lower() in ("train", "test")), "")
-        inside = "images.csv" if (folder / "images.csv").is_file() else split
+    """Say what a folder without a data set holds, and what to do so that it becomes one."""
+    for folder in subfolders(root):
+        inside = [f"{inner.name}/" for inner in subfolders(folder) if inner.name.lower() in ("train", "test")]
+        if (folder / "images.csv").is_file():
+            inside.insert(0, "images.csv")
         if inside:
-            return f"found {folder.name}/{inside}: move what is in {folder.name}/ one folder up"
+            return f"found {folder.name}/{inside[0]}: move what is in {folder.name}/ one folder up"
     lists = sorted(path.name for path in root.iterdir() if path.suffix.lower() == ".csv")
     if lists:
         return f"found {lists[0]}: a list has to be called images.csv"
-    classes = [each.name for each in folders if next(class_folders(each, []), None)]
-    if classes:
-        where = "those to train on into train/, those to measure with into test/"
-        return f"found images in {some(classes, 3)}, without train/ and test/: move {where}"
-    left_out = LeftOut()
-    loose = next((files for name, files in class_folders(root, [], left_out) if not name), [])
     where = "put them into train/CLASS/ and test/CLASS/, or list them in images.csv"
-    if loose:
-        return f"found {len(loose):,} images outside any folder: {where}"
+    left_out = LeftOut()
+    folders = [name for name, _ in class_folders(root, [], left_out)]
+    if folders == [""]:
+        return f"found images outside any folder: {where}"
+    if folders:
+        return f"found images in {some([name for name in folders if name], 3)}, without train/ and test/: {where}"
     return f"no images{f' ({left_out})' if left_out else ''}: {where}"
 
 
 # ------------------------------------------------------------------------------------------------ folders
 
-
-NEVER_IMAGES = {  # lists of the known sets and of this program, and what Windows leaves in folders
-    *("images.csv", "images.txt", "image_class_labels.txt", "classes.txt", "bounding_boxes.txt"),
-    *("train_test_split.txt", "README", "attributes.txt", "Ebay_train.txt", "Ebay_test.txt", "Ebay_info.txt"),
-    *("list_eval_partition.txt", "cars_annos.mat", "cars_train_annos.mat", "cars_test_annos.mat"),
-    *("cars_test_annos_withlabels.mat", "cars_meta.mat", "Thumbs.db", "desktop.ini"),
-}
+NEVER_IMAGES = {"images.csv", "Thumbs.db", "desktop.ini"}  # the last two are what Windows leaves in folders
 
 
 @dataclass
 class LeftOut:
-    """The files of other types that lie where images are looked for, and the classes that have nothing else."""
+    """What lies where images are looked for and is none: files of other types, and folders without any image."""
 
     types: collections.Counter = field(default_factory=collections.Counter)  # suffix in lower case -> number
-    empty_classes: list[str] = field(default_factory=list)
-    empty_folders: list[str] = field(default_factory=list)  # those that have not even such files
-    suffixes: set[str] = field(default_factory=image_suffixes)  # of what is not left out
+    empty_folders: list[str] = field(default_factory=list)  # without an image, also below them
+    suffixes: set[str] = field(default_factory=image_suffixes)  # of images
 
     def __bool__(self) -> bool:
         return bool(self.types)
 
     def __str__(self) -> str:
-        """Says all of it on one line, the most frequent types first."""
-        parts = []
-        for suffix, number in self.types.most_common(8):
-            parts.append(f"{number:,} {suffix}" + (f" ({HEIF_REMEDY})" if suffix in HEIF_SUFFIXES else ""))
-        rest = self.types.total() - sum(number for _, number in self.types.most_common(8))
-        text = f"left out: {', '.join(parts)}" + (f" and {rest:,} of other types" if rest else "")
-        if self.empty_classes:
-            text += f"; classes without an image for that reason: {some(self.empty_classes)}"
+        """Say all of it on one line, the most frequent types first."""
+        most = self.types.most_common(8)
+        remedies = {suffix: f" ({HEIF_REMEDY})" for suffix in HEIF_SUFFIXES}
+        text = "left out: " + ", ".join(f"{number:,} {suffix}{remedies.get(suffix, '')}" for suffix, number in most)
+        rest = self.types.total() - sum(number for _, number in most)
+        if rest:
+            text += f" and {rest:,} of other types"
+        if self.empty_folders:
+            text += f"; folders without an image: {some(self.empty_folders)}"
         return text
 
     def add(self, file: str) -> None:
-        """Counts one file by its suffix, but for NEVER_IMAGES."""
+        """Count one file by its suffix, but for NEVER_IMAGES."""
         if file not in NEVER_IMAGES:
             suffix = os.path.splitext(file)[1].lower()
             self.types[suffix if re.fullmatch(r"\.[\w-]{1,12}", suffix) else "without a suffix"] += 1
@@ -395,14 +319,15 @@ class LeftOut:
 def class_folders(
     folder: Path, problems: list[str], left_out: LeftOut | None = None, name: str = "", above: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yields (name, image files) of every folder that holds images, sorted, at any depth. The outermost is called "".
+    """Yield (name, image files) of every folder that holds images, sorted, at any depth. The outermost is called "".
 
-    Adds a folder that cannot be read to `problems`, and files of other types and empty folders to `left_out`, but for
-    hidden ones. Does not follow links back to a folder above.
+    A folder that cannot be read is added to `problems`, files of other types and empty folders to `left_out`. Hidden
+    files and links back to a folder above are passed over.
     """
     left_out = LeftOut() if left_out is None else left_out
     above = (*above, os.path.realpath(folder))
-    files, folders, others_before = [], [], left_out.types.total()
+    files = []
+    folders = []
     try:
         for item in os.scandir(folder):
             if item.name.startswith("."):
@@ -413,11 +338,9 @@ def class_folders(
                 files.append(item.name)
             else:
                 left_out.add(item.name)
-        if name and not files and not folders and left_out.types.total() == others_before:
-            left_out.empty_folders.append(name)
     except OSError as error:
         problems.append(f"{folder}: unreadable folder ({one_line(error)})")
-    is_empty = name and not files and left_out.types.total() > others_before
+    is_empty = not files
     if files:
         yield name, sorted(files)
     for child in sorted(folders):
@@ -426,12 +349,12 @@ def class_folders(
             for found in class_folders(folder / child, problems, left_out, child_name, above):
                 is_empty = False
                 yield found
-    if is_empty:
-        left_out.empty_classes.append(name)
+    if name and is_empty:
+        left_out.empty_folders.append(name)
 
 
 def some(names: list[str], shown: int = 10) -> str:
-    """The first of some names, and how many more there are."""
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
     return ", ".join(map(repr, names[:shown])) + more
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from dreml.augment import Targets
+from dreml.batches import Targets
 from dreml.settings import RECIPES, Settings
 
 RISE = 0.2  # the share of the training in which "onecycle" goes up

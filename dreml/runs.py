@@ -16,13 +16,14 @@ import torch
 from dreml.cache import Cache, read_cache
 from dreml.cli import InputError, one_line, out_of_memory
 from dreml.files import json_sha256, read_record, sha256, take_lock
-from dreml.settings import EMBEDDINGS, PRECISIONS, Settings
+from dreml.settings import Settings
 
-FORMAT = 2  # of args.json and the members' records; folders of another format are refused
+FORMAT = 3  # of a run folder; folders of another format are refused
+WEIGHTS = "safetensors"  # suffix of the files of weights
+METADATA = "dreml"  # name of the JSON in them, which says what the network is and how it was trained
+SUFFIXES = {"logits": "", "pooled": "_pooled"}  # how tables made from an embedding end
 TEST_COLUMNS = {"path": str, "label": np.int64, "is_query": bool, "is_gallery": bool, "class_name": str}  # test.csv
-HISTORY_COLUMNS = ("epoch", "loss", "accuracy", "lr", "seconds", "images_per_second")
-KINDS = {"logits": "member", "pooled": "pooled"}  # how the files of an embedding begin
-SUFFIXES = {"logits": "", "pooled": "_pooled"}  # and how tables made from it end
+HISTORY_COLUMNS = ("epoch", "loss", "accuracy", "lr", "seconds", "images_per_second")  # train.csv
 
 # ------------------------------------------------------------------------------------------------ records
 
@@ -40,32 +41,22 @@ class DataRecord:
     std: list[float]
     counts: dict[str, dict[str, int]]  # split -> classes and images
 
-    def __post_init__(self):
-        if not isinstance(self.fingerprint, str) or len(self.mean) != 3 or len(self.std) != 3:
-            raise ValueError("its data set has no fingerprint, or not three channels")
-        self.mean, self.std = [float(value) for value in self.mean], [float(value) for value in self.std]
-
 
 @dataclass(kw_only=True)
 class RunRecord:
     """`args.json`. `settings` and `data` define the members; `options` are the last command's."""
 
-    format: int = 1  # the first one did not say
+    format: int = FORMAT
     settings: Settings
     data: DataRecord
     options: dict
     environment: dict
 
     def __post_init__(self):
-        if not isinstance(self.settings, Settings):
+        if isinstance(self.settings, dict):
             self.settings = Settings(**self.settings)
-        if not isinstance(self.data, DataRecord):
+        if isinstance(self.data, dict):
             self.data = DataRecord(**self.data)
-        if self.settings.precision not in PRECISIONS:
-            raise ValueError("unknown precision")
-        self.options, self.environment = dict(self.options), dict(self.environment)
-        if not isinstance(self.options.get("data_path"), str):
-            raise ValueError("its options have no data_path")
 
     @property
     def settings_hash(self) -> str:
@@ -73,9 +64,9 @@ class RunRecord:
 
         Settings at their default do not count. So a run goes on when a setting is added later.
         """
-        settings, plain = asdict(self.settings), asdict(Settings())
-        settings = {name: value for name, value in settings.items() if value != plain[name]}
-        return json_sha256({"settings": settings, "fingerprint": self.data.fingerprint})
+        plain = asdict(Settings())
+        changed = {name: value for name, value in asdict(self.settings).items() if value != plain[name]}
+        return json_sha256({"settings": changed, "fingerprint": self.data.fingerprint})
 
 
 @dataclass
@@ -83,20 +74,12 @@ class MemberRecord:
     """`member_007.json`: how a finished member was trained, and the checksums of its files."""
 
     member: int
-    run: str  # settings_hash of its run
+    settings_hash: str  # of its run
     best_epoch: int
     history: list[dict]  # for each epoch, HISTORY_COLUMNS and more
     partition: list[int]  # the meta-class of each training class
     environment: dict
     sha256: dict[str, str]  # file name -> checksum
-
-    def __post_init__(self):
-        self.environment, self.sha256 = dict(self.environment), dict(self.sha256)
-        self.history = [dict(epoch) for epoch in self.history]
-        if type(self.best_epoch) is not int or not 0 <= self.best_epoch < len(self.history):
-            raise ValueError("no such best epoch")
-        if any(type(epoch.get(name)) not in (int, float) for epoch in self.history for name in HISTORY_COLUMNS):
-            raise ValueError("its history lacks a number")
 
 
 @dataclass
@@ -104,13 +87,13 @@ class PooledRecord:
     """`pooled_007.json`: the pooled features of a finished member."""
 
     member: int
-    run: str  # settings_hash of its run
-    weights: str  # SHA-256 of the member_007.pth that they were made from
+    settings_hash: str  # of its run
+    weights: str  # SHA-256 of the weights that they were made from
     sha256: str  # of pooled_007.npy
 
 
 def read_run_record(folder: Path) -> RunRecord:
-    """Reads `args.json`.
+    """Read `args.json`.
 
     Raises InputError if there is none or it is of another format, DamagedRecord if it is damaged.
     """
@@ -118,31 +101,40 @@ def read_run_record(folder: Path) -> RunRecord:
     if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
         raise InputError(f"{folder} is not a run folder: it has no args.json")
     try:
-        found = read_record(path)
-        if found.get("format", 1) == FORMAT:
+        found = read_record(path).get("format", 1)
+        if found == FORMAT:
             return read_record(path, RunRecord)
     except (ValueError, OSError) as error:
         raise DamagedRecord(f"{path} is damaged ({one_line(error)}); train.py makes it again") from None
     raise InputError(
-        f"{folder} is of format {found.get('format', 1)}, made by another version of this program, which reads format "
-        f"{FORMAT}: train it again under another --results_path"
+        f"{folder} is of format {found}, made by another version of this program, which reads format {FORMAT}: train "
+        "it again under another --results_path"
     )
 
 
 # ------------------------------------------------------------------------------------------------ members
 
 
-def member_file(member: int | str, suffix: str, kind: str = "member") -> str:
-    """The name of a member's file in its run folder: `member_007.pth`; "*" for the pattern of all members'."""
-    number = f"{member:03d}" if isinstance(member, int) else member
-    return f"{kind}_{number}.{suffix}"
+def member_path(folder: Path, member: int, suffix: str) -> Path:
+    """A file of a member: `member_path(folder, 7, "json")` is folder/member_007.json."""
+    return folder / f"member_{member:03d}.{suffix}"
+
+
+def pooled_path(folder: Path, member: int, suffix: str) -> Path:
+    """A file of a member's pooled features: folder/pooled_007.npy or .json."""
+    return folder / f"pooled_{member:03d}.{suffix}"
+
+
+def embedding_path(folder: Path, member: int, embedding: str) -> Path:
+    """The file of a member's "logits" or "pooled" features."""
+    return pooled_path(folder, member, "npy") if embedding == "pooled" else member_path(folder, member, "npy")
 
 
 def member_numbers(folder: Path) -> list[int]:
     """The members of which a run folder has a record, sound or not, in order."""
-    found = (path.stem.removeprefix("member_") for path in folder.glob(member_file("*", "json")))
+    found = (path.stem.removeprefix("member_") for path in folder.glob("member_*.json"))
     numbers = {int(number) for number in found if number.isascii() and number.isdigit()}
-    return sorted(number for number in numbers if (folder / member_file(number, "json")).exists())
+    return sorted(number for number in numbers if member_path(folder, number, "json").exists())
 
 
 @dataclass
@@ -153,90 +145,85 @@ class Members:
     settings_hash: str
     records: dict[int, MemberRecord] = field(default_factory=dict)
     pooled: set[int] = field(default_factory=set)  # those of them whose pooled features are saved
-    needed: tuple[str, ...] = ("pth", "npy")  # which files of a member have to be sound
-    damaged: dict[str, int] = field(default_factory=dict)  # name of a record -> its time of change
-    not_embedded: dict[int, MemberRecord] = field(default_factory=dict)  # those whose weights alone are good
+    needed: tuple[str, ...] = (WEIGHTS, "npy")  # which files of a member have to be sound
+    not_embedded: dict[int, MemberRecord] = field(default_factory=dict)  # those whose weights alone are sound
+    warnings: set[str] = field(default_factory=set)  # each is printed once
 
     def refresh(self, embedding: str = "logits") -> None:
-        """Adds the members that have been finished since. Damaged ones and those of other runs are named, not added.
+        """Add the members that were finished since. Name damaged ones and those from other runs. Only reads.
 
-        For "pooled", looks for their pooled features too. Only reads.
+        For "pooled", look for their pooled features too.
         """
         for member in self.missing(member_numbers(self.folder)):
-            path = self.folder / member_file(member, "json")
-            changed = path.stat().st_mtime_ns
-            if self.damaged.get(path.name) == changed:
-                continue
             self.not_embedded.pop(member, None)
             record, damaged = self.read(member)
             if not damaged:
                 self.records[member] = record
-                continue
-            self.damaged[path.name], names = changed, ", ".join(damaged)
-            if damaged == [member_file(member, "npy")]:
+            elif damaged == [member_path(self.folder, member, "npy").name]:
                 self.not_embedded[member] = record
-                print(f"warning: the embedding of member {member} is damaged ({names})", file=sys.stderr)
+                self.warn(f"the embedding of member {member} is damaged ({damaged[0]})")
             else:
-                print(f"warning: member {member} counts as not trained, damaged: {names}", file=sys.stderr)
+                self.warn(f"member {member} is damaged ({', '.join(damaged)})")
         if embedding == "pooled":
             self.refresh_pooled()
 
     def refresh_pooled(self) -> None:
-        """Adds to `pooled`. Damaged files, and those made from other weights, are named and not added."""
+        """Add to `pooled`. Name damaged features, and those that were made from other weights."""
         for member in self.missing(self.records, "pooled"):
-            path = self.folder / member_file(member, "json", "pooled")
-            changed = path.stat().st_mtime_ns if path.exists() else None
-            if changed is None or self.damaged.get(path.name) == changed:
+            path = pooled_path(self.folder, member, "json")
+            if not path.exists():
                 continue
+            weights = self.records[member].sha256[member_path(self.folder, member, WEIGHTS).name]
             try:
                 record = read_record(path, PooledRecord)
-                weights = self.records[member].sha256.get(member_file(member, "pth"))
-                if (record.member, record.run, record.weights) != (member, self.settings_hash, weights):
-                    raise ValueError("of another run, member or weights")
+                if (record.member, record.settings_hash, record.weights) != (member, self.settings_hash, weights):
+                    raise ValueError("from another run, member or weights")
                 if sha256(path.with_suffix(".npy")) != record.sha256:
                     raise ValueError("the checksum of its .npy does not fit")
                 self.pooled.add(member)
             except (ValueError, OSError) as error:
-                self.damaged[path.name] = changed
-                print(f"warning: {path.name} counts as not made ({one_line(error)})", file=sys.stderr)
+                self.warn(f"{path.name} is damaged ({one_line(error)})")
+
+    def warn(self, problem: str) -> None:
+        """Print a problem, unless it was printed before."""
+        if problem not in self.warnings:
+            print(f"warning: {problem}; train.py makes it again", file=sys.stderr)
+        self.warnings.add(problem)
 
     def read(self, member: int) -> tuple[MemberRecord | None, list[str]]:
-        """A member's record, and which of its files do not match their checksums or are of another run."""
-        path = self.folder / member_file(member, "json")
+        """A member's record, and which of its files are missing, damaged or from another run."""
+        path = member_path(self.folder, member, "json")
         try:
             record = read_record(path, MemberRecord)
         except (ValueError, OSError) as error:
-            return None, [f"{path.name} ({one_line(error)})"]
-        if (record.member, record.run) != (member, self.settings_hash):
-            return record, [f"{path.name} (of another run or member)"]
-        damaged = []
-        for name in (member_file(member, suffix) for suffix in self.needed):
-            file = self.folder / name
-            if not file.exists() or sha256(file) != record.sha256.get(name):
-                damaged.append(name)
+            return None, [f"{path.name}: {one_line(error)}"]
+        if (record.member, record.settings_hash) != (member, self.settings_hash):
+            return record, [f"{path.name}: from another run or member"]
+        files = [member_path(self.folder, member, suffix) for suffix in self.needed]
+        damaged = [file.name for file in files if not file.exists() or sha256(file) != record.sha256.get(file.name)]
         return record, damaged
 
     def missing(self, wanted: Iterable[int], embedding: str = "logits") -> list[int]:
-        """Those of the wanted members that are not finished, or, for "pooled", whose pooled features are not saved."""
+        """Wanted members that still have to be trained or, for "pooled", whose pooled features have to be made."""
         finished = self.pooled if embedding == "pooled" else self.records
         return [member for member in wanted if member not in finished]
 
     @staticmethod
     def unfinished_text(missing: list[int], wanted: Collection[int], embedding: str) -> str:
-        """Which members are missing yet. A process that looked for one to make left the wanted ones to others."""
-        elsewhere = [member for member in missing if member in wanted]
-        others = [str(member) for member in missing if member not in wanted]
+        """Which members are still missing. A wanted one is missing only if another process is making it."""
         what, which = "trained", "not finished"
         if embedding != "logits":
             what, which = f"given {embedding} features", f"without {embedding} features"
-        texts = [f"member {member} is being {what} by another process" for member in elsewhere]
-        texts += [f"{which}: member {', '.join(others)}"] if others else []
+        texts = [f"member {member} is being {what} by another process" for member in missing if member in wanted]
+        others = [str(member) for member in missing if member not in wanted]
+        if others:
+            texts.append(f"{which}: member {', '.join(others)}")
         return f"{'; '.join(texts)}; the process that finishes the last one scores"
 
     def lock_next_missing(
         self, wanted: Iterable[int], embedding: str
     ) -> tuple[int, contextlib.AbstractContextManager] | None:
-        """The first of the wanted members that is missing and that no other process makes, with its lock held.
+        """The first wanted member that is missing and that no other process makes, and its lock, which is held.
 
         None if there is none.
         """
@@ -247,21 +234,20 @@ class Members:
             self.refresh(embedding)
             if self.missing([member], embedding):
                 return member, lock
-            with lock:  # it was finished in the meantime
+            with lock:  # another process has finished it in the meantime
                 pass
         return None
 
     def embeddings(self, num_members: int, embedding: str, device: torch.device) -> list[torch.Tensor]:
-        """What is saved for members 1, 2, ... up to `num_members`, or to the first that is missing.
+        """The saved embeddings of members 1, 2, ... up to `num_members`, or to the first that is missing.
 
         Tensors `(M, d) float32` on the device: for "logits" d is the number of meta-classes, for "pooled" that of
         features. On the CPU if the device has no room for them.
         """
         self.refresh(embedding)
         missing = self.missing(range(1, num_members + 1), embedding)
-        last = missing[0] - 1 if missing else num_members
-        paths = [self.folder / member_file(member, "npy", KINDS[embedding]) for member in range(1, last + 1)]
-        arrays = [torch.from_numpy(np.load(path)) for path in paths]
+        stop = missing[0] if missing else num_members + 1
+        arrays = [torch.from_numpy(np.load(embedding_path(self.folder, n, embedding))) for n in range(1, stop)]
         try:
             return [array.to(device) for array in arrays]
         except RuntimeError as error:
@@ -271,7 +257,7 @@ class Members:
         return arrays
 
 
-# ------------------------------------------------------------------------------------------------ runs
+# ------------------------------------------------------------------------------------------------ reading a run
 
 
 class TestSplit(NamedTuple):
@@ -283,7 +269,7 @@ class TestSplit(NamedTuple):
 
     @classmethod
     def from_arrays(cls, labels: np.ndarray, is_query: np.ndarray, is_gallery: np.ndarray) -> "TestSplit":
-        """Copies the arrays, which may be memory maps."""
+        """Copy the arrays, which may be memory maps."""
         return cls(*(torch.from_numpy(np.array(array)) for array in (labels, is_query, is_gallery)))
 
 
@@ -313,8 +299,8 @@ class Run:
     @property
     def weights(self) -> list[str]:
         """The checksums of its networks' weights."""
-        members = range(1, self.num_members + 1)
-        return [self.members.records[member].sha256[member_file(member, "pth")] for member in members]
+        names = {number: member_path(self.folder, number, WEIGHTS).name for number in range(1, self.num_members + 1)}
+        return [self.members.records[number].sha256[name] for number, name in names.items()]
 
     def without_seed(self) -> dict[str, object]:
         """All that defines its networks, except the seed: the settings and the data."""
@@ -336,18 +322,8 @@ class Run:
             raise InputError(f"{cache.folder} is not the cache of this run: it was made from other images")
         return cache
 
-    def statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the data set's channels, `(3,)` each, on the device."""
-        return tuple(torch.tensor(values, device=device) for values in (self.record.data.mean, self.record.data.std))
-
-    def saved_embeddings(self) -> tuple[str, ...]:
-        """Which embeddings every network has."""
-        self.members.refresh("pooled")
-        has_pooled = not self.members.missing(range(1, self.num_members + 1), "pooled")
-        return EMBEDDINGS if has_pooled else EMBEDDINGS[:1]
-
     def require(self, embedding: str) -> None:
-        """Raises InputError unless every member has this embedding."""
+        """Raise InputError unless every member has this embedding."""
         self.members.refresh(embedding)
         missing = self.members.missing(range(1, self.num_members + 1), embedding)
         if missing:
@@ -364,7 +340,7 @@ class Run:
         return arrays
 
     def check_length(self, rows: torch.Tensor | np.ndarray) -> None:
-        """Raises InputError unless an embedding has a row for every image of test.csv."""
+        """Raise InputError unless an embedding has a row for every image of test.csv."""
         if len(rows) != len(self.test):
             raise InputError(f"{self.folder}: test.csv has {len(self.test)} images, the embeddings {len(rows)}")
 
@@ -383,7 +359,7 @@ def open_run(folder: Path) -> tuple[RunRecord, Members]:
 
 
 def read_run(folder: Path, num_members: int | None = None) -> Run:
-    """Opens a run folder with its members 1 to `num_members`; None: up to the first that is missing. Writes nothing.
+    """Open a run folder with its members 1 to `num_members`; None: up to the first that is missing. Writes nothing.
 
     Raises InputError for a folder that is no run, is damaged or has too few members.
     """
@@ -397,9 +373,19 @@ def read_run(folder: Path, num_members: int | None = None) -> Run:
 
 
 def read_test(folder: Path) -> pd.DataFrame:
-    """Reads `test.csv`, with TEST_COLUMNS. Raises InputError if it is missing or damaged."""
+    """Read `test.csv`, with TEST_COLUMNS. Raises InputError if it is missing or damaged."""
     path = folder / "test.csv"
     try:
         return pd.read_csv(path, usecols=list(TEST_COLUMNS), dtype=TEST_COLUMNS, keep_default_na=False)
     except (ValueError, OSError) as error:
         raise InputError(f"{path} is missing or damaged ({one_line(error)}); train.py writes it again") from None
+
+
+def run_lock(folder: Path) -> contextlib.AbstractContextManager:
+    """The lock for what the whole run shares, such as its logs. One process at a time holds it."""
+    path = folder.with_name(f".{folder.name}.lock")  # outside: a refused run makes no folder
+    held = take_lock(path, timeout=2)
+    if held is None:
+        print(f"{folder}: waiting for another process of this run", flush=True)
+        held = take_lock(path)
+    return held

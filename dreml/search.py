@@ -17,7 +17,7 @@ from PIL import Image
 from dreml.batches import spans
 from dreml.cli import InputError, format_problems, is_utf8, pick_device, print_text
 from dreml.files import file_id
-from dreml.images import BadImage, ImageSpec, read_test_image, resize_test, to_rgb
+from dreml.images import BadImage, ImageSpec, read_pixels, resize_test, to_rgb
 from dreml.index import (
     PhotoIndex,
     class_of,
@@ -31,7 +31,7 @@ from dreml.index import (
 from dreml.runs import read_run
 from dreml.thresholds import Threshold, read_threshold
 from model import Ensemble, load_ensemble, unit_rows
-from utils import unmatched_queries
+from utils import first_neighbours, unmatched_queries
 
 Query = str | Path | int | Image.Image | np.ndarray  # a file, a row of test.csv (or "test:17"), (H, W, 3) uint8
 
@@ -337,7 +337,8 @@ class Searcher:
         if name.startswith("test:"):
             number = name.removeprefix("test:")
             if not number.isascii() or not number.isdigit() or int(number) >= len(self.run.test):
-                raise InputError(f"{name}: INDEX has to be a row of test.csv, in 0..{len(self.run.test) - 1}")
+                rows = f"INDEX has to be a row of test.csv, in 0..{len(self.run.test) - 1}"
+                raise InputError(f"{name}: {rows if len(self.run.test) else 'the data set has no test images'}")
             return [test_item(self.run.test, self.data_folder, int(number), name)]
         if os.path.isdir(name):  # unlike Path.is_dir, also for a text that is too long for a name
             return [photo_item(Path(name), photo.path) for photo in list_photos("query", Path(name), problems)]
@@ -352,7 +353,7 @@ class Searcher:
 
         def read(place: int, spec: ImageSpec) -> np.ndarray:
             item = items[place]
-            return read_test_image(item.file, spec) if item.image is None else resize_test(to_rgb(item.image), spec)
+            return read_pixels(item.file, spec) if item.image is None else resize_test(to_rgb(item.image), spec)
 
         for batch in embed_images(files, read, lambda: self.ensemble, "query"):
             problems += [str(row) for _, row in batch if isinstance(row, BadImage)]
@@ -363,12 +364,7 @@ class Searcher:
     # -------------------------------------------------------------------------------------------- answers
 
     def answers(
-        self,
-        queries: list[Item],
-        rows: torch.Tensor,
-        gallery: Gallery,
-        top: int,
-        threshold: float | None,
+        self, queries: list[Item], rows: torch.Tensor, gallery: Gallery, top: int, threshold: float | None
     ) -> list[Answer]:
         """The neighbours of each query; row i of `rows` embeds query i."""
         least = -math.inf if threshold is None else round(1e6 * threshold)
@@ -412,15 +408,13 @@ class Searcher:
         in the gallery, which can find nothing right.
         """
         split = self.run.split
-        queries = torch.nonzero(split.is_query & ~unmatched_queries(*split))[:, 0]
-        gallery = torch.nonzero(split.is_gallery)[:, 0]
-        places = torch.full_like(split.labels, -1)
-        places[gallery] = torch.arange(len(gallery))
-        similarities, numbers = nearest(self.saved[queries], self.gallery.vectors, 1, places[queries])
-        neighbours = gallery[torch.from_numpy(numbers[:, 0])]
-        wrong = torch.nonzero(split.labels[neighbours] != split.labels[queries])[:, 0].numpy()
-        order = np.argsort(-similarities[wrong, 0], kind="stable")
-        return queries.numpy()[wrong[order]].tolist(), len(queries)
+        masks = {"is_query": split.is_query, "is_gallery": split.is_gallery}
+        neighbours, similarities = first_neighbours(self.saved, split.labels, **masks)
+        queries = torch.nonzero(split.is_query)[:, 0]
+        counted = ~unmatched_queries(*split)[queries]
+        wrong = counted & (split.labels[neighbours] != split.labels[queries])
+        order = torch.argsort(similarities[wrong], descending=True, stable=True)
+        return queries[wrong][order].tolist(), int(counted.sum())
 
 
 def refuse(name: str, problems: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Thresholds of the similarity: below which the nearest image is "none of these". docs/THRESHOLDS.md."""
+"""Thresholds of the similarity: below which the nearest image is "none of these". docs/SEARCH.md."""
 
 import math
 import shlex

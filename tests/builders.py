@@ -24,7 +24,7 @@ from dreml.cli import InputError
 from dreml.files import read_record, sha256, write_record
 from dreml.images import ImageSpec, load_rgb, resize_test
 from dreml.index import PhotoIndex
-from dreml.runs import MemberRecord, PooledRecord, member_file, read_run_record
+from dreml.runs import WEIGHTS, MemberRecord, PooledRecord, member_path, pooled_path, read_run_record
 from model import Ensemble, Head
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # real data beside the checkout, where there is any
@@ -347,22 +347,22 @@ def write_run(
     table |= {"is_gallery": every if is_gallery is None else is_gallery, "class_name": CLASS_NAMES[labels]}
     pd.DataFrame(table).to_csv(folder / "test.csv", index=False)
     for number, embedding in enumerate(member_embeddings, 1):
-        member = read_record(like / member_file(1, "json"), MemberRecord)
-        files = [folder / member_file(number, suffix) for suffix in ("pth", "npy")]
+        member = read_record(member_path(like, 1, "json"), MemberRecord)
+        files = [member_path(folder, number, suffix) for suffix in (WEIGHTS, "npy")]
         files[0].write_bytes(b"no weights")
         np.save(files[1], embedding)
         checksums = {file.name: sha256(file) for file in files}
-        member = dataclasses.replace(member, member=number, run=record.settings_hash, sha256=checksums)
-        write_record(folder / member_file(number, "json"), member)
+        member = dataclasses.replace(member, member=number, settings_hash=record.settings_hash, sha256=checksums)
+        write_record(member_path(folder, number, "json"), member)
     return folder
 
 
 def write_pooled(folder: Path, member_embeddings: list[np.ndarray]) -> None:
     """Adds pooled features to what `write_run` wrote."""
     for number, embedding in enumerate(member_embeddings, 1):
-        path = folder / member_file(number, "npy", "pooled")
+        path = pooled_path(folder, number, "npy")
         np.save(path, embedding)
-        weights = sha256(folder / member_file(number, "pth"))
+        weights = sha256(member_path(folder, number, WEIGHTS))
         record = PooledRecord(number, read_run_record(folder).settings_hash, weights, sha256(path))
         write_record(path.with_suffix(".json"), record)
 

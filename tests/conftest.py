@@ -18,7 +18,7 @@ from processes import Processes
 import data_utils
 import model
 import train
-from dreml import workers
+from dreml import cache_writer
 from dreml.cache import Cache, read_cache
 from dreml.demo import draw_demo
 from dreml.images import ImageSpec
@@ -83,12 +83,7 @@ def no_training(monkeypatch):
 @pytest.fixture
 def small_network(monkeypatch):
     """Whatever backbone is asked for, a small network is built."""
-    use_small_network(monkeypatch)
-
-
-def use_small_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (train, model):
-        monkeypatch.setattr(module, "build_model", build_small_model)
+    monkeypatch.setattr(model, "build_model", build_small_model)
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +91,7 @@ def _small_runs(tiny_data, tmp_path_factory) -> tuple[Path, Path]:
     """A run of small networks, and a copy with its pooled features."""
     results = [tmp_path_factory.mktemp(name) for name in ("small", "small_pooled")]
     with pytest.MonkeyPatch.context() as patch:
-        use_small_network(patch)
+        patch.setattr(model, "build_model", build_small_model)
         assert train_tiny(tiny_data, results[0]) == 0
         run = only_folder(results[0])
         shutil.copytree(run, results[1] / run.name)
@@ -183,16 +178,8 @@ def finished(tiny_data, small_run, tmp_path) -> Path:
 
 @pytest.fixture
 def threads(monkeypatch) -> None:
-    """Threads in place of several worker processes, whose start would take most of the time.
-
-    One worker stays a process: there scipy may crash.
-    """
-    process_pool = workers.ProcessPoolExecutor
-
-    def pool(count, initializer):
-        return process_pool(1, initializer=initializer) if count == 1 else ThreadPoolExecutor(count)
-
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", pool)
+    """Threads in place of the worker processes that make a cache, whose start would take most of the time."""
+    monkeypatch.setattr(cache_writer, "worker_pool", ThreadPoolExecutor)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""dreml/runs/baseline.py: what finds images without training, and who is told of it. And data without test images."""
+"""dreml/baseline.py: what finds images without training, and who is told of it. And data without test images."""
 
 import dataclasses
 import shutil
@@ -8,20 +8,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import copy_run, digests, only_folder, refused, train_tiny
+from builders import build_small_model, copy_run, digests, only_folder, refused, train_tiny
 from reference import slow_recall
 
 import data_utils
 import evaluate
 import retrieve
 import train
+from dreml import baseline
 from dreml.backbones import own_scaling
 from dreml.baseline import BaselineRecord, colour_histograms, print_baseline, read_baseline
 from dreml.cli import InputError
 from dreml.files import read_record, take_lock, write_record
-from dreml.runs import baseline, read_run_record
-from model import Compute, extract_features, load_ensemble
-from train import Experiment
+from dreml.runs import read_run_record
+from model import channel_statistics, extract_features, initial_model, load_ensemble
 
 
 def test_a_colour_histogram_counts_the_pixels_of_216_colours():
@@ -47,9 +47,8 @@ def test_the_baseline_of_a_run_is_the_recall_before_its_first_step(
     assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "1") == 0
     lines, folder = capsys.readouterr().out.splitlines(), only_folder(tmp_path)
     settings, images = read_run_record(folder).settings, np.array(tiny_cache.array("test_images"))
-    experiment = Experiment(tiny_cache, settings, None, Compute(torch.device("cpu")), {})
-    model = train.initial_state(experiment, 1).model
-    features = extract_features(model, images, experiment.statistics, 36, "pooled").numpy()
+    statistics = channel_statistics(tiny_cache.meta, torch.device("cpu"))
+    features = extract_features(initial_model(settings, 1, None), images, statistics, 36, "pooled").numpy()
     colours = colour_histograms(images).numpy()
     labels = np.array(tiny_cache.array("test_labels"))
     expected = 100 * np.concatenate([slow_recall([rows], labels, [1, 4]) for rows in (features, colours)])
@@ -66,25 +65,22 @@ def test_the_baseline_of_a_run_is_the_recall_before_its_first_step(
     assert [line for line in lines[header - 4 : header] if line.startswith("before training:")] == said
 
 
-def test_pretrained_weights_are_scored_with_their_own_scaling(tiny_data, tmp_path, small_network, monkeypatch):
-    scalings, embed = [], train.embed_test_images
+def test_pretrained_weights_are_scored_with_their_own_scaling(tiny_cache, tiny_settings, small_network, monkeypatch):
+    scalings, extract = [], baseline.extract_features
 
-    def look(experiment, model, title, embedding, scaling=None):
-        scalings.append((title, scaling))
-        return embed(experiment, model, title, embedding, scaling)
+    def look(model, images, scaling, *arguments):
+        scalings.append(scaling)
+        return extract(model, images, scaling, *arguments)
 
-    monkeypatch.setattr(train, "embed_test_images", look)
-    assert train_tiny(tiny_data, tmp_path / "none", "--ensemble_size", "1") == 0
-    assert scalings == [("initial network", None), ("member 1", None)]
-    build = train.build_model
-    monkeypatch.setattr(train, "build_model", lambda backbone, size, weights: build(backbone, size, None))
-    monkeypatch.setattr(train, "read_weights", lambda *_: {"conv1.weight": torch.ones(1)})
-    assert train_tiny(tiny_data, tmp_path / "some", "--ensemble_size", "1") == 0
-    (_, first), (_, second) = scalings[2:]
-    assert second is None
-    expected = own_scaling("resnet18", torch.device("cpu"))
-    assert all(torch.equal(*both) for both in zip(first, expected, strict=True))
-    assert expected[0].tolist() == pytest.approx([0.485, 0.456, 0.406])
+    monkeypatch.setattr(baseline, "extract_features", look)
+    cpu = torch.device("cpu")
+    baseline.initial_features(tiny_settings, "none", tiny_cache, cpu)
+    state = {name: value for name, value in build_small_model("", 3, None).state_dict().items() if "fc" not in name}
+    monkeypatch.setattr(baseline, "read_weights", lambda *_: state)
+    baseline.initial_features(tiny_settings, "imagenet", tiny_cache, cpu)
+    for found, expected in zip(scalings, (tiny_cache.meta.mean, [0.485, 0.456, 0.406]), strict=True):
+        assert found[0].tolist() == pytest.approx(expected)
+    assert scalings[1][1].tolist() == own_scaling("resnet18", cpu)[1].tolist()
 
 
 def test_timms_networks_have_their_own_scaling():
@@ -94,7 +90,7 @@ def test_timms_networks_have_their_own_scaling():
 
 
 def test_the_baseline_changes_no_draw(tiny_data, tmp_path, small_network, small_run, monkeypatch):
-    monkeypatch.setattr(train, "score_baseline", lambda *_: torch.rand(7))
+    monkeypatch.setattr(train, "update_baseline", lambda *_: torch.rand(7))
     assert train_tiny(tiny_data, tmp_path) == 0
     assert digests(only_folder(tmp_path), "member_*.npy") == digests(small_run, "member_*.npy")
 
@@ -119,12 +115,12 @@ def test_it_is_scored_once(tiny_data, tmp_path, small_run, scored, capsys):
         *("baseline", "R@1", "R@2", "R@4")
     ]
     record = read_record(folder / "baseline.json", BaselineRecord)
-    write_record(folder / "baseline.json", dataclasses.replace(record, run="another"))
+    write_record(folder / "baseline.json", dataclasses.replace(record, settings_hash="another"))
     assert train_tiny(tiny_data, tmp_path) == 0
-    assert "baseline.json counts as not made (ValueError: of another run)" in capsys.readouterr().err
+    assert "baseline.json is damaged (ValueError: from another run)" in capsys.readouterr().err
     (folder / "baseline.json").write_bytes(b"{")
     assert train_tiny(tiny_data, tmp_path) == 0
-    assert "baseline.json counts as not made" in capsys.readouterr().err
+    assert "baseline.json is damaged" in capsys.readouterr().err
     assert scored == ["colours"] * 3 and digests(folder, "baseline.*") == digests(small_run, "baseline.*")
 
 
@@ -138,20 +134,25 @@ def test_while_another_process_scores_it_training_goes_on(tiny_data, tmp_path, s
     assert not scored and not (folder / "baseline.json").exists() and (folder / "member_002.json").exists()
 
 
-def test_a_finished_run_does_without_its_initial_weights(tiny_data, tmp_path, small_run, monkeypatch, capsys):
-    """As where there is no network to download them."""
+@pytest.mark.parametrize("problem", ["no route to host", "their features are not finite"])
+def test_a_finished_run_does_without_its_initial_weights(tiny_data, tmp_path, small_run, monkeypatch, capsys, problem):
+    """As where there is no network to download them, or a file of weights is damaged."""
 
     def offline(*_):
-        raise InputError("no route to host")
+        raise InputError(problem)
+
+    def not_finite(model, images, *_):
+        return torch.full((len(images), 3), float("nan"))
 
     folder = copy_run(small_run, tmp_path / small_run.name)
     (folder / "baseline.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(train, "read_weights", offline)
+        patch.setattr(baseline, *(("read_weights", offline) if "host" in problem else ("extract_features", not_finite)))
         assert train_tiny(tiny_data, tmp_path) == 0
-    assert "warning: the initial weights are not scored: no route to host" in capsys.readouterr().err
-    run = read_run_record(folder).settings_hash
-    assert read_baseline(folder, run).equals(read_baseline(small_run, run).iloc[[1]].reset_index(drop=True))
+    assert f"warning: the initial weights are not scored: {problem}" in capsys.readouterr().err
+    settings_hash = read_run_record(folder).settings_hash
+    expected = read_baseline(small_run, settings_hash).iloc[[1]].reset_index(drop=True)
+    assert read_baseline(folder, settings_hash).equals(expected)
     assert train_tiny(tiny_data, tmp_path) == 0  # the network is back
     assert digests(folder, "baseline.*") == digests(small_run, "baseline.*")
 
@@ -231,9 +232,9 @@ def test_without_test_images_all_but_scores_works(photos_only, tiny_data, tmp_pa
     assert len(pd.read_csv(folder / "retrieval" / "neighbours.csv")) == 12
     assert "there is nothing to score" in refused(capsys, evaluate, folder)
     for options in (["--worst"], ["--export"], ["--query", files[0]]):
-        assert "has no test images to search: give --gallery DIR" in refused(capsys, retrieve, folder, *options)
+        assert "has no test images to search: name a gallery" in refused(capsys, retrieve, folder, *options)
     options = ["--query", files[0], "--gallery", photos, "--far", "0.01"]
-    assert "no thresholds: give --threshold T" in refused(capsys, retrieve, folder, *options)
+    assert "no thresholds: name a value" in refused(capsys, retrieve, folder, *options)
     options = ["--query", "test:0", "--gallery", photos]
     assert "test:0: the data set has no test images" in refused(capsys, retrieve, folder, *options)
 

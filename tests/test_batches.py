@@ -1,18 +1,35 @@
-"""Batches loaded ahead, normalised and enlarged."""
+"""Batches loaded ahead, normalised and enlarged; the training batches: order, windows, mirroring, mixing, targets."""
 
 import os
 import signal
 import time
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
+from builders import save_image
 from PIL import Image
 
-from dreml.batches import image_batches, input_memory, normalize, resize_windows, spans
+import data_utils
+from dreml.batches import (
+    Batch,
+    batch_spans,
+    epoch_batches,
+    image_batches,
+    input_memory,
+    normalize,
+    prepare,
+    resize_windows,
+    spans,
+)
+from dreml.cache import Cache, read_cache
 from dreml.cli import run_main
+from dreml.images import ImageSpec
+from utils import rng_for
 
 CPU = torch.device("cpu")
 
@@ -40,8 +57,7 @@ def test_batches_are_prepared_two_ahead():
         list(batches)
 
 
-def test_what_a_batch_needs_is_asked_for_two_batches_before():
-    """Once; of the first batches before the first one."""
+def test_what_a_batch_needs_is_asked_for_before_the_one_before_it_is_read():
     events = []
 
     def read_ahead(start, stop):
@@ -50,10 +66,8 @@ def test_what_a_batch_needs_is_asked_for_two_batches_before():
     def fill(start, stop, out):
         events.append(("fill", start, stop))
 
-    list(image_batches(fill, spans(0, 9, 2), 4, CPU, read_ahead))
-    asked = [("ask", start, stop) for start, stop in spans(0, 9, 2)]
-    filled = [("fill", start, stop) for start, stop in spans(0, 9, 2)]
-    assert events == [*asked[:3], filled[0], asked[3], filled[1], asked[4], *filled[2:]]
+    list(image_batches(fill, spans(0, 5, 2), 4, CPU, read_ahead))
+    assert events == [("ask", 2, 4), ("fill", 0, 2), ("ask", 4, 5), ("fill", 2, 4), ("fill", 4, 5)]
 
 
 def wait_until(condition) -> None:
@@ -109,3 +123,168 @@ def test_windows_are_enlarged_as_one_by_one():
         expected = F.interpolate(window, (16, 16), mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
         torch.testing.assert_close(result, expected, rtol=0, atol=0.01)  # of 255
     assert torch.equal(resized[0].round().byte(), images[0])
+
+
+# ------------------------------------------------------------------------------------------------ an epoch
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "expected"),
+    [(10, 4, [(0, 4), (4, 8), (8, 10)]), (9, 4, [(0, 4), (4, 9)]), (8, 4, [(0, 4), (4, 8)]), (3, 4, [(0, 3)])],
+)
+def test_a_last_batch_of_one_joins_the_one_before(num_images, batch_size, expected):
+    assert batch_spans(num_images, batch_size) == expected
+
+
+def batches_of(cache, settings, member=1, epoch=0, images=None) -> list[Batch]:
+    """The batches of an epoch over all images. The target of an image is its number."""
+    numbers = np.arange(cache.counts["train"][1])
+    draw = partial(rng_for, settings.seed, member, epoch)
+    return list(epoch_batches(cache, numbers if images is None else images, numbers, settings, draw, CPU))
+
+
+def epoch_of(cache, settings, **which):
+    """The whole epoch in one batch: windows, targets (here the image's number), flips, sides."""
+    batches = batches_of(cache, settings, **which)
+    flips = [np.arange(len(batch.targets)) < batch.num_mirrored for batch in batches]
+    sides = [np.full(len(b.targets), settings.image_size) if b.sides is None else b.sides.numpy() for b in batches]
+    windows, targets = (torch.cat([batch[place] for batch in batches]).numpy() for place in (0, 1))
+    return windows, targets, np.concatenate(flips), np.concatenate(sides)
+
+
+def all_windows(cache, number, side):
+    """Every window of this side of one cached training image, by brute force."""
+    offsets, (height, width) = cache.array("train_offsets"), cache.array("train_sizes")[number]
+    image = cache.array("train_pixels")[offsets[number] : offsets[number + 1]].reshape(height, width, 3)
+    corners = [(top, left) for top in range(height - side + 1) for left in range(width - side + 1)]
+    return np.array([image[top : top + side, left : left + side] for top, left in corners])
+
+
+def test_batches_of_an_epoch(tiny_cache, tiny_settings):
+    """Every image once, in random order; each crop is a window of its image; all depends on (seed, member, epoch)."""
+    crops, numbers, flips, _ = epoch_of(tiny_cache, tiny_settings)
+    assert sorted(numbers) == list(range(36)) and list(numbers) != list(range(36))
+    assert crops.dtype == np.uint8 and crops.shape == (36, 32, 32, 3) and flips.dtype == bool
+    for crop, number in zip(crops, numbers, strict=True):
+        windows = all_windows(tiny_cache, number, 32)
+        assert len(windows) == 16 and (windows == crop).all((1, 2, 3)).any()  # 35 -> 32
+    again = epoch_of(tiny_cache, tiny_settings)
+    assert all(np.array_equal(a, b) for a, b in zip((crops, numbers, flips), again, strict=False))
+    others = [epoch_of(tiny_cache, tiny_settings, member=2), epoch_of(tiny_cache, tiny_settings, epoch=1)]
+    for other in [*others, epoch_of(tiny_cache, replace(tiny_settings, seed=1))]:
+        assert not np.array_equal(numbers, other[1])
+        assert set(numbers[flips]) != set(other[1][other[2]])
+
+
+def test_every_offset_and_both_mirrorings_are_reached(tiny_cache, tiny_settings, seen):
+    """35 -> 32 leaves offsets 0..3 on both axes, independent and equally likely; half of the crops are mirrored."""
+    flips = np.concatenate([epoch_of(tiny_cache, tiny_settings, epoch=epoch)[2] for epoch in range(100)])
+    corners = np.concatenate([corners for _, corners, _ in seen])
+    counts = np.zeros((4, 4))
+    np.add.at(counts, (corners[:, 0], corners[:, 1]), 1)  # 3,600 crops, 225 each, standard deviation 14.5
+    assert counts.sum() == 3600 and counts.min() > 165 and counts.max() < 285
+    assert abs(flips.mean() - 0.5) < 0.034  # four standard deviations
+    assert not epoch_of(tiny_cache, replace(tiny_settings, flip=False))[2].any()
+
+
+def test_random_resize_draws_sides_and_then_corners(tiny_cache, tiny_settings, seen):
+    """--scale_min 0.75: sides 24..32 equally likely; whatever the side, each window of the image can come."""
+    settings = replace(tiny_settings, scale_min=0.75)
+    windows, numbers, _, sides = epoch_of(tiny_cache, settings)
+    for window, number, side in zip(windows, numbers, sides, strict=True):
+        assert (all_windows(tiny_cache, number, side) == window[:side, :side]).all((1, 2, 3)).any()
+        assert not window[side:].any() and not window[:, side:].any()
+    for epoch in range(1, 200):
+        epoch_of(tiny_cache, settings, epoch=epoch)
+    corners, sides = (np.concatenate(arrays) for arrays in list(zip(*seen, strict=True))[1:])
+    counts = np.bincount(sides)
+    assert counts[:24].sum() == 0 and len(counts) == 33  # 7,200 windows, 800 of each side, standard deviation 27
+    assert counts[24:].min() > 690 and counts[24:].max() < 910
+    for side in range(24, 33):
+        reached = corners[sides == side]
+        assert (reached.min(0) == 0).all() and (reached.max(0) == 35 - side).all()
+        assert abs(np.corrcoef(reached.T)[0, 1]) < 0.15  # both axes independent: four standard deviations
+    epoch_of(tiny_cache, replace(tiny_settings, scale_min=1e-9))
+    assert min(sides.min() for _, _, sides in seen) >= 1  # never an empty window
+    assert all(batch.sides is None for batch in batches_of(tiny_cache, tiny_settings))
+
+
+def test_corners_fit_images_of_every_shape(tmp_path, tiny_settings, seen):
+    """Portrait and landscape: a corner outside its own image would fail in train_crops, and all of it is reached."""
+    for number, (width, height) in enumerate([(40, 80), (80, 40), (40, 40), (120, 40)]):
+        for split in ("train", "test"):
+            save_image(tmp_path / "odd" / split / f"c{number}" / "0.png", number, width=width, height=height)
+    assert data_utils.main(["--data_path", str(tmp_path), "--image_size", "32"]) == 0
+    cache = read_cache(tmp_path, "odd", ImageSpec(32))
+    for epoch in range(50):
+        epoch_of(cache, tiny_settings, epoch=epoch)
+    images, corners, _ = (np.concatenate(arrays) for arrays in zip(*seen, strict=True))
+    for image, last in enumerate(cache.array("train_sizes") - 32):
+        assert (corners[images == image].max(0) >= 0.8 * last).all()
+
+
+def test_the_windows_of_all_batches_but_the_first_are_asked_for_ahead(tiny_cache, tiny_settings, seen, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Cache, "read_ahead", lambda self, *windows: asked.append(windows))
+    batches_of(tiny_cache, replace(tiny_settings, scale_min=0.5))
+    assert len(asked) == len(seen) - 1 > 1
+    for ahead, cut in zip(asked, seen[1:], strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(ahead, cut, strict=True))
+
+
+def test_prepare_mirrors_enlarges_and_normalises():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8)
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+    for sides in (None, torch.tensor([8, 5, 6, 3])):
+        whole = images if sides is None else resize_windows(images, sides)
+        expected = (whole.permute(0, 3, 1, 2) / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        expected = torch.cat([expected[:3].flip(-1), expected[3:]])
+        pixels = prepare(Batch(images.clone(), torch.zeros(4), 3, sides), mean, std)
+        torch.testing.assert_close(pixels, expected)
+        assert pixels.is_contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------ mixing
+
+
+def test_each_image_is_mixed_with_another_one_of_its_batch(tiny_cache, tiny_settings):
+    """Every image is a partner once; the shares are uniform in 0..1; without --mixup nothing is drawn."""
+    settings, shares, pairs = replace(tiny_settings, mixup=True), [], []
+    for epoch in range(60):
+        for plain, mixed in zip(
+            batches_of(tiny_cache, tiny_settings, epoch=epoch),
+            batches_of(tiny_cache, settings, epoch=epoch),
+            strict=True,
+        ):
+            assert plain.mixing is None and torch.equal(plain.images, mixed.images)
+            places = torch.arange(len(plain.images))
+            assert torch.equal(mixed.mixing.partners.sort().values, places)
+            assert (mixed.mixing.partners != places).all()
+            assert torch.equal(mixed.targets.own, plain.targets)
+            assert torch.equal(mixed.targets.partners, plain.targets[mixed.mixing.partners])
+            assert torch.equal(mixed.targets.shares, mixed.mixing.shares)
+            shares.append(mixed.mixing.shares.numpy())
+            pairs.append(mixed.mixing.partners[0].item())
+    counts = np.histogram(np.concatenate(shares), bins=10, range=(0, 1))[0]
+    assert counts.sum() == 60 * 36 and counts.min() > 216 - 56 and counts.max() < 216 + 56  # four standard deviations
+    assert len(set(pairs)) > 10
+
+
+def test_a_mixed_image_is_the_weighted_mean_of_two(tiny_cache, tiny_settings):
+    """Of pixels that are mirrored and normalised already; channels_last as those."""
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+    plain = batches_of(tiny_cache, tiny_settings)[0]
+    mixed = batches_of(tiny_cache, replace(tiny_settings, mixup=True))[0]
+    pixels, found = prepare(plain, mean, std), prepare(mixed, mean, std)
+    for row, (partner, share) in enumerate(zip(*mixed.mixing, strict=True)):
+        torch.testing.assert_close(found[row], share * pixels[row] + (1 - share) * pixels[partner])
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_members_seeds_and_epochs_mix_otherwise(tiny_cache, tiny_settings):
+    settings = replace(tiny_settings, mixup=True)
+    draws_of = [{}, {"member": 2}, {"epoch": 1}, {"settings": replace(settings, seed=1)}]
+    mixings = [batches_of(tiny_cache, **{"settings": settings} | each)[0].mixing for each in draws_of]
+    assert len({tuple(mixing.partners.tolist()) for mixing in mixings}) == 4
+    assert len({tuple(mixing.shares.tolist()) for mixing in mixings}) == 4

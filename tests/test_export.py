@@ -21,7 +21,7 @@ import model
 from dreml.cache import read_cache
 from dreml.cli import InputError, RunError
 from dreml.files import sha256, take_lock, write_record
-from dreml.images import ImageSpec, read_test_image
+from dreml.images import ImageSpec, read_pixels
 from dreml.index import model_checksum
 from dreml.runs import read_run
 from model import Ensemble, build_model, head_of, load_ensemble
@@ -58,7 +58,7 @@ def test_the_code_that_goes_with_a_model_reads_images_as_this_program(tmp_path, 
         path = tmp_path / "odd" / name
         pixels = given["preprocess"](path)
         assert pixels.dtype == np.uint8, name
-        np.testing.assert_array_equal(pixels, read_test_image(path, spec), err_msg=name)
+        np.testing.assert_array_equal(pixels, read_pixels(path, spec), err_msg=name)
     with open(path, "rb") as file:
         np.testing.assert_array_equal(given["preprocess"](file), pixels)
 

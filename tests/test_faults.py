@@ -44,67 +44,40 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_state(processes, 
     record_property("kills", kills)
 
 
-def test_training_goes_on_after_the_last_finished_epoch(finished, tmp_path, capsys, monkeypatch):
-    root = interrupted(finished, tmp_path / "root")
-    last = "train.py: interrupted in member 2/2, epoch 1; run the same command again to go on\n"
-    assert capsys.readouterr().err == last
-    assert [path.name for path in root.glob("results/*/progress_*")] == ["progress_002.pt"]
-    epochs, rate = [], train.learning_rate
-    monkeypatch.setattr(train, "learning_rate", lambda settings, done: epochs.append(int(done)) or rate(settings, done))
-    assert train.main([*TINY, *here(root)]) == 0
-    assert epochs == [1] and "member 2/2: goes on after epoch 0" in capsys.readouterr().out
-    check_same(root, finished)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_within_an_epoch_loses_that_epoch_only(finished, tmp_path, capsys, monkeypatch, number):
-    """The last finished epoch, which was not on disk yet, is written then; the run ends with the same bits."""
-    root, steps, train_step, found = tmp_path / "root", itertools.count(), train.train_step, []
+def test_a_signal_ends_training_at_once_and_it_goes_on_after_the_last_file(
+    finished, tmp_path, capsys, monkeypatch, number
+):
+    """With a file for each epoch, only the epoch in hand is trained again. The run ends with the same bits."""
+    root, steps, train_step = tmp_path / "root", itertools.count(), train.train_step
     shutil.copytree(finished / "data", root / "data", copy_function=os.link)
 
     def step(*args):
         train_step(*args)
         if next(steps) == 4:  # the second of three of epoch 1
-            found.extend(root.glob("results/*/*progress_*"))
             os.kill(os.getpid(), number)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", step)
-        assert train.main([*TINY, *here(root)]) == CODES[number]
-    assert re.search(r" in member 1/2, epoch 1; run the same command again to go on\n$", capsys.readouterr().err)
-    assert not found and [path.name for path in root.glob("results/*/*progress_*")] == ["progress_001.pt"]
+    monkeypatch.setattr(train, "train_step", step)
+    assert train.main([*TINY, *EACH_EPOCH, *here(root)]) == CODES[number]
+    word = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]
+    assert capsys.readouterr().err == f"train.py: {word}; run the same command again to go on\n"
+    assert next(steps) == 5 and [path.name for path in root.glob("results/*/*progress_*")] == ["progress_001.pt"]
     assert train.main([*TINY, *here(root)]) == 0
     assert "member 1/2: goes on after epoch 0" in capsys.readouterr().out
+    assert next(steps) == 5 + 1 + 3 + 6  # one epoch of member 1, two of member 2
     check_same(root, finished)
 
 
-def test_an_interruption_at_the_end_of_an_epoch_loses_that_epoch_only(finished, tmp_path, capsys, monkeypatch):
-    """Before it is kept: what was kept of the one before has not changed."""
-    root, calls, end_of_epoch = tmp_path / "root", itertools.count(), Progress.end_of_epoch
-    shutil.copytree(finished / "data", root / "data", copy_function=os.link)
-
-    def interrupted_end(*args, **kwargs):
-        if next(calls) == 1:
-            raise KeyboardInterrupt
-        end_of_epoch(*args, **kwargs)
-
-    monkeypatch.setattr(Progress, "end_of_epoch", interrupted_end)
-    assert [train.main([*TINY, *here(root)]) for _ in range(2)] == [130, 0]
-    assert "member 1/2: goes on after epoch 0" in capsys.readouterr().out
-    check_same(root, finished)
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "interval"), [("adam", []), ("adam", EACH_EPOCH), ("sgd", []), ("adam", ["--mixup"])]
-)
+@pytest.mark.parametrize("options", [["--optimizer", "adam"], ["--optimizer", "sgd"], ["--mixup"]])
 def test_the_optimizer_the_scaler_and_the_best_epoch_go_on_exactly(
-    small_network, tiny_data, tmp_path, monkeypatch, optimizer, interval
+    small_network, tiny_data, tmp_path, monkeypatch, options
 ):
     """Stopped within each of four epochs, with a gradient scale so large that it makes steps be skipped."""
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda kind, enabled: scaler(kind, 2.0**124, growth_interval=2))
-    roots, options = [tmp_path / "straight", tmp_path / "stopped"], ["--num_epochs", "4", "--ensemble_size", "1"]
-    options += ["--lr", "1", "--optimizer", optimizer, *interval]  # so large a rate that training gets worse again
+    roots = [tmp_path / "straight", tmp_path / "stopped"]
+    options = [*options, *EACH_EPOCH, "--num_epochs", "4", "--ensemble_size", "1"]
+    options += ["--lr", "1"]  # so large a rate that training gets worse again
     for root in roots:
         shutil.copytree(tiny_data, root / "data", copy_function=os.link)
     assert train.main([*TINY, *here(roots[0]), *options]) == 0
@@ -115,7 +88,7 @@ def test_the_optimizer_the_scaler_and_the_best_epoch_go_on_exactly(
     assert train.main([*TINY, *here(roots[1]), *options]) == 0
     check_same(*roots)
     best_epoch = read_record(next(roots[0].rglob("member_001.json")))["best_epoch"]
-    assert best_epoch == 3 if "--mixup" in interval else best_epoch < 3
+    assert best_epoch == 3 if "--mixup" in options else best_epoch < 3
 
 
 # ------------------------------------------------------------------------------------------------ damaged files
@@ -134,11 +107,11 @@ def test_progress_of_another_run_or_member_is_not_used(finished, tmp_path, capsy
     run, member = state.pop("owner").split(", member ")
     assert member == "2"
     run, member = ("another", 2) if other == "run" else (run, 1)
-    with Progress(tmp_path, member, run) as progress:
-        progress.end_of_epoch(state)
+    progress = Progress(tmp_path, member, run, 0)
+    progress.end_of_epoch(state)
     shutil.move(progress.path, path)
     assert train.main([*TINY, *here(root)]) == 0
-    assert "progress_002.pt is damaged or of another run: the member is begun anew" in capsys.readouterr().err
+    assert "progress_002.pt is damaged or from another run: the member is begun anew" in capsys.readouterr().err
     check_same(root, finished)
 
 
@@ -155,7 +128,7 @@ def test_a_cache_that_changes_during_a_run_costs_the_member(finished, tmp_path, 
     monkeypatch.setattr(train, "train_member", meanwhile)
     assert train.main([*TINY, *here(root), "--ensemble_size", "3"]) == 1
     assert "cache_32 has been changed during the run; what was finished before is kept" in capsys.readouterr().err
-    assert not list(root.rglob("member_003*")) and list(root.rglob("member_002.pth"))
+    assert not list(root.rglob("member_003*")) and list(root.rglob("member_002.safetensors"))
 
 
 # ------------------------------------------------------------------------------------------------ several processes

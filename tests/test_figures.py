@@ -17,7 +17,7 @@ from PIL import Image
 from processes import ROOT
 
 import retrieve
-from dreml import figures
+from dreml import figures, search
 from dreml.cache import read_cache
 from dreml.figures import (
     DPI,
@@ -37,27 +37,11 @@ from dreml.figures import (
 from dreml.files import read_record, write_record
 from dreml.images import ImageSpec
 from dreml.runs import read_run
-from dreml.search import Answer, Item, Neighbour, test_item
+from dreml.search import Answer, Item, Neighbour
 
 GREEN, RED, GREY, WHITE = "#1a9641", "#d7191c", "#999999", "#ffffff"
 
 # ------------------------------------------------------------------------------------------------ matplotlib
-
-
-def answer(query: Item, items: list[Item], similarities: list[float], threshold: float | None = None) -> Answer:
-    """The answer that these items are, right where they are of the query's class."""
-    neighbours = []
-    for item, similarity in zip(items, similarities, strict=True):
-        right = None if None in (query.class_name, item.class_name) else query.class_name == item.class_name
-        neighbours.append(Neighbour(*item[1:5], similarity, right, threshold is None or similarity >= threshold))
-    return Answer(query, neighbours, threshold)
-
-
-def test_images(run, folder: Path) -> list[Item]:
-    return [test_item(run.test, folder, row) for row in range(len(run.test))]
-
-
-test_images.__test__ = test_item.__test__ = False  # they are no tests
 
 
 def fonts(*names: str) -> list:
@@ -226,6 +210,19 @@ def share(pixels: np.ndarray, color: str) -> float:
     return float((abs(pixels - wanted).max(1) < 60).mean())
 
 
+def answer(query: Item, items: list[Item], similarities: list[float], threshold: float | None = None) -> Answer:
+    """The answer that these items are, right where they are of the query's class."""
+    neighbours = []
+    for item, similarity in zip(items, similarities, strict=True):
+        right = None if None in (query.class_name, item.class_name) else query.class_name == item.class_name
+        neighbours.append(Neighbour(*item[1:5], similarity, right, threshold is None or similarity >= threshold))
+    return Answer(query, neighbours, threshold)
+
+
+def items_of(run, folder: Path) -> list[Item]:
+    return [search.test_item(run.test, folder, row) for row in range(len(run.test))]
+
+
 @pytest.fixture
 def colored_run(tiny_run, tmp_path):
     """A run whose test images have a colour each."""
@@ -234,7 +231,7 @@ def colored_run(tiny_run, tmp_path):
 
 def test_the_picture(colored_run, tmp_path):
     """Two queries: the images in their places, a whole green frame for right ones, a dashed red one for wrong ones."""
-    items = test_images(colored_run, tmp_path / "data" / "colors")
+    items = items_of(colored_run, tmp_path / "data" / "colors")
     found = [
         answer(items[query], [items[row] for row in rows], [0.5] * 5)
         for query, rows in ((0, [1, 7, 2, 9, 3]), (7, [8, 0, 1, 9, 11]))
@@ -243,11 +240,11 @@ def test_the_picture(colored_run, tmp_path):
     picture, seen = read(tmp_path / "picture.png"), set()
     for row, each in enumerate(found):
         np.testing.assert_allclose(inside(picture, row, 0), IMAGE_COLORS[each.query.row], atol=3)
-        for column, item in enumerate(each, 1):
-            np.testing.assert_allclose(inside(picture, row, column), IMAGE_COLORS[item.row], atol=3)
+        for column, neighbour in enumerate(each, 1):
+            np.testing.assert_allclose(inside(picture, row, column), IMAGE_COLORS[neighbour.row], atol=3)
             pixels = frame(picture, row, column)
-            seen.add(item.right)
-            if item.right:
+            seen.add(neighbour.right)
+            if neighbour.right:
                 assert share(pixels, GREEN) > 0.98
             else:
                 assert 0.5 < share(pixels, RED) < 0.8 and 0.15 < share(pixels, WHITE) < 0.45
@@ -256,7 +253,7 @@ def test_the_picture(colored_run, tmp_path):
 
 def test_below_the_threshold_a_neighbour_is_faded_and_grey(colored_run, tmp_path):
     """Whether it is right or wrong; the legend says so, and only what occurs."""
-    items = test_images(colored_run, tmp_path / "data" / "colors")
+    items = items_of(colored_run, tmp_path / "data" / "colors")
     found = [answer(items[0], [items[row] for row in (1, 2, 7)], [0.5, 0.4, 0.3], 0.5)]
     with drawing(PICTURE_STYLE):
         figure = neighbours_figure(found, Thumbnails(colored_run, tmp_path / "data"), "cosine")

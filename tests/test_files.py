@@ -8,26 +8,21 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pandas as pd
 import pytest
 
-from dreml import files
 from dreml.cli import InputError, run_main
 from dreml.files import (
     atomic_open,
     crc32,
     flush_folder,
-    in_page_cache,
     json_sha256,
     make_folder,
-    read_ahead,
     read_record,
     remove_leftovers,
     sha256,
@@ -37,7 +32,6 @@ from dreml.files import (
     write_csv,
     write_record,
 )
-from dreml.runs import RunRecord
 
 # ------------------------------------------------------------------------------------------------ writing
 
@@ -101,15 +95,10 @@ def test_temporary_names_are_taken_once_and_found_again(tmp_path):
     with atomic_open(path) as file:
         written.append(Path(file.name))
     assert re.fullmatch(rf"\.log\.csv\.tmp-.*-{os.getpid()}-[0-9a-f]{{8}}", written[0].name)
+    other = tmp_path / ".other.csv.tmp-1"
+    other.write_text("half")
     remove_leftovers(tmp_path, "log.csv")
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_leftovers_of_one_name_go(tmp_path):
-    for name in (".log.csv.tmp-1", ".log.csv.tmp-2", ".other.csv.tmp-1", "log.csv"):
-        (tmp_path / name).write_text("x")
-    remove_leftovers(tmp_path, "log.csv")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.csv.tmp-1", "log.csv"]
+    assert sorted(tmp_path.iterdir()) == [other, path]
 
 
 @pytest.mark.parametrize(("number", "passes"), [("EINVAL", True), ("ENOTSUP", True), ("EIO", False)])
@@ -176,11 +165,6 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
         patch.setattr("fcntl.flock", flock)
         with pytest.raises(InputError, match="is on a file system without file locks"):
             take_lock(tmp_path / ".lock")
-    with monkeypatch.context() as patch:  # what filelock is where there is no flock at all
-        patch.setattr(filelock, "FileLock", filelock.SoftFileLock)
-        with pytest.raises(InputError, match="is on a file system without file locks"):
-            take_lock(tmp_path / ".soft")
-        assert not (tmp_path / ".soft").exists()
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(InputError, match="cannot write"):
         take_lock(tmp_path / "file" / ".lock")
@@ -222,106 +206,31 @@ RECORD = {"a": 1, "b": [{"c": 1.5}], "more": None}
 
 
 @dataclass
-class Checked:
-    """A record that checks its own fields."""
-
+class Kind:
     a: int
     b: list[dict]
     more: None = None
 
-    def __post_init__(self):
-        if self.a < 0 or any("c" not in item for item in self.b):
-            raise ValueError("a is below 0, or an item of b lacks c")
-
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "record.json"
-    for record in (RECORD, Checked(**RECORD)):
+    for record in (RECORD, Kind(**RECORD)):
         write_record(path, record)
-        assert read_record(path) == RECORD and read_record(path, Checked) == Checked(**RECORD)
+        assert read_record(path) == RECORD and read_record(path, Kind) == Kind(**RECORD)
 
 
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"a": 1}, "of another version"),
-        (RECORD | {"d": 1}, "of another version"),
-        (RECORD | {"a": "1"}, "of another version"),
-        (RECORD | {"b": [1]}, "of another version"),
-        (RECORD | {"b": 1}, "of another version"),
-        (RECORD | {"a": -1}, "a is below 0"),
-        (RECORD | {"b": [{"c": 1.5}, {"d": 1}]}, "lacks c"),
-    ],
-)
-def test_a_record_of_another_version_is_refused(tmp_path, record, message):
+@pytest.mark.parametrize("record", [{"a": 1}, RECORD | {"d": 1}])
+def test_a_record_of_another_version_is_refused(tmp_path, record):
     write_record(tmp_path / "record.json", record)
-    with pytest.raises(ValueError, match=message):
-        read_record(tmp_path / "record.json", Checked)
-
-
-@pytest.mark.parametrize("settings", [None, 1, "resnet18", [], {"backbone": "resnet18", "unknown": 1}])
-def test_a_run_record_whose_settings_are_none_is_refused(tmp_path, settings):
-    data = {"fingerprint": "0", "mean": [0.5] * 3, "std": [0.25] * 3, "counts": {}}
-    write_record(tmp_path / "args.json", {"settings": settings, "data": data, "options": {}, "environment": {}})
     with pytest.raises(ValueError, match="of another version"):
-        read_record(tmp_path / "args.json", RunRecord)
+        read_record(tmp_path / "record.json", Kind)
 
 
 def test_a_changed_record_is_noticed(tmp_path):
     path = tmp_path / "record.json"
     write_record(path, RECORD)
-    for text in (path.read_text().replace("1.5", "2.5"), "[]", '{"a": 1}', "[" * 100_000):
+    whole = path.read_text()
+    for text in (whole.replace("1.5", "2.5"), whole[:-9], "", "[]", '{"a": 1}'):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"its checksum does not fit|too deeply nested"):
+        with pytest.raises(ValueError, match=r"its checksum does not fit|Expecting|Unterminated"):
             read_record(path)
-
-
-# ------------------------------------------------------------------------------------------------ reading ahead
-
-hints = pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="Linux only")
-
-
-@hints
-def test_what_is_not_in_memory_is_asked_for_exactly_and_in_pieces(tmp_path, monkeypatch):
-    """A range of which one end is missing as a whole; one of which both ends are there not at all."""
-    asked, missing = [], {40, 400_000, 700_009}
-    monkeypatch.setattr(files, "in_page_cache", lambda descriptor, position: position not in missing)
-    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *what: asked.append(what))
-    (tmp_path / "file").write_bytes(b"")
-    read_ahead(tmp_path / "file", [(40, 50), (60, 70), (400_000, 700_000), (700_000, 700_010), (80, 90)])
-    assert {advice for _, _, advice in asked} == {os.POSIX_FADV_WILLNEED}
-    assert [what[:2] for what in asked] == [
-        (40, 10),
-        (400_000, 2**17),
-        (400_000 + 2**17, 2**17),
-        (400_000 + 2**18, 300_000 - 2**18),
-        (700_000, 10),
-    ]
-
-
-@hints
-def test_a_file_that_is_asked_for_comes_into_memory(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(bytes(500_000))
-    with open(path, "rb", buffering=0) as file:
-        if not in_page_cache(file.fileno(), 0):
-            pytest.skip("this file system does not say what is in memory")
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if in_page_cache(file.fileno(), 499_999):
-            pytest.skip("this file system is in memory")
-        read_ahead(path, [(0, 500_000)])
-        for _ in range(500):
-            if all(in_page_cache(file.fileno(), position) for position in range(0, 500_000, 4096)):
-                return
-            time.sleep(0.01)
-    raise AssertionError("it was not read")
-
-
-def test_reading_ahead_is_never_an_error(tmp_path, monkeypatch):
-    """A cache that is being made anew is noticed later; other systems take no hints."""
-    read_ahead(tmp_path / "nowhere", [(0, 10)])
-    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
-    monkeypatch.delattr(os, "posix_fadvise", raising=False)
-    (tmp_path / "file").write_bytes(bytes(10))
-    read_ahead(tmp_path / "file", [(0, 10)])

@@ -91,7 +91,7 @@ def test_bad_files_are_skipped_and_named(indexed, capsys):
 
 
 def test_a_photo_that_changes_while_it_is_read_is_embedded_again(indexed, monkeypatch):
-    read, target = index_module.read_test_image, indexed.photos / PHOTO_NAMES[5]
+    read, target = index_module.read_pixels, indexed.photos / PHOTO_NAMES[5]
 
     def changing(file, spec):
         pixels = read(file, spec)
@@ -99,9 +99,9 @@ def test_a_photo_that_changes_while_it_is_read_is_embedded_again(indexed, monkey
             save_image(target, 9)
         return pixels
 
-    monkeypatch.setattr(index_module, "read_test_image", changing)
+    monkeypatch.setattr(index_module, "read_pixels", changing)
     indexed.refresh()
-    monkeypatch.setattr(index_module, "read_test_image", read)
+    monkeypatch.setattr(index_module, "read_pixels", read)
     assert indexed.refresh() == {"changed": 1}
     indexed.check()
 
@@ -172,7 +172,7 @@ def test_old_versions_do_not_pile_up(indexed, monkeypatch):
     save_colors(indexed.photos, ["another.png"], seed=8)
     indexed.refresh()
     assert len(reader.search().to_arrow()) == 48
-    monkeypatch.setattr(index_module, "KEPT_VERSIONS", index_module.KEPT_VERSIONS * 0)
+    monkeypatch.setattr(index_module, "KEPT_VERSIONS", index_module.KEPT_VERSIONS / 10**5)
     for number in range(5):
         save_colors(indexed.photos, [f"ant/{number}.png"], seed=10 + number)
         indexed.refresh()
@@ -271,7 +271,7 @@ def test_the_model_is_all_that_an_embedding_hangs_on(small_run, small_pooled_run
     assert Searcher(small_pooled_run, tmp_path / "link", device="cpu").index.place == places[0]
     monkeypatch.setattr(index_module, "IMAGE_VERSION", 99)
     checksums.append(model_checksum(run, "logits"))
-    run.members.records[2].sha256["member_002.pth"] = "0" * 64
+    run.members.records[2].sha256["member_002.safetensors"] = "0" * 64
     checksums.append(model_checksum(run, "logits"))
     run.record.settings = dataclasses.replace(run.record.settings, seed=1)
     checksums.append(model_checksum(run, "logits"))

@@ -52,6 +52,32 @@ def test_each_step_has_the_rate_of_its_middle(schedule, expected):
     np.testing.assert_allclose(rates, expected)
 
 
+def test_sgd_equals_the_definition_of_momentum():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = make_optimizer("sgd", model, 0.1, torch.device("cpu"))
+    weight, velocity = model.weight.detach().clone(), torch.zeros(3, 4)
+    for _ in range(5):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(8, 4)), torch.randint(0, 3, (8,))).backward()
+        optimizer.step()
+        velocity = 0.9 * velocity + model.weight.grad
+        weight = weight - 0.1 * velocity
+        torch.testing.assert_close(model.weight, weight, rtol=1e-5, atol=1e-6)
+
+
+def test_the_momentum_of_sgd_survives_an_overflow_in_the_first_step():
+    """PyTorch's fused SGD would go on from uninitialised memory."""
+    model = nn.Linear(2, 2)
+    optimizer = make_optimizer("sgd", model, 0.1, torch.device("cpu"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    scaler.scale(model(torch.full((1, 2), 8.0)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**126
+    assert [state["momentum_buffer"].any().item() for state in optimizer.state.values()] == [False, False]
+
+
 @pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)])
 def test_the_optimizer_is_one_kernel(name, kind):
     for device, fused in (("cpu", True), ("cuda", True), ("mps", False)):

@@ -13,7 +13,11 @@ from builders import save_image
 from processes import ROOT
 
 SCRIPTS = [path.name for path in sorted(ROOT.glob("*.py")) if '__name__ == "__main__"' in path.read_text("utf-8")]
-BENCHMARKS = [f"-m benchmarks.{path.stem}" for path in sorted((ROOT / "benchmarks").glob("*.py"))]
+BENCHMARKS = [
+    f"-m benchmarks.{path.stem}"
+    for path in sorted((ROOT / "benchmarks").glob("*.py"))
+    if '__name__ == "__main__"' in path.read_text("utf-8")
+]
 MODULES = {name: importlib.import_module(name.removesuffix(".py").removeprefix("-m ")) for name in SCRIPTS + BENCHMARKS}
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]

@@ -16,7 +16,7 @@ from reference import mean_cosines
 from dreml import search
 from dreml.cli import InputError
 from dreml.files import file_id, read_record, write_record
-from dreml.runs import MemberRecord, member_file, read_run_record
+from dreml.runs import MemberRecord, member_path, read_run_record
 from dreml.search import Searcher, nearest, same_files
 from model import load_ensemble
 
@@ -153,8 +153,8 @@ def test_photos_are_embedded_in_the_runs_own_way(tiny_run, tmp_path, capsys):
     record = read_run_record(run)
     record.settings = dataclasses.replace(record.settings, resize="squash")
     write_record(run / "args.json", record)
-    path = run / member_file(1, "json")
-    write_record(path, dataclasses.replace(read_record(path, MemberRecord), run=record.settings_hash))
+    path = member_path(run, 1, "json")
+    write_record(path, dataclasses.replace(read_record(path, MemberRecord), settings_hash=record.settings_hash))
     files = [tmp_path / "photos" / f"{number}.png" for number in range(5)]
     for number, file in enumerate(files):
         save_image(file, number, width=150)

@@ -16,30 +16,28 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from builders import copy_run, digests, edit_record, only_folder, save_image, train_tiny
+from builders import copy_run, digests, flip_a_bit, only_folder, save_image, train_tiny
 from reference import slow_recall
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
 import data_utils
 import train
 from dreml import run_writer as writer
-from dreml import runs as run_folders
-from dreml.augment import Batch, MixedTargets, Mixing, epoch_batches, prepare
 from dreml.backbones import read_weights
-from dreml.batches import input_memory
+from dreml.batches import Batch, MixedTargets, Mixing, epoch_batches, input_memory, prepare
 from dreml.cache import read_cache
-from dreml.checkpoint import Progress
-from dreml.demo import draw_demo
 from dreml.files import read_record, take_lock
 from dreml.images import ImageSpec
-from dreml.runs import HISTORY_COLUMNS, MemberRecord, PooledRecord, TestSplit, read_run_record
+from dreml.runs import HISTORY_COLUMNS, MemberRecord, PooledRecord, read_run_record
 from dreml.settings import RECIPES, Settings, settings_of
-from model import Compute, Head, build_model, extract_features, load_ensemble
+from model import Compute, Head, build_model, extract_features, features_in_batches, load_ensemble
 from train import (
     Experiment,
     Sums,
     TrainState,
+    copy_weights,
     initial_state,
     make_optimizer,
     train_epoch,
@@ -128,40 +126,6 @@ def test_fp16_gradients_are_scaled_and_an_overflow_skips_the_step():
     assert gradients[1.0] == 0
 
 
-def test_sgd_equals_the_definition_of_momentum():
-    """Against PyTorch's plain loop, and against the formula."""
-    torch.manual_seed(0)
-    ours, plain = nn.Linear(4, 3), nn.Linear(4, 3)
-    plain.load_state_dict(ours.state_dict())
-    weight, velocity = ours.weight.detach().clone(), torch.zeros(3, 4)
-    optimizers = make_optimizer("sgd", ours, 0.1, CPU), torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9)
-    state = TrainState(ours, optimizers[0], no_scaling())
-    for _ in range(5):
-        pixels, targets = torch.randn(8, 4), torch.randint(0, 3, (8,))
-        train_step(state, FP32, pixels, targets, Sums.zeros(CPU))
-        optimizers[1].zero_grad()
-        nn.functional.cross_entropy(plain(pixels), targets).backward()
-        optimizers[1].step()
-        velocity = 0.9 * velocity + plain.weight.grad
-        weight = weight - 0.1 * velocity
-        torch.testing.assert_close(ours.weight, weight, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(ours.bias, plain.bias, rtol=1e-5, atol=1e-6)
-
-
-def test_the_momentum_of_sgd_survives_an_overflow_in_the_first_step():
-    """PyTorch's fused SGD would go on from uninitialised memory."""
-    model = nn.Linear(2, 2)
-    optimizer = make_optimizer("sgd", model, 0.1, CPU)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    before, targets = copy.deepcopy(model.state_dict()), torch.tensor([0])
-    train_step(TrainState(model, optimizer, scaler), FP32, torch.full((1, 2), 8.0), targets, Sums.zeros(CPU))
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert scaler.get_scale() == 2.0**126
-    for state in optimizer.state.values():
-        assert not state["momentum_buffer"].any()
-    assert len(optimizer.state) == 2
-
-
 def test_the_first_loss_that_is_not_finite_is_remembered():
     sums, targets = Sums.zeros(CPU), torch.tensor([0, 1])
     for value in (1.0, float("inf"), 1.0, float("nan")):  # a new model each time: one that saw inf never recovers
@@ -171,7 +135,7 @@ def test_the_first_loss_that_is_not_finite_is_remembered():
     assert (sums.steps, sums.finite_steps.item()) == (4, 1)
 
 
-def test_steps_and_the_end_of_an_epoch_never_wait_for_the_device(tmp_path):
+def test_steps_never_wait_for_the_device():
     """The data-less device `meta` refuses .item(), copies to the host and mixed devices.
 
     It has no fused optimiser and no autocast: both are tested on the CPU.
@@ -189,11 +153,7 @@ def test_steps_and_the_end_of_an_epoch_never_wait_for_the_device(tmp_path):
     for batch in [*batches, batches[0]._replace(targets=mixed, mixing=mixing)]:
         train_step(state, compute, prepare(batch, *statistics, memory), batch.targets, sums)
     assert all(parameter.grad is not None for parameter in model.parameters())
-    progress = Progress(tmp_path, 1, "run")
-    for _ in range(2):
-        progress.end_of_epoch(state.state_dict(), best_model=None)
-    progress.remove()  # or leaving would copy it to the host
-    assert {each.device for each in progress.on_device.memory.values() if each.numel() > 1} == {meta}
+    assert {value.device for value in copy_weights(model).values()} == {meta}
     logits = extract_features(model, np.zeros((5, 64, 64, 3), np.uint8), statistics, batch_size=2)
     assert logits.device == meta and logits.shape == (5, 12)
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -247,20 +207,6 @@ def test_on_a_terminal_an_epoch_has_a_bar_too(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_a_state_goes_on_from_what_it_was_saved_as():
-    """With Adam's moments and the scale of fp16."""
-    states, (first, second, _) = [linear_state() for _ in range(2)], random_batches()
-    for state in states:
-        state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    train_step(states[0], FP32, *first, Sums.zeros(CPU))
-    states[0].scaler.update(4.0)
-    states[1].load_state_dict(copy.deepcopy(states[0].state_dict()))
-    for state in states:
-        train_step(state, FP32, *second, Sums.zeros(CPU))
-    assert states[1].scaler.get_scale() == 4
-    assert all(torch.equal(*pair) for pair in zip(*(state.model.parameters() for state in states), strict=True))
-
-
 # ------------------------------------------------------------------------------------------------ one member
 
 
@@ -305,7 +251,7 @@ def test_members_and_seeds_differ_in_every_draw(tiny_cache, tiny_settings, small
         first.append((state.model.fc.weight.detach().clone(), pixels))
 
     monkeypatch.setattr(train, "train_step", step)
-    settings = replace(tiny_settings, num_epochs=1, batch_size=10**9)  # memory is taken for 36
+    settings = replace(tiny_settings, num_epochs=1, batch_size=10**6)  # memory is taken for 36
     drawn = []
     for seed, member in ((0, 1), (0, 2), (1, 1)):
         _, result = train_member(experiment_of(tiny_cache, replace(settings, seed=seed)), member, "title")
@@ -355,13 +301,13 @@ def test_members_share_given_weights_but_for_the_head(tiny_cache, tiny_settings,
 def test_members_do_not_depend_on_each_other(tiny_run, tiny_cache, tiny_settings):
     """Member 2 trained alone is bit for bit member 2 of the run, and not member 1."""
     model, result = train_member(experiment_of(tiny_cache, tiny_settings), 2, "member 2/2")
-    saved = torch.load(tiny_run / "member_002.pth", weights_only=True)
+    saved = load_file(tiny_run / "member_002.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
     earlier = read_record(tiny_run / "member_002.json", MemberRecord)
     assert result["partition"] == earlier.partition
     assert result["partition"] == meta_class_partition(6, 3, rng_for(0, 2, 0, "partition")).tolist()
     assert set(HISTORY_COLUMNS) < set(result["history"][0])
-    first = torch.load(tiny_run / "member_001.pth", weights_only=True)
+    first = load_file(tiny_run / "member_001.safetensors")
     assert not torch.equal(first["fc.weight"], saved["fc.weight"])
 
 
@@ -384,14 +330,15 @@ def nothing_finite(model, images, statistics, batch_size, embedding) -> torch.Te
     return torch.full((len(images), 3), float("nan"))
 
 
-def test_an_embedding_that_is_not_finite_ends_the_run(tiny_data, tmp_path, small_network, capsys, monkeypatch):
+def test_an_embedding_that_is_not_finite_ends_the_run(tiny_data, small_run, tmp_path, capsys, monkeypatch):
+    """Logits of a new member and pooled features of a saved one."""
     monkeypatch.setattr(train, "extract_features", nothing_finite)
-    assert train_tiny(tiny_data, tmp_path) == 1
-    assert "initial network: its embedding is not finite" in capsys.readouterr().err
-    monkeypatch.setattr(train, "score_baseline", lambda *args: None)
-    assert train_tiny(tiny_data, tmp_path) == 1
-    assert "member 1: its embedding is not finite; try a lower --lr" in capsys.readouterr().err
-    assert not list(only_folder(tmp_path).glob("member_*"))
+    copy_run(small_run, tmp_path / small_run.name)
+    for options in (["--ensemble_size", "3"], ["--embedding", "pooled"]):
+        assert train_tiny(tiny_data, tmp_path, *options) == 1
+        member = 3 if options[1] == "3" else 1
+        assert f"member {member}: its embedding is not finite; try a lower --lr" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/member_003*")) and not list(tmp_path.glob("*/pooled_*"))
 
 
 # ------------------------------------------------------------------------------------------------ settings at work
@@ -426,18 +373,15 @@ def test_method_options_reach_the_training(tiny_data, tmp_path, small_network, s
     assert optimizers == {torch.optim.SGD} and torch.backends.cudnn.benchmark
 
 
-def test_the_seconds_between_progress_files_are_no_setting(
-    tiny_data, tmp_path, small_network, no_training, monkeypatch
-):
+def test_the_seconds_between_progress_files_are_no_setting(tiny_data, tmp_path, small_network, monkeypatch):
     """They reach every member, and another number of them is the same run."""
     intervals = []
 
-    class Spy(Progress):
-        def __enter__(self):
-            intervals.append(self.interval)
-            raise KeyboardInterrupt
+    def look(experiment, member, title, progress):
+        intervals.append(progress.interval)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "Progress", Spy)
+    monkeypatch.setattr(train, "train_member", look)
     for options in (["--progress_seconds", "0"], ["--progress_seconds", "2.5"], []):
         assert train_tiny(tiny_data, tmp_path, *options) == 130
     assert intervals == [0, 2.5, 30]
@@ -582,60 +526,6 @@ def test_growing_an_ensemble(tiny_data, small_run, tmp_path, capsys, monkeypatch
     assert f"\n{text} the last one scores\n" in capsys.readouterr().out
 
 
-def test_a_finished_run_prints_its_table(tiny_data, tiny_run, tmp_path, capsys, no_training):
-    """The last line is the final recall; the column `alone` is that of the last member of the row by itself."""
-    folder = copy_run(tiny_run, tmp_path / tiny_run.name)
-    assert train_tiny(tiny_data, tmp_path) == 0
-    lines = capsys.readouterr().out.splitlines()
-    r1, r4 = (folder / "recall.csv").read_text().splitlines()[2].split(",")[1:]
-    assert lines[-1] == f"2 members: R@1 {float(r1):.2f}, R@4 {float(r4):.2f} in {folder / 'recall.csv'}"
-    labels = torch.from_numpy(pd.read_csv(tiny_run / "test.csv").label.to_numpy(copy=True))
-    second = torch.from_numpy(np.load(tiny_run / "member_002.npy"))
-    alone = 100 * recall_at_k(second, labels, [1]).item()
-    assert float(lines[-3].split()[-1]) == pytest.approx(alone, abs=0.006)
-
-
-def test_nothing_is_left_to_do_but_by_others(tiny_data, small_network, tmp_path, capsys, no_training):
-    """The first processes of a run can be more than its members. No log is missing."""
-    folder = tmp_path / "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
-    folder.mkdir()
-    with take_lock(folder / ".member_001.lock"):
-        assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "1") == 0
-    output = capsys.readouterr().out
-    text = "member 1 is being trained by another process; the process that finishes the last one scores\n"
-    assert output.endswith(text)
-    assert (folder / "recall.csv").read_text() == "ensemble_size,R@1,R@4\n"
-    assert (folder / "train.csv").read_text() == ",".join(["member", *HISTORY_COLUMNS]) + "\n"
-
-
-def test_percentages_are_exact(monkeypatch):
-    """Every share of 8,131 queries prints its four right decimals."""
-    is_query, given = torch.arange(12000) < 8131, [torch.zeros(1)]  # the other images are in the gallery
-    for mask in (is_query, torch.ones(8131).bool()):
-        split = TestSplit(torch.zeros(len(mask)).long(), mask, ~mask)
-
-        def recall(embeddings, labels, ks, *, is_query, is_gallery, max_bytes, split=split):
-            assert (labels, is_query, is_gallery) == split and (embeddings, ks) == (given, "ks")
-            return torch.arange(8132)[None].double() / int(is_query.sum())
-
-        monkeypatch.setattr(train, "recall_at_k", recall)
-        percent = train.recall_percent(given, split, "ks")
-        assert [f"{value:.4f}" for value in percent[0]] == [f"{100 * hits / 8131:.4f}" for hits in range(8132)]
-
-
-def test_a_test_class_of_one_image_is_said_once(tmp_path, small_network, capfd):
-    """Its query is a miss in every log, and no more than one line says so."""
-    draw_demo(tmp_path / "data" / "tiny", num_classes=3, images_per_class=3, image_side=40)
-    for path in sorted((tmp_path / "data" / "tiny" / "test" / "character_003").iterdir())[1:]:
-        path.unlink()
-    assert data_utils.main(["--data_path", str(tmp_path / "data"), "--image_size", "32"]) == 0
-    assert train_tiny(tmp_path / "data", tmp_path / "results", "--num_epochs", "1") == 0
-    output = capfd.readouterr()
-    assert (output.out + output.err).count("no other image of their class") == 1
-    last = pd.read_csv(only_folder(tmp_path / "results") / "recall.csv").iloc[-1]
-    assert last["R@4"] <= 100 * 6 / 7 + 1e-4
-
-
 def test_queries_are_scored_against_the_gallery(shop_data, tmp_path, small_network, capfd):
     """recall.csv and the column `alone` by the slow implementation, from the files alone."""
     options = ["--data_name", "shop", "--num_epochs", "1", "--recalls", "1,2,7"]
@@ -656,11 +546,6 @@ def test_queries_are_scored_against_the_gallery(shop_data, tmp_path, small_netwo
     assert [float(line.split()[-1]) for line in output.out.splitlines()[-4:-2]] == pytest.approx(alone, abs=0.006)
 
 
-def test_recalls_have_to_be_below_the_gallery(shop_data, tmp_path, capsys, no_training):
-    assert train_tiny(shop_data, tmp_path / "results", "--data_name", "shop", "--recalls", "1,8") == 2
-    assert "--recalls: 8 is not below the number of gallery images, 8\n" in capsys.readouterr().err
-
-
 def test_out_of_memory_in_the_evaluation_costs_time_only(tiny_data, small_run, tmp_path, monkeypatch):
     """Batches of 32 and 16 do not fit, nor blocks of 1 GiB and 512 MiB: the same results come of less."""
     sizes = {"batch": [], "block": []}
@@ -672,14 +557,14 @@ def test_out_of_memory_in_the_evaluation_costs_time_only(tiny_data, small_run, t
 
     def extract(model, images, statistics, batch_size, embedding):
         limited("batch", batch_size, 8)
-        return extract_features(model, images, statistics, batch_size, embedding)
+        return features_in_batches(model, images, statistics, batch_size, embedding)
 
     def recall(embeddings, labels, ks, *, max_bytes, **masks):
         limited("block", max_bytes, 2**28)
         return recall_at_k(embeddings, labels, ks, max_bytes=max_bytes, **masks)
 
-    monkeypatch.setattr(train, "extract_features", extract)
-    monkeypatch.setattr(train, "recall_at_k", recall)
+    monkeypatch.setattr("model.features_in_batches", extract)
+    monkeypatch.setattr(writer, "recall_at_k", recall)
     assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "1") == 0
     assert sizes["batch"] == 2 * [32, 16, 8] and sizes["block"][:3] == [2**30, 2**29, 2**28]
     logits = [np.load(folder / "member_001.npy") for folder in (only_folder(tmp_path), small_run)]
@@ -698,18 +583,15 @@ def test_out_of_memory_names_the_options(tiny_data, tmp_path, small_network, cap
     assert "try a smaller --batch_size or --image_size" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("embedding", ["logits", "pooled"])
-@pytest.mark.parametrize("name", ["member_001.npy", "member_001.pth"])
+@pytest.mark.parametrize(("name", "embedding"), [("member_001.npy", "logits"), ("member_001.safetensors", "pooled")])
 def test_a_disk_that_reads_back_otherwise_ends_the_run(
     tiny_data, tmp_path, small_network, capsys, monkeypatch, name, embedding
 ):
     save_member = writer.save_member
 
-    def save(folder, record, model, logits):
-        save_member(folder, record, model, logits)
-        content = bytearray((folder / name).read_bytes())
-        content[-1] ^= 1
-        (folder / name).write_bytes(content)
+    def save(folder, *arguments):
+        save_member(folder, *arguments)
+        flip_a_bit(folder / name)
 
     monkeypatch.setattr(writer, "save_member", save)
     assert train_tiny(tiny_data, tmp_path, "--num_epochs", "1", "--embedding", embedding) == 1
@@ -742,15 +624,6 @@ def size_of(folder: Path, pattern: str, times: int = 1) -> str:
     return tqdm.format_sizeof(times * sum(path.stat().st_size for path in folder.glob(pattern)), "B")
 
 
-def test_what_the_first_member_tells_of_the_rest(tiny_data, tmp_path, small_network, capsys):
-    assert train_tiny(tiny_data, tmp_path, "--num_epochs", "1", "--ensemble_size", "3") == 0
-    output, needed = capsys.readouterr().out, re.escape(size_of(only_folder(tmp_path), "member_001.*", 2))
-    outlook = rf"the other 2 members need about [\d.]+ minutes and {needed} \([\d.]+[GT]B are free\)"
-    assert re.search(outlook, output) and output.count("the other") == 1
-    assert re.search(r"member 1/3 epoch 0: loss \d\.\d+, accuracy [\d.]+%, [\d,]+ images/s", output)
-    assert re.search(r"member 1/3: training accuracy [\d.]+ % in epoch 0, [\d.]+ s", output)
-
-
 def test_a_cut_of_large_classes_is_said(tiny_data, tmp_path, small_network, capsys, monkeypatch):
     monkeypatch.setattr(train, "MAX_IMAGES_PER_CLASS", 4)
     assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "1", "--num_epochs", "1") == 0
@@ -779,7 +652,7 @@ def test_pooled_features_of_the_saved_members(pooled_run, tiny_run, tiny_cache):
     embeddings, labels = [], pd.read_csv(pooled_run / "test.csv").label.to_numpy()
     for member in (1, 2):
         model, seen = torchvision.models.resnet18(num_classes=3).eval(), []
-        model.load_state_dict(torch.load(pooled_run / f"member_00{member}.pth", weights_only=True))
+        model.load_state_dict(load_file(pooled_run / f"member_00{member}.safetensors"))
         model.avgpool.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.flatten(1)))
         with torch.no_grad():
             model(images)
@@ -787,10 +660,11 @@ def test_pooled_features_of_the_saved_members(pooled_run, tiny_run, tiny_cache):
         assert embeddings[-1].dtype == np.float32 and embeddings[-1].shape == (36, 512)
         np.testing.assert_allclose(embeddings[-1], seen[0], rtol=1e-4, atol=1e-4)
         record = read_record(pooled_run / f"pooled_00{member}.json", PooledRecord)
-        hashes = digests(pooled_run, f"*_00{member}.[np]*")
-        assert record.weights == hashes[f"member_00{member}.pth"]
+        hashes = digests(pooled_run, f"*_00{member}.[ns]*")
+        assert record.weights == hashes[f"member_00{member}.safetensors"]
         assert record.sha256 == hashes[f"pooled_00{member}.npy"] and record.member == member
-        assert record.run == read_record(pooled_run / f"member_00{member}.json", MemberRecord).run
+        member_record = read_record(pooled_run / f"member_00{member}.json", MemberRecord)
+        assert record.settings_hash == member_record.settings_hash
     expected = 100 * slow_recall(embeddings, labels, [1, 4])
     lines = (pooled_run / "recall_pooled.csv").read_text().splitlines()
     assert lines == ["ensemble_size,R@1,R@4", *(f"{n},{r1:.4f},{r4:.4f}" for n, (r1, r4) in enumerate(expected, 1))]
@@ -819,8 +693,8 @@ def spy_on_scores(monkeypatch) -> list[tuple[str, int]]:
     """(embedding, ensemble sizes) of each time that the logs are written from now on."""
     scores, update_logs = [], writer.update_logs
 
-    def update(members, num_members, device, recall_table, embedding):
-        table, embeddings = update_logs(members, num_members, device, recall_table, embedding)
+    def update(members, num_members, split, ks, embedding, device):
+        table, embeddings = update_logs(members, num_members, split, ks, embedding, device)
         scores.append((embedding, len(table)))
         return table, embeddings
 
@@ -845,9 +719,11 @@ def test_training_and_pooling_in_one_run(small_pooled_run, tiny_data, tmp_path, 
 def test_pooling_scores_once_and_says_what_it_needs(small_run, tiny_data, tmp_path, capsys, monkeypatch, no_training):
     """Scores of many wide features take long: not after each member. It needs room for features and a record."""
     folder = copy_run(small_run, tmp_path / small_run.name)
+    (folder / ".pooled_001.npy.tmp-123").write_text("half")  # of a process that was killed
     scores = spy_on_scores(monkeypatch)
     assert pool(tiny_data, tmp_path) == 0
     assert scores == [("logits", 2), ("pooled", 2)]
+    assert not list(folder.glob("*tmp*"))
     needed = re.escape(size_of(folder, "pooled_001.*"))
     assert re.search(rf"the other 1 members need about [\d.]+ minutes and {needed} ", capsys.readouterr().out)
 
@@ -870,28 +746,6 @@ def test_processes_share_the_pooling(small_pooled_run, small_run, tiny_data, tmp
         assert digests(folder, pattern) == digests(small_pooled_run, pattern)
 
 
-def test_what_another_process_has_just_made_is_not_made_again(
-    small_pooled_run, small_run, tiny_data, tmp_path, monkeypatch
-):
-    """It finishes member 1 while this one waits for the lock."""
-    folder, pooled, pool_member = copy_run(small_run, tmp_path / small_run.name), [], train.pool_member
-
-    def late_lock(path, timeout=-1):
-        if path.name == ".member_001.lock":
-            for suffix in ("npy", "json"):
-                shutil.copy(small_pooled_run / f"pooled_001.{suffix}", folder)
-        return take_lock(path, timeout)
-
-    def spy(experiment, members, member):
-        pooled.append(member)
-        pool_member(experiment, members, member)
-
-    monkeypatch.setattr(run_folders, "take_lock", late_lock)
-    monkeypatch.setattr(train, "pool_member", spy)
-    assert pool(tiny_data, tmp_path) == 0
-    assert pooled == [2] and digests(folder, "*.csv") == digests(small_pooled_run, "*.csv")
-
-
 def test_pooling_that_is_interrupted_anywhere_goes_on(
     small_pooled_run, small_run, tiny_data, tmp_path, capsys, monkeypatch
 ):
@@ -911,8 +765,7 @@ def test_pooling_that_is_interrupted_anywhere_goes_on(
             code = pool(tiny_data, tmp_path)
         error = capsys.readouterr().err
         if code == 130:
-            place = f" in member {number // 2 + 1}/2" if number < 4 else ""  # else in the log
-            assert error.endswith(f"interrupted{place}; run the same command again to go on\n")
+            assert error == "train.py: interrupted; run the same command again to go on\n"
             assert pool(tiny_data, tmp_path) == 0 and "warning" not in capsys.readouterr().err
         for pattern in ("*member_*[!k]", "*pooled_*", "*.csv"):
             assert digests(folder, pattern) == digests(small_pooled_run, pattern)
@@ -920,51 +773,6 @@ def test_pooling_that_is_interrupted_anywhere_goes_on(
         if code == 0:
             break
     assert number == 5
-
-
-def test_weights_that_change_meanwhile_are_not_pooled(small_run, tiny_data, tmp_path, capsys, monkeypatch, no_training):
-    """By another process that has found the member damaged, say: the run ends, and the next one sees the new state."""
-    folder = copy_run(small_run, tmp_path / small_run.name)
-
-    def meanwhile(members, num_members, device, recall_table, embedding):
-        shutil.copy(folder / "member_002.pth", folder / "member_001.pth")
-
-    monkeypatch.setattr(writer, "update_logs", meanwhile)
-    assert pool(tiny_data, tmp_path) == 1
-    message = f"{folder / 'member_001.pth'} has changed since this run began; run the same command again"
-    assert capsys.readouterr().err == f"train.py: failed: {message}\n" and not list(folder.glob("pooled_*"))
-
-
-def test_a_cache_that_changes_while_pooling_is_noticed(
-    small_run, tiny_data, tmp_path, capsys, monkeypatch, no_training
-):
-    shutil.copytree(tiny_data, tmp_path / "data")
-    copy_run(small_run, tmp_path / "results" / small_run.name)
-    embed, meta = train.embed_test_images, tmp_path / "data" / "tiny" / "cache_32" / "meta.json"
-
-    def meanwhile(experiment, model, member, embedding):
-        edit_record(meta, "mean", value=[0.1, 0.2, 0.3])
-        return embed(experiment, model, member, embedding)
-
-    monkeypatch.setattr(train, "embed_test_images", meanwhile)
-    assert pool(tmp_path / "data", tmp_path / "results") == 1
-    assert "cache_32 has been changed during the run" in capsys.readouterr().err
-    assert not list((tmp_path / "results").glob("*/pooled_*"))
-
-
-def test_leftovers_of_pooling_go(small_run, tiny_data, tmp_path, no_training):
-    folder = copy_run(small_run, tmp_path / small_run.name)
-    (folder / ".pooled_001.npy.tmp-123").write_text("half")
-    assert pool(tiny_data, tmp_path) == 0
-    assert not list(folder.glob("*tmp*"))
-
-
-def test_pooled_features_that_are_not_finite_end_the_run(small_run, tiny_data, tmp_path, capsys, monkeypatch):
-    folder = copy_run(small_run, tmp_path / small_run.name)
-    monkeypatch.setattr(train, "extract_features", nothing_finite)
-    assert pool(tiny_data, tmp_path) == 1
-    assert "member 1: its embedding is not finite; try a lower --lr" in capsys.readouterr().err
-    assert not list(folder.glob("pooled_*"))
 
 
 # ------------------------------------------------------------------------------------------------ options
@@ -996,37 +804,25 @@ def test_defaults_are_those_of_the_original_command_line():
         (["--meta_class_size", "1"], r"--meta_class_size 1 has to be in 2\.\.6 \(training classes\), or all: each"),
         (["--meta_class_size", "every"], "argument --meta_class_size: invalid number_of_meta_classes value: 'every'"),
         (["--recalls", "1,1"], "names a K twice"),
-        (["--recalls", "0,1"], "'0,1' is no list of positive integers"),
         (["--recalls", "1,,2"], "'1,,2' is no list of positive integers"),
         (["--recalls", "1,36"], "36 is not below the number of gallery images, 36"),
         (["--batch_size", "1"], "--batch_size 1 has to be at least 2"),
         (["--num_epochs", "0"], "--num_epochs 0 has to be at least 1"),
         (["--ensemble_size", "-3"], "--ensemble_size -3 has to be at least 1 and at most 10,000"),
-        (["--ensemble_size", "10001"], "--ensemble_size 10001 has to be at least 1 and at most 10,000"),
-        (["--ensemble_size", "1" * 5000], "invalid int value: '1111"),
         (["--members", "3-1"], "'3-1' is no range of members"),
-        (["--members", "1-99999"], "'1-99999' is no range of members"),
-        (["--members", "1-"], "'1-' is no range of members"),
         (["--members", "2,5"], "--members 5 is above --ensemble_size 2"),
         (["--lr", "nan"], "--lr nan has to be above 0"),
         (["--progress_seconds", "-1"], "--progress_seconds -1.0 has to be at least 0"),
         (["--scale_min", "0"], "--scale_min 0.0 has to be above 0 and at most 1"),
-        (["--scale_min", "1.01"], "--scale_min 1.01 has to be above 0 and at most 1"),
-        (["--scale_min", "-1"], "--scale_min -1.0 has to be above 0"),
-        (["--scale_min", "nan"], "--scale_min nan has to be above 0"),
         (["--scale_min", "x"], "--scale_min: invalid float value: 'x'"),
-        (["--seed", "-1"], "--seed -1 has to be at least 0 and at most 4,294,967,295"),
-        (["--seed", "4294967296"], "--seed 4294967296 has to be at least 0 and at most 4,294,967,295"),
+        (["--seed", "-1"], "--seed -1 has to be at least 0"),
         (["--backbone", "resnet19"], "--backbone 'resnet19' is no network of .*near it: resnet1"),
+        (["--backbone", "vit_b_32"], "--image_size 32: vit_b_32 cannot take it"),
         (["--weights", "nowhere.pth"], "--weights 'nowhere.pth': no such file"),
         (["--device", "tpu"], "--device tpu is not one of auto, cuda, cuda:i, mps, cpu"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has "),
-        (["--device", "cpu:"], "--device cpu: is not one of"),
-        (["--device", "cpu:0"], "--device cpu:0 is not one of"),
         (["--resize", "stretch"], "argument --resize: invalid choice: 'stretch'"),
         (["--resize", "squash"], r"no cache: .*cache_32_squash.* --image_size 32 --resize squash"),
-        (["--embedding", "both"], "argument --embedding: invalid choice: 'both'"),
-        (["--optimizer", "adamw"], "argument --optimizer: invalid choice: 'adamw'"),
         (["--ensemble", "3"], "unrecognized arguments: --ensemble 3"),
         (["--lr"], "expected one argument"),
     ],

@@ -1,4 +1,4 @@
-"""The long version of tests/test_inputs.py: 16,200 generated inputs.
+"""The long version of tests/test_inputs.py: 12,600 generated inputs.
 
 pytest -m slow tests/slow/test_inputs.py
 """

@@ -1,26 +1,24 @@
-"""dreml/runs/writer.py: what a run folder holds, when it is refused, its logs and locks."""
+"""dreml/run_writer.py: what a run folder holds, when it is refused, its logs and locks."""
 
 import json
 import os
 import re
 import shutil
 import subprocess
-import threading
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors
 import torch
-from builders import bytes_an_image, copy_run, digests, edit_record, only_folder, train_tiny
+from builders import copy_run, digests, edit_record, flip_a_bit, only_folder, train_tiny
 from reference import slow_recall
 from torch import nn
 
 import data_utils
-import train
 from dreml import files
 from dreml import run_writer as writer
 from dreml.files import read_record, take_lock, write_record
@@ -34,11 +32,11 @@ CPU = torch.device("cpu")
 def test_run_folder(tiny_run, tiny_data, tiny_cache):
     assert tiny_run.name == "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
     names = {"args.json", "baseline.csv", "baseline.json", "cache_compared.json", "recall.csv", "test.csv", "train.csv"}
-    names |= {f"member_00{member}.{suffix}" for member in (1, 2) for suffix in ("json", "npy", "pth")}
+    names |= {f"member_00{member}.{suffix}" for member in (1, 2) for suffix in ("json", "npy", "safetensors")}
     assert {path.name for path in tiny_run.iterdir() if not path.name.endswith(".lock")} == names
 
     record = json.loads((tiny_run / "args.json").read_text())
-    assert record["options"]["ensemble_size"] == 2 and record["settings"]["lr"] == 1e-3 and record["format"] == 2
+    assert record["options"]["ensemble_size"] == 2 and record["settings"]["lr"] == 1e-3 and record["format"] == 3
     assert record["data"]["fingerprint"] == tiny_cache.fingerprint
     assert record["data"]["mean"] == tiny_cache.meta.mean and record["data"]["std"] == tiny_cache.meta.std
     assert record["data"]["counts"]["train"] == {"classes": 6, "images": 36}
@@ -51,36 +49,27 @@ def test_run_folder(tiny_run, tiny_data, tiny_cache):
 
     for member in (1, 2):
         finished = json.loads((tiny_run / f"member_00{member}.json").read_text())
-        hashes = digests(tiny_run, f"member_00{member}.[np]*")
+        hashes = digests(tiny_run, f"member_00{member}.[ns]*")
         assert finished["sha256"] == hashes and finished["member"] == member
         assert np.load(tiny_run / f"member_00{member}.npy").dtype == np.float32
 
 
 def test_test_csv_is_written_a_piece_at_a_time(tmp_path):
-    """As one table would be. A row of it takes 400 bytes in memory."""
-    generator = np.random.default_rng(0)
-
-    class LargeCache:
-        def __init__(self, number: int):
-            self.number, self.counts = number, {"test": (50, number)}
-            self.meta = SimpleNamespace(test={"classes": [f'ü, "{label}"' for label in range(50)]})
-            self.arrays = {name: generator.integers(0, 2, number).astype(bool) for name in ("is_query", "is_gallery")}
-            self.arrays["labels"] = generator.integers(0, 50, number)
-
-        def array(self, name: str) -> np.ndarray:
-            return self.arrays[name.removeprefix("test_")]
-
-        def paths(self, split: str, start: int, stop: int) -> list[str]:
-            return [f"{split}/ж, {row}.png" for row in range(start, stop)]
-
-    caches = {number: LargeCache(number) for number in (1_000, 5_000, 15_000)}
-    assert bytes_an_image(lambda number: writer.write_test_csv(tmp_path / "test.csv", caches[number])) < 20
-    cache = caches[15_000]
-    table = pd.DataFrame({"path": cache.paths("test", 0, 15_000)} | {"label": cache.arrays["labels"]})
-    table = table.assign(is_query=cache.arrays["is_query"], is_gallery=cache.arrays["is_gallery"])
-    table["class_name"] = np.array(cache.meta.test["classes"], object)[table.label]
-    table.to_csv(tmp_path / "whole.csv", index=False, lineterminator="\n")
-    assert (tmp_path / "test.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    """As one table would be."""
+    generator, number = np.random.default_rng(0), 10_000
+    columns = {"label": generator.integers(0, 50, number)}
+    columns |= {name: generator.integers(0, 2, number).astype(bool) for name in ("is_query", "is_gallery")}
+    paths = [f"test/ж, {row}.png" for row in range(number)]
+    classes = np.array([f'ü, "{label}"' for label in range(50)], object)
+    cache = SimpleNamespace(
+        counts={"test": (50, number)},
+        meta=SimpleNamespace(test={"classes": classes.tolist()}),
+        array=lambda name: columns[{"test_labels": "label"}.get(name, name.removeprefix("test_"))],
+        paths=lambda split, start, stop: paths[start:stop],
+    )
+    writer.write_test_csv(tmp_path / "test.csv", cache)
+    table = pd.DataFrame({"path": paths} | columns | {"class_name": classes[columns["label"]]})
+    assert (tmp_path / "test.csv").read_bytes() == table.to_csv(index=False, lineterminator="\n").encode()
 
 
 def test_train_log(tiny_run):
@@ -113,21 +102,19 @@ def test_a_member_is_finished_by_its_last_file(tmp_path, monkeypatch):
         replace_file(source, target)
 
     monkeypatch.setattr(os, "replace", spy)
-    epoch = dict.fromkeys(("epoch", "loss", "accuracy", "lr", "seconds", "images_per_second"), 0)
-    owner = {"member": 1, "run": "r", "environment": {}}
-    record = MemberRecord(**owner, best_epoch=0, history=[epoch], partition=[0, 1], sha256={})
-    model = nn.Linear(2, 2)
-    writer.save_member(tmp_path, record, model, torch.tensor([[1.0, 2.0]]))
-    assert written == ["member_001.pth", "member_001.npy", "member_001.json"]
+    record = MemberRecord(1, "r", best_epoch=0, history=[], partition=[0, 1], environment={}, sha256={})
+    model = nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last)
+    writer.save_member(tmp_path, record, model, torch.tensor([[1.0, 2.0]]), {"settings": {"lr": 0.1}, "mean": [0.5]})
+    assert written == ["member_001.safetensors", "member_001.npy", "member_001.json"]
     members = Members(tmp_path, "r")
     members.refresh()
-    assert members.records == {1: record} and record.sha256 == digests(tmp_path, "*.[np]*")
+    assert members.records == {1: record} and record.sha256 == digests(tmp_path, "*.[ns]*")
     assert members.embeddings(1, "logits", CPU)[0].tolist() == [[1, 2]]
-    saved = torch.load(tmp_path / "member_001.pth", weights_only=True)
-    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+    with safetensors.safe_open(tmp_path / "member_001.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["dreml"]) == {"settings": {"lr": 0.1}, "mean": [0.5]}
+        assert all(torch.equal(file.get_tensor(name), value) for name, value in model.state_dict().items())
     del written[:]
-    weights = record.sha256["member_001.pth"]
-    writer.save_pooled(tmp_path, 1, "r", weights, torch.tensor([[3.0]]))
+    writer.save_pooled(tmp_path, record, torch.tensor([[3.0]]))
     assert written == ["pooled_001.npy", "pooled_001.json"]
     assert members.embeddings(1, "pooled", CPU)[0].tolist() == [[3]]
 
@@ -136,29 +123,30 @@ def test_the_recall_log_ends_before_a_missing_member(small_run, tmp_path):
     folder = copy_run(small_run, tmp_path / "run")
     record = read_record(folder / "member_002.json", MemberRecord)
     (folder / "member_002.json").unlink()
-    for suffix in ("npy", "pth"):
+    for suffix in ("npy", "safetensors"):
         shutil.move(folder / f"member_002.{suffix}", folder / f"member_003.{suffix}")
     hashes = {name.replace("002", "003"): value for name, value in record.sha256.items()}
     write_record(folder / "member_003.json", replace(record, member=3, sha256=hashes))
     split = TestSplit(torch.arange(36) // 6, torch.ones(36).bool(), torch.ones(36).bool())
-    members = Members(folder, record.run)
-    table, embeddings = writer.update_logs(members, 3, CPU, partial(train.recall_table, split, [1, 4]), "logits")
+    members = Members(folder, record.settings_hash)
+    table, embeddings = writer.update_logs(members, 3, split, [1, 4], "logits", CPU)
     assert sorted(members.records) == [1, 3] and len(table) == len(embeddings) == 1
     assert pd.read_csv(folder / "train.csv").member.tolist() == [1, 1, 3, 3]
 
 
-def test_one_process_at_a_time_writes_the_logs(small_run, tmp_path):
+def test_one_process_at_a_time_writes_the_logs(small_run, tmp_path, monkeypatch):
     """Its lock lies outside, and is held from before the embeddings are read until the logs are written."""
     folder = copy_run(small_run, tmp_path / "run")
     for name in ("recall_pooled.csv", "train.csv"):
         (folder / name).write_text("old")
 
-    def table_of(embeddings):
+    def table_of(embeddings, split, ks):
         assert take_lock(tmp_path / ".run.lock", timeout=0) is None
         return pd.DataFrame({"ensemble_size": [], "R@1": []})
 
+    monkeypatch.setattr(writer, "recall_table", table_of)
     members = Members(folder, read_run_record(folder).settings_hash)
-    writer.update_logs(members, 2, CPU, table_of, "pooled")
+    writer.update_logs(members, 2, None, [1], "pooled", CPU)
     assert (folder / "recall_pooled.csv").read_text() == "ensemble_size,R@1\n"
     assert (folder / "train.csv").read_text() == (small_run / "train.csv").read_text()
     assert (folder / "recall.csv").read_text() == (small_run / "recall.csv").read_text()
@@ -166,36 +154,9 @@ def test_one_process_at_a_time_writes_the_logs(small_run, tmp_path):
         pass
 
 
-def test_a_process_that_waits_for_another_says_so(tmp_path, capsys, monkeypatch):
-    waiting, timeouts = threading.Event(), []
-
-    def lock(path, timeout=-1):
-        timeouts.append(timeout)
-        if timeout < 0:
-            waiting.set()
-        return take_lock(path, min(timeout, 0.1))
-
-    def other_process():
-        with writer.run_lock(tmp_path / "run"):
-            pass
-
-    monkeypatch.setattr(writer, "take_lock", lock)
-    thread = threading.Thread(target=other_process)
-    with writer.run_lock(tmp_path / "run"):
-        assert capsys.readouterr().out == ""
-        thread.start()
-        assert waiting.wait(10)
-        thread.join(0.2)
-        assert thread.is_alive() and take_lock(tmp_path / ".run.lock", timeout=0) is None
-    thread.join(10)
-    assert not thread.is_alive() and timeouts == [2, 2, -1]
-    assert capsys.readouterr().out == f"{tmp_path / 'run'}: waiting for another process of this run\n"
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_outlook_is_of_the_other_members(tmp_path, capsys, monkeypatch):
     """Their time and room, as the first one took; a disk that will be full is a warning."""
-    for name, size in (("member_001.pth", 900), ("member_001.npy", 100), ("member_002.pth", 500)):
+    for name, size in (("member_001.json", 900), ("member_001.npy", 100), ("member_002.json", 500)):
         (tmp_path / name).write_bytes(b"x" * size)
     usage = shutil.disk_usage(tmp_path)
     for free, warned in ((1999, True), (2000, False)):
@@ -207,29 +168,25 @@ def test_the_outlook_is_of_the_other_members(tmp_path, capsys, monkeypatch):
             assert ("the disk will be full before the ensemble is finished" in output.err) == warned
 
 
-def test_the_environment_says_what_a_number_depends_on(monkeypatch):
-    """The commit is that of this code, wherever it is run; without git, there is none."""
-
-    def git(output: str, change: str):
-        def run(command, **_):
-            assert command[:3] == ["git", "-C", str(Path(writer.__file__).parent)]
-            return subprocess.CompletedProcess(command, 0, change if "status" in command else output)
-
-        return run
-
-    for output, change, commit in (("abc\n", "", "abc"), ("abc\n", " M a.py\n", "abc+changes"), ("", "", None)):
-        monkeypatch.setattr(subprocess, "run", git(output, change))
-        here = writer.environment(CPU)
-        assert here["commit"] == commit
+def test_the_environment_says_what_a_number_depends_on(tmp_path, monkeypatch):
+    """The commit is that of this code, wherever it is run; without git or outside a checkout, there is none."""
+    here = writer.environment(CPU)
     assert (here["torch"], here["numpy"], here["threads"]) == (torch.__version__, np.__version__, 1)
     assert set(here) == {"python", "torch", "torchvision", "numpy", "device", "threads", "commit"}
     assert here["device"].startswith("cpu (")
 
-    def missing(command, **_):
-        raise FileNotFoundError(2, "No such file or directory", "git")
-
-    monkeypatch.setattr(subprocess, "run", missing)
-    assert writer.environment(CPU)["commit"] is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    monkeypatch.setattr(writer, "__file__", str(tmp_path / "run_writer.py"))
+    commits = [writer.environment(CPU)["commit"]]
+    (tmp_path / "a.py").write_text("1")
+    for command in (["init", "-q"], ["add", "a.py"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    commits.append(writer.environment(CPU)["commit"])
+    (tmp_path / "a.py").write_text("2")
+    commits.append(writer.environment(CPU)["commit"])
+    monkeypatch.setenv("PATH", "")
+    commits.append(writer.environment(CPU)["commit"])
+    assert commits == [None, commits[1], f"{commits[1]}+changes", None] and re.fullmatch("[0-9a-f]{40}", commits[1])
 
 
 # ------------------------------------------------------------------------------------------------ folders refused
@@ -268,7 +225,7 @@ def test_the_members_stand_in_for_a_lost_run_record(tiny_data, small_run, tmp_pa
 
     path.unlink()
     for member in (1, 2):
-        edit_record(folder / f"member_00{member}.json", "run", value="another")
+        edit_record(folder / f"member_00{member}.json", "settings_hash", value="another")
     before = digests(folder)
     assert train_tiny(tiny_data, tmp_path) == 2
     assert "no sound args.json and no member of these settings and data" in capsys.readouterr().err
@@ -337,9 +294,7 @@ def test_the_content_of_a_cache_is_compared_once(tiny_data, small_run, tmp_path,
     for expected in (1, 1):
         assert train_tiny(data, results) == 0 and len(compared) == expected
     path = data / "tiny" / "cache_32" / "test_images.npy"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    flip_a_bit(path)
     for expected in (2, 3):  # a damaged one is not remembered
         assert train_tiny(data, results) == 2 and len(compared) == expected
         error = capsys.readouterr().err
