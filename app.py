@@ -119,6 +119,19 @@ def build_page(search: Search, title: str):
     """The page, a `gradio.Blocks`."""
     import gradio as gr
 
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(f"### {title}")
+        with gr.Tab("Search"):
+            fill_search_tab(search)
+        with gr.Tab("What the run has learned") as tab:
+            fill_learned_tab(search.learned, tab)
+    return page
+
+
+def fill_search_tab(search: Search) -> None:
+    """A photo or a test image, two sliders, and the neighbours."""
+    import gradio as gr
+
     learned = search.learned
     num_test = len(learned.run.test)
 
@@ -135,69 +148,68 @@ def build_page(search: Search, title: str):
         query = neighbours[event.index]
         return learned.photo(query), query, *search.find(query, top, far)
 
+    query = gr.State()
+    neighbours = gr.State([])
+    with gr.Row():
+        with gr.Column(scale=1, min_width=240):
+            photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=260, elem_id="photo")
+            row = gr.Number(label=f"or the number of a test image, 0 to {num_test - 1}", precision=0, elem_id="row")
+            top = gr.Slider(1, 48, value=12, step=1, label="neighbours", elem_id="top")
+            far_label = "false-accept rate (%): below its threshold, neighbours are not found"
+            far = gr.Slider(0.1, 20, value=1, step=0.1, label=far_label, elem_id="far")
+        with gr.Column(scale=3):
+            text = gr.Markdown(NO_QUERY, elem_id="text")
+            grid = gr.Gallery(
+                format="jpeg", show_label=False, columns=6, allow_preview=False, elem_id="grid", buttons=[]
+            )
+    photo.preprocess = lambda payload: payload and payload.path  # this program reads the file, not Gradio
+    options = [top, far]
+    answer = [grid, text, neighbours]
+    photo.input(dropped, [photo, *options], [query, *answer])
+    row.submit(picked, [row, *options], [photo, query, *answer])
+    grid.select(clicked, [neighbours, *options], [photo, query, *answer])
+    for slider in options:
+        slider.release(search.find, [query, *options], answer)
+
+
+def fill_learned_tab(learned: Learned, tab) -> None:
+    """Figures, pairs of photos, the map and tables. They are made when `tab`, a `gradio.Tab`, is opened first."""
+    import gradio as gr
+
     def on_map(method: str, event: gr.SelectData):
         return learned.at(method, *event.index)
 
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.Markdown(f"### {title}")
-        with gr.Tab("Search"):
-            query = gr.State()
-            neighbours = gr.State([])
-            with gr.Row():
-                with gr.Column(scale=1, min_width=240):
-                    photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=260, elem_id="photo")
-                    row = gr.Number(label=f"or test image, 0 to {num_test - 1}", precision=0, elem_id="row")
-                    top = gr.Slider(1, 48, value=12, step=1, label="neighbours", elem_id="top")
-                    far_label = "false-accept rate (%): below its threshold, neighbours are not found"
-                    far = gr.Slider(0.1, 20, value=1, step=0.1, label=far_label, elem_id="far")
-                with gr.Column(scale=3):
-                    text = gr.Markdown(NO_QUERY, elem_id="text")
-                    grid = gr.Gallery(show_label=False, columns=6, allow_preview=False, elem_id="grid", buttons=[])
-            photo.preprocess = lambda payload: payload and payload.path  # this program reads the file, not Gradio
-            options = [top, far]
-            answer = [grid, text, neighbours]
-            photo.input(dropped, [photo, *options], [query, *answer])
-            row.submit(picked, [row, *options], [photo, query, *answer])
-            grid.select(clicked, [neighbours, *options], [photo, query, *answer])
-            for slider in options:
-                slider.release(search.find, [query, *options], answer)
-        with gr.Tab("What the run has learned") as tab:
-            with gr.Row():
-                histograms = gr.Image(show_label=False, buttons=[])
-                recalls = gr.Image(show_label=False, buttons=[])
-            gr.Markdown("**The most confident errors**: a query and its first neighbour, of another class")
-            errors = gr.Gallery(
-                show_label=False, columns=4, height=320, elem_classes="two", elem_id="errors", buttons=[]
-            )
-            gr.Markdown("**Classes that are most often taken for each other**: two photos of each")
-            confusions = gr.Gallery(show_label=False, columns=3, height=320, elem_classes="four", buttons=[])
-            gr.Markdown("**Test images that look the same and have two class names** (none if empty)")
-            copies = gr.Gallery(
-                show_label=False, columns=4, height=320, elem_classes="two", elem_id="copies", buttons=[]
-            )
-            method = gr.Radio(map_methods(), value="PCA", label="Map of the test images: a click shows the photo")
-            with gr.Row():
-                plane = gr.Image(show_label=False, interactive=False, buttons=[], elem_id="map")
-                with gr.Column():
-                    point = gr.Image(show_label=False, height=300, buttons=[], elem_id="point")
-                    caption = gr.Markdown(elem_id="point_text")
-            with gr.Row():
-                classes = gr.Dataframe(label="R@1 of each class, worst first", max_height=400)
-                settings = gr.Dataframe(label="Settings", max_height=400)
-            for make, component in (
-                (learned.histograms, histograms),
-                (learned.recalls, recalls),
-                (learned.confident_errors, errors),
-                (learned.confusions, confusions),
-                (learned.copies, copies),
-                (learned.classes, classes),
-                (learned.settings, settings),
-            ):
-                tab.select(functools.cache(make), None, component)
-            tab.select(learned.map, method, plane)
-            method.change(learned.map, method, plane)
-            plane.select(on_map, method, [point, caption])
-    return page
+    with gr.Row():
+        histograms = gr.Image(show_label=False, buttons=[])
+        recalls = gr.Image(show_label=False, buttons=[])
+    gr.Markdown("**The most confident errors**: a query and its first neighbour, of another class")
+    errors = gr.Gallery(show_label=False, columns=4, height=320, elem_classes="two", elem_id="errors", buttons=[])
+    gr.Markdown("**Classes that are most often taken for each other**: two photos of each")
+    confusions = gr.Gallery(show_label=False, columns=3, height=320, elem_classes="four", buttons=[])
+    gr.Markdown("**Test images that look the same and have two class names** (none if empty)")
+    copies = gr.Gallery(show_label=False, columns=4, height=320, elem_classes="two", elem_id="copies", buttons=[])
+    method = gr.Radio(map_methods(), value="PCA", label="Map of the test images: a click shows the photo")
+    with gr.Row():
+        plane = gr.Image(show_label=False, interactive=False, buttons=[], elem_id="map")
+        with gr.Column():
+            point = gr.Image(show_label=False, height=300, buttons=[], elem_id="point")
+            caption = gr.Markdown(elem_id="point_text")
+    with gr.Row():
+        classes = gr.Dataframe(label="R@1 of each class, worst first", max_height=400)
+        settings = gr.Dataframe(label="Settings", max_height=400)
+    for make, component in (
+        (learned.histograms, histograms),
+        (learned.recalls, recalls),
+        (learned.confident_errors, errors),
+        (learned.confusions, confusions),
+        (learned.copies, copies),
+        (learned.classes, classes),
+        (learned.settings, settings),
+    ):
+        tab.select(functools.cache(make), None, component)
+    tab.select(learned.map, method, plane)
+    method.change(learned.map, method, plane)
+    plane.select(on_map, method, [point, caption])
 
 
 class Policy:
@@ -255,6 +267,10 @@ def run(args: argparse.Namespace) -> None:
     trained = searcher.run
     if not len(trained.test):
         raise InputError(f"{args.folder}: its data set has no test images")
+    print_text(
+        f"{len(searcher.gallery.vectors):,} images to search"
+    )  # new photos are embedded now, not at the first question
+    searcher.ensemble.eval()  # and the network is loaded
     learned = learn(searcher)
 
     # 2. The page, until Ctrl-C
