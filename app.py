@@ -156,7 +156,7 @@ def fill_search_tab(search: Search) -> None:
             row = gr.Number(label=f"or the number of a test image, 0 to {num_test - 1}", precision=0, elem_id="row")
             top = gr.Slider(1, 48, value=12, step=1, label="neighbours", elem_id="top")
             far_label = "false-accept rate (%): below its threshold, neighbours are not found"
-            far = gr.Slider(0.1, 20, value=1, step=0.1, label=far_label, elem_id="far")
+            far = gr.Slider(0.1, 20, value=10, step=0.1, label=far_label, elem_id="far")
         with gr.Column(scale=3):
             text = gr.Markdown(NO_QUERY, elem_id="text")
             grid = gr.Gallery(

@@ -106,5 +106,5 @@ def test_the_python_of_the_readme(small_run, tmp_path):
     code = code.replace('"photo.jpg"', repr(str(tmp_path / "photo.jpg")))
     names = {}
     exec(code, names)
-    assert number == 1 and names["embedding"].shape == (1, 6)
+    assert number == 2 and names["embedding"].shape == (1, 6)
     np.testing.assert_allclose((names["embedding"] ** 2).sum().item(), 1, rtol=1e-5)
