@@ -236,20 +236,15 @@ class Ensemble(nn.Module):
         """`(N, S, S, 3) uint8`, from `data_utils.resize_test(image, ensemble.image_spec)` -> `(N, L * d) float32`.
 
         Rows of length 1: the members' embeddings side by side, each of length 1 / sqrt(L). So the dot product of two
-        rows is the mean of the members' cosines. Computed in float32, whatever the training was.
+        rows is the mean of the members' cosines. Computed in float32, on the ensemble's device.
         """
-        pixels = normalize(images, self.mean, self.std)
-        with full_float32(images.device.type):
+        pixels = normalize(images.to(self.mean.device), self.mean, self.std)
+        with full_float32(self.mean.device.type):
             return self.embed(pixels)
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """The same from normalised pixels, `(N, 3, S, S) float`, in the precision that the caller has set."""
         return unit_rows([features(member, pixels, self.embedding) for member in self.members])
-
-    def one_by_one(self) -> list["Ensemble"]:
-        """An ensemble of each member: their embeddings side by side, over sqrt(L), are this one's."""
-        of_the_run = self.image_spec, self.mean.tolist(), self.std.tolist(), self.embedding
-        return [Ensemble([member], *of_the_run).eval() for member in self.members]
 
 
 def load_member(path: Path) -> nn.Module:

@@ -236,6 +236,7 @@ def train_member(
         history = earlier["history"]
         best_epoch = earlier["best_epoch"]
         best_model = earlier["best_model"] or copy_weights(state.model)
+        del earlier  # its memory
         print(f"{title}: goes on after epoch {len(history) - 1}", flush=True)
 
     for epoch in range(len(history), settings.num_epochs):

@@ -98,7 +98,10 @@ def recall_at_k(
 
 def similarity_memory(device: torch.device) -> int:
     """Bytes that scoring may use for similarities: on CUDA a quarter of what is free, elsewhere 1 GiB."""
-    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
+    if device.type != "cuda":
+        return 2**30
+    kept_by_pytorch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, too
+    return (torch.cuda.mem_get_info(device)[0] + kept_by_pytorch) // 4
 
 
 def unmatched_queries(

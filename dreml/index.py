@@ -117,7 +117,7 @@ def embed_images(
             return bad_image(getattr(error, "filename", None) or "image", error)
 
     def embed(size: int) -> torch.Tensor:
-        return torch.cat([ensemble(part.to(ensemble.mean.device)).cpu() for part in pixels.split(size)])
+        return torch.cat([ensemble(part).cpu() for part in pixels.split(size)])
 
     pieces = spans(0, len(items), BATCH_SIZE)
     with ThreadPoolExecutor(num_cores()) as threads:

@@ -31,7 +31,7 @@ from dreml.index import (
 from dreml.runs import read_run
 from dreml.thresholds import Threshold, read_threshold
 from model import Ensemble, load_ensemble, unit_rows
-from utils import first_neighbours, unmatched_queries
+from utils import first_neighbours, full_float32, unmatched_queries
 
 Query = str | Path | int | Image.Image | np.ndarray  # a file, a row of test.csv (or "test:17"), (H, W, 3) uint8
 
@@ -153,7 +153,9 @@ def nearest(
     numbers = np.empty((len(queries), top), np.int64)
     left_out = torch.as_tensor(left_out, device=gallery.device)
     for start, stop in spans(0, len(queries), max(1, max_block // len(gallery))):
-        block = (queries[start:stop].to(gallery.device) @ gallery.T).mul_(1e6).round_().div_(1e6)
+        with full_float32(gallery.device.type):
+            products = queries[start:stop].to(gallery.device) @ gallery.T
+        block = products.mul_(1e6).round_().div_(1e6)
         itself = left_out[start:stop]
         inside = torch.nonzero(itself >= 0)[:, 0]
         block[inside, itself[inside]] = -torch.inf

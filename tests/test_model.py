@@ -310,3 +310,10 @@ def test_the_file_of_a_member_says_what_it_is(tiny_run, tiny_cache):
     images, statistics = np.array(tiny_cache.array("test_images")), channel_statistics(tiny_cache.meta, CPU)
     logits = extract_features(load_member(path), images, statistics, 32)
     assert np.array_equal(logits, np.load(tiny_run / "member_001.npy"))
+
+
+def test_an_ensemble_takes_images_from_any_device(tiny_run):
+    """As on a GPU, whose images come from the CPU. The data-less device meta refuses mixed devices."""
+    ensemble = load_ensemble(tiny_run).to("meta")
+    rows = ensemble(torch.zeros((2, 32, 32, 3), dtype=torch.uint8))
+    assert rows.device.type == "meta" and rows.shape == (2, 6)
