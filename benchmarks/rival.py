@@ -23,8 +23,18 @@ from dreml.batches import Targets, epoch_batches, prepare
 from dreml.cache import Cache, read_cache
 from dreml.cli import DEVICE_HELP, InputError, Parser, RunError, pick_device, run_main, set_up_device
 from dreml.optimizers import learning_rate, make_optimizer
+from dreml.runs import TestSplit
 from dreml.settings import Settings, add_settings, settings_of
-from model import Compute, TrainState, build_model, extract_features, features, head_of, pick_precision
+from model import (
+    Compute,
+    TrainState,
+    build_model,
+    channel_statistics,
+    extract_features,
+    features,
+    head_of,
+    pick_precision,
+)
 from utils import map_at_r, recall_at_k, rng_for
 
 PROXY_RATE = 100  # times the network's learning rate
@@ -60,7 +70,7 @@ def train_rival(cache: Cache, settings: Settings, weights: dict | None, compute:
     device = compute.device
     labels = cache.array("train_labels")
     num_classes = cache.counts["train"][0]
-    statistics = torch.tensor(cache.meta.mean, device=device), torch.tensor(cache.meta.std, device=device)
+    statistics = channel_statistics(cache.meta, device)
     torch.manual_seed(int(rng_for(settings.seed, 1, 0, "weights").integers(2**63)))
     network = build_model(settings.backbone, 2, weights).to(device)
     loss = ProxyAnchorLoss(num_classes, head_of(network).in_features).to(device)
@@ -107,13 +117,12 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     network = train_rival(cache, settings, read_weights(settings.backbone, args.weights), Compute(device, precision))
     seconds = time.perf_counter() - start
-    statistics = torch.tensor(cache.meta.mean, device=device), torch.tensor(cache.meta.std, device=device)
+    statistics = channel_statistics(cache.meta, device)
     rows = extract_features(network, cache.array("test_images"), statistics, 256, "pooled")
-    labels, is_query, is_gallery = (
-        torch.from_numpy(np.array(cache.array(f"test_{name}"))) for name in ("labels", "is_query", "is_gallery")
-    )
-    recall = recall_at_k(rows, labels, [1], is_query=is_query, is_gallery=is_gallery).item()
-    precision_at_r, _ = map_at_r(rows, labels, is_query=is_query, is_gallery=is_gallery)
+    split = TestSplit.from_arrays(*(cache.array(f"test_{name}") for name in TestSplit._fields))
+    masks = {"is_query": split.is_query, "is_gallery": split.is_gallery}
+    recall = recall_at_k(rows, split.labels, [1], **masks).item()
+    precision_at_r, _ = map_at_r(rows, split.labels, **masks)
     print(f"R@1 {100 * recall:.2f}, mAP@R {100 * precision_at_r.item():.2f}, {seconds:.0f} s of training")
 
 
