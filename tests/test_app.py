@@ -43,7 +43,8 @@ def site(_small_runs, tiny_data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "build_model", build_small_model)
         patch.setattr(thresholds, "FEWEST_ABOVE", 1)
-        searcher = Searcher(_small_runs[0], gallery=folder / "photos", device="cpu", data_path=tiny_data)
+        run = shutil.copytree(_small_runs[0], folder / "tiny_run")  # it gets an index
+        searcher = Searcher(run, gallery=folder / "photos", device="cpu", data_path=tiny_data)
         search = app.Search(searcher, learned.learn(searcher))
         page = app.build_page(search, "tiny")
         app.serve(page, "127.0.0.1", port, max_upload=1)
