@@ -162,7 +162,7 @@ def fill_search_tab(search: Search) -> None:
             grid = gr.Gallery(
                 format="jpeg", show_label=False, columns=6, allow_preview=False, elem_id="grid", buttons=[]
             )
-    photo.preprocess = lambda payload: payload and payload.path  # this program reads the file, not Gradio
+    photo.preprocess = lambda payload: payload and uploaded(payload.path, photo.GRADIO_CACHE)  # not read by Gradio
     options = [top, far]
     answer = [grid, text, neighbours]
     photo.input(dropped, [photo, *options], [query, *answer])
@@ -210,6 +210,16 @@ def fill_learned_tab(learned: Learned, tab) -> None:
     tab.select(learned.map, method, plane)
     method.change(learned.map, method, plane)
     plane.select(on_map, method, [point, caption])
+
+
+def uploaded(path: str | None, folder: str) -> str | None:
+    """The file of a dropped photo; None where it is not one that was uploaded.
+
+    Gradio itself looks only at what calls itself a file: a request may name any path.
+    """
+    if not path or not os.path.isfile(path) or not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+        return None
+    return path
 
 
 class Policy:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dreml.cache import Cache, Holdout, cache_folder, cache_options, holdout_of, read_cache, verify_cache
+from dreml.cache import Cache, Holdout, cache_folder, cache_options, holdout_of, make_command, read_cache, verify_cache
 from dreml.cache_writer import build_cache
 from dreml.cli import (
     MANY,
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
                 cache = read_cache(data_path, name, spec)
                 verify_cache(cache)
             else:
-                require_raw(data_path, name)
+                require_raw(data_path, name, spec)
                 cache = build_cache(data_path, name, spec, args.num_workers, args.force, args.skip_bad, holdout)
                 name = cache.folder.parent.name
             rows.append((name, cache, time.perf_counter() - start))
@@ -140,9 +140,13 @@ def found_names(data_path: Path, spec: ImageSpec, cached: bool) -> list[str]:
     return names
 
 
-def require_raw(data_path: Path, name: str) -> None:
+def require_raw(data_path: Path, name: str, spec: ImageSpec) -> None:
     """Raise UnknownLayout if the folder of a raw data set is missing. The demo is drawn instead."""
     folder = data_path / name
+    is_cached = os.path.exists(cache_folder(data_path, name, spec))
+    if not is_cached and holdout_of(data_path, name) is not None:
+        command = make_command(data_path, name, spec)
+        raise UnknownLayout(f"{folder} has no raw images of its own; make its cache with: {command}")
     if name == "demo" and not folder.exists():
         data_path.mkdir(parents=True, exist_ok=True)
         draw_demo(folder)

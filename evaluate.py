@@ -6,8 +6,8 @@
 Each run is scored for every ensemble size, and for each member alone. classes.csv has the Recall@1 of each class, worst
 first; confusions.csv the classes that are taken for others, most often first; thresholds.csv the similarities below
 which retrieve.py --far says "not found". Several runs are compared by mAP@R, each with all its members. Runs that
-differ only in their seed are also averaged, with the sample standard deviation. mAP@R and R-Precision: Musgrave et al.,
-"A Metric Learning Reality Check", ECCV 2020.
+differ only in their seed are compared with as many members as all of them have, and averaged, with the sample standard
+deviation. mAP@R and R-Precision: Musgrave et al., "A Metric Learning Reality Check", ECCV 2020.
 """
 
 import argparse

@@ -236,6 +236,8 @@ def check_replaceable(target: Path, model: str) -> None:
     remedy = "--output names another folder"
     try:
         earlier = read_record(target / DESCRIPTION)
+        if not {"sha256", "model", "source"} <= earlier.keys():
+            raise ValueError("its entries are those of another version")
     except (ValueError, OSError) as error:
         raise InputError(f"{target} is not an export ({one_line(error)}); {remedy}") from None
     others = set(os.listdir(target)) - set(earlier["sha256"]) - {DESCRIPTION}

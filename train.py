@@ -403,6 +403,8 @@ def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSpl
     num_classes, _ = cache.counts["train"]
     num_gallery = int(split.is_gallery.sum())
     size = settings.meta_class_size
+    if num_classes < 2:
+        raise InputError(f"{settings.data_name} has {num_classes} training class: telling classes apart needs two")
     if not 2 <= size <= num_classes:
         raise InputError(
             f"--meta_class_size {size} has to be in 2..{num_classes} (training classes), or all: each its own"

@@ -139,7 +139,7 @@ def print_baseline(folder: Path, settings_hash: str, ensembles: pd.DataFrame) ->
     name = names[0]
     best = table.loc[table[name].idxmax()]
     of_ensemble = ensembles[name].iloc[-1]
-    if best[name] > of_ensemble:
+    if best[name] > round(of_ensemble, 4):  # the baselines are rounded so
         remedy = "more members or epochs may pass it"
         if best.baseline == COLOURS:
             remedy = "photos of one class may have been taken together, and the score says little about others"

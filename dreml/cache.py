@@ -149,6 +149,8 @@ def holdout_of(data_path: Path, name: str) -> tuple[str, int] | None:
     match = re.fullmatch(r"(.+)_holdout(|[1-9][0-9]*)", name)
     if match is None or not (data_path / match[1]).is_dir():
         return None
+    if any((data_path / name / raw).exists() for raw in ("images.csv", "train")):  # a data set of its own
+        return None
     return match[1], int(match[2] or 0)
 
 

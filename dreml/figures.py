@@ -285,7 +285,8 @@ class Thumbnails:
             try:
                 return read_pixels(item.file, spec)
             except BadImage as error:
-                raise InputError(f"no picture: {error}") from None
+                gone = not item.file.exists()  # with refresh never, the photos need not be there
+                raise (NoPictures if gone else InputError)(f"no picture: {error}") from None
         name = self.run.settings.data_name
         if not (self.data_path / name).is_dir():
             raise NoPictures(f"no picture: the images of {name} are not in {self.data_path}/ (see --data_path)")

@@ -132,8 +132,11 @@ def register_heif(path: str | Path) -> None:
 
 
 def resized(image: Image.Image, spec: ImageSpec, shorter: int) -> Image.Image:
-    """An image with `shorter` as its shorter side; for squash, as both sides."""
-    return image.resize(spec.resized_size(*image.size, shorter), Image.Resampling.BILINEAR)
+    """An image with `shorter` as its shorter side; for squash, as both sides. Raises BadImage for one too long."""
+    width, height = spec.resized_size(*image.size, shorter)
+    if width * height > MAX_RESIZED_PIXELS:
+        raise BadImage(f"image: {width} x {height} after the resize is over {MAX_RESIZED_PIXELS:,} pixels")
+    return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def centre(image: Image.Image, size: int) -> np.ndarray:

@@ -251,6 +251,7 @@ class PhotoIndex:
                 raise InputError(f"there is no index in {self.place} yet: search once with refresh always")
             query = table.search()
             if near is not None:  # Lance refuses a smaller ef
+                number = min(number, table.count_rows())  # of 2**31 or more, Lance raises OverflowError
                 query = table.search(near.cpu().numpy()).distance_type("cosine").limit(number)
                 query = query.refine_factor(REFINE).ef(max(EF, REFINE * number))
             found = query.to_arrow().sort_by("path")

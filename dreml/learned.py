@@ -17,7 +17,7 @@ from dreml.images import BadImage, ImageSpec, read_pixels
 from dreml.runs import SUFFIXES, Run
 from dreml.search import Searcher
 from dreml.thresholds import FARS, threshold_at
-from utils import best_similarities, first_neighbours
+from utils import best_similarities, first_neighbours, unmatched_queries
 
 TILE = ImageSpec(180)  # how photos are shown
 GREEN = "#1a9641"
@@ -87,8 +87,9 @@ class Learned:
 
     @functools.cached_property
     def errors(self) -> pd.DataFrame:
-        """The queries with a neighbour of another class, the most similar first."""
-        return self.queries[~self.queries.right].sort_values("similarity", ascending=False, kind="stable")
+        """The queries with a neighbour of another class that could find their own, the most similar first."""
+        wrong = self.queries[~self.queries.right & self.queries.counted]
+        return wrong.sort_values("similarity", ascending=False, kind="stable")
 
     def confident_errors(self) -> list[tuple[Image.Image, str]]:
         """The first of the `errors`."""
@@ -232,6 +233,7 @@ def learn(searcher: Searcher) -> Learned:
     queries = pd.DataFrame({"row": is_query, "neighbour": neighbours, "similarity": similarities})
     queries["class_name"] = names[is_query]
     queries["neighbour_class"] = names[neighbours]
+    queries["counted"] = ~unmatched_queries(*split)[split.is_query].numpy()
     queries["right"] = (split.labels[is_query] == split.labels[neighbours]).numpy()
     try:
         cache = run.read_cache(searcher.data_path)

@@ -120,7 +120,8 @@ def find_members(folder: Path, earlier: RunRecord | None, record: RunRecord) -> 
     """The finished members of the run. Raises InputError for a folder that holds members of something unknown."""
     members = Members(folder, record.settings_hash)
     members.refresh()
-    if earlier is None and members.warnings and not members.records:
+    known = members.records or members.not_embedded
+    if earlier is None and members.warnings and not known:
         raise InputError(
             f"{folder} has no sound args.json and no member of these settings and data: move it away or give "
             "another --results_path"

@@ -376,7 +376,8 @@ def read_test(folder: Path) -> pd.DataFrame:
     """Read `test.csv`, with TEST_COLUMNS. Raises InputError if it is missing or damaged."""
     path = folder / "test.csv"
     try:
-        return pd.read_csv(path, usecols=list(TEST_COLUMNS), dtype=TEST_COLUMNS, keep_default_na=False)
+        options = {"keep_default_na": False, "lineterminator": "\n"}  # a name may have a carriage return
+        return pd.read_csv(path, usecols=list(TEST_COLUMNS), dtype=TEST_COLUMNS, **options)
     except (ValueError, OSError) as error:
         raise InputError(f"{path} is missing or damaged ({one_line(error)}); train.py writes it again") from None
 

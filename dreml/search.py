@@ -17,7 +17,7 @@ from PIL import Image
 from dreml.batches import spans
 from dreml.cli import InputError, format_problems, is_utf8, pick_device, print_text
 from dreml.files import file_id
-from dreml.images import BadImage, ImageSpec, read_pixels, resize_test, to_rgb
+from dreml.images import BadImage, ImageSpec, bad_image, read_pixels, resize_test, to_rgb
 from dreml.index import (
     PhotoIndex,
     class_of,
@@ -29,10 +29,12 @@ from dreml.index import (
     model_checksum,
 )
 from dreml.runs import read_run
+from dreml.settings import EMBEDDINGS
 from dreml.thresholds import Threshold, read_threshold
 from model import Ensemble, load_ensemble, unit_rows
 from utils import first_neighbours, full_float32, unmatched_queries
 
+REFRESHES = ("always", "never", "moved")
 Query = str | Path | int | Image.Image | np.ndarray  # a file, a row of test.csv (or "test:17"), (H, W, 3) uint8
 
 # ------------------------------------------------------------------------------------------------ images
@@ -118,6 +120,20 @@ def photo_item(folder: Path, path: str) -> Item:
     """A photo below a folder."""
     file = os.path.join(folder, path)
     return Item(file, file, class_of(path), Path(file))
+
+
+def image_of(query: Image.Image | np.ndarray) -> Image.Image:
+    """A query in memory as an image of its own. Raises InputError for one that has no defined colours."""
+    if isinstance(query, np.ndarray):
+        if query.dtype != np.uint8 or query.ndim != 3 or query.shape[2] not in (3, 4):
+            raise InputError(f"image: an array has to be (H, W, 3) uint8, not {query.shape} {query.dtype}")
+        return Image.fromarray(query)
+    if query.mode == "F":
+        raise InputError("image: floating-point grey values have no defined black and white")
+    try:
+        return query.copy()
+    except Exception as error:  # of its file, which is read only now
+        raise InputError(str(bad_image("image", error))) from None
 
 
 def same_files(files: list[Path | None], paths: Sequence[str], folder: Path) -> list[int]:
@@ -207,6 +223,14 @@ class Searcher:
         ann: bool = False,
         data_path: str | Path | None = None,
     ):
+        if embedding not in EMBEDDINGS:
+            raise InputError(f"embedding has to be one of {', '.join(EMBEDDINGS)}, not {embedding!r}")
+        if refresh not in REFRESHES:
+            raise InputError(f"refresh has to be one of {', '.join(REFRESHES)}, not {refresh!r}")
+        if num_members is not None and num_members < 1:
+            raise InputError("num_members has to be at least 1")
+        if refresh == "moved" and gallery is not None and index is None:
+            raise InputError("refresh moved needs index: the place of the index that was made before the move")
         self.run = read_run(Path(run), num_members)
         self.embedding = embedding
         self.device = pick_device(str(device))
@@ -283,8 +307,12 @@ class Searcher:
         have `found` False. A folder stands for the photos below it. What is wrong with queries is added to `problems`,
         and the others are answered; without `problems`, that is an InputError.
         """
+        if isinstance(queries, str | Path):  # "/a.jpg" would be a list of letters, and "/" the whole disk
+            raise InputError(f"find_many takes a list of queries, not {str(queries)!r}: use find")
         if top < 1:
             raise InputError("top has to be at least 1")
+        if threshold is not None and not math.isfinite(threshold):
+            raise InputError(f"threshold has to be a number, not {threshold}")
         if far is not None:
             threshold = self.threshold(far).value
         bad: list[str] = []
@@ -331,8 +359,7 @@ class Searcher:
     def items_of(self, query: Query, problems: list[str]) -> list[Item]:
         """The image of one query, or the photos of a folder. Raises InputError if there is none."""
         if isinstance(query, Image.Image | np.ndarray):
-            image = query.copy() if isinstance(query, Image.Image) else Image.fromarray(query)
-            return [Item("image", "image", None, None, image=image)]
+            return [Item("image", "image", None, None, image=image_of(query))]
         name = f"test:{query}" if isinstance(query, int | np.integer) else str(query)
         if not is_utf8(name):
             raise InputError(f"{name!a}: the name is not valid UTF-8")

@@ -40,10 +40,9 @@ def number_of_meta_classes(text: str) -> int:
     """argparse type: a positive integer, or "all", which is ALL_CLASSES."""
     if text == "all":
         return ALL_CLASSES
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive integer nor all")
+    return int(text)
 
 
 def option(

@@ -139,6 +139,9 @@ def test_no_other_file_is_served(site):
     assert asked >= 50
     photo = {"path": str(site.folder / "secret.png"), "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
     assert not call_function(site.url, "dropped", [photo, 4, 1])["success"]
+    for path in (site.folder / "secret.png", site.folder, Path("/"), "test:3"):  # without saying that it is a file
+        _, grid, text, _ = call_function(site.url, "dropped", [{"path": str(path)}, 4, 1])["output"]["data"]
+        assert grid == [] and text == app.NO_QUERY
     photo = {"path": None, "url": f"file://{site.folder}/secret.png", "meta": {"_type": "gradio.FileData"}}
     forged = call_function(site.url, "dropped", [photo, 4, 1])
     assert not forged["success"] or forged["output"]["data"][2] == app.NO_QUERY

@@ -358,3 +358,14 @@ def test_what_a_holdout_refuses_and_passes_over(tmp_path, capsys):
     assert train.main(["--data_name", "mine_holdout", "--data_path", str(tmp_path), "--image_size", "32"]) == 2
     remedy = f"python data_utils.py --data_name mine --data_path {tmp_path} --image_size 32 --holdout 0.2"
     assert f"make it with: {remedy}" in capsys.readouterr().err
+
+
+def test_a_data_set_of_its_own_may_be_called_holdout(tmp_path, capsys):
+    """It is cached like any other; the remedy of a true one names the data set that it was divided from."""
+    write_image_folder(tmp_path / "mine", classes=5)
+    write_image_folder(tmp_path / "mine_holdout")
+    assert call(tmp_path) == 0
+    assert re.search(r"\nmine_holdout +2 classes", capsys.readouterr().out)
+    shutil.rmtree(tmp_path / "mine_holdout")
+    assert call(tmp_path, "--data_name", "mine_holdout") == 2
+    assert f"--data_name mine --data_path {tmp_path} --image_size 32 --holdout 0.2" in capsys.readouterr().err

@@ -27,6 +27,7 @@ from dreml.cli import InputError
 from dreml.files import json_sha256, read_record, take_lock, write_record
 from dreml.runs import (
     FORMAT,
+    TEST_COLUMNS,
     WEIGHTS,
     DamagedRecord,
     MemberRecord,
@@ -34,6 +35,7 @@ from dreml.runs import (
     open_run,
     read_run,
     read_run_record,
+    read_test,
     run_lock,
 )
 from dreml.settings import Settings
@@ -344,3 +346,15 @@ def test_a_process_that_waits_for_another_says_so(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(runs, "take_lock", lambda path, timeout=-1: timeouts.append(timeout) or next(locks))
     assert run_lock(tmp_path / "run") == "held" and timeouts == [2, -1]
     assert capsys.readouterr().out == f"{tmp_path / 'run'}: waiting for another process of this run\n"
+
+
+def test_every_name_comes_back_from_test_csv(tiny_run, tmp_path):
+    """Also one with a carriage return, which pandas takes for the end of a line unless told otherwise."""
+    import csv
+
+    names = ["a\rb", "a\r\nb", 'a"b', "a,b", "NA", "", "ä 猫", "\ufeffa"]
+    with open(tmp_path / "test.csv", "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(TEST_COLUMNS)
+        table.writerows([f"{number}.png", number, True, True, name] for number, name in enumerate(names))
+    assert read_test(tmp_path).class_name.tolist() == names

@@ -222,3 +222,40 @@ def test_what_cannot_be_searched(small_run, tmp_path):
     with pytest.raises(InputError, match="its data set has no test images to search: name a gallery"):
         Searcher(run)
     shutil.rmtree(run)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((8, 8), np.uint8), r"an array has to be \(H, W, 3\) uint8, not \(8, 8\) uint8"),
+        (np.zeros((8, 8, 3), np.float32), r"not \(8, 8, 3\) float32"),
+        (np.zeros((1, 8, 8, 3), np.uint8), r"not \(1, 8, 8, 3\) uint8"),
+        (Image.new("F", (8, 8)), "floating-point grey values"),
+        (Image.new("RGB", (1, 60_000)), "after the resize is over"),
+    ],
+)
+def test_an_image_in_memory_that_is_none(small_run, image, message):
+    with pytest.raises(InputError, match=message):
+        Searcher(small_run, device="cpu").find(image)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"embedding": "poled"}, "embedding has to be one of logits, pooled, not 'poled'"),
+        ({"refresh": "nevr"}, "refresh has to be one of always, never, moved, not 'nevr'"),
+        ({"num_members": -1}, "num_members has to be at least 1"),
+        ({"refresh": "moved", "gallery": "photos"}, "refresh moved needs index"),
+    ],
+)
+def test_arguments_that_are_none(small_run, arguments, message):
+    with pytest.raises(InputError, match=message):
+        Searcher(small_run, device="cpu", **arguments)
+
+
+def test_one_query_is_no_list_of_queries(small_run):
+    """A path would be a list of letters, of which "/" is the whole disk."""
+    with pytest.raises(InputError, match=r"find_many takes a list of queries, not '/a.jpg': use find"):
+        Searcher(small_run, device="cpu").find_many("/a.jpg")
+    with pytest.raises(InputError, match="threshold has to be a number, not nan"):
+        Searcher(small_run, device="cpu").find(3, threshold=float("nan"))
