@@ -802,7 +802,7 @@ def test_defaults_are_those_of_the_original_command_line():
         (["--data_name", "../tiny"], "is not the name of a folder"),
         (["--meta_class_size", "7"], r"--meta_class_size 7 has to be in 2\.\.6"),
         (["--meta_class_size", "1"], r"--meta_class_size 1 has to be in 2\.\.6 \(training classes\), or all: each"),
-        (["--meta_class_size", "every"], "argument --meta_class_size: invalid number_of_meta_classes value: 'every'"),
+        (["--meta_class_size", "every"], "argument --meta_class_size: 'every' is neither a positive integer nor all"),
         (["--recalls", "1,1"], "names a K twice"),
         (["--recalls", "1,,2"], "'1,,2' is no list of positive integers"),
         (["--recalls", "1,36"], "36 is not below the number of gallery images, 36"),
