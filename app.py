@@ -59,8 +59,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--data_path", type=Path, metavar="DIR", help=data_help)
     args = parser.parse_args(argv)
     check_ranges(args, num_members=(1, MANY), port=(1, 65535), max_upload=(1, 1000))
-    if importlib.util.find_spec("gradio") is None:
-        raise InputError("the page needs: pip install gradio")
     return args
 
 
@@ -262,6 +260,8 @@ def serve(page, host: str, port: int, max_upload: int) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("the page needs: pip install gradio")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     # 1. The run, its embedding of the test images, and the gallery

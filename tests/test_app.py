@@ -217,6 +217,7 @@ def test_a_neighbour_below_the_threshold_is_grey():
     assert red == green == blue > 128
 
 
+@needs_gradio
 def test_what_is_refused(small_run, tmp_path, monkeypatch, capsys):
     assert "is not a run folder" in refused(capsys, app, tmp_path)
     assert "--port 0 has to be at least 1" in refused(capsys, app, small_run, "--port", "0")
