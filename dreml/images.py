@@ -1,6 +1,8 @@
 """One image: opening it as RGB, resizing it, and what is wrong with it."""
 
 import importlib.util
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,9 +95,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def open_image(path: str | Path) -> Image.Image:
     """Open an image file and read its header.
 
-    Raises BadImage for grey values in floating point, which have no defined black and white, and for HEIC without
-    pillow-heif.
+    Raises BadImage for grey values in floating point, which have no defined black and white, for HEIC without
+    pillow-heif, and for what is no file: opening a named pipe would wait without end.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise BadImage(f"{path}: unreadable (not a regular file)")
     try:
         image = Image.open(path, formats=IMAGE_FORMATS)
     except UnidentifiedImageError:

@@ -284,6 +284,8 @@ def what_was_meant(root: Path) -> str:
 # ------------------------------------------------------------------------------------------------ folders
 
 NEVER_IMAGES = {"images.csv", "Thumbs.db", "desktop.ini"}  # the last two are what Windows leaves in folders
+# Thumbnails, deleted files and the like, which a NAS, Samba, Windows and macOS keep among photos.
+PROGRAM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX"}
 
 
 @dataclass
@@ -292,16 +294,20 @@ class LeftOut:
 
     types: collections.Counter = field(default_factory=collections.Counter)  # suffix in lower case -> number
     empty_folders: list[str] = field(default_factory=list)  # without an image, also below them
+    num_program_folders: int = 0  # PROGRAM_FOLDERS
     suffixes: set[str] = field(default_factory=image_suffixes)  # of images
 
     def __bool__(self) -> bool:
-        return bool(self.types)
+        return bool(self.types) or self.num_program_folders > 0
 
     def __str__(self) -> str:
         """Say all of it on one line, the most frequent types first."""
         most = self.types.most_common(8)
         remedies = {suffix: f" ({HEIF_REMEDY})" for suffix in HEIF_SUFFIXES}
-        text = "left out: " + ", ".join(f"{number:,} {suffix}{remedies.get(suffix, '')}" for suffix, number in most)
+        parts = [f"{number:,} {suffix}{remedies.get(suffix, '')}" for suffix, number in most]
+        if self.num_program_folders:
+            parts.insert(0, f"{self.num_program_folders:,} folders of other programs, such as @eaDir")
+        text = f"left out: {', '.join(parts)}"
         rest = self.types.total() - sum(number for _, number in most)
         if rest:
             text += f" and {rest:,} of other types"
@@ -321,8 +327,8 @@ def class_folders(
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield (name, image files) of every folder that holds images, sorted, at any depth. The outermost is called "".
 
-    A folder that cannot be read is added to `problems`, files of other types and empty folders to `left_out`. Hidden
-    files and links back to a folder above are passed over.
+    A folder that cannot be read is added to `problems`; files of other types, empty folders and PROGRAM_FOLDERS to
+    `left_out`. Hidden files and links back to a folder above are passed over.
     """
     left_out = LeftOut() if left_out is None else left_out
     above = (*above, os.path.realpath(folder))
@@ -332,7 +338,9 @@ def class_folders(
         for item in os.scandir(folder):
             if item.name.startswith("."):
                 continue
-            if item.is_dir():
+            if item.is_dir() and item.name in PROGRAM_FOLDERS:
+                left_out.num_program_folders += 1
+            elif item.is_dir():
                 folders.append(item.name)
             elif os.path.splitext(item.name)[1].lower() in left_out.suffixes:
                 files.append(item.name)
@@ -360,5 +368,6 @@ def some(names: list[str], shown: int = 10) -> str:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted, without hidden ones."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    """The folders in a folder, sorted, without hidden ones and PROGRAM_FOLDERS."""
+    folders = [path for path in folder.iterdir() if path.is_dir() and path.name not in PROGRAM_FOLDERS]
+    return sorted(path for path in folders if not path.name.startswith("."))

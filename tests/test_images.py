@@ -1,6 +1,8 @@
 """Opening and resizing images, and what is said of those that cannot be used."""
 
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,3 +143,15 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # the image has 1440: for Pillow only a warning
     with pytest.raises(BadImage, match=r"bomb\.png: unreadable .*DecompressionBombError: 40 x 36 pixels are over"):
         read_pixels(tmp_path / "bomb.png", SPEC)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+def test_what_is_no_file_is_no_image(tmp_path):
+    """A named pipe, a device, a folder: nothing waits."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    for path in (tmp_path / "pipe.jpg", tmp_path / "folder.jpg", Path(os.devnull)):
+        with pytest.raises(BadImage, match=rf"{path}: unreadable \(not a regular file\)"):
+            load_rgb(path)
+        with pytest.raises(BadImage, match=rf"{path}: unreadable \(not a regular file\)$"):
+            read_pixels(path, ImageSpec(32))

@@ -11,7 +11,7 @@ from builders import build, check_refused, put, rewrite, save_image, write_csv, 
 
 from dreml.cli import InputError
 from dreml.datasets import count_images
-from dreml.lists import Entry, LeftOut, Listing, list_csv, list_image_folder
+from dreml.lists import Entry, LeftOut, Listing, class_folders, list_csv, list_image_folder, subfolders
 
 
 @pytest.mark.parametrize("key", [int, str])
@@ -204,3 +204,24 @@ def test_a_file_name_that_is_not_utf8_is_a_problem(tmp_path):
     listing = list_image_folder(tmp_path, "")
     assert listing.problems == ["'train/train_0/\\udcff.png': the name is not valid UTF-8"]
     assert len(listing.table()) == 7
+
+
+def test_folders_of_other_programs_are_no_classes(tmp_path, capsys):
+    """Thumbnails of a NAS, deleted photos of Samba and Windows, what macOS packs: anywhere, and counted."""
+    root = tmp_path / "mine"
+    write_image_folder(root)
+    for folder in (
+        "train/train_0/@eaDir/0.png",
+        "train/#recycle",
+        "test/$RECYCLE.BIN/S-1",
+        "test/__MACOSX/x",
+        "@eaDir",
+    ):
+        save_image(root / folder / "0.png")
+    cache = build(tmp_path, "mine")
+    assert cache.meta.train["classes"] == ["train_0", "train_1"] and cache.meta.test["classes"] == ["test_0", "test_1"]
+    error = capsys.readouterr().err
+    for split in ("train", "test"):
+        assert f"{root / split}: left out: 2 folders of other programs, such as @eaDir\n" in error
+    assert list(class_folders(root / "test", [])) == [(f"test_{n}", ["0.png", "1.png"]) for n in (0, 1)]
+    assert [folder.name for folder in subfolders(root)] == ["cache_32", "test", "train"]
