@@ -129,7 +129,10 @@ def check_kills(processes: Processes, expected: Path, root: Path, seed: int, sma
                 with contextlib.suppress(ProcessLookupError):  # it is done already
                     os.kill(script.process.pid, sent)
                 code = script.wait()
-                assert code in (CODES[sent], 0) and "Traceback" not in script.err, script.out + script.err
+                # Python drops a KeyboardInterrupt that comes within its own hooks of a fork, and says so.
+                was_dropped = code == 0 and "Exception ignored in: <function _releaseLock" in script.err
+                assert code in (CODES[sent], 0), script.out + script.err
+                assert was_dropped or "Traceback" not in script.err, script.out + script.err
                 if code > 0:
                     end = r"(terminated|interrupted); run the same command again to go on\n$"
                     assert re.search(end, script.err), script.err
