@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image, ImageEnhance, ImageOps
 
-from dreml.cli import DEVICE_HELP, MANY, InputError, Parser, check_ranges, print_text, run_main
+from dreml.cli import DEVICE_HELP, MANY, InputError, Parser, check_ranges, run_main
 from dreml.learned import GREEN, GREY, RED, Learned, learn, map_methods
 from dreml.search import Searcher
 from dreml.settings import EMBEDDINGS
@@ -277,7 +277,7 @@ def run(args: argparse.Namespace) -> None:
     trained = searcher.run
     if not len(trained.test):
         raise InputError(f"{args.folder}: its data set has no test images")
-    print_text(
+    print(
         f"{len(searcher.gallery.vectors):,} images to search"
     )  # new photos are embedded now, not at the first question
     searcher.ensemble.eval()  # and the network is loaded
@@ -287,7 +287,7 @@ def run(args: argparse.Namespace) -> None:
     title = f"{trained.name}: {trained.num_members} members, {args.embedding}, {args.gallery or 'test images'}"
     page = build_page(Search(searcher, learned), title)
     serve(page, args.host, args.port, args.max_upload)
-    print_text(f"the page is at http://{args.host}:{args.port}; Ctrl-C ends it")
+    print(f"the page is at http://{args.host}:{args.port}; Ctrl-C ends it")
     try:
         threading.Event().wait()
     finally:

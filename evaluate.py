@@ -30,7 +30,6 @@ from dreml.cli import (
     Parser,
     check_ranges,
     pick_device,
-    print_text,
     progress_bar,
     recall_list,
     run_main,
@@ -286,28 +285,28 @@ def run(args: argparse.Namespace) -> None:
         sizes = scores.evaluation
         tables[one.folder] = sizes
         first = sizes.columns[1]
-        print_text(f"{one.folder}: {args.embedding}, percent")
+        print(f"{one.folder}: {args.embedding}, percent")
         print_baseline(one.folder, one.record.settings_hash, sizes)
         print(sizes.assign(alone=scores.members[first]).round(2).to_string(index=False))
         print(f"(alone: {first} of the last member of the row by itself)")
         print(threshold_text(scores.thresholds, one))
         write_scores(one, scores, target, suffix, args.plot)
         written = ", ".join(f"{name}{suffix}.csv" for name in WRITTEN)
-        print_text(f"{target}/: {written}{', figures' if args.plot else ''}\n")
+        print(f"{target}/: {written}{', figures' if args.plot else ''}\n")
 
     # 3. All of them together
     if len(runs) == 1:
         return
     table = compare(groups, tables)
     print(f"by mAP@R, best first: {args.embedding}, percent (mean ± sample standard deviation)")
-    print_text(comparison_text(table))
+    print(comparison_text(table))
     if not args.output:
         print("(--output DIR writes this table, and with --plot a figure of it)")
         return
     with writable(args.output, "--output"):
         write_csv(args.output / f"comparison{suffix}.csv", table, float_format="%.4f")
         figure = ", its figure" if args.plot else ""
-        print_text(f"{args.output}/: comparison{suffix}.csv{figure}")
+        print(f"{args.output}/: comparison{suffix}.csv{figure}")
         if args.plot:
             save_comparison(groups, tables, args.output, f"comparison{suffix}")
 

@@ -26,7 +26,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dreml.cache import Cache
-from dreml.cli import MANY, InputError, Parser, RunError, check_ranges, one_line, print_text, progress_bar, run_main
+from dreml.cli import MANY, InputError, Parser, RunError, check_ranges, one_line, progress_bar, run_main
 from dreml.files import read_record, replace_folder, sha256, take_lock, writable, write_record
 from dreml.images import ImageSpec
 from dreml.index import model_checksum
@@ -266,13 +266,13 @@ def run(args: argparse.Namespace) -> None:
     except InputError as error:
         if args.check_recall:
             raise
-        print_text(f"note: compared on drawn images, not on test images: {error}")
+        print(f"note: compared on drawn images, not on test images: {error}")
 
     # 2. The graphs, which appear when all checks have passed
     output = args.output or trained.folder / f"export_L{number}{SUFFIXES[args.embedding]}"
     source = f"{trained.name}, {number} members, {args.embedding}"
     with writable(output.parent, "--output"), new_export(output.resolve(), model) as folder:
-        print_text(f"{source}: writing the graphs")
+        print(f"{source}: writing the graphs")
         ensemble = load_ensemble(trained.folder, "cpu", args.embedding, number)
         spec = ensemble.image_spec
         mean = trained.record.data.mean
@@ -313,7 +313,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"1 - cosine with PyTorch's embedding: at most {checked['1 - cosine']:.1g}, on {checked['images']}")
     megabytes = sum((output / name).stat().st_size for name in checksums) / 1e6
     contents = f"{number} member_*.onnx ({megabytes:,.1f} MB), {DESCRIPTION}"
-    print_text(f"{output}/: {contents}; {width:,} numbers an image")
+    print(f"{output}/: {contents}; {width:,} numbers an image")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dreml.cli import DEVICE_HELP, MANY, InputError, Parser, check_ranges, print_text, run_main
+from dreml.cli import DEVICE_HELP, MANY, InputError, Parser, check_ranges, run_main
 from dreml.figures import MAX_ROWS, NoPictures, Thumbnails, check_matplotlib, draw_neighbours
 from dreml.files import atomic_open, make_folder, writable, write_csv
 from dreml.index import is_installed
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
         print_answers(answers)
         if threshold:
             print(f"\n{threshold_text(threshold, answers)}")
-        print_text(f"\n{path}.csv")
+        print(f"\n{path}.csv")
         if not args.no_picture:
             draw(answers, Thumbnails(searcher.run, searcher.data_path), title, path, args.data_path is not None)
     refuse("--query", bad_queries)  # now that the others are answered
@@ -170,7 +170,7 @@ def export(searcher: Searcher, path: Path, suffix: str) -> None:
             np.save(file, rows.cpu().numpy(), allow_pickle=False)
         write_csv(path.with_suffix(".csv"), table)
     size = f"{rows.shape[0]:,} x {rows.shape[1]:,} float32"
-    print_text(f"{path}: {size}, rows of length 1; {path.with_suffix('.csv').name}")
+    print(f"{path}: {size}, rows of length 1; {path.with_suffix('.csv').name}")
 
 
 # ------------------------------------------------------------------------------------------------ list, CSV, picture
@@ -182,11 +182,11 @@ def print_answers(answers: list[Answer]) -> None:
     for answer in answers:
         class_name = f" ({answer.class_name})" if answer.class_name else ""
         nothing = "" if any(neighbour.found for neighbour in answer) else ": none of these"
-        print_text(f"\n{answer.query.name}{class_name}{nothing}")
+        print(f"\n{answer.query.name}{class_name}{nothing}")
         for rank, neighbour in enumerate(answer, 1):
             word = words[neighbour.right] if neighbour.found else "not found"
             class_name = neighbour.class_name or "-"
-            print_text(f"{rank:4d}  {neighbour.similarity:7.4f}  {word:<5}  {class_name}  {neighbour.path}")
+            print(f"{rank:4d}  {neighbour.similarity:7.4f}  {word:<5}  {class_name}  {neighbour.path}")
 
 
 def answer_table(answers: list[Answer]) -> pd.DataFrame:
@@ -222,10 +222,10 @@ def draw(answers: list[Answer], thumbnails: Thumbnails, title: str, path: Path, 
     except NoPictures as error:
         if required:
             raise
-        print_text(str(error))
+        print(str(error))
         return
     rest = f", the first {MAX_ROWS} of {len(answers)} queries" if len(answers) > MAX_ROWS else ""
-    print_text(f"{path}.png{rest}")
+    print(f"{path}.png{rest}")
 
 
 def main(argv: list[str] | None = None) -> int:

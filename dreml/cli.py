@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import io
 import os
 import re
 import signal
@@ -49,12 +50,6 @@ def format_problems(problems: list[str], shown: int = 20) -> str:
     return lines + (f"\n  … and {len(problems) - shown:,} more" if len(problems) > shown else "")
 
 
-def print_text(text: str) -> None:
-    """Prints a text. Characters that the terminal's encoding lacks are printed as escapes."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
 def run_main(script: str, run: Callable[[], None], save_memory: str, resumable: bool = True) -> int:
     """Run a script's `run` and return the exit code.
 
@@ -62,6 +57,8 @@ def run_main(script: str, run: Callable[[], None], save_memory: str, resumable: 
     to change when memory runs out. `resumable`: after an interruption, the same command goes on where it stopped.
     """
     remedy = "; run the same command again to go on" if resumable else ""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # escapes for what the output's encoding lacks
     with one_line_warnings(), signals_as_exceptions():
         try:
             run()

@@ -27,7 +27,6 @@ from dreml.cli import (
     is_utf8,
     num_cores,
     one_line,
-    print_text,
     progress_bar,
     with_less_memory,
 )
@@ -236,7 +235,7 @@ class PhotoIndex:
         with writable(self.place, "index"):
             lock = take_lock(self.place / ".lock", timeout=0)
         if lock is None:
-            print_text(f"another process works on {self.place}: waiting for it (refresh never would not wait)")
+            print(f"another process works on {self.place}: waiting for it (refresh never would not wait)")
             lock = take_lock(self.place / ".lock")
         with lock:
             yield
@@ -302,7 +301,7 @@ class PhotoIndex:
             self.finish(gone, bool(pending or gone), vector_index)
         changes = ", ".join(f"{number:,} {kind}" for kind, number in counts.items() if number) or "no changes"
         num_embedded = counts["new"] + counts["changed"]
-        print_text(f"{self.place}: {len(photos):,} photos, {changes}; {num_embedded:,} embedded")
+        print(f"{self.place}: {len(photos):,} photos, {changes}; {num_embedded:,} embedded")
         warn_of(problems)
         return counts
 
@@ -347,5 +346,5 @@ class PhotoIndex:
             if vector_index and table is not None and table.count_rows() >= MIN_ROWS and not self.has_vector_index():
                 from lancedb.index import HnswSq
 
-                print_text(f"{self.place}: making the vector index")
+                print(f"{self.place}: making the vector index")
                 table.create_index("vector", config=HnswSq(distance_type="cosine"))

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dreml.batches import spans
-from dreml.cli import InputError, format_problems, is_utf8, pick_device, print_text
+from dreml.cli import InputError, format_problems, is_utf8, pick_device
 from dreml.files import file_id
 from dreml.images import BadImage, ImageSpec, bad_image, read_pixels, resize_test, to_rgb
 from dreml.index import (
@@ -269,7 +269,7 @@ class Searcher:
         if self.refresh != "never":
             self.index.refresh(lambda: self.ensemble, self.ann)
         if self.ann and not self.index.has_vector_index():
-            print_text(f"{self.photos}: no vector index yet, or too few photos for one: the search is exact")
+            print(f"{self.photos}: no vector index yet, or too few photos for one: the search is exact")
             self.ann = False
         return self.index
 
@@ -281,7 +281,7 @@ class Searcher:
             vectors = self.saved if len(rows) == len(self.saved) else self.saved[rows]
             return Gallery(self.data_folder, [], vectors, self.run.test, rows)
         if self.index is None:
-            print_text(f"note: every search embeds {self.photos} anew; an index would keep that: pip install lancedb")
+            print(f"note: every search embeds {self.photos} anew; an index would keep that: pip install lancedb")
             paths, vectors = embed_folder(self.photos, lambda: self.ensemble)
         else:
             paths, vectors = self.fresh_index.read()

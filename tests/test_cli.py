@@ -27,7 +27,6 @@ from dreml.cli import (
     one_line,
     out_of_memory,
     pick_device,
-    print_text,
     progress_bar,
     run_main,
     set_up_device,
@@ -78,7 +77,7 @@ def test_problems_are_listed_up_to_20():
 def test_characters_that_the_terminal_lacks_are_escaped(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
-    print_text("猫 and ant")
+    assert run_main("x.py", lambda: print("猫 and ant"), "") == 0
     out.flush()
     assert out.buffer.getvalue().decode().rstrip() == r"\u732b and ant"
 
