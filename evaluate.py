@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -38,7 +38,6 @@ from dreml.cli import (
 from dreml.datasets import default_recalls
 from dreml.figures import (
     check_matplotlib,
-    draw_comparison,
     draw_found,
     draw_recall,
     draw_training,
@@ -301,14 +300,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"by mAP@R, best first: {args.embedding}, percent (mean ± sample standard deviation)")
     print(comparison_text(table))
     if not args.output:
-        print("(--output DIR writes this table, and with --plot a figure of it)")
+        print("(--output DIR writes this table)")
         return
     with writable(args.output, "--output"):
         write_csv(args.output / f"comparison{suffix}.csv", table, float_format="%.4f")
-        figure = ", its figure" if args.plot else ""
-        print(f"{args.output}/: comparison{suffix}.csv{figure}")
-        if args.plot:
-            save_comparison(groups, tables, args.output, f"comparison{suffix}")
+    print(f"{args.output}/: comparison{suffix}.csv")
 
 
 def output_folders(runs: list[Run], output: Path | None) -> list[Path]:
@@ -342,7 +338,9 @@ def check_recalls(ks: list[int], run: Run) -> None:
 
 def write_scores(run: Run, scores: Scores, folder: Path, suffix: str, plot: bool) -> None:
     """Write the tables; with `plot`, evaluation.png, thresholds.png and training.png and all as SVG."""
-    with writable(folder, "--output"), lock_inside(folder, run):
+    own_folder = run.folder.resolve()
+    is_own = folder.resolve() == own_folder  # there, train.py removes half-written files while it holds the lock
+    with writable(folder, "--output"), run_lock(own_folder) if is_own else contextlib.nullcontext():
         for name in WRITTEN:
             float_format = "%.6f" if name == "thresholds" else "%.4f"
             write_csv(folder / f"{name}{suffix}.csv", getattr(scores, name), float_format=float_format)
@@ -354,33 +352,6 @@ def write_scores(run: Run, scores: Scores, folder: Path, suffix: str, plot: bool
             save_figure(draw_recall(scores.evaluation, scores.members, baseline), folder, f"evaluation{suffix}")
             save_figure(draw_found(scores.found), folder, f"thresholds{suffix}")
             save_figure(draw_training(records), folder, "training")
-
-
-@contextlib.contextmanager
-def lock_inside(folder: Path, run: Run) -> Iterator[None]:
-    """Hold the lock of the run if `folder` is its own: train.py removes half-written files there."""
-    if folder.resolve() != run.folder.resolve():
-        yield
-        return
-    try:
-        lock = run_lock(folder.resolve())
-    except InputError as error:
-        raise InputError(f"{error}; --output names another folder") from None
-    with lock:
-        yield
-
-
-def save_comparison(groups: list[list[Run]], tables: dict[Path, pd.DataFrame], folder: Path, name: str) -> None:
-    """Draw the first score of each group, up to the largest ensemble size that all its runs have."""
-    score_name = next(iter(tables.values())).columns[1]
-    curves = []
-    for group in groups:
-        columns = [tables[run.folder][score_name].to_numpy() for run in group]
-        length = min(map(len, columns))
-        label = f"{group_name(group)} ({len(group)} seeds)" if len(group) > 1 else group_name(group)
-        curves.append((label, np.stack([column[:length] for column in columns])))
-    with drawing():
-        save_figure(draw_comparison(curves, score_name), folder, name)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -86,14 +86,17 @@ def drawing(style: dict | None = None) -> Iterator[None]:
 
     A character that no font has becomes a box, and matplotlib warns of it once.
     """
-    os.environ["MPLBACKEND"] = "agg"  # that of a notebook may not be installed here: then the import fails
+    (package,) = importlib.util.find_spec("matplotlib").submodule_search_locations
+    # With the user's backend or matplotlibrc, the import itself may fail: one is not installed, the other not UTF-8.
+    os.environ["MPLBACKEND"] = "agg"
+    os.environ["MATPLOTLIBRC"] = f"{package}/mpl-data/matplotlibrc"
     import matplotlib
     from matplotlib import font_manager
 
     installed = font_manager.get_font_names()
     families = ["DejaVu Sans", *(name for name in WIDE_FONTS if name in installed)]
     with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()  # forgets matplotlibrc
+        matplotlib.rcdefaults()  # it may have been imported before, with the user's settings
         matplotlib.rcParams.update({"font.family": families, **STYLE, **(style or {})})
         warnings.filterwarnings("module", "Glyph .* missing from")  # measuring a text and drawing it both warn
         yield
@@ -202,25 +205,6 @@ def draw_histories(axes: "Axes", records: list[MemberRecord], name: str) -> None
     if len(records) > 1:
         mean = pd.concat(histories).groupby("epoch")[name].mean()
         axes.plot(mean.index, mean, color=COLORS[1], linestyle="--", linewidth=1.5, label=f"mean of {len(records)}")
-
-
-def draw_comparison(curves: list[tuple[str, np.ndarray]], score: str) -> "Figure":
-    """One score against the ensemble size, for each (label, values `(runs, L)` in percent): mean and, shaded, ± std."""
-    labels = [textwrap.fill(printable(label), 56) for label, _ in curves]  # the width of the figure
-    figure = new_figure(COLUMN_WIDTH, 2.5 + 0.14 * sum(label.count("\n") + 1 for label in labels))
-    axes = figure.subplots()
-    for number, (label, (_, values)) in enumerate(zip(labels, curves, strict=True)):
-        sizes = np.arange(1, values.shape[1] + 1)
-        mean = values.mean(0)
-        style = line_style(number, len(sizes))
-        if len(values) > 1:
-            std = values.std(0, ddof=1)
-            axes.fill_between(sizes, mean - std, mean + std, color=style["color"], alpha=0.2, linewidth=0)
-        axes.plot(sizes, mean, label=label, **style)
-    axes.set_ylabel(f"{score} (%)")
-    set_size_axis(axes, max(values.shape[1] for _, values in curves))
-    figure.legend(loc="outside lower center", **LEGEND)
-    return figure
 
 
 def line_style(number: int, num_points: int) -> dict:
