@@ -97,16 +97,22 @@ with drawing():
 
 
 def test_figures_do_not_depend_on_the_settings_of_matplotlib(tmp_path, monkeypatch):
-    """Neither on a notebook's backend that is not installed here, nor on a matplotlibrc, here one in Latin-1."""
-    rc = ["# é", "font.size: 30", "savefig.bbox: tight", "axes.facecolor: red", "font.family: cursive"]
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "matplotlibrc").write_text("\n".join(rc) + "\n", encoding="latin-1")
+    """Neither on a notebook's backend that is not installed here, nor on a matplotlibrc, nor on one in Latin-1."""
+    rc = ["font.size: 30", "savefig.bbox: tight", "axes.facecolor: red", "font.family: cursive"]
+    for name, text in (("here", "\n".join(rc)), ("home", "font.size: 30  # é")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "matplotlibrc").write_text(text, encoding="latin-1")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "no_such_backend"}
-    subprocess.run([sys.executable, "-c", SAVE_A_FIGURE], cwd=tmp_path / "there", env=environment, check=True)
+    cases = {"here": {}, "elsewhere": {"MPLCONFIGDIR": str(tmp_path / "home")}}
+    drawn = []
+    for name, variables in cases.items():
+        (tmp_path / name).mkdir(exist_ok=True)
+        command = [sys.executable, "-c", SAVE_A_FIGURE]
+        subprocess.run(command, cwd=tmp_path / name, env=environment | variables, check=True)
+        drawn.append([(tmp_path / name / f"figure.{suffix}").read_bytes() for suffix in ("png", "svg")])
     monkeypatch.chdir(tmp_path)
     exec(SAVE_A_FIGURE, {})
-    for name in ("figure.png", "figure.svg"):
-        assert Path(name).read_bytes() == Path("there", name).read_bytes()
+    assert drawn == [[Path(f"figure.{suffix}").read_bytes() for suffix in ("png", "svg")]] * 2
 
 
 # ------------------------------------------------------------------------------------------------ curves
