@@ -2,13 +2,12 @@
 
     python -m benchmarks.rival --data_name omniglot --image_size 32 --weights none --no_flip --num_epochs 64 --mixup
 
-It takes the options of train.py that define a run. Proxies learn at 100 times the network's rate (Kim et al., "Proxy
-Anchor Loss for Deep Metric Learning", CVPR 2020); the loss's numbers are the defaults of pytorch-metric-learning. Of a
-mixed image, each class counts by its share. The embedding is the pooled feature after the last epoch.
+It takes the options of train.py that define a run. Proxies learn at 100 times the network's rate (Kim et al., CVPR 2020);
+the loss's numbers are the defaults of pytorch-metric-learning. Of a mixed image, each class counts by its share. The
+embedding is the pooled feature after the last epoch.
 """
 
 import argparse
-import math
 import sys
 import time
 from functools import partial
@@ -17,24 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pytorch_metric_learning.losses import ProxyAnchorLoss  # pip install pytorch-metric-learning
 
+import model
 from dreml.backbones import read_weights
 from dreml.batches import Targets, epoch_batches, prepare
 from dreml.cache import Cache, read_cache
-from dreml.cli import DEVICE_HELP, InputError, Parser, RunError, pick_device, run_main, set_up_device
+from dreml.cli import DEVICE_HELP, Parser, pick_device, run_main, set_up_device
 from dreml.optimizers import learning_rate, make_optimizer
 from dreml.runs import TestSplit
 from dreml.settings import Settings, add_settings, settings_of
-from model import (
-    Compute,
-    TrainState,
-    build_model,
-    channel_statistics,
-    extract_features,
-    features,
-    head_of,
-    pick_precision,
-)
 from utils import map_at_r, recall_at_k, rng_for
 
 PROXY_RATE = 100  # times the network's learning rate
@@ -61,22 +52,18 @@ def proxy_anchor(loss: torch.nn.Module, rows: torch.Tensor, shares: torch.Tensor
     return torch.logsumexp(attracted, 0).sum() / num_present + torch.logsumexp(repelled, 0).mean()
 
 
-def train_rival(cache: Cache, settings: Settings, weights: dict | None, compute: Compute) -> torch.nn.Module:
+def train_rival(cache: Cache, settings: Settings, weights: dict | None, compute: model.Compute) -> torch.nn.Module:
     """Train a network on the classes of the data set for `settings.num_epochs` and return it."""
-    try:
-        from pytorch_metric_learning.losses import ProxyAnchorLoss
-    except ImportError:
-        raise InputError("the loss is in another package: pip install pytorch-metric-learning") from None
     device = compute.device
     labels = cache.array("train_labels")
     num_classes = cache.counts["train"][0]
-    statistics = channel_statistics(cache.meta, device)
+    statistics = model.channel_statistics(cache.meta, device)
     torch.manual_seed(int(rng_for(settings.seed, 1, 0, "weights").integers(2**63)))
-    network = build_model(settings.backbone, 2, weights).to(device)
-    loss = ProxyAnchorLoss(num_classes, head_of(network).in_features).to(device)
+    network = model.build_model(settings.backbone, 2, weights).to(device)
+    loss = ProxyAnchorLoss(num_classes, model.head_of(network).in_features).to(device)
     optimizer = make_optimizer(settings.optimizer, network, settings.lr, device)
     optimizer.add_param_group({"params": loss.parameters()})
-    state = TrainState(network.train(), optimizer, compute.grad_scaler())
+    state = model.TrainState(network.train(), optimizer, compute.grad_scaler())
     for epoch in range(settings.num_epochs):
         draw = partial(rng_for, settings.seed, 1, epoch)
         total = torch.zeros((), device=device)
@@ -86,7 +73,7 @@ def train_rival(cache: Cache, settings: Settings, weights: dict | None, compute:
             for group, factor in zip(optimizer.param_groups, (1, PROXY_RATE), strict=True):
                 group["lr"] = factor * rate
             with compute.autocast():
-                rows = features(network, prepare(batch, *statistics), "pooled")
+                rows = model.features(network, prepare(batch, *statistics), "pooled")
             value = proxy_anchor(loss, rows, class_shares(batch.targets, num_classes))
             optimizer.zero_grad()
             state.scaler.scale(value).backward()
@@ -95,8 +82,6 @@ def train_rival(cache: Cache, settings: Settings, weights: dict | None, compute:
             total += value.detach() * len(rows)
             done += len(rows)
         print(f"epoch {epoch}: loss {total.item() / len(labels):.4f}", flush=True)
-        if not math.isfinite(total.item()):
-            raise RunError(f"epoch {epoch}: the loss is not finite; {compute.overflow_remedy()}")
     return network
 
 
@@ -113,12 +98,14 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     set_up_device(device, deterministic=False)
     cache = read_cache(args.data_path, settings.data_name, settings.image_spec)
-    precision = settings.precision if settings.precision != "auto" else pick_precision(device, settings.backbone)
+    precision = settings.precision if settings.precision != "auto" else model.pick_precision(device, settings.backbone)
     start = time.perf_counter()
-    network = train_rival(cache, settings, read_weights(settings.backbone, args.weights), Compute(device, precision))
+    network = train_rival(
+        cache, settings, read_weights(settings.backbone, args.weights), model.Compute(device, precision)
+    )
     seconds = time.perf_counter() - start
-    statistics = channel_statistics(cache.meta, device)
-    rows = extract_features(network, cache.array("test_images"), statistics, 256, "pooled")
+    statistics = model.channel_statistics(cache.meta, device)
+    rows = model.extract_features(network, cache.array("test_images"), statistics, 256, "pooled")
     split = TestSplit.from_arrays(*(cache.array(f"test_{name}") for name in TestSplit._fields))
     masks = {"is_query": split.is_query, "is_gallery": split.is_gallery}
     recall = recall_at_k(rows, split.labels, [1], **masks).item()

@@ -1,5 +1,6 @@
 """The benchmarks run and print their tables, and the baseline that they compare with is right."""
 
+import importlib
 import re
 import subprocess
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ from builders import build_small_model
 from processes import ROOT
 from reference import slow_recall
 
-from benchmarks import gpu, plain, progress, recall, rival, training
+import model
+from benchmarks import gpu, plain, progress, recall, training
 from dreml.batches import MixedTargets
 from dreml.files import read_record
 
@@ -27,8 +29,8 @@ def small_networks(small_network, monkeypatch):
     """Small networks in the plain way too."""
     small = lambda name, weights, num_classes: build_small_model(name, num_classes, None)  # noqa: E731
     monkeypatch.setattr(torchvision.models, "get_model", small)
-    for module in (progress, rival):
-        monkeypatch.setattr(module, "build_model", build_small_model)
+    monkeypatch.setattr(progress, "build_model", build_small_model)
+    monkeypatch.setattr(model, "build_model", build_small_model)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -170,11 +172,16 @@ def test_windows_are_cut_on_the_device_as_in_the_cache(tiny_cache):
 # ------------------------------------------------------------------------------------------------ the rival
 
 
-def test_the_rival_equals_the_library_where_each_image_has_one_class():
+@pytest.fixture
+def rival():
+    pytest.importorskip("pytorch_metric_learning")
+    return importlib.import_module("benchmarks.rival")
+
+
+def test_the_rival_equals_the_library_where_each_image_has_one_class(rival):
     """Against pytorch-metric-learning, with its gradient; then by hand for an image of two classes."""
-    losses = pytest.importorskip("pytorch_metric_learning.losses")
     torch.manual_seed(0)
-    loss, rows, labels = losses.ProxyAnchorLoss(7, 5), torch.randn(9, 5, requires_grad=True), torch.randint(0, 7, (9,))
+    loss, rows, labels = rival.ProxyAnchorLoss(7, 5), torch.randn(9, 5, requires_grad=True), torch.randint(0, 7, (9,))
     ours, theirs = rival.proxy_anchor(loss, rows, rival.class_shares(labels, 7)), loss(rows, labels)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad(ours, rows), torch.autograd.grad(theirs, rows))
@@ -190,8 +197,7 @@ def test_the_rival_equals_the_library_where_each_image_has_one_class():
 
 
 @pytest.mark.parametrize("options", [[], ["--mixup"]])
-def test_the_rival_learns_the_classes(tiny_data, small_networks, capsys, options):
-    pytest.importorskip("pytorch_metric_learning")
+def test_the_rival_learns_the_classes(tiny_data, small_networks, capsys, options, rival):
     base = ["--data_name", "tiny", "--data_path", str(tiny_data), "--image_size", "32", "--weights", "none"]
     numbers = ["--num_epochs", "8", "--batch_size", "16", "--lr", "1e-2", "--schedule", "onecycle", "--device", "cpu"]
     assert rival.main([*base, *numbers, *options]) == 0
