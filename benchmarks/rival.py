@@ -2,7 +2,7 @@
 
     python -m benchmarks.rival --data_name omniglot --image_size 32 --weights none --no_flip --num_epochs 64 --mixup
 
-It takes the options of train.py that define a run. Proxies learn at 100 times the network's rate (Kim et al., CVPR 2020);
+It takes train.py's options that define a run. Proxies learn at 100 times the network's rate (Kim et al., CVPR 2020);
 the loss's numbers are the defaults of pytorch-metric-learning. Of a mixed image, each class counts by its share. The
 embedding is the pooled feature after the last epoch.
 """
@@ -88,7 +88,7 @@ def train_rival(cache: Cache, settings: Settings, weights: dict | None, compute:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="-m benchmarks.rival", description=__doc__)
     add_settings(parser.add_argument_group("as of train.py"))
-    parser.add_argument("--data_path", type=Path, default=Path("data"), metavar="DIR", help="data sets (default: data)")
+    parser.add_argument("--data_path", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     return parser.parse_args(argv)
 
@@ -107,9 +107,8 @@ def run(args: argparse.Namespace) -> None:
     statistics = model.channel_statistics(cache.meta, device)
     rows = model.extract_features(network, cache.array("test_images"), statistics, 256, "pooled")
     split = TestSplit.from_arrays(*(cache.array(f"test_{name}") for name in TestSplit._fields))
-    masks = {"is_query": split.is_query, "is_gallery": split.is_gallery}
-    recall = recall_at_k(rows, split.labels, [1], **masks).item()
-    precision_at_r, _ = map_at_r(rows, split.labels, **masks)
+    recall = recall_at_k(rows, split.labels, [1], split.is_query, split.is_gallery).item()
+    precision_at_r, _ = map_at_r(rows, split.labels, split.is_query, split.is_gallery)
     print(f"R@1 {100 * recall:.2f}, mAP@R {100 * precision_at_r.item():.2f}, {seconds:.0f} s of training")
 
 
