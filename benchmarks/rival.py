@@ -40,10 +40,7 @@ def class_shares(targets: Targets, num_classes: int) -> torch.Tensor:
 
 
 def proxy_anchor(loss: torch.nn.Module, rows: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """Proxy-Anchor whose sums over images count each by its share: `loss(rows, labels)` where all shares are 0 or 1.
-
-    `rows` `(B, d) float32`, `shares` `(B, num_classes) float32`.
-    """
+    """Proxy-Anchor of rows `(B, d)` and shares `(B, num_classes)`: the sums over images count each by its share."""
     cosines = F.normalize(rows, dim=1) @ F.normalize(loss.proxies, dim=1).T
     zeros = torch.zeros_like(cosines[:1])  # log 1
     attracted = torch.cat([zeros, loss.alpha * (loss.margin - cosines) + shares.log()])
@@ -107,8 +104,9 @@ def run(args: argparse.Namespace) -> None:
     statistics = model.channel_statistics(cache.meta, device)
     rows = model.extract_features(network, cache.array("test_images"), statistics, 256, "pooled")
     split = TestSplit.from_arrays(*(cache.array(f"test_{name}") for name in TestSplit._fields))
-    recall = recall_at_k(rows, split.labels, [1], split.is_query, split.is_gallery).item()
-    precision_at_r, _ = map_at_r(rows, split.labels, split.is_query, split.is_gallery)
+    masks = {"is_query": split.is_query, "is_gallery": split.is_gallery}
+    recall = recall_at_k(rows, split.labels, [1], **masks).item()
+    precision_at_r, _ = map_at_r(rows, split.labels, **masks)
     print(f"R@1 {100 * recall:.2f}, mAP@R {100 * precision_at_r.item():.2f}, {seconds:.0f} s of training")
 
 
