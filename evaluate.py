@@ -107,8 +107,8 @@ def score_run(run: Run, ks: list[int], embedding: str, device: torch.device) -> 
     num_unmatched = int(unmatched_queries(*split).sum())
     if num_unmatched:
         print(
-            f"{num_unmatched} queries have no other image of their class in the gallery: they count as misses in "
-            "Recall@K and are left out of mAP@R and R-Precision"
+            f"queries without another image of their class in the gallery: {num_unmatched:,} (misses in Recall@K, left "
+            "out of mAP@R and R-Precision)"
         )
     sizes = score(members, split, ks)
     bar = progress_bar(members, f"{run.folder.name}: each member alone", len(members), " members")
