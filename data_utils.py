@@ -12,7 +12,6 @@ With --resize squash, cache_256_squash/ has both sides at int(1.1 * 256), or 256
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,21 +20,11 @@ from tqdm import tqdm
 
 from dreml.cache import Cache, Holdout, cache_folder, cache_options, holdout_of, make_command, read_cache, verify_cache
 from dreml.cache_writer import build_cache
-from dreml.cli import (
-    MANY,
-    InputError,
-    Parser,
-    RunError,
-    check_ranges,
-    data_set_name,
-    is_utf8,
-    num_cores,
-    run_main,
-)
+from dreml.cli import MANY, InputError, Parser, RunError, check_ranges, data_set_name, num_cores, run_main
 from dreml.datasets import ALL_LAYOUTS, UnknownLayout, default_recalls
 from dreml.demo import draw_demo
 from dreml.images import RESIZES, ImageSpec, load_rgb, resize_test
-from dreml.lists import subfolders
+from dreml.lists import number_of, subfolders
 from dreml.settings import Settings
 
 __all__ = ["ImageSpec", "load_rgb", "main", "resize_test"]  # the images: for embedding one of your own (README)
@@ -78,14 +67,14 @@ def run(args: argparse.Namespace) -> None:
     data_path = args.data_path
     spec = ImageSpec(args.image_size, args.resize)
     holdout = Holdout(args.holdout, args.holdout_seed or 0) if args.holdout else None
-    names = list(dict.fromkeys(args.data_name or found_names(data_path, spec, args.verify)))
+    names = args.data_name or found_names(data_path, spec, args.verify)
 
     # 2. One after the other. A bad one does not stop the others
     rows = []
     refused = []
-    passed_over = []
+    others = []  # folders that hold no data set
     failed = False
-    for name in names:
+    for name in dict.fromkeys(names):
         start = time.perf_counter()
         try:
             if args.verify:
@@ -94,13 +83,9 @@ def run(args: argparse.Namespace) -> None:
             else:
                 require_raw(data_path, name, spec)
                 cache = build_cache(data_path, name, spec, args.num_workers, args.force, args.skip_bad, holdout)
-                name = cache.folder.parent.name
-            rows.append((name, cache, time.perf_counter() - start))
+            rows.append((cache, time.perf_counter() - start))
         except UnknownLayout as error:
-            if args.data_name:
-                refused.append(str(error))
-            else:
-                passed_over.append(str(error))
+            others.append(str(error))
         except InputError as error:
             refused.append(str(error))
         except (RunError, OSError) as error:
@@ -108,63 +93,56 @@ def run(args: argparse.Namespace) -> None:
             failed = True
 
     # 3. The summary, and what to run next
+    if args.data_name or not rows:
+        refused += others
+        others = []
     if rows:
         print_summary(rows)
-    if rows and passed_over:
-        print("".join(f"\npassed over: {text}" for text in passed_over))
-    if rows and not args.verify:
-        print(f"\n{training_text(data_path, *rows[0][:2])}")
-
-    # 4. What went wrong
+        for text in others:
+            print(f"passed over: {text}")
+        if not args.verify:
+            print(f"\n{training_text(data_path, rows[0][0])}")
     if refused:
         raise (RunError if failed else InputError)("\n".join(refused))
     if not rows and args.verify:
         wanted = cache_folder(data_path, "", spec).name
         raise InputError(f"no {wanted} found in {data_path}/; --image_size and --resize name another one")
-    if not rows and passed_over:
-        raise InputError("\n".join(passed_over))
     if not rows:
         raise InputError(f"no data set found in {data_path}/; expected is one of\n{ALL_LAYOUTS}")
 
 
 def found_names(data_path: Path, spec: ImageSpec, cached: bool) -> list[str]:
     """The folders that may be data sets. `cached`: those that have a cache."""
-    names = []
-    for folder in subfolders(data_path) if data_path.is_dir() else []:
-        if not is_utf8(folder.name):
-            print(f"{str(folder)!a}: the name is not valid UTF-8, passed over")
-        elif cached and os.path.exists(cache_folder(data_path, folder.name, spec)):
-            names.append(folder.name)
-        elif not cached and holdout_of(data_path, folder.name) is None:  # of which there are no raw images
-            names.append(folder.name)
-    return names
+    names = [folder.name for folder in subfolders(data_path)] if data_path.is_dir() else []
+    if cached:
+        return [name for name in names if cache_folder(data_path, name, spec).exists()]
+    return [name for name in names if holdout_of(data_path, name) is None]  # of which there are no raw images
 
 
 def require_raw(data_path: Path, name: str, spec: ImageSpec) -> None:
     """Raise UnknownLayout if the folder of a raw data set is missing. The demo is drawn instead."""
     folder = data_path / name
-    is_cached = os.path.exists(cache_folder(data_path, name, spec))
-    if not is_cached and holdout_of(data_path, name) is not None:
+    if holdout_of(data_path, name) is not None and not cache_folder(data_path, name, spec).exists():
         command = make_command(data_path, name, spec)
         raise UnknownLayout(f"{folder} has no raw images of its own; make its cache with: {command}")
     if name == "demo" and not folder.exists():
-        data_path.mkdir(parents=True, exist_ok=True)
         draw_demo(folder)
     if not folder.is_dir():
         raise UnknownLayout(f"{folder}: no such folder; expected is one of\n{ALL_LAYOUTS}")
 
 
-def print_summary(rows: list[tuple[str, Cache, float]]) -> None:
+def print_summary(rows: list[tuple[Cache, float]]) -> None:
     """Print a table of caches and the seconds that each took."""
     print(f"\n{'data set':<12}{'train':>26}{'test':>26}{'on disk':>10}{'seconds':>9}")
-    for name, cache, seconds in rows:
-        train, test = (f"{c:,} classes {n:,} images" for c, n in (cache.counts["train"], cache.counts["test"]))
+    for cache, seconds in rows:
+        train, test = (f"{number_of(c, 'class')} {number_of(n, 'image')}" for c, n in cache.counts.values())
         on_disk = tqdm.format_sizeof(cache.num_bytes, "B")
-        print(f"{name:<12}{train:>26}{test:>26}{on_disk:>10}{seconds:>9.1f}")
+        print(f"{cache.name:<12}{train:>26}{test:>26}{on_disk:>10}{seconds:>9.1f}")
 
 
-def training_text(data_path: Path, name: str, cache: Cache) -> str:
+def training_text(data_path: Path, cache: Cache) -> str:
     """The command that trains on a data set, with options that fit few classes or images; or why none can."""
+    name = cache.name
     num_classes = cache.counts["train"][0]
     num_gallery = int(cache.array("test_is_gallery").sum())
     recalls = [k for k in default_recalls(name) if k < num_gallery]
@@ -173,13 +151,17 @@ def training_text(data_path: Path, name: str, cache: Cache) -> str:
     if num_gallery and not recalls:
         return f"{name} cannot be trained on yet: one test image cannot be searched; add more, or leave out test images"
     command = f"python train.py {cache_options(data_path, name, cache.spec)}"
+    advice = ""
     if num_classes < Settings().meta_class_size:
         command += " --meta_class_size all"
+        if num_classes >= 4:  # with fewer, half of them would be one meta-class
+            half = f"--meta_class_size {num_classes // 2}"
+            advice = f"\n(all: for one network; for members that differ, half of the classes: {half})"
     if num_gallery and recalls != default_recalls(name):
         command += f" --recalls {','.join(map(str, recalls))}"
     if name == "demo":  # on a CPU
         command += " --weights none --no_flip --lr 1e-3"
-    return f"train on it with: {command}"
+    return f"train on it with: {command}{advice}"
 
 
 def main(argv: list[str] | None = None) -> int:

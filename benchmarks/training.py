@@ -28,7 +28,7 @@ from benchmarks.plain import class_folders, compare, hardware, plain_step, row, 
 from dreml import cli
 from dreml.batches import Batch, epoch_batches, input_memory, prepare
 from dreml.cache import Cache, read_cache
-from dreml.images import ImageSpec
+from dreml.images import ImageSpec, resized
 from dreml.settings import Settings
 from model import Compute, extract_features, pick_precision
 from train import Experiment, Sums, initial_state, train_member, train_step
@@ -80,7 +80,7 @@ def preprocessing(source: Path, folder: Path, num_images: int, spec: ImageSpec, 
         for split, shorter in (("train", spec.train_size), ("test", spec.size)):
             for path in class_folders(folders[-1] / "images" / split)[0]:
                 image = Image.open(path).convert("RGB")
-                np.asarray(image.resize(spec.resized_size(*image.size, shorter), Image.Resampling.BILINEAR))
+                np.asarray(resized(image, spec, shorter))
 
     runs = {f"{cli.num_cores()} processes": ours, "bare decode and resize on one core": bare}
     rates("preprocessing: ", runs, 2 * num_images, repeats, torch.device("cpu"))

@@ -14,8 +14,6 @@ from dreml.settings import Settings
 
 BATCHES_AHEAD = 2  # loaded while one is computed on
 
-# ------------------------------------------------------------------------------------------------ loading
-
 
 def spans(start: int, stop: int, step: int) -> list[tuple[int, int]]:
     """The range start..stop in pieces of at most `step`, as (start, stop) pairs."""
@@ -63,22 +61,12 @@ def image_batches(
                 yield loading.popleft().result().to(device, non_blocking=device.type == "cuda")
 
 
-# ------------------------------------------------------------------------------------------------ an epoch
-
-
-class Mixing(NamedTuple):
-    """With which other image of its batch each image is mixed (--mixup), on the device."""
-
-    partners: torch.Tensor  # (B,) int64, places in the batch
-    shares: torch.Tensor  # (B,) float32 in 0..1, the weight of the image itself; its partner has the rest
-
-
 class MixedTargets(NamedTuple):
-    """The meta-classes of mixed images, `(B,)` each, on the device."""
+    """The meta-classes of mixed images (--mixup), `(B,)` each, on the device."""
 
     own: torch.Tensor  # int64
     partners: torch.Tensor  # int64
-    shares: torch.Tensor  # float32, the weight of the own one
+    shares: torch.Tensor  # float32 in 0..1, the weight of the image itself; its partner has the rest
 
     @property
     def larger(self) -> torch.Tensor:
@@ -96,7 +84,7 @@ class Batch(NamedTuple):
     targets: Targets
     num_mirrored: int  # the first so many images are to be mirrored
     sides: torch.Tensor | None  # (B,) int64, the windows' sides; None: all S
-    mixing: Mixing | None = None
+    partners: torch.Tensor | None = None  # (B,) int64, with which image of the batch each is mixed
 
 
 def epoch_batches(
@@ -137,22 +125,23 @@ def epoch_batches(
     def read_ahead(start: int, stop: int) -> None:
         cache.read_ahead(order[start:stop], corners[start:stop], sides[start:stop])
 
-    epoch_targets = torch.from_numpy(targets[order]).to(device)
-    epoch_sides = torch.from_numpy(sides).to(device) if settings.scale_min < 1 else None
-    mixing = epoch_mixing(batches, draw("mix"), device) if settings.mixup else None
+    all_targets = torch.from_numpy(targets[order]).to(device)
+    all_sides = torch.from_numpy(sides).to(device) if settings.scale_min < 1 else None
+    if settings.mixup:
+        all_partners, all_shares = (values.to(device) for values in draw_mixing(batches, draw("mix")))
     loaded = image_batches(fill, batches, size, device, read_ahead)
     for (start, stop), pixels, mirror in zip(batches, loaded, num_mirrored, strict=True):
-        batch_sides = None if epoch_sides is None else epoch_sides[start:stop]
-        batch_targets = epoch_targets[start:stop]
-        batch_mixing = None
-        if mixing is not None:
-            batch_mixing = Mixing(mixing.partners[start:stop], mixing.shares[start:stop])
-            batch_targets = MixedTargets(batch_targets, batch_targets[batch_mixing.partners], batch_mixing.shares)
-        yield Batch(pixels, batch_targets, mirror, batch_sides, batch_mixing)
+        batch_targets = all_targets[start:stop]
+        batch_sides = None if all_sides is None else all_sides[start:stop]
+        partners = None
+        if settings.mixup:
+            partners = all_partners[start:stop]
+            batch_targets = MixedTargets(batch_targets, batch_targets[partners], all_shares[start:stop])
+        yield Batch(pixels, batch_targets, mirror, batch_sides, partners)
 
 
-def epoch_mixing(batches: list[tuple[int, int]], generator: np.random.Generator, device: torch.device) -> Mixing:
-    """The mixing of all batches of an epoch, one after the other.
+def draw_mixing(batches: list[tuple[int, int]], generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """The partners and the shares of all batches of an epoch, `(n,) int64` places in the batch and `(n,) float32`.
 
     The images of a batch stand in a random circle: each is mixed with the next one, with a share uniform in 0..1.
     """
@@ -163,10 +152,7 @@ def epoch_mixing(batches: list[tuple[int, int]], generator: np.random.Generator,
         partner[circle] = np.roll(circle, -1)
         partners.append(partner)
     shares = generator.random(batches[-1][1], np.float32)
-    return Mixing(torch.from_numpy(np.concatenate(partners)).to(device), torch.from_numpy(shares).to(device))
-
-
-# ------------------------------------------------------------------------------------------------ the input
+    return torch.from_numpy(np.concatenate(partners)), torch.from_numpy(shares)
 
 
 def input_memory(num_images: int, image_size: int, device: torch.device) -> torch.Tensor:
@@ -213,18 +199,16 @@ def resize_windows(images: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
 
 
 def prepare(batch: Batch, mean: torch.Tensor, std: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
-    """The network's input, `(B, 3, S, S) float32`: enlarged, mirrored (in place), normalised (`normalize`), mixed."""
+    """The network's input, `(B, 3, S, S) float32`: enlarged, mirrored (in place), normalised (`normalize`), mixed.
+
+    Mixing, share * image + (1 - share) * partner: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018,
+    with alpha = 1 and a share for each image.
+    """
     images = batch.images if batch.sides is None else resize_windows(batch.images, batch.sides)
     images[: batch.num_mirrored] = images[: batch.num_mirrored].flip(2)
     pixels = normalize(images, mean, std, memory)
-    return pixels if batch.mixing is None else mix(pixels, batch.mixing)
-
-
-def mix(pixels: torch.Tensor, mixing: Mixing) -> torch.Tensor:
-    """share * image + (1 - share) * partner for each image, `(B, 3, S, S) float32`, in the memory format of `pixels`.
-
-    Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018, with alpha = 1 and a share for each image.
-    """
+    if batch.partners is None:
+        return pixels
     rows = pixels.permute(0, 2, 3, 1)  # as they lie in memory, so that the copy is channels_last too
-    mixed = rows[mixing.partners].lerp_(rows, mixing.shares[:, None, None, None])
+    mixed = rows[batch.partners].lerp_(rows, batch.targets.shares[:, None, None, None])
     return mixed.permute(0, 3, 1, 2)

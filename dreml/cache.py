@@ -67,6 +67,11 @@ class Cache:
         return self.array("train_pixels"), self.array("train_offsets"), np.asarray(self.array("train_sizes"))
 
     @property
+    def name(self) -> str:
+        """The name of the data set."""
+        return self.folder.parent.name
+
+    @property
     def spec(self) -> ImageSpec:
         """The size and the resize of its images."""
         return ImageSpec(self.meta.image_size, self.meta.resize)
@@ -88,6 +93,11 @@ class Cache:
         text = self.array(f"{split}_paths")[offsets[0] : offsets[-1]].tobytes()
         ends = (offsets - offsets[0]).tolist()
         return [text[left : right - 1].decode() for left, right in itertools.pairwise(ends)]
+
+    def raw_files(self) -> tuple[list[str], np.ndarray]:
+        """The paths of all files that were listed when it was made, and their sizes and times, `(N, 2) float64`."""
+        with np.load(self.folder / "raw_files.npz") as found:
+            return self.paths("train") + self.paths("test") + found["left_out"].tolist(), found["stats"]
 
     def train_crops(self, indices: np.ndarray, corners: np.ndarray, sides: np.ndarray, out: np.ndarray) -> None:
         """Cut one square window out of each of B training images.
@@ -144,14 +154,23 @@ class Holdout(NamedTuple):
         return f"{name}_holdout{self.seed or ''}"
 
 
-def holdout_of(data_path: Path, name: str) -> tuple[str, int] | None:
-    """The data set that NAME_holdout was divided from, and the seed; None if this is another kind of data set."""
+def holdout_of(data_path: Path, name: str) -> tuple[str, Holdout] | None:
+    """The data set that NAME_holdout was divided from, and how; None if this is another kind of data set.
+
+    The share is that of a cache that is there, 0.2 without any.
+    """
     match = re.fullmatch(r"(.+)_holdout(|[1-9][0-9]*)", name)
     if match is None or not (data_path / match[1]).is_dir():
         return None
     if any((data_path / name / raw).exists() for raw in ("images.csv", "train")):  # a data set of its own
         return None
-    return match[1], int(match[2] or 0)
+    share = Holdout().share
+    for path in (data_path / name).glob("cache_*/meta.json"):
+        with contextlib.suppress(ValueError, KeyError):  # a damaged or older one
+            meta = read_record(path)
+            num_train, num_test = (len(meta[split]["classes"]) for split in ("train", "test"))
+            share = num_test / (num_train + num_test)
+    return match[1], Holdout(share, int(match[2] or 0))
 
 
 def cache_options(data_path: Path, name: str, spec: ImageSpec) -> str:
@@ -166,11 +185,11 @@ def cache_options(data_path: Path, name: str, spec: ImageSpec) -> str:
 
 def make_command(data_path: Path, name: str, spec: ImageSpec) -> str:
     """The command that makes a cache."""
-    holdout = holdout_of(data_path, name)
+    origin, holdout = holdout_of(data_path, name) or (name, None)
+    command = f"python data_utils.py {cache_options(data_path, origin, spec)}"
     if holdout is None:
-        return f"python data_utils.py {cache_options(data_path, name, spec)}"
-    of_seed = f" --holdout_seed {holdout[1]}" if holdout[1] else ""
-    return f"python data_utils.py {cache_options(data_path, holdout[0], spec)} --holdout {Holdout().share}{of_seed}"
+        return command
+    return f"{command} --holdout {holdout.share:.6g}" + (f" --holdout_seed {holdout.seed}" if holdout.seed else "")
 
 
 def read_cache(data_path: Path, name: str, spec: ImageSpec) -> Cache:
@@ -191,11 +210,10 @@ def read_cache(data_path: Path, name: str, spec: ImageSpec) -> Cache:
         found = read_record(folder / "meta.json")
         if [found.get(key) for key in ("version", "image_size", "resize")] != [CACHE_VERSION, spec.size, spec.resize]:
             raise InputError(f"{folder} is of another version or has other settings; {remedy}")
-        meta = CacheMeta(**found)
+        cache = Cache(folder, CacheMeta(**found), sha256(folder / "meta.json"))
         for array_name in ARRAYS:
-            if (folder / f"{array_name}.npy").stat().st_size != meta.arrays[array_name]["bytes"]:
+            if (folder / f"{array_name}.npy").stat().st_size != cache.meta.arrays[array_name]["bytes"]:
                 raise InputError(f"{folder / array_name}.npy has the wrong size; {remedy}")
-        cache = Cache(folder, meta, sha256(folder / "meta.json"))
         for array_name in ("train_labels", "test_labels", "test_is_query", "test_is_gallery"):
             cache.array(array_name)  # scripts read these before they compare checksums
         return cache
@@ -224,5 +242,5 @@ def verify_cache(cache: Cache) -> None:
         sums = list(threads.map(crc32, [cache.folder / f"{name}.npy" for name in arrays]))
     changed = [name for name, found in zip(arrays, sums, strict=True) if found != arrays[name]["crc32"]]
     if changed:
-        remedy = make_command(cache.folder.parents[1], cache.folder.parent.name, cache.spec)
+        remedy = make_command(cache.folder.parents[1], cache.name, cache.spec)
         raise InputError(f"{cache.folder}: damaged: {', '.join(changed)}; make it again with: {remedy} --force")

@@ -3,31 +3,27 @@
 A new one is a function that lists its images and one entry of PUBLISHED.
 """
 
-import itertools
-import posixpath
 import zlib
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from dreml.cache import Holdout
-from dreml.cli import InputError, is_utf8, one_line
+from dreml.cache import Cache, Holdout, holdout_of, make_command
+from dreml.cli import InputError, one_line
 from dreml.lists import (
-    Entry,
     Listing,
     list_csv,
     list_image_folder,
+    number_of,
     some,
     sort_images,
     subfolders,
     text_rows,
     what_was_meant,
 )
-from dreml.workers import worker_pool
 
 LAYOUTS = {
     "car": "cars_annos.mat and car_ims/, or the devkit: cars_train/, cars_test/, devkit/cars_train_annos.mat and "
@@ -41,75 +37,37 @@ ALL_LAYOUTS = "\n".join(f"  data/{name}/  {layout}" for name, layout in LAYOUTS.
 ALL_LAYOUTS += "\nThe README says where to get them. Without any: python data_utils.py --data_name demo"
 
 
+MAX_COMPARED = 100_000  # images whose files are looked at before each training: half a second
+
+
 class UnknownLayout(InputError):
     """A folder that holds no data set in a layout that is known for its name."""
 
 
-# ------------------------------------------------------------------------------------------------ Cars196
-
-
-def list_car(root: Path, prefix: str) -> Listing | None:
-    """List Cars196: `cars_annos.mat` with `car_ims/`, or the devkit with `cars_train/` and `cars_test/`."""
-    listing = Listing()
-    single = root / "cars_annos.mat"
-    devkit = find_car_devkit(root)
-    if single.is_file() and (root / "car_ims").is_dir():
-        tables = [(single, "relative_im_path", prefix)]
-        names_file = single
-    elif devkit is not None:
-        tables = car_devkit_tables(root, prefix, devkit, listing)
-        names_file = devkit.with_name("cars_meta.mat")
-    elif single.is_file():
-        listing.problems.append(f"{root / 'car_ims'}: missing folder")
-        return listing
-    else:
+def list_car(root: Path) -> Listing | None:
+    """List Cars196: `cars_annos.mat` with `car_ims/`, or the devkit, anywhere, with `cars_train/` and `cars_test/`."""
+    tables = []
+    if (root / "cars_annos.mat").is_file() and (root / "car_ims").is_dir():
+        tables.append((root / "cars_annos.mat", "relative_im_path", ""))
+    elif (root / "cars_train").is_dir():
+        for part, name in (("cars_train", "cars_train_annos.mat"), ("cars_test", "cars_test_annos_withlabels.mat")):
+            table = min(root.rglob(name), default=root / "devkit" / name)
+            nested = f"{part}/{part}/" if (root / part / part).is_dir() else f"{part}/"
+            tables.append((table, "fname", nested))
+    if not tables:
         return None
+    listing = Listing(root)
+    names_file = tables[0][0]
+    if names_file.name != "cars_annos.mat":
+        names_file = names_file.with_name("cars_meta.mat")
+    listing.class_names = read_car_names(names_file)
     try:
-        names = in_own_process(read_car_names, names_file)
         for table, path_field, folder in tables:
-            rows = in_own_process(read_car_annotations, table, path_field)
-            for number, (path, class_id) in enumerate(rows, 1):
-                name = names.get(class_id, str(class_id))
-                entry = Entry(folder + path, class_id, name, split_of("car", class_id))
-                add_numbered(listing, "car", f"{table}, entry {number}", entry, path)
+            for number, (path, class_id) in enumerate(read_car_annotations(table, path_field), 1):
+                add_numbered(listing, "car", f"{table}, entry {number}", folder + path, class_id)
     except InputError as error:
         listing.problems.append(str(error))
     return listing
-
-
-def find_car_devkit(root: Path) -> Path | None:
-    """The devkit's annotation file of `cars_train/`. Its archive may be unpacked one folder deeper."""
-    devkit = first_existing(root / "devkit" / "cars_train_annos.mat", root / "cars_train_annos.mat")
-    if devkit is None and (root / "cars_train").is_dir():
-        devkit = first_existing(*sorted(root.glob("*/devkit/*_train_annos.mat")), *root.glob("*/*_train_annos.mat"))
-    return devkit
-
-
-def car_devkit_tables(root: Path, prefix: str, devkit: Path, listing: Listing) -> list[tuple[Path, str, str]]:
-    """The devkit's annotation files, each with the field of its image names and the folder of its images."""
-    labelled = first_existing(
-        *(folder / "cars_test_annos_withlabels.mat" for folder in (devkit.parent, devkit.parent.parent, root))
-    )
-    if labelled is None:
-        listing.problems.append(
-            f"{devkit.with_name('cars_test_annos_withlabels.mat')}: missing (cars_test_annos.mat has no labels: "
-            "the file needed is cars_test_annos_withlabels.mat)"
-        )
-    tables = []
-    for table, part in ((devkit, "cars_train"), (labelled, "cars_test")):
-        nested = f"{part}/{part}" if (root / part / part).is_dir() else part
-        if table is not None:
-            tables.append((table, "fname", f"{prefix}{nested}/"))
-    return tables
-
-
-def in_own_process(read: Callable, path: Path, *args: object) -> object:
-    """Return read(path, *args), called in another process: a damaged .mat file can crash scipy 1.17's reader."""
-    try:
-        with worker_pool(1) as pool:
-            return pool.submit(read, path, *args).result()
-    except BrokenProcessPool:
-        raise InputError(f"{path}: not a readable Cars196 annotation file (it crashes scipy's reader)") from None
 
 
 def read_car_annotations(path: Path, path_field: str = "fname") -> list[tuple[str, int]]:
@@ -119,6 +77,8 @@ def read_car_annotations(path: Path, path_field: str = "fname") -> list[tuple[st
     """
     import scipy.io  # takes long, and other data sets do without it
 
+    if not path.is_file():
+        raise InputError(f"{path}: missing file")
     try:
         annotations = np.ravel(scipy.io.loadmat(path)["annotations"])
         fields = annotations.dtype.names
@@ -135,92 +95,71 @@ def read_car_names(path: Path) -> dict[int, str]:
 
     try:
         class_names = np.ravel(scipy.io.loadmat(path, variable_names=["class_names"])["class_names"])
-        names = {class_id: str(name.item()) for class_id, name in enumerate(class_names, 1)}
+        return {class_id: str(name.item()) for class_id, name in enumerate(class_names, 1)}
     except Exception:  # as above; where the labels are in the same file, reading them says what is wrong
         return {}
-    return {class_id: name for class_id, name in names.items() if name and is_utf8(name)}
 
 
-# ------------------------------------------------------------------------------------------------ CUB, SOP, In-Shop
-
-
-def list_cub(root: Path, prefix: str) -> Listing | None:
+def list_cub(root: Path) -> Listing | None:
     """List CUB-200-2011: `images.txt` ("id path") and `image_class_labels.txt` ("id class")."""
     if not (root / "images.txt").is_file():
         return None
-    listing = Listing()
-    classes: dict[str, int] = {}
-    for where, (image_id, class_id) in text_rows(root / "image_class_labels.txt", 2, listing):
-        if not is_number(class_id):
-            listing.problems.append(f"{where}: malformed line: {class_id!r} is no class id")
-        elif image_id in classes:
-            listing.problems.append(f"{where}: image id {image_id} stands in the list twice")
-        else:
-            classes[image_id] = int(class_id)
-    seen = set()
+    listing = Listing(root)
+    classes = dict(fields for _, fields in text_rows(root / "image_class_labels.txt", 2, listing))
     for where, (image_id, path) in text_rows(root / "images.txt", 2, listing):
-        if image_id in seen:
-            listing.problems.append(f"{where}: image id {image_id} stands in the list twice")
-        elif image_id not in classes:
-            listing.problems.append(f"{where}: image {image_id} has no class in image_class_labels.txt")
+        if image_id in classes:
+            add_numbered(listing, "cub", where, f"images/{path}", classes[image_id], class_name=path.split("/")[0])
         else:
-            class_id = classes[image_id]
-            class_name = path.split("/")[0]
-            entry = Entry(f"{prefix}images/{path}", class_id, class_name, split_of("cub", class_id))
-            add_numbered(listing, "cub", where, entry, path)
-        seen.add(image_id)
+            listing.problems.append(f"{where}: image {image_id} has no class in image_class_labels.txt")
     return listing
 
 
-def list_sop(root: Path, prefix: str) -> Listing | None:
-    """List Stanford Online Products: `Ebay_train.txt` and `Ebay_test.txt`, "image class super_class path" in a row."""
+def list_sop(root: Path) -> Listing | None:
+    """List Stanford Online Products: `Ebay_train.txt` and `Ebay_test.txt`, a header, "image class super_class path"."""
     if not (root / "Ebay_train.txt").is_file() and not (root / "Ebay_test.txt").is_file():
         return None
-    listing = Listing()
+    listing = Listing(root)
     for split in ("train", "test"):
-        rows = text_rows(root / f"Ebay_{split}.txt", 4, listing)
-        header = next(rows, None)
-        if header is not None and header[1][0] != "image_id":
-            listing.problems.append(f"{header[0]}: the header 'image_id class_id super_class_id path' is missing")
-        for where, (_, class_id, _, path) in rows:
-            if is_number(class_id):
-                entry = Entry(prefix + path, int(class_id), class_id, split)
-                add_numbered(listing, "sop", where, entry, path)
-            else:
-                listing.problems.append(f"{where}: malformed line: {class_id!r} is no class id")
+        for where, (_, class_id, _, path) in text_rows(root / f"Ebay_{split}.txt", 4, listing, skip=1):
+            add_numbered(listing, "sop", where, path, class_id, split)
     return listing
 
 
-def list_isc(root: Path, prefix: str) -> Listing | None:
+def list_isc(root: Path) -> Listing | None:
     """List In-Shop Clothes: `list_eval_partition.txt`, a count, a header, then "image item status", and `img/`."""
-    name = "list_eval_partition.txt"
-    path = first_existing(root / name, root / "Eval" / name, root / "Anno" / name)
+    paths = [root / folder / "list_eval_partition.txt" for folder in (".", "Eval", "Anno")]
+    path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
-    listing = Listing()
-    if (root / "Img" / "img").is_dir():  # where the original archives put them
-        prefix += "Img/"
-    rows = text_rows(path, 3, listing, skip=1)
-    header = next(rows, None)
-    if header is not None and header[1][0] != "image_name":
-        listing.problems.append(f"{header[0]}: the header 'image_name item_id evaluation_status' is missing")
-    for where, (image, item, status) in rows:
+    listing = Listing(root)
+    folder = "Img/" if (root / "Img" / "img").is_dir() else ""  # where the original archives put them
+    for where, (image, item, status) in text_rows(path, 3, listing, skip=2):
         if status in ("train", "query", "gallery"):
             split = "train" if status == "train" else "test"
-            entry = Entry(prefix + image, item, item, split, status != "gallery", status != "query")
-            listing.add(where, entry, image)
+            listing.add(where, folder + image, item, split, status != "gallery", status != "query")
         else:
             listing.problems.append(f"{where}: {status!r} is not one of train, query, gallery")
     return listing
 
 
-# ------------------------------------------------------------------------------------------------ what is published
+def add_numbered(
+    listing: Listing, data_set: str, where: str, path: str, class_id: int | str, split: str = "", class_name: str = ""
+) -> None:
+    """Add one image of a data set whose classes are numbers, or a problem if there is no such class."""
+    published = PUBLISHED[data_set]
+    if not str(class_id).isdecimal() or not 1 <= int(class_id) <= published.num_classes:
+        listing.problems.append(f"{where}: class id {class_id} is not in 1..{published.num_classes}")
+        return
+    label = int(class_id)
+    if class_name:
+        listing.class_names[label] = class_name
+    listing.add(where, path, label, split or ("train" if label <= published.last_train_class else "test"))
 
 
 class Published(NamedTuple):
     """What is known of a data set: how its lists are read, its class ids, counts and channel statistics."""
 
-    list_images: Callable[[Path, str], Listing | None]
+    list_images: Callable[[Path], Listing | None]
     last_train_class: int | None  # classes 1..this train, the others test; None: the lists say
     num_classes: int | None  # class ids are 1..this; None: they are names
     counts: dict[str, tuple[int, int]]  # split, or part of the test split -> classes, images
@@ -273,13 +212,11 @@ def default_recalls(data_name: str) -> list[int]:
     return list(Published._field_defaults["recalls"])
 
 
-# ------------------------------------------------------------------------------------------------ any data set
-
-
 class RawDataSet(NamedTuple):
     """The images that a raw data set lists, and what is wrong with the lists."""
 
     images: pd.DataFrame  # see Listing.table
+    class_names: dict[int | str, str]  # of labels that are not names themselves
     problems: list[str]
     warnings: list[str]
 
@@ -290,23 +227,21 @@ def list_data_set(name: str, folder: Path) -> RawDataSet:
     Raises UnknownLayout if the folder has not the layout that its name asks for, InputError if it nearly has. Problems
     with single lines and paths are collected; that the images exist is checked when they are opened.
     """
-    data_set = read_lists(name, folder)
-    check_whole(data_set, name)
-    return data_set
-
-
-def read_lists(name: str, folder: Path) -> RawDataSet:
-    """Find and read the lists of a raw data set. Raises as `list_data_set` does."""
+    roots = [folder]
+    readers = [list_csv, list_image_folder]  # images.csv counts: beside it, train/ may just be where images lie
     if name in PUBLISHED:
+        roots += subfolders(folder)  # archives unpack one deeper
         readers = [PUBLISHED[name].list_images]
-        roots = [folder, *subfolders(folder)]  # archives unpack one deeper
-    else:
-        readers = [list_csv, list_image_folder]  # images.csv counts: beside it, train/ may just be where images lie
-        roots = [folder]
-    for root, list_images in itertools.product(roots, readers):
-        listing = list_images(root, f"{root.relative_to(folder).as_posix()}/" if root != folder else "")
-        if listing is not None:
-            return RawDataSet(listing.table(), listing.problems, listing.warnings)
+    for root in roots:
+        for list_images in readers:
+            listing = list_images(root)
+            if listing is not None:
+                images = listing.table()
+                if root != folder:
+                    images["path"] = f"{root.name}/" + images["path"]
+                data_set = RawDataSet(images, listing.class_names, listing.problems, listing.warnings)
+                check_whole(data_set, name)
+                return data_set
     if name not in PUBLISHED:
         raise UnknownLayout(f"{folder}: {what_was_meant(folder)}")
     hint = "; for images of your own, choose another name" if (folder / "train").is_dir() else ""
@@ -334,22 +269,23 @@ def hold_out(data_set: RawDataSet, holdout: Holdout) -> RawDataSet:
 
 def check_whole(data_set: RawDataSet, name: str) -> None:
     """Add the problems and warnings that only the whole list of a data set shows."""
-    images, problems, warnings = data_set
-    is_test = images["split"] == "test"
-    labels = {"train": images["label"][~is_test], "test": images["label"][is_test]}
-    both = sorted(set(labels["train"].unique()) & set(labels["test"].unique()))
+    images, class_names, problems, warnings = data_set
+    classes = {}
+    for split, single in (("train", "one image teaches little"), ("test", "as a query it can only miss")):
+        of_split = images[images["split"] == split]
+        repeated = of_split["path"][of_split["path"].duplicated()].unique()
+        if len(repeated):
+            reports = warnings if split == "train" else problems  # a test image would find itself
+            reports.append(f"{number_of(len(repeated), f'{split} image')} listed more than once, such as {repeated[0]}")
+        classes[split] = of_split["label"].value_counts(sort=False)
+        classes[split] = classes[split][classes[split] > 0]
+        alone = [class_names.get(label, str(label)) for label in classes[split].index[classes[split] == 1]]
+        if alone and name not in PUBLISHED:
+            warnings.append(f"{split}: classes of one image: {some(alone)}; {single}: add some, or leave it out")
+    both = [label for label in classes["train"].index if label in classes["test"].index]
     if both:
-        shown = ", ".join(map(str, both[:3])) + (", …" if len(both) > 3 else "")
-        warnings.append(
-            f"classes in both train and test: {len(both)} ({shown}); Recall@K is meant for classes that were not "
-            "trained on"
-        )
-    for split, reports in (("train", warnings), ("test", problems)):  # a test image would find itself
-        repeated = repeated_paths(images["path"][images["split"] == split])
-        if repeated:
-            reports.append(f"{len(repeated)} {split} images are listed more than once, such as {repeated[0]}")
-    if name not in PUBLISHED:
-        warn_of_single_images(images, warnings)
+        what = "Recall@K is meant for classes that were not trained on"
+        warnings.append(f"classes in both train and test: {len(both):,} ({some(both, 3)}); {what}")
     for part, found in count_images(images).items():
         if found[1] == 0 and part == "test" and name not in PUBLISHED and not problems:
             warnings.append("no test images: all classes are trained on, and nothing can be measured")
@@ -359,23 +295,6 @@ def check_whole(data_set: RawDataSet, name: str) -> None:
         if found != published:
             numbers = "{:,} and {:,}".format(*published)
             warnings.append(f"{part}: {found[0]:,} classes and {found[1]:,} images, published are {numbers}")
-
-
-def warn_of_single_images(images: pd.DataFrame, warnings: list[str]) -> None:
-    """Add a warning of the classes of one image."""
-    for split, why in (("train", "one image teaches little"), ("test", "as a query it can only miss")):
-        of_split = images[["label", "class_name"]][images["split"] == split]
-        single = of_split["class_name"][~of_split["label"].duplicated(keep=False)].tolist()
-        if single:
-            warnings.append(f"{split}: classes of one image: {some(single)}; {why}: add some, or leave it out")
-
-
-def repeated_paths(paths: pd.Series) -> list[str]:
-    """The paths that stand in a list more than once, however they are written."""
-    # Found by hashes, 8 bytes each: the texts themselves would take 100.
-    hashes = np.fromiter((hash(posixpath.normpath(path)) for path in paths), np.int64, len(paths))
-    suspects = paths[pd.Series(hashes).duplicated(keep=False).to_numpy()].map(posixpath.normpath)
-    return suspects[suspects.duplicated()].unique().tolist()
 
 
 def count_images(images: pd.DataFrame) -> dict[str, tuple[int, int]]:
@@ -388,25 +307,30 @@ def count_images(images: pd.DataFrame) -> dict[str, tuple[int, int]]:
     return {part: (images["label"][rows].nunique(), int(rows.sum())) for part, rows in parts.items()}
 
 
-def split_of(data_set: str, class_id: int) -> str:
-    """The split of a class, for a data set whose first classes train and whose others test."""
-    return "train" if class_id <= PUBLISHED[data_set].last_train_class else "test"
+def changes_since(cache: Cache) -> str:
+    """Say how many raw images are new, changed or gone since a cache was made. "": none, or there are no raw images.
 
-
-def add_numbered(listing: Listing, data_set: str, where: str, entry: Entry, path: str) -> None:
-    """Add one image of a data set whose classes are numbers, or a problem if there is no such class."""
-    num_classes = PUBLISHED[data_set].num_classes
-    if 1 <= entry.label <= num_classes:
-        listing.add(where, entry, path)
-    else:
-        listing.problems.append(f"{where}: class id {entry.label} is out of range 1..{num_classes}")
-
-
-def first_existing(*paths: Path) -> Path | None:
-    """The first of these files that exists."""
-    return next((path for path in paths if path.is_file()), None)
-
-
-def is_number(text: str) -> bool:
-    """Whether a field of a list is a class id or a count."""
-    return text.isascii() and text.isdigit() and len(text) < 10
+    Names are compared; up to MAX_COMPARED images, sizes and times of change too.
+    """
+    data_path = cache.folder.parents[1]
+    name = cache.name
+    source, holdout = holdout_of(data_path, name) or (name, None)
+    try:
+        images = list_data_set(source, data_path / source).images
+        paths, stats = cache.raw_files()
+    except (InputError, OSError):
+        return ""
+    listed = set(images["path"][images["split"] == "train"] if holdout else images["path"])
+    new = len(listed.difference(paths))
+    gone = 0
+    changed = 0
+    for path, known in zip(paths, stats.tolist(), strict=True):
+        file = data_path / source / path
+        if path not in listed or (len(paths) <= MAX_COMPARED and not file.exists()):
+            gone += 1
+        elif len(paths) <= MAX_COMPARED:
+            changed += [file.stat().st_size, file.stat().st_mtime] != known
+    if gone == len(paths) or new + changed + gone == 0:
+        return ""
+    changes = f"{number_of(new, 'image')} {'is' if new == 1 else 'are'} new, {changed:,} changed, {gone:,} gone"
+    return f"{changes} since {cache.folder} was made: {make_command(data_path, name, cache.spec)} --force"

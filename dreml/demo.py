@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dreml.cli import progress_bar
-from dreml.files import flush_folder, take_lock, temporary_name
+from dreml.files import temporary_name
 
 
 def draw_demo(
@@ -19,28 +19,22 @@ def draw_demo(
 
     A character is a few random strokes. Each image is that character written anew: the strokes jitter, the whole is
     turned, sheared, scaled and shifted a little, with another pen, ink and paper. The same arguments give the same
-    images. The folder appears when it is whole; one that is there is left as it is.
+    images. The folder appears when it is whole.
     """
-    with take_lock(folder.with_name(f".{folder.name}.lock")):
-        if folder.exists():
-            return
-        for leftover in folder.parent.glob(f".{folder.name}.new-*"):  # of a run that was killed
-            shutil.rmtree(leftover)
-        new = temporary_name(folder, "new")
-        try:
-            for number in progress_bar(range(2 * num_classes), f"drawing {folder.name}", 2 * num_classes, " classes"):
-                generator = np.random.default_rng((seed, number))
-                strokes = new_character(generator)
-                class_folder = new / ("train" if number < num_classes else "test") / f"character_{number:03d}"
-                class_folder.mkdir(parents=True)
-                for image_number in range(images_per_class):
-                    write_character(strokes, image_side, generator).save(class_folder / f"{image_number:02d}.png")
-            if hasattr(os, "sync"):
-                os.sync()  # a flush of each of thousands of files would take longer
-            os.rename(new, folder)
-            flush_folder(folder.parent)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+    new = temporary_name(folder, "new")
+    try:
+        for number in progress_bar(range(2 * num_classes), f"drawing {folder.name}", 2 * num_classes, " classes"):
+            generator = np.random.default_rng((seed, number))
+            strokes = new_character(generator)
+            class_folder = new / ("train" if number < num_classes else "test") / f"character_{number:03d}"
+            class_folder.mkdir(parents=True)
+            for image_number in range(images_per_class):
+                write_character(strokes, image_side, generator).save(class_folder / f"{image_number:02d}.png")
+        if hasattr(os, "sync"):
+            os.sync()  # a flush of each of thousands of files would take longer
+        os.rename(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def new_character(generator: np.random.Generator) -> list[np.ndarray]:

@@ -3,11 +3,12 @@
 import importlib.util
 import os
 import stat
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from dreml.cli import one_line
 
@@ -15,24 +16,17 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".g
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "AVIF")  # no other decoder of Pillow sees a file
 HEIF_SUFFIXES = {".heic", ".heif"}  # of phones; only where pillow-heif is installed
 HEIF_REMEDY = "pip install pillow-heif"
-HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+MAX_PIXELS = 89_478_485  # of a file. Pillow's own limit, from which on it warns
 MAX_RESIZED_PIXELS = 16_000_000  # a 1 x 10,000 image would grow to 281 x 2,810,000
 RESIZES = ("crop", "squash")
 IMAGE_VERSION = 2  # of the way from a file to its pixels; 1 showed the hidden colours of transparent images
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `open_image` refuses such images
 
 
 class BadImage(Exception):
     """An image that cannot be used. The text names the file and says why, on one line."""
-
-
-def image_suffixes() -> set[str]:
-    """The suffixes of images, in lower case. HEIC is one if pillow-heif is installed."""
-    return IMAGE_SUFFIXES | HEIF_SUFFIXES if has_heif() else IMAGE_SUFFIXES
-
-
-def has_heif() -> bool:
-    """Whether pillow-heif is installed."""
-    return importlib.util.find_spec("pillow_heif") is not None
 
 
 @dataclass(frozen=True)
@@ -45,42 +39,67 @@ class ImageSpec:
     size: int = 256
     resize: str = "crop"
 
-    def __post_init__(self):
-        if self.resize not in RESIZES:
-            raise ValueError(f"resize has to be one of {', '.join(RESIZES)}, not {self.resize!r}")
-
     @property
     def train_size(self) -> int:
         """The shorter side of a training image before the random crop (docs/METHOD.md, step 5)."""
         return int(1.1 * self.size)
 
-    def resized_size(self, width: int, height: int, shorter: int) -> tuple[int, int]:
-        """The (width, height) that torchvision's `Resize(shorter)` gives; for squash, `Resize((shorter, shorter))`."""
-        if self.resize == "squash":
-            return shorter, shorter
-        if width <= height:
-            return shorter, int(shorter * height / width)
-        return int(shorter * width / height), shorter
+
+def image_suffixes() -> set[str]:
+    """The suffixes of images, in lower case. HEIC is one if pillow-heif is installed."""
+    has_heif = importlib.util.find_spec("pillow_heif") is not None
+    return IMAGE_SUFFIXES | HEIF_SUFFIXES if has_heif else IMAGE_SUFFIXES
 
 
 def load_rgb(path: str | Path) -> Image.Image:
-    """Open an image as RGB: EXIF orientation applied, 16-bit grey scaled to 8 bits, transparent parts on white.
+    """Open an image as RGB: turned as its EXIF says, 16-bit grey scaled to 8 bits, transparent parts on white.
 
-    Raises BadImage as `open_image` does, and what Pillow raises for a missing, unreadable or truncated file. An image
-    over Pillow's limit against decompression bombs (`Image.MAX_IMAGE_PIXELS`, 89 megapixels) is an error too.
+    Raises BadImage or what Pillow raises for a missing, unreadable or truncated file, see `bad_image`.
     """
     with open_image(path) as image:
         return to_rgb(image)
 
 
+def open_image(path: str | Path) -> Image.Image:
+    """Open an image file and read its header. HEIC needs pillow-heif."""
+    is_path = not hasattr(path, "read")  # or else an open file
+    if is_path:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):  # opening a named pipe would wait without end
+            raise BadImage(f"{path}: unreadable (not a regular file)")
+        if found.st_size == 0:
+            raise BadImage(f"{path}: unreadable (an empty file)")
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: editors store much beside an image
+    try:
+        image = Image.open(path, formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        if not is_path or not is_heif(path):
+            raise
+        try:
+            import pillow_heif  # here, since it takes time
+        except ImportError:
+            raise BadImage(f"{path}: unreadable (HEIC needs: {HEIF_REMEDY})") from None
+        pillow_heif.register_heif_opener()
+        image = Image.open(path, formats=("HEIF",))
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise Image.DecompressionBombError(f"over {MAX_PIXELS:,} pixels")
+    return image
+
+
+def is_heif(path: str | Path) -> bool:
+    """Whether a file begins as HEIC does, whatever its name."""
+    with open(path, "rb") as file:
+        return file.read(8)[4:] == b"ftyp"
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An open image as RGB, see `load_rgb`. The image itself may be changed."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        if isinstance(image.info.get("transparency"), int):  # a PNG may name one grey value as transparent
-            grey[grey == image.info["transparency"]] = 65535
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    """An open image as RGB, see `load_rgb`."""
+    turn = TURNS.get(orientation(image))
+    if image.mode[:1] in ("I", "F"):  # Pillow's own conversion would clip at 255
+        image = scaled_grey(image)
+    if turn is not None:
+        image = image.transpose(Image.Transpose(turn))
     if image.has_transparency_data:  # what lies under transparent pixels is chance, mostly black or white
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
@@ -92,54 +111,44 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Open an image file and read its header.
-
-    Raises BadImage for grey values in floating point, which have no defined black and white, for HEIC without
-    pillow-heif, and for what is no file: opening a named pipe would wait without end.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise BadImage(f"{path}: unreadable (not a regular file)")
+def orientation(image: Image.Image) -> int | None:
+    """The orientation that the EXIF of an image names. EXIF that cannot be read names none."""
     try:
-        image = Image.open(path, formats=IMAGE_FORMATS)
-    except UnidentifiedImageError:
-        if not is_heif(path):
-            raise
-        register_heif(path)
-        image = Image.open(path, formats=("HEIF",))
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow only warns of up to twice as many
-        image.close()
-        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are over Pillow's limit")
-    if image.mode == "F":
-        image.close()
-        raise BadImage(f"{path}: floating-point grey values have no defined black and white; save it as 8 or 16 bits")
-    return image
+        return image.getexif().get(0x0112)
+    except Exception:  # Pillow raises several kinds
+        return None
 
 
-def is_heif(path: str | Path) -> bool:
-    """Whether the first bytes of a file are those of HEIC or HEIF, whatever its name."""
-    with open(path, "rb") as file:
-        start = file.read(12)
-    return start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS
+def scaled_grey(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, or the 12 bits of some TIFF files, scaled to 8 bits. Raises BadImage for other numbers."""
+    if not image.mode.startswith("I;16"):
+        name = getattr(image, "filename", "") or "image"
+        kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
+        raise BadImage(f"{name}: {kind} grey values have no defined black and white; save it as 8 or 16 bits")
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    white = 2 ** tags.get(258, (16,))[0] - 1  # BitsPerSample
+    grey = np.asarray(image).astype(np.int64)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # a PNG may name one grey value as transparent
+        grey[grey == transparent] = white
+    if tags.get(262) == 0:  # PhotometricInterpretation: 0 is white
+        grey = white - grey
+    return Image.fromarray(((255 * grey + white // 2) // white).astype(np.uint8))
 
 
-def register_heif(path: str | Path) -> None:
-    """Teach Pillow to read HEIC. Called where the first such file is met, since the import takes time.
+def resized(image: Image.Image, spec: ImageSpec, shorter: int, name: str | Path = "image") -> Image.Image:
+    """An image with `shorter` as its shorter side, as torchvision's `Resize` makes it; for squash, as both sides.
 
-    Raises BadImage, which names `path`, if pillow-heif is not installed.
+    Raises BadImage, which names the image, for one that would become too long.
     """
-    if not has_heif():
-        raise BadImage(f"{path}: unreadable (HEIC needs: {HEIF_REMEDY})")
-    import pillow_heif
-
-    pillow_heif.register_heif_opener()
-
-
-def resized(image: Image.Image, spec: ImageSpec, shorter: int) -> Image.Image:
-    """An image with `shorter` as its shorter side; for squash, as both sides. Raises BadImage for one too long."""
-    width, height = spec.resized_size(*image.size, shorter)
+    width, height = shorter, shorter
+    if spec.resize == "crop" and image.width <= image.height:
+        height = int(shorter * image.height / image.width)
+    elif spec.resize == "crop":
+        width = int(shorter * image.width / image.height)
     if width * height > MAX_RESIZED_PIXELS:
-        raise BadImage(f"image: {width} x {height} after the resize is over {MAX_RESIZED_PIXELS:,} pixels")
+        remedy = "crop it, or use --resize squash"
+        raise BadImage(f"{name}: {width} x {height} after the resize is over {MAX_RESIZED_PIXELS:,} pixels: {remedy}")
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
@@ -154,21 +163,17 @@ def resize_test(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     return centre(resized(image, spec, spec.size), spec.size)
 
 
+def read_resized(path: str | Path, spec: ImageSpec, shorter: int) -> Image.Image:
+    """An image file as RGB, `resized`. Raises BadImage."""
+    try:
+        return resized(load_rgb(path), spec, shorter, path)
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
+        raise bad_image(path, error) from None
+
+
 def read_pixels(path: str | Path, spec: ImageSpec) -> np.ndarray:
     """An image file as the network sees it: `resize_test` of `load_rgb`, `(size, size, 3) uint8`. Raises BadImage."""
     return centre(read_resized(path, spec, spec.size), spec.size)
-
-
-def read_resized(path: str | Path, spec: ImageSpec, shorter: int) -> Image.Image:
-    """An image file as RGB with `shorter` as its shorter side; for squash, as both sides. Raises BadImage."""
-    try:
-        image = load_rgb(path)
-        width, height = spec.resized_size(*image.size, shorter)
-        if width * height > MAX_RESIZED_PIXELS:
-            raise BadImage(f"{path}: {width} x {height} after the resize is over {MAX_RESIZED_PIXELS:,} pixels")
-        return resized(image, spec, shorter)
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
-        raise bad_image(path, error) from None
 
 
 def bad_image(path: str | Path, error: Exception) -> BadImage:
@@ -179,4 +184,6 @@ def bad_image(path: str | Path, error: Exception) -> BadImage:
         return BadImage(f"{path}: missing image")
     if isinstance(error, UnidentifiedImageError):
         return BadImage(f"{path}: unreadable (not an image of a known format)")
+    if isinstance(error, Image.DecompressionBombError):
+        return BadImage(f"{path}: over {MAX_PIXELS / 1e6:.0f} megapixels: save it smaller")
     return BadImage(f"{path}: unreadable ({one_line(error)})")

@@ -257,15 +257,14 @@ def test_each_image_is_mixed_with_another_one_of_its_batch(tiny_cache, tiny_sett
             batches_of(tiny_cache, settings, epoch=epoch),
             strict=True,
         ):
-            assert plain.mixing is None and torch.equal(plain.images, mixed.images)
+            assert plain.partners is None and torch.equal(plain.images, mixed.images)
             places = torch.arange(len(plain.images))
-            assert torch.equal(mixed.mixing.partners.sort().values, places)
-            assert (mixed.mixing.partners != places).all()
+            assert torch.equal(mixed.partners.sort().values, places)
+            assert (mixed.partners != places).all()
             assert torch.equal(mixed.targets.own, plain.targets)
-            assert torch.equal(mixed.targets.partners, plain.targets[mixed.mixing.partners])
-            assert torch.equal(mixed.targets.shares, mixed.mixing.shares)
-            shares.append(mixed.mixing.shares.numpy())
-            pairs.append(mixed.mixing.partners[0].item())
+            assert torch.equal(mixed.targets.partners, plain.targets[mixed.partners])
+            shares.append(mixed.targets.shares.numpy())
+            pairs.append(mixed.partners[0].item())
     counts = np.histogram(np.concatenate(shares), bins=10, range=(0, 1))[0]
     assert counts.sum() == 60 * 36 and counts.min() > 216 - 56 and counts.max() < 216 + 56  # four standard deviations
     assert len(set(pairs)) > 10
@@ -277,7 +276,7 @@ def test_a_mixed_image_is_the_weighted_mean_of_two(tiny_cache, tiny_settings):
     plain = batches_of(tiny_cache, tiny_settings)[0]
     mixed = batches_of(tiny_cache, replace(tiny_settings, mixup=True))[0]
     pixels, found = prepare(plain, mean, std), prepare(mixed, mean, std)
-    for row, (partner, share) in enumerate(zip(*mixed.mixing, strict=True)):
+    for row, (partner, share) in enumerate(zip(mixed.partners, mixed.targets.shares, strict=True)):
         torch.testing.assert_close(found[row], share * pixels[row] + (1 - share) * pixels[partner])
     assert found.is_contiguous(memory_format=torch.channels_last)
 
@@ -285,6 +284,6 @@ def test_a_mixed_image_is_the_weighted_mean_of_two(tiny_cache, tiny_settings):
 def test_members_seeds_and_epochs_mix_otherwise(tiny_cache, tiny_settings):
     settings = replace(tiny_settings, mixup=True)
     draws_of = [{}, {"member": 2}, {"epoch": 1}, {"settings": replace(settings, seed=1)}]
-    mixings = [batches_of(tiny_cache, **{"settings": settings} | each)[0].mixing for each in draws_of]
-    assert len({tuple(mixing.partners.tolist()) for mixing in mixings}) == 4
-    assert len({tuple(mixing.shares.tolist()) for mixing in mixings}) == 4
+    mixed = [batches_of(tiny_cache, **{"settings": settings} | each)[0] for each in draws_of]
+    assert len({tuple(batch.partners.tolist()) for batch in mixed}) == 4
+    assert len({tuple(batch.targets.shares.tolist()) for batch in mixed}) == 4

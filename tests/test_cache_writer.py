@@ -1,9 +1,11 @@
-"""Making a cache: its pixels, bad images, failures on the way, and what a killed run leaves behind."""
+"""Making a cache: its pixels, bad images, leaks, failures on the way, and what a killed run leaves behind."""
 
 import multiprocessing
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import filelock
@@ -17,15 +19,17 @@ from builders import (
     put,
     random_image,
     rewrite,
+    save_image,
     tree,
     write_csv,
     write_image_folder,
 )
 from PIL import Image
 
-from dreml import cache_writer
-from dreml.cache import read_cache
+from dreml import cache_writer, datasets
+from dreml.cache import Holdout, read_cache
 from dreml.cli import InputError, RunError
+from dreml.datasets import changes_since
 from dreml.images import ImageSpec, load_rgb
 
 needs_fork = pytest.mark.skipif(
@@ -93,16 +97,17 @@ def test_all_problems_are_counted_and_the_first_20_listed(tmp_path):
     with pytest.raises(InputError) as refusal:
         build(tmp_path, "mine")
     message = str(refusal.value)
-    assert "mine: 26 problems, nothing written; --skip_bad goes on without bad images" in message
+    assert "mine: 26 problems, nothing written; --skip_bad goes on without bad images:" in message
     assert message.count(": unreadable") == 20
 
 
-def test_skip_bad_is_not_offered_where_a_list_is_bad_too(tmp_path):
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_bad_list_is_refused_before_any_image_is_opened(tmp_path, monkeypatch, skip_bad):
     write_csv(tmp_path / "csv")
-    put("photos/1.png", b"")(tmp_path / "csv")
     rewrite("images.csv", "ant,train", "ant,toast")(tmp_path / "csv")
-    with pytest.raises(InputError, match=r"^csv: 2 problems, nothing written:\n.*'toast'.*\n.*1\.png: unreadable"):
-        build(tmp_path, "csv")
+    monkeypatch.setattr(cache_writer, "worker_pool", None)
+    with pytest.raises(InputError, match=r"^csv: 1 problem, nothing written:\n.*'toast'"):
+        build(tmp_path, "csv", skip_bad=skip_bad)
 
 
 def test_skip_bad_leaves_them_out_and_lists_them(tmp_path, capsys):
@@ -117,8 +122,9 @@ def test_skip_bad_leaves_them_out_and_lists_them(tmp_path, capsys):
     for name in ("mine", "clean"):
         build(tmp_path, name, skip_bad=True, num_workers=2)
     skipped_list = tmp_path / "mine" / "cache_32_skipped.txt"
-    assert f"3 bad images were left out; they are listed in {skipped_list}\n" in capsys.readouterr().err
-    assert tree(tmp_path / "mine" / "cache_32") == tree(tmp_path / "clean" / "cache_32")
+    assert f"3 bad images left out, listed in {skipped_list}\n" in capsys.readouterr().err
+    mine, clean = (tree(tmp_path / name / "cache_32") for name in ("mine", "clean"))
+    assert mine.pop("raw_files.npz") != clean.pop("raw_files.npz") and mine == clean
     assert [line.split(": ")[0] for line in skipped_list.read_text().splitlines()] == [
         str(tmp_path / "mine" / path)
         for path in ("train/train_0/1.png", "train/train_1/notes.jpg", "test/test_2/0.png")
@@ -138,36 +144,66 @@ def test_skip_bad_does_not_excuse_a_data_set_without_queries(tmp_path):
         build(tmp_path, "csv", skip_bad=True)
 
 
+def same_file(kind: str, root: Path) -> None:
+    """Two training images of `write_csv` (1 and 2) become test images, too."""
+    for number, other in ((1, 7), (2, 8)):
+        photo, again = root / f"photos/{number}.png", root / f"photos/{other}.png"
+        path = f"photos/{other}.png"
+        if kind == "hard link":
+            again.hardlink_to(photo)
+        elif kind == "link":
+            again.symlink_to(photo)
+        elif kind == "link to the folder":
+            (root / f"other{number}").symlink_to(root / "photos")
+            path = f"other{number}/{number}.png"
+        else:
+            path = {"same path": f"photos/{number}.png", "other spelling": f"./photos/.//{number}.png"}[kind]
+        with open(root / "images.csv", "a") as file:
+            file.write(f"{path},fox,test,1,1\n")
+
+
+@pytest.mark.parametrize("kind", ["same path", "other spelling", "hard link", "link", "link to the folder"])
+def test_an_image_in_both_splits_is_a_warning(tmp_path, capsys, kind):
+    write_csv(tmp_path / "csv")
+    build(tmp_path, "csv")
+    assert "both train and test" not in capsys.readouterr().err
+    same_file(kind, tmp_path / "csv")
+    build(tmp_path, "csv", force=True)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "both" in line)
+    assert line.startswith("csv: warning: 2 images are in both train and test, such as ")
+
+
 # ------------------------------------------------------------------------------------------------ failures
 
 
 def test_a_disk_that_is_too_small_is_found_early(tmp_path, threads, monkeypatch):
     """From the sizes of the first images; those that are written already stand where there was room."""
     write_image_folder(tmp_path / "mine", images=4)
-    put("train/train_0/1.png", b"")(tmp_path / "mine")
-    # 8 training images of 38 x 35, 8 test images of 32 x 32; 3 bytes a pixel, and 128 for each image
-    needed = 8 * 3 * (38 * 35 + 32 * 32) + 16 * 128
-    decoded = []
-    decode_chunk = cache_writer.decode_chunk
-
-    def counted(source, spec, chunk):
-        decoded.append(chunk.paths)
-        return decode_chunk(source, spec, chunk)
-
-    monkeypatch.setattr(cache_writer, "decode_chunk", counted)
+    # 8 training images of 38 x 35, 8 test images of 32 x 32, and headers of 128 bytes; 3 bytes a pixel
+    needed = 8 * 3 * (38 * 35 + 32 * 32) + 128 * 8 // 3
     monkeypatch.setattr(cache_writer, "CHUNK_IMAGES", 1)
     monkeypatch.setattr(cache_writer, "JUDGED_AFTER", 3)
-    for short, message in (
-        (1000, r"mine: the cache needs about 58\.5kB, only 57\.5kB are free"),
-        (0, "1 problems, nothing"),
-    ):
-        usage = shutil.disk_usage(tmp_path)._replace(free=needed - 2 * 3 * 38 * 35 - short)
+    for short in (2000, -2000):
+        usage = shutil.disk_usage(tmp_path)._replace(free=needed - 3 * 3 * 38 * 35 - short)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
-        decoded.clear()
-        with pytest.raises(InputError, match=message):
-            build(tmp_path, "mine")
-        assert (len(decoded) < 10) == bool(short)
-    assert not list((tmp_path / "mine").glob("*cache_32"))
+        if short > 0:
+            with pytest.raises(InputError, match=r"mine: the cache needs about 5\d\.\dkB, only 5\d\.\dkB are free"):
+                build(tmp_path, "mine")
+            assert not list((tmp_path / "mine").glob("*cache_32"))
+    assert build(tmp_path, "mine").counts["test"] == (2, 8)
+
+
+def test_a_read_only_folder_is_refused_with_a_way_on(tmp_path, monkeypatch):
+    """Before any image is opened. A cache that is there can be used."""
+    write_image_folder(tmp_path / "mine", classes=5)
+    build(tmp_path, "mine")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    build(tmp_path, "mine")
+    for options, folder in (({"force": True}, tmp_path / "mine"), ({"holdout": Holdout(0.4)}, tmp_path)):
+        with pytest.raises(InputError) as refusal:
+            build(tmp_path, "mine", **options)
+        remedy = "make a folder of links to the data sets elsewhere (ln -s), and name it with --data_path"
+        assert str(refusal.value) == f"{folder} is read-only, and the cache goes there: {remedy}"
 
 
 def test_a_cache_that_cannot_be_flushed_is_not_published(tmp_path, monkeypatch):
@@ -248,17 +284,6 @@ def test_a_damaged_cache_is_made_again(tmp_path, capsys):
     assert tree(cache) == before
 
 
-def test_a_cache_set_aside_by_a_killed_run_comes_back(tmp_path):
-    """Killed between its two renames, a run leaves the earlier cache under its temporary name only."""
-    write_image_folder(tmp_path / "mine")
-    cache = build(tmp_path, "mine").folder
-    before = tree(cache)
-    cache.rename(cache.with_name(".cache_32.old-123"))
-    shutil.rmtree(tmp_path / "mine" / "test")
-    build(tmp_path, "mine")
-    assert tree(cache) == before
-
-
 def test_leftovers_of_a_killed_run_go(tmp_path):
     write_image_folder(tmp_path / "mine")
     (tmp_path / "mine" / ".cache_32_skipped.txt.tmp-123").write_text("half")
@@ -267,3 +292,83 @@ def test_leftovers_of_a_killed_run_go(tmp_path):
     build(tmp_path, "mine")
     names = {path.name for path in (tmp_path / "mine").iterdir()}
     assert names == {"train", "test", "cache_32", ".cache_32.lock"}
+
+
+BUSY = """
+import time
+from dreml.cache_writer import worker_pool
+if __name__ == "__main__":
+    with worker_pool(1) as pool:
+        pool.submit(time.sleep, 600)
+        print("at work", flush=True)
+        time.sleep(600)
+"""
+
+
+def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
+    (tmp_path / "busy.py").write_text(BUSY)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    parent = subprocess.Popen([sys.executable, tmp_path / "busy.py"], stdout=subprocess.PIPE, env=environment)
+    assert parent.stdout.readline() == b"at work\n"
+    parent.kill()
+    parent.communicate(timeout=30)  # the worker writes to the same pipe, which is closed when both have ended
+
+
+# ------------------------------------------------------------------------------------------------ changed photos
+
+
+CHANGES = {
+    "none": (lambda root: None, ""),
+    "other programs": (lambda root: save_image(root / "train/@eaDir/0.png"), ""),
+    "new": (lambda root: save_image(root / "train/new/0.png"), "1 image is new, 0 changed, 0 gone"),
+    "gone": (lambda root: (root / "test/test_0/0.png").unlink(), "0 images are new, 0 changed, 1 gone"),
+    "renamed": (
+        lambda root: (root / "train/train_0").rename(root / "train/other"),
+        "2 images are new, 0 changed, 2 gone",
+    ),
+    "another size": (lambda root: save_image(root / "train/train_0/0.png", 9, width=50), "0 images are new, 1 changed"),
+    "another time": (
+        lambda root: os.utime(root / "train/train_0/0.png", (0, 0)),
+        "0 images are new, 1 changed, 0 gone",
+    ),
+    "a bad one, mended": (lambda root: save_image(root / "train/train_1/bad.png"), "0 images are new, 1 changed"),
+    "list": (
+        lambda root: (root / "images.csv").write_text("path,label,split\ntrain/train_0/0.png,a,train\n"),
+        "0 images are new, 0 changed, 8 gone",
+    ),
+    "no raw images": (lambda root: [shutil.rmtree(root / split) for split in ("train", "test")], ""),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_what_changed_since_a_cache_was_made_is_counted(tmp_path, capsys, kind):
+    """By data_utils.py, and by train.py before it trains. With --force, nothing has changed any more."""
+    change, expected = CHANGES[kind]
+    root = tmp_path / "mine"
+    write_image_folder(root)
+    (root / "train/train_1/bad.png").write_bytes(b"no image")
+    cache = build(tmp_path, "mine", skip_bad=True)
+    change(root)
+    command = f"python data_utils.py --data_name mine --data_path {tmp_path} --image_size 32 --force"
+    line = changes_since(cache)
+    assert line.startswith(expected) and bool(line) == bool(expected)
+    assert not line or line.endswith(f" since {cache.folder} was made: {command}")
+    capsys.readouterr()
+    build(tmp_path, "mine")
+    assert capsys.readouterr().err == (f"mine: warning: {line}\n" if line else "")
+    if kind not in ("no raw images", "list"):
+        assert changes_since(build(tmp_path, "mine", skip_bad=True, force=True)) == ""
+
+
+def test_changes_of_a_holdout_are_those_of_the_training_images(tmp_path, monkeypatch):
+    write_image_folder(tmp_path / "mine", classes=5)
+    cache = build(tmp_path, "mine", holdout=Holdout(0.4, 2))
+    save_image(tmp_path / "mine/test/new/0.png")
+    assert changes_since(cache) == ""
+    save_image(tmp_path / "mine/train/new/0.png")
+    save_image(tmp_path / "mine/train/train_0/0.png", 5, width=50)
+    line = changes_since(cache)
+    assert line.startswith("1 image is new, 1 changed, 0 gone since ")
+    assert line.endswith(" --image_size 32 --holdout 0.4 --holdout_seed 2 --force")
+    monkeypatch.setattr(datasets, "MAX_COMPARED", 3)  # of larger data sets, names only
+    assert changes_since(cache).startswith("1 image is new, 0 changed, 0 gone since ")

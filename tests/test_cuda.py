@@ -196,7 +196,7 @@ def test_batches_through_pinned_memory_are_those_of_the_cpu(cache, options):
 
 def tensors_of(batch) -> list[torch.Tensor]:
     """All tensors of a batch."""
-    parts = [batch.images, batch.sides, *(batch.mixing or ())]
+    parts = [batch.images, batch.sides, batch.partners]
     parts += [batch.targets] if isinstance(batch.targets, torch.Tensor) else list(batch.targets)
     return [part for part in parts if part is not None]
 

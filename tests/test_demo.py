@@ -18,18 +18,6 @@ def test_demo_is_the_same_for_the_same_seed(tmp_path):
     assert not set(tree(tmp_path / "other" / "train").values()) & set(drawn.values())
 
 
-def test_a_folder_that_is_there_is_left_alone(tmp_path):
-    (tmp_path / "demo").mkdir()
-    draw_demo(tmp_path / "demo", num_classes=1, images_per_class=1)
-    assert not list((tmp_path / "demo").iterdir())
-
-
-def test_a_half_drawn_demo_goes(tmp_path):
-    (tmp_path / ".demo.new-123" / "train").mkdir(parents=True)
-    draw_demo(tmp_path / "demo", num_classes=1, images_per_class=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".demo.lock", "demo"]
-
-
 def test_demo_images_of_a_class_are_alike_but_never_the_same(tmp_path):
     draw_demo(tmp_path / "demo", num_classes=4, images_per_class=5)
     images = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "demo").glob("*/*/*.png"))])

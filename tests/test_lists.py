@@ -1,39 +1,37 @@
 """Lists of images: images.csv, image folders, and what is wrong with them."""
 
 import os
-import re
 import shutil
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
-from builders import build, check_refused, put, rewrite, save_image, write_csv, write_image_folder
+from builders import build, check_refused, put, rewrite, save_image, write_csv, write_cub, write_image_folder
 
-from dreml.cli import InputError
 from dreml.datasets import count_images
-from dreml.lists import Entry, LeftOut, Listing, class_folders, list_csv, list_image_folder, subfolders
+from dreml.lists import LeftOut, Listing, class_folders, list_csv, list_image_folder, subfolders
 
 
 @pytest.mark.parametrize("key", [int, str])
-def test_a_table_is_sorted_by_split_and_class_and_else_stays_as_it_came(key):
+def test_a_table_is_sorted_by_split_and_class_and_else_stays_as_it_came(tmp_path, key):
     """As a plain list of tuples would be."""
     generator = np.random.default_rng(0)
-    listing = Listing()
+    listing = Listing(tmp_path)
     expected = []
     for number, class_id in enumerate(generator.integers(0, 12, 200).tolist()):
         split = "train" if generator.random() < 0.4 else "test"
         roles = generator.random(2) < 0.5 if split == "test" else (True, True)
-        path = f"ü/{'x' * class_id}/{number}.png"
-        expected.append(Entry(path, key(class_id), f"ü{class_id}", split, *map(bool, roles)))
-        listing.append(expected[-1])
+        expected.append((f"ü/{'x' * class_id}/{number}.png", key(class_id), split, *map(bool, roles)))
+        listing.append(*expected[-1])
     table = listing.table()
-    expected.sort(key=lambda entry: (entry.split != "train", entry.label))
+    expected.sort(key=lambda image: (image[2] != "train", image[1]))
     assert list(table.itertuples(index=False, name=None)) == expected
-    parts = {split: [entry.label for entry in expected if entry.split == split] for split in ("train", "test")}
-    parts["query"] = [entry.label for entry in expected if entry.split == "test" and entry.is_query]
-    parts["gallery"] = [entry.label for entry in expected if entry.split == "test" and entry.is_gallery]
+    parts = {split: [image[1] for image in expected if image[2] == split] for split in ("train", "test")}
+    parts["query"] = [image[1] for image in expected if image[2] == "test" and image[3]]
+    parts["gallery"] = [image[1] for image in expected if image[2] == "test" and image[4]]
     assert count_images(table) == {part: (len(set(labels)), len(labels)) for part, labels in parts.items()}
-    assert len(Listing().table()) == 0 and count_images(Listing().table()) == {"train": (0, 0), "test": (0, 0)}
+    assert count_images(Listing(tmp_path).table()) == {"train": (0, 0), "test": (0, 0)}
 
 
 def test_csv_data_set(tmp_path, capsys):
@@ -67,92 +65,97 @@ def test_csv_data_set(tmp_path, capsys):
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 def test_csv_line_ends_and_fields_over_two_lines(tmp_path, line_end):
-    """The line of a problem is where its row starts; a row without any field is a blank line."""
-    lines = ["", "path,label,split,note", 'a.png,x,train,"two', 'lines"', ",,,", "b.png,x,toast,", "c.png,y,test"]
+    """The line of a problem is where its row ends; a row without any field is a blank line."""
+    lines = ["path,label,split,note", 'a.png,x,train,"two', 'lines"', ",,,", "b.png,x,toast,", "c.png,y,test,1,2"]
     (tmp_path / "images.csv").write_bytes(line_end.join(lines).encode())
-    listing = list_csv(tmp_path, "")
+    listing = list_csv(tmp_path)
     assert listing.columns["path"] == ["a.png"]
     assert [problem.split(f"{tmp_path}/")[1] for problem in listing.problems] == [
-        "images.csv, line 6: the split 'toast' is neither train nor test (or validation)",
-        "images.csv, line 7: malformed line: 3 fields, the header has 4",
+        "images.csv, line 5: the split 'toast' is neither train nor test",
+        "images.csv, line 6: more fields than the header has",
     ]
 
 
-def test_csv_roles_default_to_both_and_take_words(tmp_path):
-    (tmp_path / "images.csv").write_text("label,path,split\nx,a.png,train\ny,b.png,test")
-    images = list_csv(tmp_path, "").table()
-    assert images["is_query"].all() and images["is_gallery"].all()
-    lines = ["label,path,split,is_query", "x,a.png,train,", "y,b.png,test,TRUE", "y,c.png,test,False", "y,d.png,test,0"]
+@pytest.mark.parametrize(
+    ("lines", "is_query"),
+    [
+        (["label,path,split", "x,a.png,train", "y,b.png,test", "y,c.png,test"], [True, True, True]),
+        (["label,path,split,is_query", "x,a.png,train,", "y,b.png,test,TRUE", "y,c.png,test,0"], [True, True, False]),
+        (
+            ["Path,label,SPLIT,is_query", "a.png,x,Train,", "b.png,y,validation,1.0", "c.png,y,validation,0.0"],
+            [True, True, False],
+        ),
+    ],
+)
+def test_csv_as_people_and_other_libraries_write_it(tmp_path, lines, is_query):
     (tmp_path / "images.csv").write_text("\n".join(lines))
-    listing = list_csv(tmp_path, "")
-    assert not listing.problems
-    assert listing.columns["is_query"] == [True, True, False, False] and all(listing.columns["is_gallery"])
-
-
-def test_csv_as_pandas_and_other_libraries_write_it(tmp_path):
-    lines = ["Path,label,SPLIT,is_query", "a.png,1,Train,", "b.png,2,validation,1.0", "c.png,2,validation,0.0"]
-    (tmp_path / "images.csv").write_text("\n".join(lines))
-    listing = list_csv(tmp_path, "")
+    listing = list_csv(tmp_path)
     assert not listing.problems
     assert listing.columns["split"] == ["train", "test", "test"]
-    assert listing.columns["is_query"] == [True, True, False]
-    (tmp_path / "images.csv").write_text("\n".join([*lines, "d.png,3,test,1", "e.png,3,test,1"]))
-    (problem,) = list_csv(tmp_path, "").problems
-    assert "line 5: both test and validation images: take the lines of one of them out" in problem
+    assert listing.columns["is_query"] == is_query and all(listing.columns["is_gallery"])
 
 
-def test_image_folder(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("listed", "on_disk"), [("NFC NFC", "NFD NFD"), ("NFD NFD", "NFC NFC"), ("NFC NFC", "NFC NFD")]
+)
+@pytest.mark.parametrize("kind", ["images.csv", "cub"])
+def test_a_list_in_another_unicode_form_than_the_files_finds_them(tmp_path, kind, listed, on_disk):
+    """As where a list was made on a Mac, or the files came from one."""
+    paths = []
+    for forms in (listed, on_disk):
+        parts = [unicodedata.normalize(form, name) for form, name in zip(forms.split(), ("é", "ü.jpg"), strict=True)]
+        paths.append("/".join(parts))
+    if kind == "cub":
+        write_cub(tmp_path / kind)
+        rewrite("images.txt", "001.Bird_1/Bird_0001.jpg", paths[0])(tmp_path / kind)
+        paths[1] = f"images/{paths[1]}"
+    else:
+        write_csv(tmp_path / kind)
+        rewrite("images.csv", "photos/1.png", paths[0])(tmp_path / kind)
+    save_image(tmp_path / kind / paths[1])
+    assert paths[1] in build(tmp_path, kind).paths("train")
+
+
+def test_image_folder(tmp_path, capsys, monkeypatch):
+    """Classes at any depth, links to folders, files of other types, folders without an image, names of all kinds."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
     root = tmp_path / "mine"
     for path in ("train/a/1.JPG", "train/a/2.png", "train/b/deep/er/3.Tiff", "test/c/4.webp", "test/c/.hidden.png"):
         save_image(root / path)
     for path in ("train/loose.png", "train/.cache/x/5.png"):
         save_image(root / path)
-    (root / "train/a/notes.txt").write_text("no image")
+    for name in ("a/1.HEIC", "a/2.heic", "phone/4.mov", "phone/deep/5.mov", "a/Thumbs.db", "a/.hidden.txt", "README"):
+        (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "train" / name).write_text("no image")
     (root / "test/empty").mkdir()
     (root / "test/ü c").symlink_to(root / "test/c", target_is_directory=True)  # a link is fine
     (root / "train/a/loop").symlink_to(root / "train", target_is_directory=True)  # and ends where it would go round
     cache = build(tmp_path, "mine")
-    meta = cache.meta
-    assert meta.train["classes"] == ["a", "b/deep/er"] and meta.test["classes"] == ["c", "ü c"]
+    assert cache.meta.train["classes"] == ["a", "b/deep/er"] and cache.meta.test["classes"] == ["c", "ü c"]
     assert cache.paths("train") == ["train/a/1.JPG", "train/a/2.png", "train/b/deep/er/3.Tiff"]
     assert cache.paths("test") == ["test/c/4.webp", "test/ü c/4.webp"]
-    assert "1 images outside any class folder are left out" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    said = "2 .heic (pip install pillow-heif), 2 .mov, 1 without a suffix, 1 outside any class folder"
+    assert f"{root / 'train'}: left out: " in error
+    assert all(part in error for part in said.split(", "))
+    assert "folders without an image: 'phone/deep', 'phone'\n" in error
+    assert f"{root / 'test'}: left out: folders without an image: 'empty'\n" in error
 
 
-def test_files_of_other_types_are_counted(tmp_path, capsys, monkeypatch):
-    """By suffix, in each split, without hidden files; a folder that has nothing else is named."""
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    root = tmp_path / "mine"
-    write_image_folder(root)
-    for name in ("train_0/1.HEIC", "train_0/2.heic", "phone/3.heic", "phone/4.mov", "phone/deep/5.mov", "a/note.txt"):
-        (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / "train" / name).write_bytes(b"x")
-    for number in range(2):
-        save_image(root / "train" / "a" / "b" / f"{number}.png")  # so a has images below it
-    for name in (".hidden.mov", "Thumbs.db"):
-        (root / "test" / "test_0" / name).write_bytes(b"x")
-    build(tmp_path, "mine")
-    said = "3 .heic (pip install pillow-heif), 2 .mov, 1 .txt; folders without an image: "
-    line = f"mine: warning: {root / 'train'}: left out: {said}'phone/deep', 'phone'\n"
-    assert capsys.readouterr().err == line
-
-
-def test_types_beyond_the_eighth_are_counted_together():
+def test_files_of_many_types_are_named_in_one_line():
     left_out = LeftOut()
     assert not left_out
-    for number in range(12):
-        for _ in range(20 - number):
-            left_out.add(f"file.type{number}")
-    for name in ("no_suffix", "a.b c", "x." + "y" * 30):
-        left_out.add(name)
+    left_out.update({f".type{number}": 20 - number for number in range(12)})
     left_out.empty_folders = [f"c{number}" for number in range(1200)]
     text = str(left_out)
-    assert text.startswith("left out: 20 .type0, 19 .type1, ") and "13 .type7 and 45 of other types; folders" in text
+    assert text.startswith("left out: 20 .type0, 19 .type1, ") and "11 .type9; folders without an image: 'c0'" in text
     assert text.endswith("'c8', 'c9' and 1,190 more") and "\n" not in text
 
 
-def test_a_folder_that_cannot_be_read_is_listed(tmp_path, monkeypatch):
-    write_image_folder(tmp_path / "mine")
+@pytest.mark.skipif(os.name != "posix", reason="links and file names are others there")
+def test_what_cannot_be_read_is_named_and_the_rest_is_listed(tmp_path, monkeypatch):
+    """A folder without permission, a name that is not UTF-8; a link to itself is a bad image, see test_images.py."""
+    write_image_folder(tmp_path)
     scandir = os.scandir
 
     def refuse(folder):
@@ -161,31 +164,36 @@ def test_a_folder_that_cannot_be_read_is_listed(tmp_path, monkeypatch):
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(InputError) as refusal:
-        build(tmp_path, "mine")
-    assert re.search(r"mine: 1 problems.*\n.*train_1: unreadable folder", str(refusal.value))
+    train_0 = tmp_path / "train" / "train_0"
+    (train_0 / "0.png").rename(train_0 / os.fsdecode(b"\xff.png"))
+    (train_0 / "loop.png").symlink_to(train_0 / "loop.png")
+    listing = list_image_folder(tmp_path)
+    assert [path for path in listing.columns["path"] if "train" in path] == [
+        "train/train_0/1.png",
+        "train/train_0/loop.png",
+    ]
+    not_utf8, unreadable = listing.problems
+    assert not_utf8.endswith("train_0/\\udcff.png': the name is not valid UTF-8: rename it")
+    assert "train_1: unreadable folder (PermissionError" in unreadable
 
 
 DAMAGES = {
-    "csv empty": (put("images.csv", b" \n"), "images.csv: empty; its first line has to be path,label,split"),
-    "csv column": (rewrite("images.csv", "label", "class"), "line 1: no column 'label' in the header"),
-    "csv columns": (
-        rewrite("images.csv", "is_query,is_gallery", "split,split"),
-        "line 1: two columns 'split' in the header 'path,label,split,split,split'",
-    ),
-    "csv separator": (put("images.csv", b"path|label|split\n"), "no column 'path', .* in the header 'path.label"),
+    "csv empty": (put("images.csv", b" \n"), "images.csv: the first line has to name path, label and split, once"),
+    "csv column": (rewrite("images.csv", "label", "class"), "the first line has to name path, label and split, once"),
+    "csv columns": (rewrite("images.csv", "is_query,is_gallery", "split,split"), "'split', 'split', 'split'"),
+    "csv separator": (put("images.csv", b"path|label|split\n"), "the first line has to name .*: .'path.label"),
     "csv split": (rewrite("images.csv", "zebra,train", "zebra,"), "line 2: the split '' is neither train nor"),
     "csv label": (rewrite("images.csv", "zebra", " "), "line 2: the label is empty"),
-    "csv quote": (rewrite("images.csv", "zebra,", '"zebra,'), "line 2: not valid CSV, read no further"),
-    "csv bytes": (put("images.csv", b"path,label,split\n\n\xff"), "images.csv, line 3: not valid UTF-8: save"),
-    "csv NUL": (rewrite("images.csv", "photos/3", "photos\0/3"), "line 4: unusable characters in "),
-    "csv truth": (rewrite("images.csv", "test,1", "test,yes"), "line 4: is_query and is_gallery have to be 0, 1,"),
-    "csv neither": (rewrite("images.csv", "test,1,0", "test,0,0"), "line 4: a test image has to be a query, in"),
+    "csv quote": (rewrite("images.csv", "zebra,", '"zebra,'), "images.csv: not valid CSV in UTF-8"),
+    "csv bytes": (put("images.csv", b"path,label,split\n\n\xff"), "images.csv: not valid CSV in UTF-8"),
+    "csv truth": (rewrite("images.csv", "test,1", "test,yes"), "line 4: is_query and is_gallery have to be 0 or 1"),
+    "csv neither": (rewrite("images.csv", "test,1,0", "test,0,0"), "line 4: is_query and .*, and one of them 1"),
+    "csv both": (rewrite("images.csv", "test", "val"), "both test and validation images: take the lines of one"),
     "csv gallery": (
         lambda root: [rewrite("images.csv", f"test,{old}", "test,1,0")(root) for old in ("0,1", "0,1", "1,1")],
         "the gallery split has no images",
     ),
-    "no train folder": (lambda root: shutil.rmtree(root / "train"), "train: missing folder"),
+    "no train folder": (lambda root: shutil.rmtree(root / "train"), "the train split has no images: .*mine/train"),
     "empty split": (lambda root: [path.unlink() for path in root.glob("test/*/*")], "the test split has no images"),
 }
 
@@ -196,32 +204,18 @@ def test_bad_input_is_named_and_an_earlier_cache_stays(tmp_path, damage):
     check_refused(tmp_path, "mine", write, *DAMAGES[damage])
 
 
-@pytest.mark.skipif(os.name != "posix", reason="file names are not bytes there")
-def test_a_file_name_that_is_not_utf8_is_a_problem(tmp_path):
-    write_image_folder(tmp_path)
-    name = os.fsdecode(b"\xff.png")
-    (tmp_path / "train" / "train_0" / "0.png").rename(tmp_path / "train" / "train_0" / name)
-    listing = list_image_folder(tmp_path, "")
-    assert listing.problems == ["'train/train_0/\\udcff.png': the name is not valid UTF-8"]
-    assert len(listing.table()) == 7
-
-
-def test_folders_of_other_programs_are_no_classes(tmp_path, capsys):
-    """Thumbnails of a NAS, deleted photos of Samba and Windows, what macOS packs: anywhere, and counted."""
+def test_folders_of_programs_are_no_classes(tmp_path, capsys):
+    """Thumbnails of a NAS, deleted photos, what macOS packs, pictures of retrieve.py: anywhere, and counted."""
     root = tmp_path / "mine"
     write_image_folder(root)
-    for folder in (
-        "train/train_0/@eaDir/0.png",
-        "train/#recycle",
-        "test/$RECYCLE.BIN/S-1",
-        "test/__MACOSX/x",
-        "@eaDir",
-    ):
+    of_train = ["train_0/@eaDir/0.png", "#recycle", "@Recycle", "$Recycle.Bin/S-1", "found"]
+    for folder in (*(f"train/{name}" for name in of_train), "test/$RECYCLE.BIN/S-1", "test/__MACOSX/x", "@eaDir"):
         save_image(root / folder / "0.png")
+    (root / "train/found/neighbours.csv").write_text("query,rank,path\n")
     cache = build(tmp_path, "mine")
     assert cache.meta.train["classes"] == ["train_0", "train_1"] and cache.meta.test["classes"] == ["test_0", "test_1"]
     error = capsys.readouterr().err
-    for split in ("train", "test"):
-        assert f"{root / split}: left out: 2 folders of other programs, such as @eaDir\n" in error
+    for split, number in (("train", 5), ("test", 2)):
+        assert f"{root / split}: left out: {number} of other programs (folders such as @eaDir)" in error
     assert list(class_folders(root / "test", [])) == [(f"test_{n}", ["0.png", "1.png"]) for n in (0, 1)]
     assert [folder.name for folder in subfolders(root)] == ["cache_32", "test", "train"]

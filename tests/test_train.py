@@ -26,7 +26,7 @@ import data_utils
 import train
 from dreml import run_writer as writer
 from dreml.backbones import read_weights
-from dreml.batches import Batch, MixedTargets, Mixing, epoch_batches, input_memory, prepare
+from dreml.batches import Batch, MixedTargets, epoch_batches, input_memory, prepare
 from dreml.cache import read_cache
 from dreml.files import read_record, take_lock
 from dreml.images import ImageSpec
@@ -148,9 +148,8 @@ def test_steps_never_wait_for_the_device():
     sums = Sums.zeros(meta)
     memory = input_memory(5, 64, meta)
     batches = [Batch(images.to(meta), targets.to(meta), 2, s) for s in (None, sides.to(meta))]
-    mixing = Mixing(targets.to(meta), torch.zeros(4, device=meta))
-    mixed = MixedTargets(targets.to(meta), targets.to(meta), mixing.shares)
-    for batch in [*batches, batches[0]._replace(targets=mixed, mixing=mixing)]:
+    mixed = MixedTargets(targets.to(meta), targets.to(meta), torch.zeros(4, device=meta))
+    for batch in [*batches, batches[0]._replace(targets=mixed, partners=targets.to(meta))]:
         train_step(state, compute, prepare(batch, *statistics, memory), batch.targets, sums)
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert {value.device for value in copy_weights(model).values()} == {meta}
