@@ -285,7 +285,7 @@ def run(args: argparse.Namespace) -> None:
         tables[one.folder] = sizes
         first = sizes.columns[1]
         print(f"{one.folder}: {args.embedding}, percent")
-        print_baseline(one.folder, one.record.settings_hash, sizes)
+        print_baseline(one.folder, one.record.settings_hash, sizes, args.embedding, one.settings.weights)
         print(sizes.assign(alone=scores.members[first]).round(2).to_string(index=False))
         print(f"(alone: {first} of the last member of the row by itself)")
         print(threshold_text(scores.thresholds, one))

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,7 @@ from torch import nn
 
 from dreml.backbones import build_backbone, gains_from_bf16, without_drawing
 from dreml.batches import image_batches, input_memory, normalize, spans
-from dreml.cache import read_ahead
-from dreml.cli import InputError, with_less_memory
+from dreml.cli import InputError, counted, with_less_memory
 from dreml.images import ImageSpec
 from dreml.runs import METADATA, WEIGHTS, Members, member_numbers, member_path, read_run_record
 from dreml.settings import EMBEDDINGS, Settings
@@ -72,7 +70,6 @@ class Compute:
     precision: str = "fp32"
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The context in which the backbone computes."""
         return autocast(self.device, self.precision)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
@@ -105,21 +102,18 @@ class TrainState:
 def pick_precision(device: torch.device, backbone: str) -> str:
     """The precision for `--precision auto`: bf16 where the device computes it natively, else fp16 on CUDA, else fp32.
 
-    On a CPU, fp32 also for the networks that bf16 would slow down.
-
-    fp16 needs tensor cores to be worth its gradient scaling: compute capability 7.0 (V100) and above. Of the cards that
-    report 7.5, only the RTX ones and the T4 have some; on others, such as the GTX 16, fp16 is known for NaN.
+    On a CPU, fp32 also for the networks that bf16 would slow down. fp16 needs tensor cores to be worth its gradient
+    scaling: compute capability 7.0 (V100) and above.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
             if torch.cuda.is_bf16_supported(including_emulation=False):
                 return "bf16"
-        capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
-        has_tensor_cores = capability >= (7, 0) and (capability != (7, 5) or re.search(r"RTX|\bT4G?\b", name))
-        return "fp16" if has_tensor_cores else "fp32"
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return "bf16" if gains_from_bf16(backbone) else "fp32"
-    return "fp32"
+        # GTX 16 cards report 7.5, but have no tensor cores, and fp16 is known for NaN there.
+        has_tensor_cores = torch.cuda.get_device_capability(device) >= (7, 0)
+        return "fp16" if has_tensor_cores and "GTX" not in torch.cuda.get_device_name(device) else "fp32"
+    is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and is_native and gains_from_bf16(backbone) else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -131,6 +125,8 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 # ------------------------------------------------------------------------------------------------ features
 
+Statistics = tuple[torch.Tensor, torch.Tensor]  # mean and standard deviation of the data set's channels, (3,) each
+
 
 def features(model: nn.Module, pixels: torch.Tensor, embedding: str) -> torch.Tensor:
     """What a member's embedding is made of, before it is scaled to length 1: `(N, 3, S, S) float` -> `(N, d) float32`.
@@ -138,8 +134,6 @@ def features(model: nn.Module, pixels: torch.Tensor, embedding: str) -> torch.Te
     For "logits" its D logits (the method); for "pooled" the input of its last layer, in most networks the
     feature after average pooling.
     """
-    if embedding not in EMBEDDINGS:
-        raise ValueError(f"embedding has to be one of {', '.join(EMBEDDINGS)}, not {embedding!r}")
     if embedding == "logits":
         return model(pixels)
     inputs_of_head = []
@@ -148,24 +142,18 @@ def features(model: nn.Module, pixels: torch.Tensor, embedding: str) -> torch.Te
     return inputs_of_head[0].float()
 
 
-def channel_statistics(data: object, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of a data set's channels, `(3,)` each, from what has them as `mean` and `std`."""
+def channel_statistics(data: object, device: torch.device) -> Statistics:
+    """Mean and standard deviation of a data set's channels, from what has them as `mean` and `std`."""
     return torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
 
 
 def extract_features(
-    model: nn.Module,
-    images: np.ndarray,
-    statistics: tuple[torch.Tensor, torch.Tensor],
-    batch_size: int,
-    embedding: str = "logits",
+    model: nn.Module, images: np.ndarray, statistics: Statistics, batch_size: int, embedding: str = "logits"
 ) -> torch.Tensor:
     """The `features` of many images, `(N, d) float32` on the device, computed in float32 whatever the training was.
 
-    Args:
-        images: `(N, S, S, 3) uint8`, memory-mapped or not.
-        statistics: mean and standard deviation of the data set's channels, `(3,)` each, on the device.
-        batch_size: at most; half of it, and so on, while memory is too short.
+    `images` `(N, S, S, 3) uint8`, memory-mapped or not; `statistics` on the device; `batch_size`: at most; half of it,
+    and so on, while memory is too short.
     """
     model.eval()
     return with_less_memory(lambda size: features_in_batches(model, images, statistics, size, embedding), batch_size)
@@ -173,11 +161,7 @@ def extract_features(
 
 @torch.inference_mode()
 def features_in_batches(
-    model: nn.Module,
-    images: np.ndarray,
-    statistics: tuple[torch.Tensor, torch.Tensor],
-    batch_size: int,
-    embedding: str,
+    model: nn.Module, images: np.ndarray, statistics: Statistics, batch_size: int, embedding: str
 ) -> torch.Tensor:
     """`extract_features` in batches of this size."""
     device = statistics[0].device
@@ -190,12 +174,7 @@ def features_in_batches(
     def fill(start: int, stop: int, out: np.ndarray) -> None:
         out[:] = images[start:stop]
 
-    def ask(start: int, stop: int) -> None:
-        if isinstance(images, np.memmap):
-            size = images[0].nbytes
-            read_ahead(images.filename, spans(images.offset + start * size, images.offset + stop * size, size))
-
-    loaded = image_batches(fill, batches, images.shape[1], device, ask)
+    loaded = image_batches(fill, batches, images.shape[1], device)
     with full_float32(device.type):
         for (start, stop), batch in zip(batches, loaded, strict=True):
             outputs[start:stop] = features(model, normalize(batch, *statistics, memory), embedding)
@@ -265,24 +244,23 @@ def load_ensemble(
 ) -> Ensemble:
     """Load the first finished members of a run folder (`results/...`), ready to embed images in float32.
 
-    `num_members` None: all of them. Raises InputError if the folder is no run, has no or fewer finished members, or a
-    file does not match its checksum.
+    `num_members` None: all of them. Raises InputError if the folder is no run, has too few finished members, or a file
+    does not match its checksum.
     """
+    if embedding not in EMBEDDINGS:
+        raise ValueError(f"embedding has to be one of {', '.join(EMBEDDINGS)}, not {embedding!r}")
     run_folder = Path(run_folder)
     record = read_run_record(run_folder)
     finished = member_numbers(run_folder)
-    if not finished:
-        raise InputError(f"{run_folder} has no finished member")
-    if num_members is not None and len(finished) < num_members:
-        raise InputError(f"{run_folder} has {len(finished)} finished members, not {num_members}")
+    if len(finished) < (num_members or 1):
+        raise InputError(f"{run_folder} has {counted(len(finished), 'finished member')}, not {num_members or 1}")
     members = Members(run_folder, record.settings_hash, needed=(WEIGHTS,))
     networks = []
     for member in finished[:num_members]:
         _, damaged = members.read(member)
         if damaged:
-            raise InputError(
-                f"{run_folder}: member {member} is damaged ({', '.join(damaged)}); train.py makes it again"
-            )
+            text = f"member {member} is damaged ({', '.join(damaged)}); train.py makes it again"
+            raise InputError(f"{run_folder}: {text}")
         networks.append(load_member(member_path(run_folder, member, WEIGHTS)))
     ensemble = Ensemble(networks, record.settings.image_spec, record.data.mean, record.data.std, embedding)
     return ensemble.to(device).eval()

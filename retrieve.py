@@ -19,7 +19,7 @@ import pandas as pd
 
 from dreml.cli import DEVICE_HELP, MANY, InputError, Parser, check_ranges, run_main
 from dreml.figures import MAX_ROWS, NoPictures, Thumbnails, check_matplotlib, draw_neighbours
-from dreml.files import atomic_open, make_folder, writable, write_csv
+from dreml.files import atomic_open, writable, write_csv
 from dreml.index import is_installed
 from dreml.runs import SUFFIXES
 from dreml.search import Answer, Searcher, refuse
@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> None:
     suffix = SUFFIXES[args.embedding]
     output = args.output or searcher.run.folder / "retrieval"
     if searches:
-        make_folder(output)
+        with writable(output, "--output"):
+            pass
     if args.export is not None:
         export(searcher, Path(args.export or output), suffix)
 

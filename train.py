@@ -10,15 +10,15 @@ command trains only what is missing; a larger --ensemble_size adds members to th
 
 import argparse
 import os
+import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,15 +27,15 @@ from tqdm import tqdm
 from dreml import cli
 from dreml import run_writer as writer
 from dreml.backbones import check_backbone, read_weights, weights_tag
-from dreml.baseline import print_baseline, update_baseline
+from dreml.baseline import map_percent, print_baseline, print_near_copies, update_baseline
 from dreml.batches import Targets, epoch_batches, input_memory, prepare
 from dreml.cache import Cache, check_unchanged, read_cache
-from dreml.checkpoint import SECONDS_BETWEEN_WRITES, Progress, remove_progress
+from dreml.checkpoint import Progress, remove_progress
 from dreml.cli import InputError, RunError
 from dreml.datasets import changes_since, default_recalls
-from dreml.files import make_folder, remove_leftovers
+from dreml.files import remove_leftovers, writable
 from dreml.optimizers import learning_rate, make_optimizer, with_rates
-from dreml.runs import WEIGHTS, MemberRecord, Members, TestSplit, member_path, pooled_path, run_lock
+from dreml.runs import WEIGHTS, MemberRecord, Members, TestSplit, member_path, pooled_path, read_run_record, run_lock
 from dreml.settings import ALL_CLASSES, EMBEDDINGS, Settings, add_settings, settings_of
 from model import (
     Compute,
@@ -49,7 +49,10 @@ from model import (
 from utils import capped_images, meta_class_partition, rng_for, unmatched_queries
 
 MAX_IMAGES_PER_CLASS = 300  # docs/METHOD.md, step 5: a larger class is cut to a random 300 for each member
-SECONDS_BETWEEN_READINGS = 2  # reading the loss makes the host wait for the device
+SECONDS_BETWEEN_READINGS = 2  # of the loss, for the bar: the host waits for the device
+SECONDS_BETWEEN_LINES = 60  # the same without a terminal
+TIMED_STEPS = 20  # by which the duration of the training is judged
+Pair = tuple[torch.Tensor, Targets]  # a batch: pixels and targets
 
 # ------------------------------------------------------------------------------------------------ options
 
@@ -59,9 +62,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_settings(parser.add_argument_group("the method (these make another run folder)"))
     group = parser.add_argument_group("the rest")
     group.add_argument("--ensemble_size", type=int, default=12, metavar="L", help="members (default: 12)")
-    group.add_argument(
-        "--members", type=cli.member_list, metavar="I-J", help="only these, such as 13-24 (default: all)"
-    )
+    members_help = "only these, such as 13-24 (default: all)"
+    group.add_argument("--members", type=cli.member_list, metavar="I-J", help=members_help)
     recalls_help = "the K of Recall@K (default: 1,2,4,8; of isc 1,10,20,30)"
     group.add_argument("--recalls", type=cli.recall_list, metavar="K,K", help=recalls_help)
     embedding_help = "what is scored: logits (default), or pooled features"
@@ -71,19 +73,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     results_help = "folder of the run folders (default: results)"
     group.add_argument("--results_path", type=Path, default=Path("results"), metavar="DIR", help=results_help)
     group.add_argument("--device", default="auto", metavar="DEVICE", help=cli.DEVICE_HELP)
-    progress_help = f"seconds between two progress files of a member, at least (default: {SECONDS_BETWEEN_WRITES:g})"
-    group.add_argument(
-        "--progress_seconds", type=float, default=SECONDS_BETWEEN_WRITES, metavar="S", help=progress_help
-    )
+    group.add_argument("--threads", type=int, metavar="N", help="cores to compute on (default: all)")
+    progress_help = "seconds between two progress files of a member, at least (default: 30)"
+    group.add_argument("--progress_seconds", type=float, default=30.0, metavar="S", help=progress_help)
     deterministic_help = "the same bits each time on CUDA too, where it can; slower"
     group.add_argument("--deterministic", action="store_true", help=deterministic_help)
     args = parser.parse_args(argv)
-    cli.check_ranges(args, ensemble_size=(1, cli.MAX_ENSEMBLE_SIZE), progress_seconds=(0, cli.MANY))
+    most = cli.MAX_ENSEMBLE_SIZE
+    cli.check_ranges(args, ensemble_size=(1, most), progress_seconds=(0, cli.MANY), threads=(1, 1024))
     settings_of(args)
     if args.members and args.members[-1] > args.ensemble_size:
         raise InputError(f"--members {args.members[-1]} is above --ensemble_size {args.ensemble_size}")
     check_backbone(args.backbone, args.image_size)
     args.recalls = args.recalls or default_recalls(args.data_name)
+    args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])  # for args.json
     return args
 
 
@@ -135,36 +138,32 @@ def train_step(state: TrainState, compute: Compute, pixels: torch.Tensor, target
 
 
 def train_epoch(
-    state: TrainState,
-    compute: Compute,
-    batches: Iterable[tuple[torch.Tensor, Targets]],
-    num_images: int,
-    title: str,
+    state: TrainState, compute: Compute, batches: Iterable[Pair], num_images: int, title: str
 ) -> dict[str, float]:
-    """Train one epoch: a step for each (pixels, targets) of `batches`, with a progress bar.
+    """Train one epoch: a step for each (pixels, targets) of `batches`, with a progress bar, or a line every minute.
 
-    Returns loss (mean over the images), accuracy in percent, correct, images, seconds and images_per_second. Raises
-    RunError if a loss was not finite.
+    Returns what history keeps of an epoch. Raises RunError if a loss was not finite.
     """
     start = time.perf_counter()
     sums = Sums.zeros(compute.device)
     state.model.train()
-    with tqdm(
-        total=num_images,
-        desc=title,
-        unit=" images",
-        mininterval=SECONDS_BETWEEN_READINGS,
-        leave=False,
-        disable=True if "WORLD_SIZE" in os.environ else None,  # None: without a terminal
-    ) as bar:
-        next_reading = start + SECONDS_BETWEEN_READINGS
+    is_hidden = True if "WORLD_SIZE" in os.environ else None  # None: without a terminal
+    bar = tqdm(total=num_images, desc=title, unit=" images", leave=False, disable=is_hidden)
+    bar.mininterval = SECONDS_BETWEEN_READINGS
+    interval = SECONDS_BETWEEN_LINES if bar.disable else SECONDS_BETWEEN_READINGS
+    next_reading = start + interval
+    num_done = 0
+    with bar:
         for pixels, targets in batches:
             train_step(state, compute, pixels, targets, sums)
             bar.update(len(pixels))
-            if not bar.disable and time.perf_counter() > next_reading:
-                accuracy = sums.correct.item() / bar.n
-                bar.set_postfix(loss=f"{sums.loss.item() / bar.n:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
-                next_reading = time.perf_counter() + SECONDS_BETWEEN_READINGS
+            num_done += len(pixels)
+            if time.perf_counter() > next_reading:
+                loss = f"{sums.loss.item() / num_done:.4f}"
+                if bar.disable:
+                    print(f"{title}: {num_done:,} of {num_images:,} images, loss {loss}", flush=True)
+                bar.set_postfix(loss=loss, accuracy=f"{sums.correct.item() / num_done:.2%}", refresh=False)
+                next_reading = time.perf_counter() + interval
     loss = sums.loss.item() / num_images  # waits for the device
     num_correct = sums.correct.item()
     accuracy = 100 * num_correct / num_images
@@ -189,7 +188,8 @@ class Experiment:
     weights: dict[str, torch.Tensor] | None  # the backbone's initial weights; None: from scratch
     compute: Compute
     environment: dict[str, str | int | None]
-    progress_seconds: float = SECONDS_BETWEEN_WRITES
+    progress_seconds: float = 30.0
+    num_ahead: int = 0  # members whose duration is said while the first one is trained
 
     @cached_property
     def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -239,12 +239,15 @@ def train_member(
         del earlier  # its memory
         print(f"{title}: goes on after epoch {len(history) - 1}", flush=True)
 
-    for epoch in range(len(history), settings.num_epochs):
+    first_epoch = len(history)
+    for epoch in range(first_epoch, settings.num_epochs):
         draw = partial(rng_for, settings.seed, member, epoch)
         torch.manual_seed(int(draw("dropout").integers(2**63)))  # for networks that have some; a ResNet draws nothing
         batches = epoch_batches(cache, images, targets, settings, draw, compute.device)
         prepared = ((prepare(batch, *experiment.statistics, memory), batch.targets) for batch in batches)
         paced = with_rates(prepared, state.optimizer, settings, epoch, len(images))
+        if epoch == first_epoch:
+            paced = with_outlook(paced, len(images), settings.num_epochs, experiment.num_ahead)
         result = train_epoch(state, compute, paced, len(images), f"{title} epoch {epoch}")
         history.append({"epoch": epoch, "lr": learning_rate(settings, epoch + 0.5)} | result)
         # The last epoch of "onecycle" has the smallest rates; of mixed images, the accuracy does not say which is best.
@@ -258,6 +261,23 @@ def train_member(
             progress.end_of_epoch(state.state_dict() | done)
     state.model.load_state_dict(best_model)
     return state.model, {"best_epoch": best_epoch, "history": history, "partition": partition.tolist()}
+
+
+def with_outlook(batches: Iterable[Pair], num_images: int, num_epochs: int, num_members: int) -> Iterator[Pair]:
+    """The (pixels, targets) of a first epoch of `num_images`. After 20 steps, or all, say how long the members take."""
+    start = time.perf_counter()
+    num_done = 0
+    num_timed = 0
+    for step, (pixels, targets) in enumerate(batches, 1):
+        yield pixels, targets  # goes on here after the step
+        num_done += len(pixels)
+        num_timed += len(pixels)
+        if num_members and (step == TIMED_STEPS or (num_done == num_images and step < TIMED_STEPS)):
+            seconds = (time.perf_counter() - start) / num_timed * num_images * num_epochs
+            print(f"about {cli.duration(seconds)} a member, {cli.duration(num_members * seconds)} in all", flush=True)
+        if step == 1 and num_done < num_images:  # it chose algorithms
+            start = time.perf_counter()
+            num_timed = 0
 
 
 def embed_test_images(experiment: Experiment, model: nn.Module, member: int, embedding: str) -> torch.Tensor:
@@ -284,17 +304,13 @@ def make_member(experiment: Experiment, members: Members, member: int, embedding
 
 
 def finish_member(experiment: Experiment, members: Members, member: int, title: str) -> MemberRecord:
-    """Train, embed and save one member. If only its embedding is damaged, do not train it again."""
+    """Train, embed and save one member."""
     folder, meta = members.folder, experiment.cache.meta
     progress = Progress(folder, member, members.settings_hash, experiment.progress_seconds)
     for leftovers in (member_path(folder, member, "*"), progress.path):
         remove_leftovers(folder, leftovers.name)
-    if member in members.not_embedded:
-        record = members.not_embedded[member]
-        model = load_trained(experiment, members, member)
-    else:
-        model, result = train_member(experiment, member, title, progress)
-        record = MemberRecord(member, members.settings_hash, **result, environment=experiment.environment, sha256={})
+    model, result = train_member(experiment, member, title, progress)
+    record = MemberRecord(member, members.settings_hash, **result, environment=experiment.environment, sha256={})
     logits = embed_test_images(experiment, model, member, "logits")
     metadata = {"settings": asdict(experiment.settings), "partition": record.partition}
     metadata |= {"mean": meta.mean, "std": meta.std}
@@ -306,13 +322,9 @@ def finish_member(experiment: Experiment, members: Members, member: int, title: 
 def pool_member(experiment: Experiment, members: Members, member: int) -> None:
     """Make and save the pooled features of one finished member."""
     remove_leftovers(members.folder, pooled_path(members.folder, member, "*").name)
-    pooled = embed_test_images(experiment, load_trained(experiment, members, member), member, "pooled")
+    model = load_member(member_path(members.folder, member, WEIGHTS)).to(experiment.compute.device)
+    pooled = embed_test_images(experiment, model, member, "pooled")
     writer.save_pooled(members.folder, members.records[member], pooled)
-
-
-def load_trained(experiment: Experiment, members: Members, member: int) -> nn.Module:
-    """The saved network of a member, on the device."""
-    return load_member(member_path(members.folder, member, WEIGHTS)).to(experiment.compute.device)
 
 
 # ------------------------------------------------------------------------------------------------ the ensemble
@@ -329,6 +341,8 @@ def run(args: argparse.Namespace) -> None:
         settings = replace(settings, meta_class_size=cache.counts["train"][0])
     split = TestSplit.from_arrays(*(cache.array(f"test_{name}") for name in TestSplit._fields))
     check_counts(settings, args.recalls, cache, split)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     device = cli.pick_device(args.device)
     cli.set_up_device(device, args.deterministic)
     here = writer.environment(device) | {"deterministic": args.deterministic}
@@ -338,67 +352,66 @@ def run(args: argparse.Namespace) -> None:
     folder = args.results_path / settings.run_name()
     whole = range(1, args.ensemble_size + 1)
     wanted = args.members or whole
-    make_folder(args.results_path)
-    with run_lock(folder):
-        earlier = writer.earlier_record(folder)
+    with writable(args.results_path, "--results_path"), run_lock(folder):
+        earlier = read_run_record(folder) if (folder / "args.json").exists() else None
         if settings.precision == "auto":  # a resumed run keeps its precision
             precision = earlier.settings.precision if earlier else pick_precision(device, settings.backbone)
             settings = replace(settings, precision=precision)
         record = writer.make_run_record(settings, cache, vars(args), here)
-        warning = writer.compare_with_earlier(folder, earlier, record)
-        members = writer.find_members(folder, earlier, record)
+        if earlier:
+            writer.refuse_others(folder, earlier, record)
+        members = Members(folder, record.settings_hash)
+        members.refresh()
         missing = members.missing(wanted)
         weights = read_weights(settings.backbone, args.weights) if missing else None
         writer.verify_once(folder, cache)
         writer.write_run_record(members, record, cache)
     finished = args.ensemble_size - len(members.missing(whole))
     where = f"device {here['device']}, {settings.precision}"
-    print(f"{folder}: {finished} of {args.ensemble_size} members are finished; {where}")
-    if missing and warning:
-        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{folder}: {finished} of {cli.counted(args.ensemble_size, 'member')} finished; {where}")
     print_exceptions(cache, split, training=bool(missing))
     check_unchanged(cache)
 
     # 3. The members that are missing, one after the other; other processes may train others of them at the same time
-    experiment = Experiment(cache, settings, weights, Compute(device, settings.precision), here, args.progress_seconds)
+    compute = Compute(device, settings.precision)
+    experiment = Experiment(cache, settings, weights, compute, here, args.progress_seconds, len(missing))
     if members.records:
         writer.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
     if len(split.labels):
         update_baseline(members, settings, args.weights, cache, split, args.recalls, device)
-    num_made = 0
     while (locked := members.lock_next_missing(wanted, args.embedding)) is not None:
         member, lock = locked
         start = time.perf_counter()
         title = f"member {member}/{args.ensemble_size}"
-        to_train = member not in members.records
         with lock:
             message = make_member(experiment, members, member, args.embedding, title)
-        seconds = time.perf_counter() - start
-        print(f"{title}: {message}, {seconds:.1f} s")
-        if to_train:
-            writer.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
+        print(f"{title}: {message}, {time.perf_counter() - start:.1f} s")
+        writer.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
         members.refresh(args.embedding)
         if members.missing([member], args.embedding):
             raise RunError(f"member {member} was finished, but its files read back otherwise: is the disk sound?")
-        num_made += 1
-        remaining = len(members.missing(wanted, args.embedding))
-        if num_made == 1 and remaining:
-            files = f"{'*' if to_train else 'pooled'}_{member:03d}.*"
-            writer.print_outlook(folder, files, remaining, seconds)
+        experiment = replace(experiment, num_ahead=0)
 
     # 4. The final recall: the last process to finish computes it
     table, embeddings = writer.update_logs(members, args.ensemble_size, split, args.recalls, args.embedding, device)
     missing = members.missing(whole, args.embedding)
     if missing:
-        print(members.unfinished_text(missing, wanted, args.embedding))
+        numbers = ", ".join(map(str, missing))
+        print(f"{args.embedding} still missing of member {numbers}: the process that finishes the last one scores")
         return
     if not len(split.labels):
-        print(f"{len(embeddings)} members are finished in {folder}; there are no test images, and so no recall")
+        print(f"{cli.counted(len(embeddings), 'member')} finished in {folder}; there are no test images, so no recall")
         return
-    first = args.recalls[:1]
-    alone = [writer.recall_percent([embedding], split, first).item() for embedding in embeddings]
-    print_baseline(folder, members.settings_hash, table)
-    print_recalls(table, alone, writer.recall_log(folder, args.embedding))
+    alone = [writer.recall_percent([embedding], split, args.recalls[:1]).item() for embedding in embeddings]
+    final = table.tail(1).assign(**map_percent(embeddings, split))
+    print_baseline(folder, members.settings_hash, final, args.embedding, settings.weights)
+    print_near_copies(embeddings, split, cache.array("test_images"))
+    print("\n" + table.assign(alone=alone).round(2).to_string(index=False))
+    print(f"(alone: {table.columns[1]} of the last member of the row by itself)")
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in final.iloc[0, 1:].items())
+    dimensions = sum(embedding.shape[1] for embedding in embeddings)
+    log = writer.recall_log(folder, args.embedding)
+    print(f"{cli.counted(len(table), 'member')}: {scores} ({dimensions:,} numbers an image) in {log}")
 
 
 def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSplit) -> None:
@@ -407,7 +420,7 @@ def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSpl
     num_gallery = int(split.is_gallery.sum())
     size = settings.meta_class_size
     if num_classes < 2:
-        raise InputError(f"{settings.data_name} has {num_classes} training class: telling classes apart needs two")
+        raise InputError(f"{settings.data_name} has one training class: telling classes apart needs two")
     if not 2 <= size <= num_classes:
         raise InputError(
             f"--meta_class_size {size} has to be in 2..{num_classes} (training classes), or all: each its own"
@@ -419,13 +432,11 @@ def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSpl
 def print_exceptions(cache: Cache, split: TestSplit, training: bool) -> None:
     """Say which images do not take part as usual: in large classes, outside the gallery, alone in their class."""
     class_sizes = np.bincount(cache.array("train_labels"))
-    _, num_images = cache.counts["train"]
-    too_large = class_sizes > MAX_IMAGES_PER_CLASS
-    if training and too_large.any():
-        left_out = int((class_sizes[too_large] - MAX_IMAGES_PER_CLASS).sum())
+    left_out = int((class_sizes - MAX_IMAGES_PER_CLASS).clip(min=0).sum())
+    if training and left_out:
         print(
-            f"{too_large.sum()} classes have more than {MAX_IMAGES_PER_CLASS} images: each member trains on a random "
-            f"{MAX_IMAGES_PER_CLASS} of each and leaves out {left_out:,} of {num_images:,} images"
+            f"each member trains on a random {MAX_IMAGES_PER_CLASS} images of each larger class, and leaves out "
+            f"{left_out:,} of {class_sizes.sum():,} images"
         )
     if not len(split.labels):
         print("no test images: all classes are trained on, and there will be no recall")
@@ -433,15 +444,7 @@ def print_exceptions(cache: Cache, split: TestSplit, training: bool) -> None:
         print(f"{int(split.is_query.sum()):,} queries against a gallery of {int(split.is_gallery.sum()):,} images")
     unmatched = int(unmatched_queries(*split).sum())
     if unmatched:
-        print(f"{unmatched} queries have no other image of their class in the gallery: they count as misses")
-
-
-def print_recalls(table: pd.DataFrame, alone: list[float], log: Path) -> None:
-    """Print Recall@K of every ensemble size, with that of its last member by itself, and the last row again."""
-    print("\n" + table.assign(alone=alone).round(2).to_string(index=False))
-    print(f"(alone: {table.columns[1]} of the last member of the row by itself)")
-    final = ", ".join(f"{name} {value:.2f}" for name, value in table.iloc[-1, 1:].items())
-    print(f"{len(table)} members: {final} in {log}")
+        print(f"queries without another image of their class in the gallery: {unmatched:,}; they count as misses")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -78,11 +78,8 @@ def recall_at_k(
         max_bytes: bound on the memory used beside the arguments, but for 16 bytes an image and member, some 100 bytes
             an image, and blocks of at least 16 rows; None: `similarity_memory`. No N x N matrix is made.
 
-    Returns:
-        `(L, len(ks)) float64` on the CPU, in [0, 1]; row l-1 is the ensemble of the first l members.
-
-    Raises:
-        ValueError: shapes that do not fit, a K below 1, no query, no gallery, or embeddings that are not finite.
+    Returns `(L, len(ks)) float64` on the CPU, in [0, 1]; row l-1 is the ensemble of the first l members. Raises
+    ValueError for shapes that do not fit, a K below 1, no query, no gallery, or embeddings that are not finite.
     """
     if any(k < 1 for k in ks):
         raise ValueError(f"every K has to be a positive integer, not {list(ks)}")
@@ -104,13 +101,8 @@ def similarity_memory(device: torch.device) -> int:
     return (torch.cuda.mem_get_info(device)[0] + kept_by_pytorch) // 4
 
 
-def unmatched_queries(
-    labels: torch.Tensor, is_query: torch.Tensor | None = None, is_gallery: torch.Tensor | None = None
-) -> torch.Tensor:
+def unmatched_queries(labels: torch.Tensor, is_query: torch.Tensor, is_gallery: torch.Tensor) -> torch.Tensor:
     """Queries whose class has no other image in the gallery, `(N,) bool`. They are misses in Recall@K."""
-    everything = torch.ones(len(labels), dtype=torch.bool)
-    is_query = everything if is_query is None else is_query
-    is_gallery = everything if is_gallery is None else is_gallery
     names, class_of = torch.unique(labels, return_inverse=True)
     in_gallery = torch.bincount(class_of[is_gallery], minlength=len(names))[class_of]
     return is_query & (in_gallery == is_gallery)  # there is none, or only itself
@@ -245,8 +237,8 @@ def best_similarities(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Similarity of each query to the nearest image of another class, and of its own, for every ensemble size.
 
-    The similarity is the mean of the members' cosines. The first is what a search finds whose class is not in the
-    gallery. Arguments, options, errors and memory are those of `recall_at_k`.
+    The similarity is the mean of the members' cosines. Arguments, options, errors and memory are those of
+    `recall_at_k`.
 
     Returns (other class, own class), each `(L, queries) float32` on the CPU, in [-1, 1], the queries in the order of
     the rows; row l-1 is the ensemble of the first l members. -inf where there is no such image but the query itself.
@@ -338,26 +330,12 @@ class _Pairs:
     num_own: torch.Tensor  # (queries,) int64, gallery images of each query's class but itself
     block: int  # rows of a block of similarities
 
-    @property
-    def device(self) -> torch.device:
-        return self.num_own.device
-
-    @property
-    def num_members(self) -> int:
-        return len(self.queries.members)
-
-    @property
-    def num_queries(self) -> int:
-        return len(self.queries.order)
-
-    @property
-    def num_gallery(self) -> int:
-        return len(self.gallery.order)
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether queries and gallery are the same images."""
-        return self.queries is self.gallery
+    def __post_init__(self):
+        self.device = self.num_own.device
+        self.num_members = len(self.queries.members)
+        self.num_queries = len(self.queries.order)
+        self.num_gallery = len(self.gallery.order)
+        self.symmetric = self.queries is self.gallery  # queries and gallery are the same images
 
     def same_class(self, start: int, stop: int, left: int, right: int) -> torch.Tensor:
         """Which of queries start:stop and gallery images left:right share a class, `(rows, columns) bool`."""
@@ -379,7 +357,6 @@ def _pairs_by_class(
 ) -> _Pairs:
     """Check the arguments of `recall_at_k`, sort the images by class, and choose the size of a block of similarities.
 
-    Raises ValueError for arguments that do not fit.
     `floats_of_a_row`: how many float32 each row of a block takes, beside the embeddings. None: blocks of `block` x
     `4 * block` similarities, of which three are held.
     """
@@ -387,8 +364,8 @@ def _pairs_by_class(
     labels = torch.as_tensor(labels)
     if not members or any(member.ndim != 2 or len(member) != len(labels) for member in members) or labels.ndim != 1:
         raise ValueError("embeddings have to be (N, d) tensors and labels (N,), with the same N")
-    if len(labels) == 0 or labels.is_floating_point():
-        raise ValueError("labels have to be integers, at least one")
+    if labels.is_floating_point():
+        raise ValueError("labels have to be integers")
     device = members[0].device
     masks = []
     for name, mask in (("is_query", is_query), ("is_gallery", is_gallery)):

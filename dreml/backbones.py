@@ -1,15 +1,18 @@
 """The networks that a member can be: those of torchvision and, where installed, timm; and their initial weights."""
 
+import argparse
 import difflib
 import functools
+import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 
-from dreml.cli import InputError, one_line
+from dreml.cli import InputError, counted, one_line
 from dreml.files import sha256
 
 TIMM = "timm:"  # before the name of a network of timm
@@ -19,7 +22,7 @@ AUXILIARY = {  # the two networks with further outputs for their training, which
     "googlenet": ("aux1.", "aux2."),
     "inception_v3": ("AuxLogits.",),
 }
-USUAL_SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512)
+USUAL_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
 
 # ------------------------------------------------------------------------------------------------ names
 
@@ -40,37 +43,23 @@ def timm_library():
     return timm
 
 
-def backbone_names() -> list[str]:
-    """Every classification network of torchvision."""
-    models = torchvision_models()
-    return models.list_models(module=models)
-
-
 def check_backbone(backbone: str, image_size: int) -> None:
     """Raise InputError for a backbone that is unknown, and for images of a size that it cannot take."""
     if backbone.startswith(TIMM):
         library = "timm"
-        near = names_near_in_timm(backbone.removeprefix(TIMM))
+        known = timm_library().list_models()
+        name, _, tag = backbone.removeprefix(TIMM).partition(".")
+        if tag and name in known:  # with a tag of its weights, such as resnet50.a1_in1k
+            known = timm_library().list_pretrained(f"{name}.*")
+            name = f"{name}.{tag}"
     else:
         library = f"torchvision, or {TIMM}NAME"
-        near = names_near(backbone, backbone_names())
-    if near is not None:
-        raise InputError(f"--backbone {backbone!r} is no network of {library}; near it: {', '.join(near) or 'none'}")
+        known = torchvision_models().list_models(module=torchvision_models())
+        name = backbone
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.3)) or "none"
+        raise InputError(f"--backbone {backbone!r} is no network of {library}; near it: {near}")
     check_image_size(backbone, image_size)
-
-
-def names_near(name: str, known: list[str]) -> list[str] | None:
-    """The known names that were perhaps meant by one that is unknown. None if it is known."""
-    return None if name in known else difflib.get_close_matches(name, known, n=3, cutoff=0.3)
-
-
-def names_near_in_timm(name: str) -> list[str] | None:
-    """The same for a network of timm, such as resnet50 or, with a tag of its weights, resnet50.a1_in1k."""
-    timm = timm_library()
-    network, _, tag = name.partition(".")
-    if tag and timm.is_model(network):
-        return names_near(name, timm.list_pretrained(f"{network}.*"))
-    return names_near(name, timm.list_models())
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -85,12 +74,8 @@ def build_backbone(backbone: str, num_classes: int) -> tuple[nn.Module, str]:
         network = timm_library().create_model(backbone.removeprefix(TIMM), num_classes=num_classes)
         last = network.get_classifier()
         inside = list(last.modules()) if isinstance(last, nn.Module) else []  # two classifiers are a tuple
-        heads = [
-            name
-            for name, layer in network.named_modules()
-            if isinstance(layer, nn.Linear) and layer.out_features == num_classes and any(layer is m for m in inside)
-        ]
-        heads = heads if len(heads) == 1 else []
+        linear = [layer for layer in inside if isinstance(layer, nn.Linear) and layer.out_features == num_classes]
+        heads = [name for name, layer in network.named_modules() if len(linear) == 1 and layer is linear[0]]
     else:
         options = {"aux_logits": False, "init_weights": True} if backbone in AUXILIARY else {}
         network = torchvision_models().get_model(backbone, weights=None, num_classes=num_classes, **options)
@@ -132,8 +117,8 @@ def check_image_size(backbone: str, size: int) -> None:
     if found:
         network.eval()  # faster, and the same in this
         possible = ", ".join(str(usual) for usual in USUAL_SIZES if not problem(usual))
-        takes = f"it takes {possible} among the usual sizes" if possible else "nor any other size"
-        raise InputError(f"--image_size {size}: {backbone} cannot take it ({one_line(found)}); {takes}")
+        reason = f"{backbone} cannot take it ({one_line(found)})"
+        raise InputError(f"--image_size {size}: {reason}; it takes {possible or 'none'} of the usual sizes")
 
 
 def gains_from_bf16(backbone: str) -> bool:
@@ -183,28 +168,52 @@ def own_scaling(backbone: str, device: torch.device) -> tuple[torch.Tensor, torc
 def read_weights(backbone: str, weights: str) -> dict[str, torch.Tensor] | None:
     """Read the backbone's initial weights once, for all members.
 
-    Args:
-        weights: "imagenet" (the library's own download), "none", or the path of a state dict in the library's naming,
-            `.safetensors` or written by `torch.save`, which has to fit the backbone but for its last layer.
+    `weights`: "imagenet" (the library's own download), "none", or the path of a state dict in the library's naming,
+    which has to fit the backbone but for its last layer. It is read as data only: a pickle is not executed.
 
-    Returns:
-        The state dict without the last layer, or None for "none".
-
-    Raises:
-        InputError: weights that cannot be had or do not fit. A file is read as data only: a pickle is not executed.
+    Returns the state dict without the last layer, or None for "none". Raises InputError for weights that cannot be had.
     """
     if weights == "none":
         return None
     if weights == "imagenet":
-        return checked_weights(backbone, weights, download(backbone))
+        return fitting_weights(backbone, weights, download(backbone))
+    return fitting_weights(backbone, weights, state_dict_in(weights))
+
+
+def state_dict_in(path: str) -> dict[str, torch.Tensor]:
+    """The one state dict that a file holds: by itself, or under a name such as "state_dict" or "model".
+
+    The content tells whether it is safetensors or of `torch.save`, not the file's name.
+    """
+    content = Path(path).read_bytes()
+    if not content:
+        raise InputError(f"--weights {path} is an empty file")
+    if content.startswith(b"version https://git-lfs"):
+        raise InputError(f"--weights {path} is a pointer of Git LFS, not the file itself: run git lfs pull")
+    is_safetensors = content[8:9] == b"{"  # after the length of its header
+    if not is_safetensors and content[:200].lstrip().startswith((b"<", b"{")):
+        raise InputError(f"--weights {path} is a web page or an error message: download the file again")
     try:
-        if weights.endswith(".safetensors"):
-            state = load_file(weights)
+        if is_safetensors:
+            found = load(content)
         else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # options that many keep beside the weights
+                found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise a dozen kinds
-        raise InputError(f"--weights {weights}: not a readable state dict ({one_line(error)})") from None
-    return checked_weights(backbone, weights, state)
+        wanted = "state dict, as torch.save(model.state_dict(), PATH) writes it"
+        raise InputError(f"--weights {path} is no readable {wanted} ({one_line(error)})") from None
+    if is_state_dict(found):
+        return found
+    inside = [name for name in found if is_state_dict(found[name])] if isinstance(found, dict) else []
+    if len(inside) != 1:
+        what = f"several state dicts ({', '.join(map(repr, inside))}): save one" if inside else "no state dict"
+        raise InputError(f"--weights {path} holds {what}")
+    return found[inside[0]]
+
+
+def is_state_dict(value: object) -> bool:
+    """Whether this is a dict of tensors, at least one."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(each, torch.Tensor) for each in value.values())
 
 
 def download(backbone: str) -> dict[str, torch.Tensor]:
@@ -217,21 +226,17 @@ def download(backbone: str) -> dict[str, torch.Tensor]:
         entry = torchvision_weights(backbone)
         source = f"{entry.url} into {torch.hub.get_dir()}"
         return entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except Exception as error:  # no network, no disk, a damaged file among the downloads
-        raise InputError(
-            f"cannot download or read the ImageNet weights {source} ({one_line(error)}); give a copy of that file with "
-            "--weights PATH, or train from scratch with --weights none"
-        ) from None
+    except Exception as error:  # no network, a damaged file among the downloads
+        remedy = "give a copy of that file with --weights PATH, or train from scratch with --weights none"
+        raise InputError(f"cannot download or read the weights {source} ({one_line(error)}); {remedy}") from None
 
 
-def checked_weights(backbone: str, weights: str, state: object) -> dict[str, torch.Tensor]:
-    """The state dict without its last layer, if it fits the backbone in every other name and shape.
+def fitting_weights(backbone: str, weights: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict without its last layer, if it fits the backbone in every other name, shape and kind of number.
 
-    The counters `num_batches_tracked`, which BatchNorm never uses here, are not in older files and may be missing.
+    A prefix of all its names, such as "module.", is taken away. The counters `num_batches_tracked`, which BatchNorm
+    never uses here, are not in older files and may be missing.
     """
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        library = "timm" if backbone.startswith(TIMM) else "torchvision"
-        raise InputError(f"--weights {weights}: not a state dict in {library}'s format (name -> tensor)")
     head = ""
 
     def build() -> nn.Module:
@@ -241,16 +246,30 @@ def checked_weights(backbone: str, weights: str, state: object) -> dict[str, tor
 
     network = without_drawing(build)
     left_out = (f"{head}.", *AUXILIARY.get(backbone, ()))
-    expected = {name: value.shape for name, value in network.state_dict().items() if not name.startswith(left_out)}
-    state = {name: value for name, value in state.items() if not str(name).startswith(left_out)}
-    wrong = [f"{name} is missing" for name in expected if name not in state and not name.endswith("_tracked")]
-    wrong += [f"{name} is unknown" for name in state if name not in expected]
-    wrong += [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in state and state[name].shape != shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 1} more differences" if len(wrong) > 1 else ""
-        raise InputError(f"--weights {weights} does not fit {backbone}: {wrong[0]}{more}")
+    expected = {name: value for name, value in network.state_dict().items() if not name.startswith(left_out)}
+    state = {str(name): value for name, value in state.items()}
+    if not expected.keys() & state.keys():
+        common = os.path.commonprefix(list(state))  # noqa: RUF071 (it is cut at a dot)
+        state = {name[common.rfind(".") + 1 :]: value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if not name.startswith(left_out)}
+    problems = [f"{name} is missing" for name in expected if name not in state and not name.endswith("_tracked")]
+    problems += [f"{name} is unknown" for name in state if name not in expected]
+    wrong = {name: what_is_wrong(state[name], value) for name, value in expected.items() if name in state}
+    problems += [f"{name} is {problem}" for name, problem in wrong.items() if problem]
+    if problems:
+        more = f" and {counted(len(problems) - 1, 'more difference')}" if len(problems) > 1 else ""
+        raise InputError(f"--weights {weights} does not fit {backbone}: {problems[0]}{more}")
     return state
+
+
+def what_is_wrong(value: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """Why a tensor of a file cannot take the place of the network's own; None if it can."""
+    if value.shape != expected.shape:
+        return f"{tuple(value.shape)}, not {tuple(expected.shape)}"
+    if value.layout != torch.strided:
+        return "sparse"
+    if expected.is_floating_point() and not value.is_floating_point():
+        return f"{str(value.dtype).removeprefix('torch.')}, not floating point"
+    if not torch.isfinite(value.float()).all():
+        return "not finite"
+    return None

@@ -12,25 +12,31 @@ from dreml.backbones import own_scaling, read_weights
 from dreml.batches import spans
 from dreml.cache import Cache
 from dreml.cli import InputError, one_line
-from dreml.files import read_record, remove_leftovers, take_lock, write_csv, write_record
-from dreml.run_writer import recall_percent
+from dreml.files import read_record, write_csv, write_record
+from dreml.run_writer import recall_percent, scored
 from dreml.runs import Members, TestSplit, run_lock
 from dreml.settings import Settings
-from model import channel_statistics, extract_features, initial_model
+from model import channel_statistics, extract_features, initial_model, unit_rows
+from utils import first_neighbours, map_at_r
 
-INITIAL_WEIGHTS, COLOURS = "initial weights", "colour histogram"
 LEVELS = 6  # of each of the three channels: 216 colours
+LARGEST_MAP = 20_000  # test images: mAP@R of more takes minutes on a CPU, and is left to evaluate.py
+NEAR = 0.99  # the cosines, of colours and of embeddings, above which two images are near copies
+MANY_COPIES = 5  # percent of the queries
 
 
 def colour_histograms(images: np.ndarray, max_pixels: int = 2**22) -> torch.Tensor:
     """How many pixels of each image have each of 6 x 6 x 6 colours: `(N, S, S, 3) uint8` -> `(N, 216) float32`.
 
-    Memory for `max_pixels` at a time, about 20 bytes each, but for at least one image.
+    Of large images, at most 127 x 127 pixels in even steps. Memory for `max_pixels` at a time, about 20 bytes each, but
+    for at least one image.
     """
+    step = max(1, images.shape[1] // 64)
     level_of = (np.arange(256) * LEVELS // 256).astype(np.uint8)
     counts = np.empty((len(images), LEVELS**3), np.float32)
-    for start, stop in spans(0, len(images), max(1, max_pixels // images[0, ..., 0].size)):
-        red, green, blue = np.moveaxis(level_of[images[start:stop]].reshape(stop - start, -1, 3), 2, 0)
+    for start, stop in spans(0, len(images), max(1, max_pixels // images.shape[1] ** 2)):
+        pixels = images[start:stop, ::step, ::step]
+        red, green, blue = np.moveaxis(level_of[pixels].reshape(stop - start, -1, 3), 2, 0)
         colours = red * LEVELS**2 + green * LEVELS + blue  # at most 215
         places = colours + LEVELS**3 * np.arange(stop - start)[:, None]
         counts[start:stop] = np.bincount(places.ravel(), minlength=(stop - start) * LEVELS**3).reshape(-1, LEVELS**3)
@@ -39,10 +45,10 @@ def colour_histograms(images: np.ndarray, max_pixels: int = 2**22) -> torch.Tens
 
 @dataclass
 class BaselineRecord:
-    """`baseline.json`: Recall@K of what finds images without training."""
+    """`baseline.json`: the scores of what finds images without training."""
 
     settings_hash: str  # of its run
-    recalls: list[dict[str, str | float]]  # the rows of baseline.csv: "baseline" and "R@1", ..., in percent
+    recalls: list[dict[str, str | float]]  # "baseline", "dimensions" and, in percent, "R@1", ..., "mAP@R"
 
 
 def initial_features(settings: Settings, weights: str, cache: Cache, device: torch.device) -> torch.Tensor:
@@ -69,41 +75,44 @@ def update_baseline(
     ks: list[int],
     device: torch.device,
 ) -> None:
-    """Make and print the baseline of a run, unless it is there for these K. One process does so, others go on.
+    """Make and print the baseline of a run, unless it is there for these K; write its CSV.
 
     `weights`: as --weights names them. A warning says if they cannot be had.
     """
     folder = members.folder
     wanted = [f"R@{k}" for k in ks]
-    lock = take_lock(folder / ".baseline.lock", timeout=0)
-    if lock is None:  # another process is at it
-        return
-    with lock:
-        table = read_baseline(folder, members.settings_hash)
-        is_new = table is None or len(table) < 2 or not set(wanted) <= set(table)
-        if is_new:
-            earlier = [] if table is None else [int(name.removeprefix("R@")) for name in list(table)[1:]]
-            ks = sorted({*ks, *earlier})
-            features = {}
-            try:
-                features[INITIAL_WEIGHTS] = initial_features(settings, weights, cache, device)
-            except InputError as error:
-                print(f"warning: the initial weights are not scored: {error}", file=sys.stderr)
-            features[COLOURS] = colour_histograms(cache.array("test_images")).to(device)
-            recalls = [recall_percent([rows], split, ks)[0] for rows in features.values()]
-            table = pd.DataFrame(recalls, columns=[f"R@{k}" for k in ks]).round(4)
-            table.insert(0, "baseline", list(features))
-        with run_lock(folder):
-            remove_leftovers(folder, "baseline.json")
-            if is_new:
-                write_record(folder / "baseline.json", BaselineRecord(members.settings_hash, table.to_dict("records")))
-            write_csv(folder / "baseline.csv", table, float_format="%.4f")
+    table = read_baseline(folder, members.settings_hash)
+    is_new = table is None or len(table) < 2 or not {*wanted, "dimensions"} <= set(table)
     if is_new:
-        print("\n".join(baseline_lines(table, wanted)), flush=True)
+        features = {}
+        try:
+            features["initial weights"] = initial_features(settings, weights, cache, device)
+        except InputError as error:
+            print(f"warning: the initial weights are not scored: {error}", file=sys.stderr)
+        features["colour histogram"] = colour_histograms(cache.array("test_images")).to(device)
+        rows = []
+        for name, vectors in features.items():
+            recalls = dict(zip(wanted, recall_percent([vectors], split, ks)[0].tolist(), strict=True))
+            row = {"baseline": name} | recalls | map_percent([vectors], split) | {"dimensions": vectors.shape[1]}
+            rows.append(row)
+        table = pd.DataFrame(rows).round(4)
+        print("\n".join(baseline_lines(table, [*wanted, "mAP@R"])), flush=True)
+    with run_lock(folder):
+        if is_new:
+            write_record(folder / "baseline.json", BaselineRecord(members.settings_hash, table.to_dict("records")))
+        csv = table.drop(columns=["mAP@R", "dimensions"], errors="ignore")
+        write_csv(folder / "baseline.csv", csv, float_format="%.4f")
+
+
+def map_percent(embeddings: list[torch.Tensor], split: TestSplit) -> dict[str, float]:
+    """{"mAP@R": that of the whole ensemble, in percent}; {} where it would take long."""
+    if len(split.labels) > LARGEST_MAP:
+        return {}
+    return {"mAP@R": 100 * scored(map_at_r, [unit_rows(embeddings)], split)[0].item()}
 
 
 def read_baseline(folder: Path, settings_hash: str) -> pd.DataFrame | None:
-    """The table of the baselines of a run: name and Recall@K in percent. None if missing; warns if damaged."""
+    """The table of the baselines of a run, as in BaselineRecord. None if missing; warns if damaged."""
     path = folder / "baseline.json"
     try:
         record = read_record(path, BaselineRecord)
@@ -118,18 +127,22 @@ def read_baseline(folder: Path, settings_hash: str) -> pd.DataFrame | None:
 
 
 def baseline_lines(table: pd.DataFrame, names: list[str]) -> list[str]:
-    """A line for each baseline, with the scores `names` (R@1, ...)."""
+    """A line for each baseline, with those of the scores `names` that it has."""
     lines = []
     for row in table.to_dict("records"):
-        scores = ", ".join(f"{name} {row[name]:.2f}" for name in names)
-        lines.append(f"before training: {scores} ({row['baseline']})")
+        scores = ", ".join(f"{name} {row[name]:.2f}" for name in names if name in row)
+        dimensions = f", {row['dimensions']} numbers an image" if "dimensions" in row else ""
+        lines.append(f"before training: {scores} ({row['baseline']}{dimensions})")
     return lines
 
 
-def print_baseline(folder: Path, settings_hash: str, ensembles: pd.DataFrame) -> None:
-    """Print the baselines of a run for the scores of its table of ensembles, and say if one is ahead of the largest.
+def print_baseline(
+    folder: Path, settings_hash: str, ensembles: pd.DataFrame, embedding: str = "logits", weights: str = "none"
+) -> None:
+    """Print the baselines of a run for the scores of its table of ensembles. If one is ahead, say what to try.
 
-    The table's first column is the ensemble size. Scores that no baseline has are left out.
+    The table's first column is the ensemble size; its last row is compared. Scores that no baseline has are left out.
+    `embedding` and `weights` are those of the run.
     """
     table = read_baseline(folder, settings_hash)
     names = [name for name in list(ensembles)[1:] if table is not None and name in table]
@@ -138,9 +151,25 @@ def print_baseline(folder: Path, settings_hash: str, ensembles: pd.DataFrame) ->
     print("\n".join(baseline_lines(table, names)))
     name = names[0]
     best = table.loc[table[name].idxmax()]
-    of_ensemble = ensembles[name].iloc[-1]
-    if best[name] > round(of_ensemble, 4):  # the baselines are rounded so
-        remedy = "more members or epochs may pass it"
-        if best.baseline == COLOURS:
-            remedy = "photos of one class may have been taken together, and the score says little about others"
-        print(f"before training is ahead: {name} {best[name]:.2f} ({best.baseline}), {of_ensemble:.2f} after; {remedy}")
+    after = ensembles[name].iloc[-1]
+    if best[name] <= round(after, 4):  # the baselines are rounded so
+        return
+    remedies = ["--embedding pooled (seconds)"] if embedding == "logits" else []
+    remedies += ["pretrained --weights"] if weights == "none" else []
+    remedies += ["more --num_epochs"]
+    print(
+        f"before training is ahead: {name} {best[name]:.2f} ({best.baseline}), {after:.2f} after; "
+        f"try {', then '.join(remedies)}"
+    )
+
+
+def print_near_copies(embeddings: list[torch.Tensor], split: TestSplit, images: np.ndarray) -> None:
+    """Say how many queries have a near copy, if many have: a neighbour of nearly the same embedding and colours."""
+    if len(split.labels) > LARGEST_MAP:
+        return
+    rows, similarities = scored(first_neighbours, embeddings, split)
+    colours = torch.nn.functional.normalize(colour_histograms(images))
+    same_colours = (colours[split.is_query] * colours[rows]).sum(1) > NEAR
+    share = 100 * (same_colours & (similarities > NEAR)).float().mean()
+    if share >= MANY_COPIES:
+        print(f"{share:.0f} % of the queries have a near copy among the test images: it raises R@1 more than mAP@R")

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import pickle
 import sys
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ class Progress:
     """
 
     def __init__(self, folder: Path, member: int, settings_hash: str, interval: float = SECONDS_BETWEEN_WRITES):
-        self.path = progress_file(folder, member)
+        self.path = folder / f"progress_{member:03d}.pt"
         self.owner = f"{settings_hash}, member {member}"
         self.interval = interval
         self.last_write = time.monotonic()  # or the begin of the training
@@ -36,13 +35,10 @@ class Progress:
         if not self.path.exists():
             return None
         content = self.path.read_bytes()
-        checksum, saved = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
-        if hashlib.sha256(saved).digest() == checksum:
-            try:
-                state = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError:  # a file of another program
-                state = {}
-            if state.pop("owner", None) == self.owner:
+        saved = content[CHECKSUM_BYTES:]
+        if hashlib.sha256(saved).digest() == content[:CHECKSUM_BYTES]:
+            state = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+            if state.pop("owner") == self.owner:
                 return state
         print(f"warning: {self.path} is damaged or from another run: the member is begun anew", file=sys.stderr)
         return None
@@ -53,29 +49,21 @@ class Progress:
         is_new = started - self.last_write < max(self.interval, 20 * self.write_seconds)
         if is_new and self.interval > 0:
             return
+        buffer = io.BytesIO()  # torch.save would report a full disk as a RuntimeError
+        torch.save({"owner": self.owner, **state}, buffer)
+        content = buffer.getbuffer()
         try:
-            self.write(state)
+            with atomic_open(self.path, "wb") as file:
+                file.write(hashlib.sha256(content).digest())
+                file.write(content)
         except OSError as error:
             print(f"warning: cannot write {self.path}, training goes on without it: {error}", file=sys.stderr)
         self.last_write = time.monotonic()
         self.write_seconds = self.last_write - started
 
-    def write(self, state: dict) -> None:
-        buffer = io.BytesIO()  # torch.save would report a full disk as a RuntimeError
-        torch.save({"owner": self.owner, **state}, buffer)
-        content = buffer.getbuffer()
-        with atomic_open(self.path, "wb") as file:
-            file.write(hashlib.sha256(content).digest())
-            file.write(content)
-
-
-def progress_file(folder: Path, member: int) -> Path:
-    """The file of `Progress`."""
-    return folder / f"progress_{member:03d}.pt"
-
 
 def remove_progress(folder: Path, member: int) -> None:
     """Remove the file of a member that is finished, and what killed processes left of writing it."""
-    path = progress_file(folder, member)
+    path = folder / f"progress_{member:03d}.pt"
     path.unlink(missing_ok=True)
     remove_leftovers(folder, path.name)

@@ -44,6 +44,18 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number and its noun: "1 query", "2,000 queries". `plural`: where it is more than an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: "40 seconds", "7 minutes", "1.5 hours"."""
+    if seconds < 90:
+        return counted(max(1, round(seconds)), "second")
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
 def format_problems(problems: list[str], shown: int = 20) -> str:
     """The first 20 problems, or `shown`, a line each, and how many more there are."""
     lines = "".join(f"\n  {problem}" for problem in problems[:shown])
@@ -53,44 +65,66 @@ def format_problems(problems: list[str], shown: int = 20) -> str:
 def run_main(script: str, run: Callable[[], None], save_memory: str, resumable: bool = True) -> int:
     """Run a script's `run` and return the exit code.
 
-    0 done, 2 refused input or options, 1 failed while running, 130 Ctrl-C, 143 SIGTERM. `save_memory` names the options
-    to change when memory runs out. `resumable`: after an interruption, the same command goes on where it stopped.
+    0 done, 2 refused input or options, 1 failed while running, 130 Ctrl-C, 143 SIGTERM, 141 done, but the output had no
+    reader. `save_memory` names the options to change when memory runs out. `resumable`: the same command goes on.
     """
-    remedy = "; run the same command again to go on" if resumable else ""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # escapes for what the output's encoding lacks
-    with one_line_warnings(), signals_as_exceptions():
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # one line, without source code
+    again = "; run the same command again to go on" if resumable else ""
+    output = Output(sys.stdout)
+    errors = Output(sys.stderr)
+
+    def ended(code: int, reason: object) -> int:
+        print(f"{script}: {reason}", file=errors)
+        return code
+
+    code = 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
-            run()
-            return 0
+            with signals_as_exceptions():
+                run()
         except InputError as error:
-            print(f"{script}: {error}", file=sys.stderr)
-            return 2
+            code = ended(2, error)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            print(f"{script}: failed: out of memory; try {save_memory}", file=sys.stderr)
-            return 1
+            code = ended(1, f"failed: out of memory; try {save_memory}")
         except (RunError, OSError) as error:  # OSError: disk full, no permission, ...
-            print(f"{script}: failed: {error}", file=sys.stderr)
-            return 1
+            code = ended(1, f"failed: {error}")
         except KeyboardInterrupt:
-            print(f"{script}: interrupted{remedy}", file=sys.stderr)
-            return 130
+            code = ended(130, f"interrupted{again}")
         except Terminated:
-            print(f"{script}: terminated{remedy}", file=sys.stderr)
-            return 143
+            code = ended(143, f"terminated{again}")
+        finally:
+            output.flush()
+            errors.flush()
+    return 141 if code == 0 and (output.is_lost or errors.is_lost) else code
 
 
-@contextlib.contextmanager
-def one_line_warnings() -> Iterator[None]:
-    """Print warnings of libraries as one line each, without their source code."""
-    format_warning = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = format_warning
+class Output:
+    """stdout or stderr. When its reader is gone, what is printed is dropped, and the work goes on."""
+
+    def __init__(self, stream: io.TextIOBase | None):
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed when Python started
+        self.is_lost = False
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # escapes for what the output's encoding lacks
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call: Callable, *arguments: str) -> None:
+        try:
+            call(*arguments)
+        except OSError:
+            self.is_lost = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # Python writes the rest when it ends
 
 
 @contextlib.contextmanager
@@ -129,8 +163,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=formatter_class, **kwargs)
 
     def error(self, message: str):
-        message = re.sub(r"(\S{60})\S{60,}", r"\1…", " ".join(message.split()))
-        raise InputError(f"{message} (see python {self.prog} --help)")
+        raise InputError(f"{' '.join(message.split())} (see python {self.prog} --help)")
 
 
 def is_utf8(text: str) -> bool:
@@ -149,21 +182,15 @@ def data_set_name(text: str) -> str:
     return text
 
 
-def range_problem(value: float, low: float, high: float) -> str | None:
-    """What is wrong with a number outside low..high, both included; None if nothing is. NaN is in no range."""
-    if low <= value <= high:
-        return None
-    least = "above 0" if 0 < low < 1e-6 else f"at least {low:,g}"
-    return f"{value} has to be {least}" + (f" and at most {high:,g}" if high < MANY else "")
-
-
 def check_ranges(args: argparse.Namespace, **ranges: tuple[float, float]) -> None:
     """Raise InputError for an option outside its range (low, high), both included. An option of None was not given."""
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
-        problem = None if value is None else range_problem(value, low, high)
-        if problem:
-            raise InputError(f"--{name} {problem}")
+        if value is None or low <= value <= high:
+            continue  # NaN is in no range
+        least = "above 0" if 0 < low < 1e-6 else f"at least {low:,g}"
+        most = f" and at most {high:,g}" if high < MANY else ""
+        raise InputError(f"--{name} {value} has to be {least}{most}")
 
 
 def member_list(text: str) -> list[int]:
@@ -203,30 +230,26 @@ def pick_device(name: str) -> "torch.device":
     """
     import torch
 
-    has_mps, num_gpus = torch.backends.mps.is_available(), torch.cuda.device_count()
+    num_gpus = torch.cuda.device_count()
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if num_gpus:
+        there = ["cuda", *there, *(f"cuda:{index}" for index in range(num_gpus))]
     if name == "auto":
-        name = "mps" if has_mps else "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
+        name = there[0]
     local_rank = os.environ.get("LOCAL_RANK", "")
-    if name == "cuda" and local_rank.isdecimal() and num_gpus:
+    if name == "cuda" and num_gpus and local_rank.isdecimal():
         name = f"cuda:{int(local_rank) % num_gpus}"  # some launchers show each process its GPU only
-    if not re.fullmatch(r"cuda(:[0-9]{1,4})?|mps|cpu", name):
-        raise InputError(f"--device {name} is not one of auto, cuda, cuda:i, mps, cpu")
-    kind, _, index = name.partition(":")
-    available = {"cuda": num_gpus, "mps": int(has_mps), "cpu": 1}[kind]
-    if int(index or 0) >= available:
-        kinds = {"cuda": "CUDA", "mps": "MPS"}[kind]
-        have = f"{available} {kinds} devices, the last is {kind}:{available - 1}" if available else f"no {kinds} device"
-        build = (
-            "" if kind != "cuda" or torch.version.cuda or torch.version.hip else ", or PyTorch was built without CUDA"
-        )
-        raise InputError(f"--device {name}: this machine has {have}{build}")
+    if name not in there:
+        has_cuda = torch.version.cuda or torch.version.hip
+        reason = "" if has_cuda else "; this PyTorch was built without CUDA"
+        raise InputError(f"device {name!r} is not there; this machine has {', '.join(there)}{reason}")
     return torch.device(name)
 
 
 def set_up_device(device: "torch.device", deterministic: bool) -> None:
-    """Asks PyTorch for its fastest algorithms, or for deterministic ones."""
+    """Ask PyTorch for its fastest algorithms, or for deterministic ones."""
     import torch
 
     torch.backends.cudnn.benchmark = not deterministic  # picks the fastest convolution for each batch shape
@@ -250,13 +273,13 @@ def out_of_memory(error: Exception) -> bool:
     """Whether the machine or the device had too little memory. Most libraries say so by a plain RuntimeError."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
-    )
+    if isinstance(error, RuntimeError):
+        return OUT_OF_MEMORY.search(str(error)) is not None
+    return isinstance(error, MemoryError)
 
 
 def with_less_memory(call: Callable[[int], T], size: int) -> T:
-    """Returns call(size), or call(size // 2) and so on while memory is too short: no trained member is to be lost."""
+    """Return call(size), or call(size // 2) and so on while memory is too short: no trained member is to be lost."""
     while True:
         try:
             return call(size)

@@ -64,17 +64,13 @@ def flush_to_disk(file) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable, where the system can. Windows cannot open folders."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush files only
-            raise
-    finally:
-        os.close(descriptor)
+    """Make renames inside `folder` durable, where the system can."""
+    with contextlib.suppress(OSError):  # Windows cannot open folders; some network file systems flush files only
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def replace_folder(new: Path, target: Path) -> None:
@@ -91,20 +87,11 @@ def replace_folder(new: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder for results. Raises InputError if that cannot be done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        flush_folder(folder.parent)
-    except OSError as error:
-        raise InputError(f"cannot write the results: {error}") from None
-
-
 @contextlib.contextmanager
 def writable(folder: Path, option: str) -> Iterator[None]:
     """Make the folder that the block writes into. Raises InputError, naming the option to change, where it cannot."""
-    make_folder(folder)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise InputError(f"cannot write into {folder} ({one_line(error)}); {option} names another folder") from None
@@ -117,7 +104,7 @@ def write_csv(path: Path, table: "pd.DataFrame", **kwargs) -> None:
 
 
 def file_id(path: str | Path) -> tuple[int, int] | None:
-    """The device and inode of a file, the same by any path or link that leads to it; None if there is no such file."""
+    """The device and inode of a file, the same by any path that leads to it; None if there is no such file."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -140,7 +127,7 @@ def take_lock(path: Path, timeout: float = -1) -> contextlib.AbstractContextMana
     except OSError as error:
         if error.errno == errno.ENOSYS:
             raise InputError(f"{path.parent} is on a file system without file locks (flock): use another one") from None
-        raise InputError(f"cannot write {path}: {error}") from None
+        raise
 
 
 # ------------------------------------------------------------------------------------------------ checksums, records
@@ -153,7 +140,7 @@ def sha256(path: Path) -> str:
 
 
 def crc32(path: Path) -> int:
-    """The CRC-32 of a file, which is read at the speed of the disk; with a progress bar."""
+    """The CRC-32 of a file, with a progress bar."""
     crc, step = 0, 2**22
     num_bytes = path.stat().st_size
     with open(path, "rb") as file:

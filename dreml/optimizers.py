@@ -1,4 +1,4 @@
-"""The optimizers, and their learning rate in each step. `RECIPES` in `dreml/settings.py` has their numbers."""
+"""The optimizers, and their learning rate in each step. `dreml/settings.py` has their numbers."""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dreml.batches import Targets
-from dreml.settings import RECIPES, Settings
+from dreml.settings import MILESTONES, Settings
 
 RISE = 0.2  # the share of the training in which "onecycle" goes up
 
@@ -37,7 +37,7 @@ def learning_rate(settings: Settings, epochs: float) -> float:
     if settings.schedule == "onecycle":
         done = epochs / settings.num_epochs
         return settings.lr * min(done / RISE, (1 - done) / (1 - RISE))
-    milestones = RECIPES[settings.optimizer].milestones
+    milestones = MILESTONES[settings.optimizer]
     return settings.lr / 10 ** sum(epochs >= max(int(milestone * settings.num_epochs), 1) for milestone in milestones)
 
 

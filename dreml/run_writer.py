@@ -1,35 +1,31 @@
 """Writing a run folder: its record, its members, its CSV logs; and refusing one that holds something else."""
 
 import contextlib
-import csv
 import json
 import os
 import platform
-import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from dreml.batches import spans
 from dreml.cache import Cache, verify_cache
 from dreml.checkpoint import remove_progress
 from dreml.cli import InputError, with_less_memory
-from dreml.files import atomic_open, make_folder, remove_leftovers, sha256, write_csv, write_record
+from dreml.files import atomic_open, remove_leftovers, sha256, write_csv, write_record
 from dreml.runs import (
     HISTORY_COLUMNS,
     METADATA,
     SUFFIXES,
     TEST_COLUMNS,
     WEIGHTS,
-    DamagedRecord,
     DataRecord,
     MemberRecord,
     Members,
@@ -39,13 +35,13 @@ from dreml.runs import (
     member_numbers,
     member_path,
     pooled_path,
-    read_run_record,
     run_lock,
 )
 from dreml.settings import Settings
 from utils import recall_at_k, similarity_memory
 
 DIGITS = {"loss": 6, "accuracy": 4, "seconds": 3, "images_per_second": 1}  # after the point, in train.csv
+T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------------------ the run
 
@@ -55,12 +51,11 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
     import torchvision  # takes a second, and those that only read a run do without it
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    describe = [*git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
-    try:
-        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
+    commit = ""
+    with contextlib.suppress(OSError):  # no git on this machine
+        command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+        here = Path(__file__).resolve().parent
+        commit = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -83,78 +78,29 @@ def make_run_record(settings: Settings, cache: Cache, options: dict[str, object]
     return RunRecord(settings=settings, data=data, options=options, environment=here)
 
 
-def earlier_record(folder: Path) -> RunRecord | None:
-    """The record of a run that was begun before. None if missing; warns if damaged: the members know their run."""
-    if not (folder / "args.json").exists():
-        return None
-    try:
-        return read_run_record(folder)
-    except DamagedRecord as error:
-        print(f"warning: {error}", file=sys.stderr)
-        return None
-
-
-def compare_with_earlier(folder: Path, earlier: RunRecord | None, record: RunRecord) -> str | None:
-    """Refuse a run folder whose members belong to other settings or data, by InputError.
-
-    If it was begun in another environment, keep that one in `record` and return a warning.
-    """
-    if earlier is None:
-        return None
-    before = asdict(earlier.settings) | {"cache (fingerprint)": earlier.data.fingerprint}
-    now = asdict(record.settings) | {"cache (fingerprint)": record.data.fingerprint}
-    for key, value in now.items():
-        if before[key] != value:
-            raise InputError(
-                f"{folder} holds members of other settings: {key} {before[key]}, not {value}; "
-                "move it away or give another --results_path"
-            )
-    here = record.environment
-    begun_in = earlier.environment
-    record.environment = begun_in
-    changes = [f"{key} {begun_in.get(key)} (now {here[key]})" for key in here if begun_in.get(key) != here[key]]
-    return f"this run was begun with {', '.join(changes)}" if changes else None
-
-
-def find_members(folder: Path, earlier: RunRecord | None, record: RunRecord) -> Members:
-    """The finished members of the run. Raises InputError for a folder that holds members of something unknown."""
-    members = Members(folder, record.settings_hash)
-    members.refresh()
-    known = members.records or members.not_embedded
-    if earlier is None and members.warnings and not known:
-        raise InputError(
-            f"{folder} has no sound args.json and no member of these settings and data: move it away or give "
-            "another --results_path"
-        )
-    return members
+def refuse_others(folder: Path, earlier: RunRecord, record: RunRecord) -> None:
+    """Raise InputError if the members in a run folder belong to other settings or data."""
+    remedy = "move it away, or give another --results_path"
+    before = asdict(earlier.settings)
+    for name, value in asdict(record.settings).items():
+        if before[name] != value:
+            raise InputError(f"{folder} holds members of other settings: {name} {before[name]}, not {value}; {remedy}")
+    if earlier.data.fingerprint != record.data.fingerprint:
+        raise InputError(f"your photos have changed since the members in {folder} were trained: {remedy}")
 
 
 def write_run_record(members: Members, record: RunRecord, cache: Cache) -> None:
-    """Write `args.json` and `test.csv`, and remove what killed processes left. Raises InputError if it cannot."""
+    """Write `args.json` and `test.csv`, and remove what killed processes left."""
     folder = members.folder
-    for name in ("args.json", "cache_compared.json", "*.csv"):
+    for name in ("args.json", "baseline.json", "cache_compared.json", "*.csv"):
         remove_leftovers(folder, name)
     for member in members.records:
         remove_progress(folder, member)
-    try:
-        write_record(folder / "args.json", record)
-        write_test_csv(folder / "test.csv", cache)
-    except OSError as error:
-        raise InputError(f"cannot write the results: {error}") from None
-
-
-def write_test_csv(path: Path, cache: Cache) -> None:
-    """Write which images the test split has. A piece at a time: one table would take 400 bytes an image."""
-    class_names = np.array(cache.meta.test["classes"], dtype=object)
-    columns = [cache.array(f"test_{name}") for name in ("labels", "is_query", "is_gallery")]
-    with atomic_open(path) as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(TEST_COLUMNS)
-        for start, stop in spans(0, cache.counts["test"][1], 2**12):
-            labels, is_query, is_gallery = (column[start:stop] for column in columns)
-            table.writerows(
-                zip(cache.paths("test", start, stop), labels, is_query, is_gallery, class_names[labels], strict=True)
-            )
+    write_record(folder / "args.json", record)
+    columns = {name: np.asarray(cache.array(f"test_{name}")) for name in ("labels", "is_query", "is_gallery")}
+    class_names = np.array(cache.meta.test["classes"], dtype=object)[columns["labels"]]
+    table = pd.DataFrame({"path": cache.paths("test"), **columns, "class_name": class_names})
+    write_csv(folder / "test.csv", table, header=list(TEST_COLUMNS))
 
 
 def verify_once(folder: Path, cache: Cache) -> None:
@@ -169,7 +115,7 @@ def verify_once(folder: Path, cache: Cache) -> None:
         if json.loads(memory.read_text(encoding="utf-8")) == compared:
             return
     verify_cache(cache)
-    make_folder(folder)
+    folder.mkdir(exist_ok=True)
     with atomic_open(memory) as file:
         json.dump(compared, file)
 
@@ -203,27 +149,14 @@ def save_weights(path: Path, model: nn.Module, metadata: dict) -> None:
     """
     state = model.state_dict()
     tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    content = safetensors.torch.save(tensors, {METADATA: json.dumps(metadata, sort_keys=True)})
     with atomic_open(path, "wb") as file:
-        file.write(content)
+        file.write(safetensors.torch.save(tensors, {METADATA: json.dumps(metadata, sort_keys=True)}))
 
 
 def save_array(path: Path, array: torch.Tensor) -> None:
     """Write a tensor as .npy."""
     with atomic_open(path, "wb") as file:
         np.save(file, array.cpu().numpy(), allow_pickle=False)
-
-
-def print_outlook(folder: Path, files: str, remaining: int, seconds: float) -> None:
-    """Say what the remaining members will need, judged by the one just finished, whose files match `files`."""
-    needed = remaining * sum(path.stat().st_size for path in folder.glob(files))
-    free = shutil.disk_usage(folder).free
-    minutes = remaining * seconds / 60
-    duration = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.1f} minutes"
-    sizes = f"{tqdm.format_sizeof(needed, 'B')} ({tqdm.format_sizeof(free, 'B')} are free)"
-    print(f"the other {remaining} members need about {duration} and {sizes}")
-    if needed > free:
-        print("warning: the disk will be full before the ensemble is finished", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------ logs
@@ -241,7 +174,10 @@ def update_logs(
         embeddings = members.embeddings(largest, embedding, device)
         table = recall_table(embeddings, split, ks)
         write_csv(recall_log(members.folder, embedding), table, float_format="%.4f")
-        write_train_log(members.folder, members.records)
+        records = sorted(members.records.items())
+        rows = [{"member": member} | epoch for member, record in records for epoch in record.history]
+        log = pd.DataFrame(rows, columns=["member", *HISTORY_COLUMNS]).round(DIGITS)
+        write_csv(members.folder / "train.csv", log)
     return table.head(num_members), embeddings[:num_members]
 
 
@@ -260,16 +196,15 @@ def recall_table(embeddings: list[torch.Tensor], split: TestSplit, ks: list[int]
 
 
 def recall_percent(embeddings: list[torch.Tensor], split: TestSplit, ks: list[int]) -> np.ndarray:
-    """`recall_at_k` in percent, `(L, len(ks)) float64`, with less memory where it runs out."""
+    """`recall_at_k` in percent, `(L, len(ks)) float64`."""
+    return 100 * scored(recall_at_k, embeddings, split, ks=ks).numpy()
+
+
+def scored(metric: Callable[..., T], embeddings: list[torch.Tensor], split: TestSplit, **options: object) -> T:
+    """Call a metric of utils.py for the test split, again with less memory where it runs out."""
     masks = {"is_query": split.is_query, "is_gallery": split.is_gallery}
-    memory = similarity_memory(embeddings[0].device)
-    recalls = with_less_memory(
-        lambda max_bytes: recall_at_k(embeddings, split.labels, ks, max_bytes=max_bytes, **masks), memory
-    )
-    return 100 * recalls.numpy()
 
+    def call(max_bytes: int) -> T:
+        return metric(embeddings, split.labels, **masks, max_bytes=max_bytes, **options)
 
-def write_train_log(folder: Path, records: dict[int, MemberRecord]) -> None:
-    """Write train.csv: one row for each epoch of each finished member."""
-    rows = [{"member": member} | epoch for member in sorted(records) for epoch in records[member].history]
-    write_csv(folder / "train.csv", pd.DataFrame(rows, columns=["member", *HISTORY_COLUMNS]).round(DIGITS))
+    return with_less_memory(call, similarity_memory(embeddings[0].device))

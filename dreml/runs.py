@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -26,10 +26,6 @@ TEST_COLUMNS = {"path": str, "label": np.int64, "is_query": bool, "is_gallery": 
 HISTORY_COLUMNS = ("epoch", "loss", "accuracy", "lr", "seconds", "images_per_second")  # train.csv
 
 # ------------------------------------------------------------------------------------------------ records
-
-
-class DamagedRecord(InputError):
-    """An `args.json` that cannot be used, and that train.py makes again."""
 
 
 @dataclass
@@ -93,10 +89,7 @@ class PooledRecord:
 
 
 def read_run_record(folder: Path) -> RunRecord:
-    """Read `args.json`.
-
-    Raises InputError if there is none or it is of another format, DamagedRecord if it is damaged.
-    """
+    """Read `args.json`. Raises InputError if it is missing, damaged or of another format."""
     path = folder / "args.json"
     if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
         raise InputError(f"{folder} is not a run folder: it has no args.json")
@@ -105,7 +98,7 @@ def read_run_record(folder: Path) -> RunRecord:
         if found == FORMAT:
             return read_record(path, RunRecord)
     except (ValueError, OSError) as error:
-        raise DamagedRecord(f"{path} is damaged ({one_line(error)}); train.py makes it again") from None
+        raise InputError(f"{path} is damaged ({one_line(error)}): remove it, and train.py makes it again") from None
     raise InputError(
         f"{folder} is of format {found}, made by another version of this program, which reads format {FORMAT}: train "
         "it again under another --results_path"
@@ -125,11 +118,6 @@ def pooled_path(folder: Path, member: int, suffix: str) -> Path:
     return folder / f"pooled_{member:03d}.{suffix}"
 
 
-def embedding_path(folder: Path, member: int, embedding: str) -> Path:
-    """The file of a member's "logits" or "pooled" features."""
-    return pooled_path(folder, member, "npy") if embedding == "pooled" else member_path(folder, member, "npy")
-
-
 def member_numbers(folder: Path) -> list[int]:
     """The members of which a run folder has a record, sound or not, in order."""
     found = (path.stem.removeprefix("member_") for path in folder.glob("member_*.json"))
@@ -146,7 +134,6 @@ class Members:
     records: dict[int, MemberRecord] = field(default_factory=dict)
     pooled: set[int] = field(default_factory=set)  # those of them whose pooled features are saved
     needed: tuple[str, ...] = (WEIGHTS, "npy")  # which files of a member have to be sound
-    not_embedded: dict[int, MemberRecord] = field(default_factory=dict)  # those whose weights alone are sound
     warnings: set[str] = field(default_factory=set)  # each is printed once
 
     def refresh(self, embedding: str = "logits") -> None:
@@ -155,34 +142,26 @@ class Members:
         For "pooled", look for their pooled features too.
         """
         for member in self.missing(member_numbers(self.folder)):
-            self.not_embedded.pop(member, None)
             record, damaged = self.read(member)
             if not damaged:
                 self.records[member] = record
-            elif damaged == [member_path(self.folder, member, "npy").name]:
-                self.not_embedded[member] = record
-                self.warn(f"the embedding of member {member} is damaged ({damaged[0]})")
             else:
                 self.warn(f"member {member} is damaged ({', '.join(damaged)})")
-        if embedding == "pooled":
-            self.refresh_pooled()
+        for member in self.missing(self.records, "pooled") if embedding == "pooled" else []:
+            if pooled_path(self.folder, member, "json").exists():
+                self.refresh_pooled(member)
 
-    def refresh_pooled(self) -> None:
-        """Add to `pooled`. Name damaged features, and those that were made from other weights."""
-        for member in self.missing(self.records, "pooled"):
-            path = pooled_path(self.folder, member, "json")
-            if not path.exists():
-                continue
-            weights = self.records[member].sha256[member_path(self.folder, member, WEIGHTS).name]
-            try:
-                record = read_record(path, PooledRecord)
-                if (record.member, record.settings_hash, record.weights) != (member, self.settings_hash, weights):
-                    raise ValueError("from another run, member or weights")
-                if sha256(path.with_suffix(".npy")) != record.sha256:
-                    raise ValueError("the checksum of its .npy does not fit")
-                self.pooled.add(member)
-            except (ValueError, OSError) as error:
-                self.warn(f"{path.name} is damaged ({one_line(error)})")
+    def refresh_pooled(self, member: int) -> None:
+        """Add a member to `pooled`, or name its features if they are damaged or were made from other weights."""
+        path = pooled_path(self.folder, member, "json")
+        weights = self.records[member].sha256[member_path(self.folder, member, WEIGHTS).name]
+        try:
+            checksum = sha256(path.with_suffix(".npy"))
+            if read_record(path, PooledRecord) != PooledRecord(member, self.settings_hash, weights, checksum):
+                raise ValueError("another run, member, weights or .npy")
+            self.pooled.add(member)
+        except (ValueError, OSError) as error:
+            self.warn(f"{path.name} is damaged ({one_line(error)})")
 
     def warn(self, problem: str) -> None:
         """Print a problem, unless it was printed before."""
@@ -207,18 +186,6 @@ class Members:
         """Wanted members that still have to be trained or, for "pooled", whose pooled features have to be made."""
         finished = self.pooled if embedding == "pooled" else self.records
         return [member for member in wanted if member not in finished]
-
-    @staticmethod
-    def unfinished_text(missing: list[int], wanted: Collection[int], embedding: str) -> str:
-        """Which members are still missing. A wanted one is missing only if another process is making it."""
-        what, which = "trained", "not finished"
-        if embedding != "logits":
-            what, which = f"given {embedding} features", f"without {embedding} features"
-        texts = [f"member {member} is being {what} by another process" for member in missing if member in wanted]
-        others = [str(member) for member in missing if member not in wanted]
-        if others:
-            texts.append(f"{which}: member {', '.join(others)}")
-        return f"{'; '.join(texts)}; the process that finishes the last one scores"
 
     def lock_next_missing(
         self, wanted: Iterable[int], embedding: str
@@ -247,7 +214,8 @@ class Members:
         self.refresh(embedding)
         missing = self.missing(range(1, num_members + 1), embedding)
         stop = missing[0] if missing else num_members + 1
-        arrays = [torch.from_numpy(np.load(embedding_path(self.folder, n, embedding))) for n in range(1, stop)]
+        path_of = pooled_path if embedding == "pooled" else member_path
+        arrays = [torch.from_numpy(np.load(path_of(self.folder, member, "npy"))) for member in range(1, stop)]
         try:
             return [array.to(device) for array in arrays]
         except RuntimeError as error:
@@ -327,48 +295,35 @@ class Run:
         self.members.refresh(embedding)
         missing = self.members.missing(range(1, self.num_members + 1), embedding)
         if missing:
+            command = self.record.options.get("command", "python train.py, with the options in args.json,")
             raise InputError(
-                f"{self.folder}: the {embedding} embedding of member {missing[0]} is missing; the training command "
-                f"with --embedding {embedding} makes it from the saved member"
+                f"{self.folder}: the {embedding} embedding of member {missing[0]} is missing; make it from the saved "
+                f"member with: {command} --ensemble_size {self.num_members} --embedding {embedding}"
             )
 
     def embeddings(self, embedding: str, device: torch.device) -> list[torch.Tensor]:
         """The members' outputs for the test images, `(M, d) float32` each, on the device."""
         arrays = self.members.embeddings(self.num_members, embedding, device)
         for array in arrays:
-            self.check_length(array)
+            if len(array) != len(self.test):
+                raise InputError(f"{self.folder}: test.csv has {len(self.test)} images, the embeddings {len(array)}")
         return arrays
 
-    def check_length(self, rows: torch.Tensor | np.ndarray) -> None:
-        """Raise InputError unless an embedding has a row for every image of test.csv."""
-        if len(rows) != len(self.test):
-            raise InputError(f"{self.folder}: test.csv has {len(self.test)} images, the embeddings {len(rows)}")
 
+def read_run(folder: Path, num_members: int | None = None) -> Run:
+    """Open a run folder with its members 1 to `num_members`; None: up to the first that is missing.
 
-def open_run(folder: Path) -> tuple[RunRecord, Members]:
-    """The record of a run folder and the members whose embeddings it has.
-
-    Needs neither data nor weights and writes nothing. Raises InputError if it is no run folder or has no such member.
+    Needs neither data nor weights and writes nothing. Raises InputError for a folder that is no run, is damaged or has
+    too few members.
     """
     record = read_run_record(folder)
     members = Members(folder, record.settings_hash, needed=("npy",))
     members.refresh()
+    finished = next(member for member in itertools.count() if member + 1 not in members.records)
     if not members.records:
         raise InputError(f"{folder} has no finished member")
-    return record, members
-
-
-def read_run(folder: Path, num_members: int | None = None) -> Run:
-    """Open a run folder with its members 1 to `num_members`; None: up to the first that is missing. Writes nothing.
-
-    Raises InputError for a folder that is no run, is damaged or has too few members.
-    """
-    record, members = open_run(folder)
-    finished = next(member for member in itertools.count() if member + 1 not in members.records)
-    if finished == 0:
-        raise InputError(f"{folder}: member 1 is missing, and so every ensemble; train.py trains it")
-    if num_members and num_members > finished:
-        raise InputError(f"--num_members {num_members}: {folder} has {finished}, member {finished + 1} is missing")
+    if finished < (num_members or 1):
+        raise InputError(f"{folder}: member {finished + 1} of {num_members or 1} is missing; train.py makes it")
     return Run(folder, record, members, num_members or finished, read_test(folder))
 
 

@@ -2,28 +2,18 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import Field, asdict, dataclass, field, fields, replace
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field, fields, replace
 
-from dreml.cli import MANY, InputError, data_set_name, range_problem
+from dreml.cli import MANY, check_ranges, data_set_name
 from dreml.images import RESIZES, ImageSpec
 
 PRECISIONS = ("fp32", "bf16", "fp16")  # what the backbone computes in
 EMBEDDINGS = ("logits", "pooled")  # "logits" is the method
 ALL_CLASSES = 0  # --meta_class_size all, until train.py knows how many there are
 
-
-class Recipe(NamedTuple):
-    """The learning rate of an optimizer, and after which shares of the epochs it falls to a tenth."""
-
-    lr: float
-    milestones: tuple[float, float]
-
-
-RECIPES = {  # docs/METHOD.md, step 4
-    "adam": Recipe(lr=1e-4, milestones=(0.5, 0.7)),
-    "sgd": Recipe(lr=1e-2, milestones=(0.5, 0.8)),  # of the authors' own code, whose momentum is 0.9
-}
+# Of each optimizer (docs/METHOD.md, step 4): its rate, and after which shares of the epochs that falls to a tenth.
+LEARNING_RATES = {"adam": 1e-4, "sgd": 1e-2}  # of sgd: that of the authors' own code, whose momentum is 0.9
+MILESTONES = {"adam": (0.5, 0.7), "sgd": (0.5, 0.8)}
 
 
 def weights_in_name(tag: str) -> str:
@@ -63,16 +53,14 @@ def option(
 
 
 ALWAYS_IN_NAME = ("data_name", "backbone", "meta_class_size", "num_epochs", "seed")  # others where not at their default
+META_CLASSES_HELP = "meta-classes of a member, or all classes (default: 12)"
+SCHEDULE_HELP = "steps (default), or onecycle, which goes up and then down to 0"
 PRECISION_HELP = "fp32, bf16 or fp16 (default: auto, bf16 or fp16 where the device is fast in it)"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What defines the members of a run. Another value of any of these makes another run folder.
-
-    Raises ValueError for a value of another type than its default, outside its limits or none of its choices: settings
-    also come from records.
-    """
+    """What defines the members of a run. Another value of any of these makes another run folder."""
 
     data_name: str = option(
         "car", "{}".format, "data set: car (default), cub, sop, isc, or your own", "NAME", data_set_name
@@ -80,14 +68,7 @@ class Settings:
     backbone: str = option(
         "resnet18", backbone_in_name, "network of torchvision, or timm:NAME (default: resnet18)", "NAME"
     )
-    meta_class_size: int = option(
-        12,
-        "D{}".format,
-        "meta-classes of a member, or all classes (default: 12)",
-        "D",
-        number_of_meta_classes,
-        limits=(0, MANY),
-    )
+    meta_class_size: int = option(12, "D{}".format, META_CLASSES_HELP, "D", number_of_meta_classes, limits=(0, MANY))
     num_epochs: int = option(12, "e{}".format, "epochs of each member (default: 12)", "E", int, limits=(1, MANY))
     seed: int = option(0, "s{}".format, "start of all random draws (default: 0)", "N", int, limits=(0, 2**32 - 1))
     image_size: int = option(
@@ -96,15 +77,9 @@ class Settings:
     resize: str = option("crop", "{}".format, "crop (default), or squash, which cuts nothing off", "R", choices=RESIZES)
     batch_size: int = option(128, "b{}".format, "images of a step (default: 128)", "B", int, limits=(2, MANY))
     optimizer: str = option(
-        "adam", "{}".format, "adam (default), or sgd with momentum 0.9 and later decay", "O", choices=tuple(RECIPES)
+        "adam", "{}".format, "adam (default), or sgd with momentum 0.9 and later decay", "O", choices=tuple(MILESTONES)
     )
-    schedule: str = option(
-        "steps",
-        "{}".format,
-        "steps (default), or onecycle, which goes up and then down to 0",
-        "S",
-        choices=("steps", "onecycle"),
-    )
+    schedule: str = option("steps", "{}".format, SCHEDULE_HELP, "S", choices=("steps", "onecycle"))
     lr: float | None = option(
         None, "lr{!r}".format, "learning rate (default: 1e-4; of sgd 0.01)", "LR", float, limits=(1e-30, 1e30)
     )
@@ -119,10 +94,8 @@ class Settings:
     precision: str = option("auto", "{}".format, PRECISION_HELP, "P", choices=("auto", *PRECISIONS))
 
     def __post_init__(self):
-        for each in fields(self):
-            check_value(each, getattr(self, each.name))
         if self.lr is None:
-            object.__setattr__(self, "lr", RECIPES[self.optimizer].lr)
+            object.__setattr__(self, "lr", LEARNING_RATES[self.optimizer])
 
     @property
     def image_spec(self) -> ImageSpec:
@@ -134,7 +107,7 @@ class Settings:
 
         Made before "auto" becomes a precision, and after `weights` became a tag (`backbones.weights_tag`).
         """
-        defaults = replace(Settings(), lr=RECIPES[self.optimizer].lr)
+        defaults = replace(Settings(), lr=LEARNING_RATES[self.optimizer])
         tags = []
         for each in fields(self):
             value = getattr(self, each.name)
@@ -145,19 +118,6 @@ class Settings:
     def without_seed(self) -> dict[str, object]:
         """What several seeds of one experiment share."""
         return {name: value for name, value in asdict(self).items() if name != "seed"}
-
-
-def check_value(setting: Field, value: object) -> None:
-    """Raise ValueError for a value that a setting cannot have. A default of None stands for a float."""
-    kinds = (float, type(None)) if setting.default is None else (type(setting.default),)
-    if type(value) not in kinds:
-        raise ValueError(f"{setting.name} is {value!r}, not a {kinds[0].__name__}")
-    choices, limits = setting.metadata["argument"]["choices"], setting.metadata["limits"]
-    if choices and value not in choices:
-        raise ValueError(f"{setting.name} is {value!r}, not one of {', '.join(choices)}")
-    problem = range_problem(value, *limits) if limits and value is not None else None
-    if problem:
-        raise ValueError(f"{setting.name} {problem}")
 
 
 def add_settings(group: argparse._ArgumentGroup) -> None:
@@ -173,8 +133,7 @@ def add_settings(group: argparse._ArgumentGroup) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """The settings among parsed options. Raises InputError for a value that a setting cannot have."""
-    try:
-        return Settings(**{each.name: getattr(args, each.name) for each in fields(Settings)})
-    except ValueError as error:
-        raise InputError(f"--{error}") from None
+    """The settings among parsed options. Raises InputError for a number outside its limits."""
+    limits = {each.name: each.metadata["limits"] for each in fields(Settings)}
+    check_ranges(args, **{name: limit for name, limit in limits.items() if limit})
+    return Settings(**{each.name: getattr(args, each.name) for each in fields(Settings)})

@@ -111,6 +111,7 @@ def argument_lists(module) -> st.SearchStrategy:
 def options_of_train(box: Box, examples: int) -> None:
     box.add_tiny_data()
     box.patch.setattr(train, "finish_member", reached)
+    box.patch.setattr(torch, "set_num_threads", lambda number: None)  # later tests compute on one
     codes = set()
 
     def one(argv):

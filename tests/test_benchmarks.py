@@ -71,7 +71,7 @@ def test_benchmark_of_training(threads, small_networks, tiny_data, capsys):
     [
         (recall, ["--repeats", "0"], "--repeats 0 has to be at least 1"),
         (recall, ["--scale", "0.001"], "at least 0.01"),
-        (recall, ["--device", "cuda:99"], "--device cuda:99: this machine has "),
+        (recall, ["--device", "cuda:99"], "device 'cuda:99' is not there; this machine has "),
         (training, ["nowhere"], "nowhere: no such folder"),
     ],
 )

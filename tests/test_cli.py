@@ -1,15 +1,12 @@
-"""Errors and exit codes, signals, options, devices, and what to do when memory runs out."""
+"""Errors and exit codes, outputs, signals, options, devices, and what to do when memory runs out."""
 
 import argparse
-import contextlib
 import io
-import itertools
 import os
 import re
 import signal
+import subprocess
 import sys
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -22,12 +19,12 @@ from dreml.cli import (
     RunError,
     Terminated,
     check_ranges,
+    counted,
+    duration,
     format_problems,
-    num_cores,
     one_line,
     out_of_memory,
     pick_device,
-    progress_bar,
     run_main,
     set_up_device,
     with_less_memory,
@@ -56,29 +53,57 @@ def test_exit_codes_and_single_lines(error, code, capsys):
     assert message == "" if error is None else re.fullmatch(r"script\.py: .*\n", message)
 
 
-def test_warnings_are_one_line_without_their_place_in_the_code():
-    before, texts = warnings.formatwarning, []
-    run_main("script.py", lambda: texts.append(warnings.formatwarning("such", UserWarning, "file.py", 3)), "less")
-    assert texts == ["warning: such\n"] and warnings.formatwarning is before
-
-
-def test_an_error_on_one_line():
+def test_texts_for_people():
     assert one_line(ValueError("first\n  second")) == "ValueError: first second"
     assert len(one_line(ValueError("x" * 500))) == 200
-
-
-def test_problems_are_listed_up_to_20():
     problems = [f"problem {number}" for number in range(1, 2022)]
     assert format_problems(problems[:20]).splitlines() == ["", *(f"  {problem}" for problem in problems[:20])]
-    for number, more in ((21, "1"), (2021, "2,001")):
-        assert format_problems(problems[:number]).splitlines()[20:] == ["  problem 20", f"  … and {more} more"]
+    assert format_problems(problems).splitlines()[20:] == ["  problem 20", "  … and 2,001 more"]
+    assert [counted(1, "query", "queries"), counted(2000, "member")] == ["1 query", "2,000 members"]
+    texts = [duration(seconds) for seconds in (0.01, 89, 90, 420, 5300, 5400)]
+    assert texts == ["1 second", "89 seconds", "2 minutes", "7 minutes", "88 minutes", "1.5 hours"]
+
+
+# ------------------------------------------------------------------------------------------------ outputs
+
+SCRIPT = """
+import sys
+from dreml.cli import progress_bar, run_main
+
+def run():
+    for number in progress_bar(range(3000), "title", 3000):
+        print("line", number, flush=number % 100 == 0)
+    print("a warning", file=sys.stderr)
+    open(sys.argv[1], "w").write("done")
+
+sys.exit(run_main("script.py", run, ""))
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"),
+    [
+        (">&-", 0),
+        ("2>&- >/dev/null", 0),
+        ("<&- >&- 2>&-", 0),
+        ("| head -1 >/dev/null", 141),
+        ("2>&1 | true", 141),
+        (">/dev/full", 141),
+    ],
+)
+def test_the_work_is_done_whatever_the_output_is(tmp_path, redirection, code):
+    """Closed, a pipe whose reader is gone, a full disk: no traceback, and nothing of Python's own."""
+    command = f"'{sys.executable}' -c '{SCRIPT}' '{tmp_path}/file' {redirection}; exit ${{PIPESTATUS[0]}}"
+    root = os.path.dirname(os.path.dirname(cli.__file__))
+    done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True)
+    assert done.returncode == code and done.stderr in ("", "a warning\n")
+    assert (tmp_path / "file").read_text() == "done"
 
 
 def test_characters_that_the_terminal_lacks_are_escaped(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
     assert run_main("x.py", lambda: print("猫 and ant"), "") == 0
-    out.flush()
     assert out.buffer.getvalue().decode().rstrip() == r"\u732b and ant"
 
 
@@ -102,24 +127,8 @@ def test_a_signal_ends_a_run_at_once_in_one_line(capsys, number, code, word):
     assert run_main("script.py", run, "less") == code and reached == ["the end of a block"]
     assert capsys.readouterr().err == f"script.py: {word}; run the same command again to go on\n"
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
-def test_a_thread_may_run_a_script_too():
-    """There Python cannot handle signals."""
-    with ThreadPoolExecutor(1) as threads:
-        assert threads.submit(run_main, "script.py", lambda: None, "less").result() == 0
-
-
-def test_what_does_not_go_on_does_not_say_so(capsys):
     assert run_main("script.py", raising(Terminated()), "less", resumable=False) == 143
     assert capsys.readouterr().err == "script.py: terminated\n"
-
-
-def test_a_progress_bar_yields_the_items(capsys, monkeypatch):
-    """Without a terminal there is no bar, however long it takes."""
-    monkeypatch.setattr("tqdm.std.time", itertools.count(step=10).__next__)
-    assert list(progress_bar(iter("abc"), "letters", 3)) == ["a", "b", "c"]
-    assert capsys.readouterr().err == ""
 
 
 # ------------------------------------------------------------------------------------------------ options
@@ -131,41 +140,54 @@ def test_options_are_not_abbreviated_and_errors_are_one_line():
     assert parser.parse_args(["--ensemble_size", "3"]).ensemble_size == 3
     with pytest.raises(InputError, match=r"^unrecognized arguments: --ensemble 3 \(see python script.py --help\)$"):
         parser.parse_args(["--ensemble", "3"])
-    with pytest.raises(InputError, match=r"^argument --ensemble_size: invalid int value: '1{59}…"):
-        parser.parse_args(["--ensemble_size", "1" * 5000])
     with pytest.raises(InputError, match=r"^unrecognized arguments: a b \("):
         parser.parse_args(["a\nb"])
 
 
 @pytest.mark.parametrize(
-    ("kind", "texts"),
+    ("kind", "right", "wrong", "message"),
     [
-        ("member_list", {"13-15": [13, 14, 15], "9,1-3,2": [1, 2, 3, 9], "1-10000": list(range(1, 10_001))}),
-        ("recall_list", {"1,2,4,8": [1, 2, 4, 8], "8,1": [8, 1]}),
-        ("data_set_name", {"car": "car", "Ünï 猫": "Ünï 猫", "a.b-c": "a.b-c"}),
+        (
+            cli.member_list,
+            {"13-15": [13, 14, 15], "9,1-3,2": [1, 2, 3, 9], "1-10000": list(range(1, 10_001))},
+            ["3-1", "1-99999", "10001", "1-", "-3", "", "1,,2", "0", "1-2-3"],
+            "is no range of members",
+        ),
+        (
+            cli.recall_list,
+            {"1,2,4,8": [1, 2, 4, 8], "8,1": [8, 1]},
+            ["1,,2", "0,1", "", "1-2", "1,1000000000", "2,1,2"],
+            "is no list of positive integers|names a K twice",
+        ),
+        (
+            cli.data_set_name,
+            {"car": "car", "Ünï 猫": "Ünï 猫", "a.b-c": "a.b-c"},
+            [
+                "",
+                "..",
+                ".car",
+                "../car",
+                "a/b",
+                "a\\b",
+                "a:b",
+                "a*",
+                "a?",
+                '"a"',
+                "<a",
+                "a|b",
+                "a\0",
+                "a\rb",
+                "a\udc80",
+            ],
+            "is not the name of a folder",
+        ),
     ],
 )
-def test_options_are_read(kind, texts):
-    for text, value in texts.items():
-        result = getattr(cli, kind)(text)
-        assert result == value and type(result) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("kind", "texts", "message"),
-    [
-        ("member_list", ["3-1", "1-99999", "10001"], "is no range of members"),
-        ("member_list", ["1-", "-3", "", "1,,2", "0", "1-2-3"], "is no range of members"),
-        ("recall_list", ["1,1", "2,1,2"], "names a K twice"),
-        ("recall_list", ["1,,2", "0,1", "", "1-2", "1,1000000000"], "is no list of positive integers"),
-        ("data_set_name", ["", ".", "..", ".car", "../car", "a/b", "a\\b", "a:b", "a*", "a?"], "is not the name"),
-        ("data_set_name", ['"a"', "<a", "a>", "a|b", "a\0", "a\nb", "a\rb", "a\udc80"], "is not the name of a folder"),
-    ],
-)
-def test_wrong_options_are_refused(kind, texts, message):
-    for text in texts:
+def test_options_are_read_or_refused(kind, right, wrong, message):
+    assert {text: kind(text) for text in right} == right
+    for text in wrong:
         with pytest.raises(argparse.ArgumentTypeError, match=message) as error:
-            getattr(cli, kind)(text)
+            kind(text)
         str(error.value).encode()  # it can be printed
 
 
@@ -176,7 +198,6 @@ def test_wrong_options_are_refused(kind, texts, message):
         (2049, (1, 2048), "2049 has to be at least 1 and at most 2,048"),
         (0.0, (1e-9, 1), "0.0 has to be above 0 and at most 1"),
         (float("nan"), (-1, 1), "nan has to be at least -1 and at most 1"),
-        (float("inf"), (1e-9, MANY), "inf has to be above 0"),
     ],
 )
 def test_numbers_outside_their_range_are_refused(value, limits, problem):
@@ -190,62 +211,31 @@ def test_numbers_outside_their_range_are_refused(value, limits, problem):
 
 
 @pytest.mark.parametrize(
-    ("option", "local_rank", "gpus", "device"),
+    ("option", "local_rank", "gpus", "mps", "device"),
     [
-        ("auto", "2", 4, "cuda:2"),
-        ("cuda", "3", 4, "cuda:3"),
-        ("cuda", "3", 1, "cuda:0"),  # a launcher that shows each process its own GPU
-        ("cuda:1", "2", 4, "cuda:1"),
-        ("auto", None, 4, "cuda"),
-        ("auto", "1", 0, "cpu"),
+        ("auto", None, 4, True, "cuda"),
+        ("auto", None, 0, True, "mps"),
+        ("auto", "1", 0, False, "cpu"),
+        ("auto", "2", 4, False, "cuda:2"),  # each process of torchrun takes its GPU
+        ("cuda", "3", 1, False, "cuda:0"),  # a launcher that shows each process its own GPU
+        ("cuda:1", "2", 4, False, "cuda:1"),
+        ("tpu", None, 2, False, None),
+        ("cpu:0", None, 2, False, None),
+        ("cuda:2", None, 2, False, None),
+        ("mps", None, 2, False, None),
     ],
 )
-def test_each_process_of_torchrun_takes_its_gpu(monkeypatch, option, local_rank, gpus, device):
-    offer_devices(monkeypatch, gpus)
-    monkeypatch.setenv("LOCAL_RANK", local_rank) if local_rank else monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert pick_device(option) == torch.device(device)
-
-
-def offer_devices(monkeypatch, gpus: int, mps: bool = False) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+def test_devices(monkeypatch, option, local_rank, gpus, mps, device):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-
-
-def test_auto_is_cuda_else_mps_else_cpu(monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    for gpus, mps, expected in ((1, True, "cuda"), (1, False, "cuda"), (0, True, "mps"), (0, False, "cpu")):
-        offer_devices(monkeypatch, gpus, mps)
-        assert pick_device("auto") == torch.device(expected)
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("tpu", "--device tpu is not one of auto, cuda, cuda:i, mps, cpu"),
-        ("cpu:", "--device cpu: is not one of"),
-        ("cpu:0", "--device cpu:0 is not one of"),
-        ("cuda:x", "--device cuda:x is not one of"),
-        ("cuda:2", "--device cuda:2: this machine has 2 CUDA devices, the last is cuda:1"),
-        ("mps", "--device mps: this machine has no MPS device$"),
-    ],
-)
-def test_devices_that_are_not_there_are_refused(monkeypatch, option, message):
-    offer_devices(monkeypatch, gpus=2)
-    assert pick_device("cuda:1") == torch.device("cuda:1") and pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(InputError, match=f"^{message}"):
-        pick_device(option)
-
-
-def test_a_machine_without_cuda_is_told_from_a_pytorch_without(monkeypatch):
-    offer_devices(monkeypatch, gpus=0)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    for option in ("cuda", "cuda:1"):
-        with pytest.raises(InputError, match=f"^--device {option}: this machine has no CUDA device$"):
-            pick_device(option)
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(InputError, match=r"no CUDA device, or PyTorch was built without CUDA$"):
-        pick_device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", local_rank) if local_rank else monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if device:
+        assert pick_device(option) == torch.device(device)
+        return
+    message = f"^device '{option}' is not there; this machine has cuda, cpu, cuda:0, cuda:1; .* built without CUDA$"
+    with pytest.raises(InputError, match=message):
+        pick_device(option)
 
 
 def test_a_device_is_set_up_for_speed_or_for_the_same_bits(monkeypatch):
@@ -255,30 +245,15 @@ def test_a_device_is_set_up_for_speed_or_for_the_same_bits(monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-
-    def asked() -> tuple[str, bool, bool]:
-        kind = "warn" if torch.is_deterministic_algorithms_warn_only_enabled() else "error"
-        settings = (torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory)
-        return kind if torch.are_deterministic_algorithms_enabled() else "fast", *settings
-
     try:
-        set_up_device(torch.device("cpu"), deterministic=False)
-        assert asked() == ("fast", True, True) and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-        set_up_device(torch.device("cpu"), deterministic=True)
-        assert asked() == ("warn", False, False) and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
-        set_up_device(torch.device("cuda"), deterministic=True)
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8" and not chosen  # the user's choice stays
         set_up_device(torch.device("cuda:1"), deterministic=False)
-        assert asked()[0] == "fast" and chosen == [torch.device("cuda:1")]
+        assert torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ and chosen == [torch.device("cuda:1")]
+        set_up_device(torch.device("cpu"), deterministic=True)
+        assert not torch.backends.cudnn.benchmark and torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def test_the_number_of_cores():
-    with contextlib.suppress(AttributeError):  # Linux only
-        assert num_cores() == len(os.sched_getaffinity(0))
-    assert num_cores() >= 1
 
 
 # ------------------------------------------------------------------------------------------------ too little memory
@@ -289,23 +264,16 @@ TOO_LITTLE_MEMORY = [
     RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
-    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
-    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
     RuntimeError("GET was unable to find an engine to execute this computation"),
-    RuntimeError("FIND was unable to find an engine to execute this computation"),
     RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
-    RuntimeError("CUDA error: out of memory"),
     MemoryError(),
 ]
 OTHER_ERRORS = [
-    RuntimeError("another one"),
     RuntimeError("CUDA error: device-side assert triggered"),
     RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
     RuntimeError("Expected all tensors to be on the same device"),
     ValueError("CUDA out of memory"),
-    ValueError("can't allocate memory"),
 ]
 
 
@@ -321,29 +289,20 @@ def test_other_errors_are_not_taken_for_out_of_memory(error):
     assert not out_of_memory(error)
     with pytest.raises(type(error), match=re.escape(str(error))):
         run_main("script.py", raising(error), "less")
-    tried = []
     with pytest.raises(type(error), match=re.escape(str(error))):
-        with_less_memory(lambda size: tried.append(size) or raising(error)(), 8)
-    assert tried == [8]
+        with_less_memory(lambda size: raising(error)(), 8)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
-def test_what_never_fits_is_an_error(error):
+def test_less_memory_is_tried_until_it_fits(monkeypatch):
     tried = []
 
-    def call(size):
+    def call(size, largest):
         tried.append(size)
-        raise error
-
-    with pytest.raises(type(error)):
-        with_less_memory(call, 5)
-    assert tried == [5, 2, 1]
-
-
-def test_what_fits_at_last_is_the_result():
-    def call(size):
-        if size > 2:
+        if size > largest:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return f"with {size}"
 
-    assert with_less_memory(call, 20) == "with 2"
+    assert with_less_memory(lambda size: call(size, 2), 20) == "with 2"
+    with pytest.raises(torch.OutOfMemoryError):
+        with_less_memory(lambda size: call(size, 0), 5)
+    assert tried == [20, 10, 5, 2, 5, 2, 1]

@@ -39,9 +39,8 @@ def test_from_raw_folders_to_neighbours(processes, tmp_path):
     trained = processes.run(*command, folder=tmp_path)
     (folder,) = (path for path in (tmp_path / "results").iterdir() if path.is_dir())
     assert folder.name == "cub_resnet18_D2_e2_s0_i32_wnone"
-    assert re.fullmatch(
-        r"2 members: R@1 [\d.]+, R@2 [\d.]+ in results/cub_\w+/recall\.csv", trained.out.splitlines()[-1]
-    )
+    line = r"2 members: R@1 [\d.]+, R@2 [\d.]+, mAP@R [\d.]+ \(4 numbers an image\) in results/cub_\w+/recall\.csv"
+    assert re.fullmatch(line, trained.out.splitlines()[-1])
     members = [np.load(folder / f"member_00{member}.npy") for member in (1, 2)]
     assert [embedding.shape for embedding in members] == [(4, 2)] * 2
     log, test = pd.read_csv(folder / "recall.csv"), pd.read_csv(folder / "test.csv")
@@ -50,7 +49,7 @@ def test_from_raw_folders_to_neighbours(processes, tmp_path):
     np.testing.assert_allclose(log.iloc[:, 1:], expected, atol=5e-5)
     assert len(pd.read_csv(folder / "train.csv")) == 4
 
-    assert "2 of 2 members are finished" in processes.run(*command, folder=tmp_path).out
+    assert "2 of 2 members finished" in processes.run(*command, folder=tmp_path).out
 
     run = folder.relative_to(tmp_path)
     processes.run("evaluate.py", run, "--recalls", "1,2", folder=tmp_path)

@@ -110,9 +110,9 @@ def test_fewer_members(tiny_run, tmp_path, capsys):
     assert evaluate.main([str(folder), "--recalls", "1"]) == 0
     assert len(scores_in(folder)) == 1
     message = refused(capsys, evaluate, folder, "--num_members", "2")
-    assert f"--num_members 2: {folder} has 1, member 2 is missing" in message
+    assert f"{folder}: member 2 of 2 is missing; train.py makes it" in message
     (folder / "member_001.json").unlink()
-    assert "member 1 is missing" in refused(capsys, evaluate, folder)
+    assert "member 1 of 1 is missing" in refused(capsys, evaluate, folder)
 
 
 def test_the_pooled_embedding_has_files_of_its_own(tiny_run, tmp_path):
@@ -325,12 +325,12 @@ def test_options_that_do_not_fit(tiny_run, tmp_path, capsys):
     assert f"--recalls: 36 is not below the number of gallery images of {tiny_run}, 36" in refused(
         capsys, evaluate, tiny_run, "--recalls", "1,36", "--output", tmp_path
     )
-    assert "--num_members 3" in refused(capsys, evaluate, tiny_run, "--num_members", "3")
+    assert "member 3 of 3 is missing" in refused(capsys, evaluate, tiny_run, "--num_members", "3")
     assert "invalid choice: 'pixels'" in refused(capsys, evaluate, tiny_run, "--embedding", "pixels")
     assert "RUN_FOLDER" in refused(capsys, evaluate)
     message = refused(capsys, evaluate, copy_run(tiny_run, tmp_path / "run"), "--embedding", "pooled")
-    assert "with --embedding pooled makes it" in message
-    assert "--device gpu" in refused(capsys, evaluate, tiny_run, "--device", "gpu")
+    assert message.endswith("--ensemble_size 2 --embedding pooled\n")
+    assert "device 'gpu' is not there" in refused(capsys, evaluate, tiny_run, "--device", "gpu")
 
 
 def test_a_run_counts_once(tiny_run, tmp_path, capsys):

@@ -263,7 +263,7 @@ def test_bad_input_is_refused_in_one_line(small_run, tiny_data, tmp_path, capsys
     """--check_recall needs the cache of the training, and the saved embedding."""
     recall = ["--check_recall", "--output", tmp_path / "model", "--data_path"]
     assert "is not a run folder" in refused(capsys, export, tmp_path)
-    assert "member 3 is missing" in refused(capsys, export, small_run, "--num_members", "3")
+    assert "member 3 of 3 is missing" in refused(capsys, export, small_run, "--num_members", "3")
     assert "no such folder" in refused(capsys, export, small_run, *recall, tmp_path)
     line = refused(capsys, export, small_run, *recall, tiny_data, "--embedding", "pooled")
     assert "the pooled embedding of member 1 is missing" in line

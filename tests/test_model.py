@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,7 +29,6 @@ from model import (
     build_model,
     channel_statistics,
     extract_features,
-    features,
     load_ensemble,
     load_member,
     pick_precision,
@@ -87,7 +85,6 @@ def test_fp32_switches_an_outer_autocast_off():
         ("cuda", False, (7, 0), "Tesla V100-SXM2-16GB", "resnet18", "fp16"),
         ("cuda", False, (7, 5), "NVIDIA GeForce RTX 2080 Ti", "resnet18", "fp16"),
         ("cuda", False, (7, 5), "NVIDIA GeForce GTX 1660 SUPER", "resnet18", "fp32"),  # no tensor cores
-        ("cuda", False, (7, 5), "NVIDIA T400", "resnet18", "fp32"),  # nor here
         ("cuda", False, (7, 5), "Tesla T4", "resnet18", "fp16"),
         ("cuda", False, (6, 1), "NVIDIA GeForce GTX 1080 Ti", "resnet18", "fp32"),
         ("mps", False, None, "", "resnet18", "fp32"),
@@ -123,19 +120,6 @@ def test_features_fill_by_index_in_eval_mode():
     torch.testing.assert_close(logits, torch.stack(alone))
 
 
-def test_images_on_disk_are_asked_for_ahead(tmp_path, monkeypatch):
-    """Each once, as a range of its own: a hint for much is cut off. Images in memory are not on disk."""
-    asked, images = [], random_pixels(7, 32)
-    monkeypatch.setattr("model.read_ahead", lambda path, ranges: asked.extend((Path(path), *each) for each in ranges))
-    np.save(tmp_path / "images.npy", images)
-    expected = extract_features(small_model(), images, STATISTICS, 2)
-    assert not asked
-    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
-    assert torch.equal(extract_features(small_model(), mapped, STATISTICS, 2), expected)
-    parts = [path.read_bytes()[start:stop] for path, start, stop in asked]
-    assert parts == [image.tobytes() for image in images[2:]]  # of all batches but the first
-
-
 @pytest.mark.parametrize("backbone", ["resnet18", "resnext50_32x4d"])
 def test_pooled_features_are_those_of_the_average_pooling(backbone):
     """By a hook on it, in eval mode, one image at a time."""
@@ -149,14 +133,6 @@ def test_pooled_features_are_those_of_the_average_pooling(backbone):
             model.eval()(normalize(torch.from_numpy(image[None]), *STATISTICS))
     assert pooled.shape == (3, model.fc.in_features) and pooled.dtype == torch.float32
     torch.testing.assert_close(pooled, torch.stack(seen))
-
-
-def test_an_unknown_embedding_is_refused():
-    model, images = small_model(), random_pixels(1, 32)
-    with pytest.raises(ValueError, match="one of logits, pooled, not 'Pooled'"):
-        extract_features(model, images, STATISTICS, 2, "Pooled")
-    with pytest.raises(ValueError, match="one of logits, pooled, not 'Pooled'"):
-        features(model, normalize(torch.from_numpy(images), *STATISTICS), "Pooled")
 
 
 def test_features_are_computed_in_float32():
@@ -249,8 +225,10 @@ def test_folders_without_the_members_asked_for_are_refused(tiny_run, tmp_path):
     with pytest.raises(InputError, match=f"^{tiny_run} has 2 finished members, not 3$"):
         load_ensemble(tiny_run, num_members=3)
     shutil.copy(tiny_run / "args.json", tmp_path)
-    with pytest.raises(InputError, match=f"^{tmp_path} has no finished member$"):
+    with pytest.raises(InputError, match=f"^{tmp_path} has 0 finished members, not 1$"):
         load_ensemble(tmp_path)
+    with pytest.raises(ValueError, match="one of logits, pooled, not 'Pooled'"):
+        load_ensemble(tiny_run, embedding="Pooled")
 
 
 def test_members_are_taken_in_the_order_of_their_numbers(tiny_run, tmp_path):

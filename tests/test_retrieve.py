@@ -364,7 +364,7 @@ def test_the_run_folder_is_left_alone_if_told_so(tiny_run, tmp_path):
         (["--query", "nothing.jpg"], "--query: nothing.jpg: no such image or folder"),
         (["--worst", "0"], "--worst 0 has to be at least 1"),
         (["--worst", "--query", "test:0"], "--worst looks for errors within the test split"),
-        (["--query", "test:0", "--embedding", "pooled"], "with --embedding pooled makes it"),
+        (["--query", "test:0", "--embedding", "pooled"], "--ensemble_size 2 --embedding pooled"),
         (["--query", "test:0", "--gallery", "nowhere"], "gallery nowhere: no such folder"),
         (["--query", "test:0", "--far", "0.1"], "thresholds.csv, which is missing; make it with: python evaluate.py"),
         (["--query", "test:0", "--far", "0.1", "--threshold", "0.5"], "--far stands for a threshold"),

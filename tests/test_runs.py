@@ -1,7 +1,9 @@
 """dreml/runs.py: records, finished and damaged members, reading a run."""
 
+import csv
 import json
 import re
+import shlex
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,10 +20,11 @@ from builders import (
     edit_record,
     random_embeddings,
     train_tiny,
-    write_pooled,
     write_run,
 )
 
+import evaluate
+import train
 from dreml import runs
 from dreml.cli import InputError
 from dreml.files import json_sha256, read_record, take_lock, write_record
@@ -29,10 +32,8 @@ from dreml.runs import (
     FORMAT,
     TEST_COLUMNS,
     WEIGHTS,
-    DamagedRecord,
     MemberRecord,
     Members,
-    open_run,
     read_run,
     read_run_record,
     read_test,
@@ -52,22 +53,19 @@ def members_of(folder: Path, settings_hash: str | None = None) -> Members:
 
 
 def test_what_is_no_run_is_not_opened(tiny_run, tmp_path):
-    def refused(message: str, kind: type = InputError) -> None:
+    def refused(message: str, folder: Path = tmp_path) -> None:
         with pytest.raises(InputError, match=message) as error:
-            open_run(tmp_path)
-        assert "\n" not in str(error.value) and type(error.value) is kind
+            read_run(folder)
+        assert "\n" not in str(error.value)
 
     refused("is not a run folder: it has no args.json$")
+    refused("is not a run folder", tmp_path / ("long" * 100))
     path = tmp_path / "args.json"
     for content in ("{}", "[]", "", (tiny_run / "args.json").read_text()[:-9]):
         path.write_text(content)
-        refused(r"args.json is damaged \(.*\); train.py makes it again$", DamagedRecord)
+        refused(r"args.json is damaged \(.*\): remove it, and train.py makes it again$")
     shutil.copy(tiny_run / "args.json", path)
     refused("has no finished member$")
-    with pytest.raises(InputError, match="is not a run folder"):
-        open_run(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="is not a run folder"):
-        open_run(tmp_path / ("long" * 100))
 
 
 @pytest.mark.parametrize(("change", "found"), [({"format": None}, 1), ({"format": 2}, 2)])
@@ -85,10 +83,10 @@ def test_a_run_of_another_format_is_refused(tiny_run, tiny_data, tmp_path, capsy
             "train it again under another --results_path"
         )
         assert capsys.readouterr() == ("", f"train.py: {message}\n")
-    for read in (open_run, read_run, load_ensemble):
+    for read in (read_run, load_ensemble):
         with pytest.raises(InputError) as error:
             read(folder)
-        assert str(error.value) == message and not isinstance(error.value, DamagedRecord)
+        assert str(error.value) == message
     assert {path: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]} == before
 
 
@@ -135,26 +133,6 @@ def test_a_member_file_of_another_member_is_not_taken(small_run, tmp_path):
     assert finished() == [1, 2]
 
 
-def test_damage_is_named_once_until_the_member_is_made_again(small_run, tmp_path, capsys):
-    """The record of a member is its last file, and tells by its time."""
-    folder = copy_run(small_run, tmp_path / "run")
-    (folder / "member_001.npy").write_bytes(b"x")
-    (folder / "member_002.safetensors").write_bytes(b"x")
-    members = members_of(folder)
-    for named in (1, 0):
-        members.refresh()
-        error = capsys.readouterr().err
-        assert error.count("warning: the embedding of member 1 is damaged (member_001.npy); train.py") == named
-        assert error.count("warning: member 2 is damaged (member_002.safetensors); train.py makes") == named
-        assert error.count("\n") == 2 * named
-        assert not members.records and list(members.not_embedded) == [1] and members.missing([1, 2, 3]) == [1, 2, 3]
-    for name in ("member_001.npy", "member_002.safetensors", "member_001.json", "member_002.json"):
-        (folder / name).unlink()
-        shutil.copyfile(small_run / name, folder / name)
-    members.refresh()
-    assert sorted(members.records) == [1, 2] and not members.not_embedded and capsys.readouterr().err == ""
-
-
 def test_the_next_missing_member_is_locked(small_pooled_run, tmp_path):
     """One that another process makes, or has made in the meantime, is passed over; its lock is free again."""
     folder = copy_run(small_pooled_run, tmp_path / "run")
@@ -177,29 +155,16 @@ def test_the_next_missing_member_is_locked(small_pooled_run, tmp_path):
     assert members.pooled == {1, 2}
 
 
-@pytest.mark.parametrize("suffix", [WEIGHTS, "json"])
-def test_a_damaged_member_is_named_and_trained_again(tiny_data, small_run, tmp_path, capsys, suffix):
+@pytest.mark.parametrize("suffix", [WEIGHTS, "json", "npy"])
+def test_a_damaged_member_is_named_once_and_trained_again(tiny_data, small_run, tmp_path, capsys, suffix):
     folder = copy_run(small_run, tmp_path / small_run.name)
     path = folder / f"member_001.{suffix}"
     path.write_bytes(path.read_bytes()[:-9])
     assert train_tiny(tiny_data, tmp_path) == 0
     output = capsys.readouterr()
-    assert f"warning: member 1 is damaged ({path.name}" in output.err
-    assert "1 of 2 members are finished" in output.out
+    assert output.err.count(f"warning: member 1 is damaged ({path.name}") == 1
+    assert "1 of 2 members finished" in output.out
     for pattern in ("member_*.npy", "recall.csv"):
-        assert digests(folder, pattern) == digests(small_run, pattern)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_damaged_embedding_is_made_again_without_training(
-    tiny_data, small_run, tmp_path, capsys, no_training, damage
-):
-    folder = copy_run(small_run, tmp_path / small_run.name)
-    path = folder / "member_001.npy"
-    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:-9])
-    assert train_tiny(tiny_data, tmp_path) == 0
-    assert "the embedding of member 1 is damaged (member_001.npy); train.py makes it again\n" in capsys.readouterr().err
-    for pattern in ("member_*", "recall.csv", "train.csv"):
         assert digests(folder, pattern) == digests(small_run, pattern)
 
 
@@ -210,23 +175,28 @@ def change_record(**entries):
     return lambda path: write_record(path, read_record(path) | entries)
 
 
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("pooled_001.npy", lambda path: path.write_bytes(path.read_bytes()[:-9]), "the checksum of its .npy"),
+        ("pooled_001.npy", truncate, "another run, member, weights or .npy"),
         ("pooled_001.npy", Path.unlink, "No such file"),
-        ("pooled_001.json", lambda path: path.write_bytes(path.read_bytes()[:-9]), "JSONDecodeError"),
-        ("pooled_001.json", change_record(weights="0" * 64), "from another run, member or weights"),
-        ("pooled_001.json", change_record(member=2), "from another run, member or weights"),
-        ("pooled_001.json", change_record(settings_hash="another"), "from another run, member or weights"),
+        ("pooled_001.json", truncate, "JSONDecodeError"),
+        ("pooled_001.json", change_record(weights="0" * 64), "another run, member, weights or .npy"),
+        ("pooled_001.json", change_record(settings_hash="another"), "another run, member, weights or .npy"),
         ("pooled_001.json", Path.unlink, None),
     ],
 )
 def test_bad_pooled_files_are_named_and_made_again(
     small_pooled_run, tiny_data, tmp_path, capsys, no_training, name, change, message
 ):
+    """Whoever scores logits does not look at them."""
     folder = copy_run(small_pooled_run, tmp_path / small_pooled_run.name)
     change(folder / name)
+    assert train_tiny(tiny_data, tmp_path) == 0 and capsys.readouterr().err == ""
     assert train_tiny(tiny_data, tmp_path, "--embedding", "pooled") == 0
     output = capsys.readouterr()
     if message:
@@ -239,53 +209,24 @@ def test_bad_pooled_files_are_named_and_made_again(
         assert digests(folder, pattern) == digests(small_pooled_run, pattern)
 
 
-def test_logits_need_no_pooled_files(small_pooled_run, tiny_data, tmp_path, capsys, no_training):
-    folder = copy_run(small_pooled_run, tmp_path / small_pooled_run.name)
-    (folder / "pooled_001.json").write_text("damaged")
-    assert train_tiny(tiny_data, tmp_path) == 0
-    assert capsys.readouterr().err == "" and (folder / "pooled_001.json").read_text() == "damaged"
-
-
 # ------------------------------------------------------------------------------------------------ embeddings
 
 
-def test_a_run_folder_is_opened_without_its_data_and_left_as_it_is(small_pooled_run, tmp_path):
-    folder = copy_run(small_pooled_run, tmp_path / "moved")
-    (folder / "progress_001.pt").write_bytes(b"x")
-    before = {path: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]}
-    record, members = open_run(folder)
-    found = {(e, n): members.embeddings(n, e, CPU) for e in ("logits", "pooled") for n in (1, 2, 5)}
-    assert {path: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]} == before
-    assert record.settings.data_name == "tiny" and sorted(members.records) == [1, 2]
-    assert [len(of_run) for of_run in found.values()] == [1, 2, 2] * 2
-    for embedding, kind in (("logits", "member"), ("pooled", "pooled")):
-        for member, array in enumerate(found[embedding, 5], 1):
-            assert array.dtype == torch.float32
-            np.testing.assert_array_equal(array, np.load(small_pooled_run / f"{kind}_00{member}.npy"))
-
-
 def test_embeddings_that_do_not_fit_on_the_device_are_scored_on_the_cpu(small_pooled_run, capsys, monkeypatch):
-    messages = iter(["MPS backend out of memory", "CUDA error: something else"])
-
     def full(array, device):
-        raise RuntimeError(next(messages))
+        raise RuntimeError("MPS backend out of memory")
 
     monkeypatch.setattr(torch.Tensor, "to", full)
-    members = open_run(small_pooled_run)[1]
-    arrays = members.embeddings(2, "pooled", torch.device("mps"))
+    arrays = read_run(small_pooled_run).embeddings("logits", torch.device("mps"))
     assert capsys.readouterr().err == "warning: the embeddings do not fit on mps: they are scored on the CPU\n"
-    assert [array.numpy().tobytes() for array in arrays] == [
-        np.load(small_pooled_run / f"pooled_00{member}.npy").tobytes() for member in (1, 2)
-    ]
-    with pytest.raises(RuntimeError, match="something else"):
-        members.embeddings(2, "pooled", torch.device("mps"))
+    assert np.array_equal(arrays[1], np.load(small_pooled_run / "member_002.npy"))
 
 
 # ------------------------------------------------------------------------------------------------ a run
 
 
 def test_a_run_is_read_up_to_the_first_member_that_is_missing(tiny_run, tmp_path):
-    """Its members, the images that they embedded, and by what they are scored."""
+    """Its members, the images that they embedded, and by what they are scored. Nothing is written."""
     is_query, is_gallery = np.arange(len(LABELS)) % 3 > 0, np.arange(len(LABELS)) % 4 > 0
     saved = random_embeddings(0, 4)
     folder = write_run(tmp_path / "run", tiny_run, saved, LABELS, is_query, is_gallery, lr=0.5)
@@ -301,21 +242,25 @@ def test_a_run_is_read_up_to_the_first_member_that_is_missing(tiny_run, tmp_path
         found = read_run(folder, number).embeddings("logits", CPU)
         assert len(found) == size
         assert all(np.array_equal(*pair) for pair in zip(found, saved[:size], strict=True))
-    with pytest.raises(InputError, match=r"^--num_members 4: .* has 2, member 3 is missing$"):
+    with pytest.raises(InputError, match=r"member 3 of 4 is missing; train\.py makes it$"):
         read_run(folder, 4)
     (folder / "member_001.json").unlink()
-    with pytest.raises(InputError, match=r"member 1 is missing, and so every ensemble; train\.py trains it$"):
+    with pytest.raises(InputError, match=r"member 1 of 1 is missing; train\.py makes it$"):
         read_run(folder)
 
 
-def test_a_run_needs_the_embedding_of_every_member(tiny_run, tmp_path):
-    folder = write_run(tmp_path / "run", tiny_run, random_embeddings(0, 3))
-    write_pooled(folder, random_embeddings(1, 2))
+def test_a_missing_embedding_names_the_command_that_makes_it(tiny_data, small_run, tmp_path):
+    """The one that trained the run, as a whole: it works."""
+    results = tmp_path / "my results"
+    folder = copy_run(small_run, results / small_run.name)
+    assert train_tiny(tiny_data, results) == 0
     read_run(folder).require("logits")
-    read_run(folder, 2).require("pooled")
-    message = "the pooled embedding of member 3 is missing; the training command with --embedding pooled makes it"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=r"the pooled embedding of member 1 is missing; make it from the") as error:
         read_run(folder).require("pooled")
+    script, *command = shlex.split(str(error.value).partition("saved member with: python ")[2])
+    assert script == "train.py" and "--batch_size" in command and train.main(command) == 0
+    read_run(folder).require("pooled")
+    assert evaluate.main([str(folder), "--embedding", "pooled", "--recalls", "1"]) == 0
 
 
 @pytest.mark.parametrize("change", ["missing", "a column", "a type", "a row"])
@@ -350,8 +295,6 @@ def test_a_process_that_waits_for_another_says_so(tmp_path, capsys, monkeypatch)
 
 def test_every_name_comes_back_from_test_csv(tiny_run, tmp_path):
     """Also one with a carriage return, which pandas takes for the end of a line unless told otherwise."""
-    import csv
-
     names = ["a\rb", "a\r\nb", 'a"b', "a,b", "NA", "", "ä 猫", "\ufeffa"]
     with open(tmp_path / "test.csv", "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
