@@ -43,8 +43,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="app.py", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run folder of train.py")
     group = parser.add_argument_group("what is searched")
-    gallery_help = "folder of photos (default: the run's test images)"
-    group.add_argument("--gallery", type=Path, metavar="DIR", help=gallery_help)
+    group.add_argument("--gallery", type=Path, metavar="DIR", help="folder of photos (default: the run's test images)")
     group.add_argument("--index", type=Path, metavar="DIR", help="index of the gallery, as in retrieve.py")
     group.add_argument("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
     embedding_help = "logits (default), or pooled: the features before the last layer"

@@ -103,8 +103,8 @@ def make_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def writable(folder: Path, option: str) -> Iterator[None]:
     """Make the folder that the block writes into. Raises InputError, naming the option to change, where it cannot."""
-    make_folder(folder)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise InputError(f"cannot write into {folder} ({one_line(error)}); {option} names another folder") from None
