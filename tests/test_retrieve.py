@@ -356,6 +356,46 @@ def test_the_run_folder_is_left_alone_if_told_so(tiny_run, tmp_path):
     assert sorted(path.name for path in (run / "retrieval").iterdir()) == ["neighbours.csv", "neighbours.png"]
 
 
+def test_the_picture_and_the_csv_are_of_one_search(drawn, tmp_path, capsys):
+    """An earlier picture goes, with --no_picture and where none can be drawn; what is replaced is said."""
+    arguments, picture = drawn(random_embeddings(5)), tmp_path / "out" / "neighbours.png"
+    replaced = f"{picture.with_suffix('.csv')} (in the place of an earlier one; --output keeps both)\n"
+    call(*arguments, "--query", "test:1", "--top", "2")
+    assert picture.exists() and replaced not in capsys.readouterr().out
+    call(*arguments, "--query", "test:2", "--top", "2", "--no_picture")
+    assert not picture.exists() and replaced in capsys.readouterr().out
+    call(*arguments, "--query", "test:1", "--top", "2")
+    shutil.rmtree(tmp_path / "data")
+    refused(capsys, retrieve, *arguments, "--query", "test:2", "--top", "2")
+    assert not picture.exists() and list(found_in(tmp_path / "out")) == ["test:2"]
+
+
+def test_what_the_list_names_can_be_the_next_query(tiny_run, tiny_data, tmp_path, capsys):
+    """Paths with spaces too, and test images whose files are gone; the CSV has the query's path and class."""
+    save_image(tmp_path / "my photos" / "a.png")
+    options = ["--top", "1", "--no_picture", "--output", tmp_path]
+    test = pd.read_csv(tiny_run / "test.csv")
+    for data_path, gallery in ((tiny_data, []), (tmp_path, []), (tmp_path, ["--gallery", tmp_path / "my photos"])):
+        call(tiny_run, "--query", "test:3", *options, *gallery, "--data_path", data_path)
+        first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("   1  "))
+        (path,) = shlex.split(first.split("  ")[-1])
+        row = found_in(tmp_path)["test:3"].iloc[0]
+        assert (row.query_path, row.query_class) == (test.path[3], test.class_name[3])
+        call(tiny_run, "--query", path, *options, "--data_path", data_path)
+        assert row.path.endswith(found_in(tmp_path)[path].query_path[0])
+        capsys.readouterr()
+
+
+def test_a_run_folder_that_cannot_be_written(tiny_run, tmp_path, capsys):
+    """The option that names another folder is in the same line; a file in the folder's place stands for rights."""
+    run = copy_run(tiny_run, tmp_path / "run")
+    for name in ("retrieval", "index", "export_L2"):
+        (run / name).write_text("")
+    save_image(tmp_path / "photos" / "a.png")
+    assert "; --output names another folder" in refused(capsys, retrieve, run, "--query", "test:0", "--no_picture")
+    assert "; --export names another folder" in refused(capsys, retrieve, run, "--export", run / "index" / "x.npy")
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -363,6 +403,7 @@ def test_the_run_folder_is_left_alone_if_told_so(tiny_run, tmp_path):
     ("options", "message"),
     [
         ([], "nothing to do: give --query, --worst or --export"),
+        (["--gallery", "."], "nothing to do: give --query or --export"),
         (["--query", "test:36"], "--query: test:36: the test split has 36 images, the first is test:0"),
         (["--query", "nothing.jpg"], "--query: nothing.jpg: no such image or folder"),
         (["--worst", "0"], "--worst 0 has to be at least 1"),

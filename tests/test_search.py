@@ -190,6 +190,26 @@ def test_which_neighbours_are_right(small_run, tiny_data, tmp_path):
     }
 
 
+def test_a_query_from_a_part_of_the_gallery_has_the_class_that_it_has_there(small_run, tmp_path):
+    """A folder of queries may lie higher or lower than the gallery: its folders' names are others."""
+    for number, folder in enumerate(["animals/cat", "animals/cat", "animals/dog"]):
+        save_image(tmp_path / "photos" / folder / f"{number}.png", number)
+    answers = Searcher(small_run, tmp_path / "photos", device="cpu").find_many([tmp_path / "photos" / "animals"], top=1)
+    assert [answer.query.class_name for answer in answers] == ["animals/cat", "animals/cat", "animals/dog"]
+    for answer, cats in zip(answers, (["1.png"], ["0.png"], []), strict=True):
+        for each in answer:
+            assert each.right == (each.file.name in cats)
+
+
+def test_a_query_folder_that_is_no_class_of_the_gallery_says_nothing(small_run, tmp_path):
+    """Whether it is right is not known; one of the same name is a class."""
+    for number, path in enumerate(["gallery/cat", "gallery/dog", "new/2024", "new/cat"]):
+        save_image(tmp_path / path / f"{number}.png", number)
+    answers = Searcher(small_run, tmp_path / "gallery", device="cpu").find_many([tmp_path / "new"])
+    right = [{each.class_name: each.right for each in answer} for answer in answers]
+    assert right == [{"cat": None, "dog": None}, {"cat": True, "dog": False}]
+
+
 def test_below_the_threshold_nothing_is_found(small_run, tmp_path):
     """The threshold itself passes; --far reads what evaluate.py wrote."""
     searcher = Searcher(small_run, device="cpu")
