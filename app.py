@@ -14,14 +14,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageEnhance, ImageOps
 
 from dreml.cli import DEVICE_HELP, MANY, InputError, Parser, check_ranges, run_main
-from dreml.learned import GREEN, GREY, RED, Learned, learn, map_methods
-from dreml.search import Searcher
+from dreml.learned import GREEN, GREY, RED, Learned, map_methods
+from dreml.search import Query, Searcher
 from dreml.settings import EMBEDDINGS
 from dreml.thresholds import threshold_at
 
@@ -43,8 +42,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="app.py", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run folder of train.py")
     group = parser.add_argument_group("what is searched")
-    gallery_help = "folder of photos (default: the run's test images)"
-    group.add_argument("--gallery", type=Path, metavar="DIR", help=gallery_help)
+    group.add_argument("--gallery", type=Path, metavar="DIR", help="folder of photos (default: the run's test images)")
     group.add_argument("--index", type=Path, metavar="DIR", help="index of the gallery, as in retrieve.py")
     group.add_argument("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
     embedding_help = "logits (default), or pooled: the features before the last layer"
@@ -73,85 +71,76 @@ def framed(image: Image.Image, color: str, faded: bool) -> Image.Image:
     return ImageOps.expand(image, (0, 0, 0, 40), "white")  # where the caption will be
 
 
-@dataclass
-class Search:
-    """Answers of a searcher as pictures and sentences. Several people may ask at once."""
-
-    searcher: Searcher
-    learned: Learned
-
-    def find(self, query: Path | int | None, top: int, far: float) -> tuple[list, str, list]:
-        """The neighbours' pictures with captions, a sentence, and for each neighbour the query that it would be.
-
-        `query` is a file or a row of test.csv, `far` the false-accept rate in percent.
-        """
-        if query is None:
-            return [], NO_QUERY, []
-        threshold = threshold_at(self.learned.others, far / 100)
-        try:
-            answer = self.searcher.find(query, top=top, threshold=threshold)
-        except InputError as error:
-            return [], str(error).replace(str(query), "the photo"), []
-        pictures = []
-        queries = []
-        for neighbour in answer:
-            again = neighbour.file if neighbour.row is None else neighbour.row
-            mark = MARKS[neighbour.right] if neighbour.found else "not found:"
-            caption = f"{mark} {neighbour.similarity:.3f} {neighbour.class_name or neighbour.file.name}"
-            image = framed(self.learned.photo(again), FRAMES[neighbour.right], not neighbour.found)
-            pictures.append((image, caption.strip()))
-            queries.append(again)
-        text = f"Class of the query: {answer.class_name}. " if answer.class_name else ""
-        if threshold is None:
-            text += f"The run has too few test images for a threshold at {far:g} %."
-        else:
-            num_found = sum(neighbour.found for neighbour in answer)
-            text += f"{num_found} of {len(pictures)} reach the threshold, {threshold:.3f}."
-        return pictures, text, queries
+def find(searcher: Searcher, learned: Learned, query: Query | None, top: int, far: float) -> tuple[list, str, list]:
+    """The neighbours' pictures with captions, a sentence, and the neighbours. `far`: false-accept rate in percent."""
+    if query is None:
+        return [], NO_QUERY, []
+    threshold = threshold_at(learned.others, far / 100)
+    try:
+        answer = searcher.find(query, top=top, threshold=threshold)
+    except InputError as error:
+        return [], str(error).replace(str(query), "the photo"), []
+    pictures = []
+    for neighbour in answer:
+        mark = MARKS[neighbour.right] if neighbour.found else "not found:"
+        caption = f"{mark} {neighbour.similarity:.3f} {neighbour.class_name or neighbour.file.name}"
+        image = framed(learned.photo(neighbour), FRAMES[neighbour.right], not neighbour.found)
+        pictures.append((image, caption.strip()))
+    text = f"Class of the query: {answer.query.class_name}. " if answer.query.class_name else ""
+    if threshold is None:
+        text += f"The run has too few test images for a threshold at {far:g} %."
+    else:
+        num_found = sum(neighbour.found for neighbour in answer)
+        text += f"{num_found} of {len(pictures)} reach the threshold, {threshold:.3f}."
+    return pictures, text, answer.neighbours
 
 
 # ------------------------------------------------------------------------------------------------ the page
 
 
-def build_page(search: Search, title: str):
+def build_page(searcher: Searcher, learned: Learned, title: str):
     """The page, a `gradio.Blocks`."""
     import gradio as gr
 
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"### {title}")
         with gr.Tab("Search"):
-            fill_search_tab(search)
+            fill_search_tab(searcher, learned)
         with gr.Tab("What the run has learned") as tab:
-            fill_learned_tab(search.learned, tab)
+            fill_learned_tab(learned, tab)
     return page
 
 
-def fill_search_tab(search: Search) -> None:
+def fill_search_tab(searcher: Searcher, learned: Learned) -> None:
     """A photo or a test image, two sliders, and the neighbours."""
     import gradio as gr
 
-    learned = search.learned
-    num_test = len(learned.run.test)
+    last = len(searcher.test) - 1
+
+    def search(query: Query | None, top: int, far: float):
+        return find(searcher, learned, query, top, far)
 
     def dropped(path: str | None, top: int, far: float):
         query = Path(path) if path else None
-        return query, *search.find(query, top, far)
+        return query, *search(query, top, far)
 
     def picked(row: float | None, top: int, far: float):
-        if row is None or not 0 <= row < num_test:
-            return None, None, [], f"The test images have the numbers 0 to {num_test - 1}.", []
-        return learned.photo(int(row)), int(row), *search.find(int(row), top, far)
+        if row is None or not 0 <= row <= last:
+            return None, None, [], f"The test images have the numbers 0 to {last}.", []
+        photo = learned.photo(searcher.item(searcher.test, int(row)))
+        return photo, int(row), *search(int(row), top, far)
 
     def clicked(neighbours: list, top: int, far: float, event: gr.SelectData):
-        query = neighbours[event.index]
-        return learned.photo(query), query, *search.find(query, top, far)
+        neighbour = neighbours[event.index]
+        query = neighbour.file if neighbour.row is None else neighbour.row
+        return learned.photo(neighbour), query, *search(query, top, far)
 
     query = gr.State()
     neighbours = gr.State([])
     with gr.Row():
         with gr.Column(scale=1, min_width=240):
             photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=260, elem_id="photo")
-            row = gr.Number(label=f"or the number of a test image, 0 to {num_test - 1}", precision=0, elem_id="row")
+            row = gr.Number(label=f"or the number of a test image, 0 to {last}", precision=0, elem_id="row")
             top = gr.Slider(1, 48, value=12, step=1, label="neighbours", elem_id="top")
             far_label = "false-accept rate (%): below its threshold, neighbours are not found"
             far = gr.Slider(0.1, 20, value=10, step=0.1, label=far_label, elem_id="far")
@@ -167,25 +156,30 @@ def fill_search_tab(search: Search) -> None:
     row.submit(picked, [row, *options], [photo, query, *answer])
     grid.select(clicked, [neighbours, *options], [photo, query, *answer])
     for slider in options:
-        slider.release(search.find, [query, *options], answer)
+        slider.release(search, [query, *options], answer)
 
 
 def fill_learned_tab(learned: Learned, tab) -> None:
     """Figures, pairs of photos, the map and tables. They are made when `tab`, a `gradio.Tab`, is opened first."""
     import gradio as gr
 
-    def on_map(method: str, event: gr.SelectData):
-        return learned.at(method, *event.index)
+    def pictures(title: str, columns: int, name: str):
+        gr.Markdown(title)
+        shape = "four" if name == "confusions" else "two"
+        return gr.Gallery(show_label=False, columns=columns, height=320, elem_classes=shape, elem_id=name, buttons=[])
 
     with gr.Row():
-        histograms = gr.Image(show_label=False, buttons=[])
-        recalls = gr.Image(show_label=False, buttons=[])
-    gr.Markdown("**The most confident errors**: a query and its first neighbour, of another class")
-    errors = gr.Gallery(show_label=False, columns=4, height=320, elem_classes="two", elem_id="errors", buttons=[])
-    gr.Markdown("**Classes that are most often taken for each other**: two photos of each")
-    confusions = gr.Gallery(show_label=False, columns=3, height=320, elem_classes="four", buttons=[])
-    gr.Markdown("**Test images that look the same and have two class names** (none if empty)")
-    copies = gr.Gallery(show_label=False, columns=4, height=320, elem_classes="two", elem_id="copies", buttons=[])
+        made = {"histograms": gr.Plot(show_label=False)}
+        made["recalls"] = gr.LinePlot(
+            x="ensemble_size", y="recall (%)", color="K", title="Recall against ensemble size"
+        )
+    title = "**The most confident errors**: a query and its first neighbour, of another class"
+    made["confident_errors"] = pictures(title, 4, "errors")
+    title = "**Classes that are most often taken for each other**: two photos of each"
+    made["confusions"] = pictures(title, 3, "confusions")
+    made["copies"] = pictures(
+        "**Test images that look the same and have two class names** (none if empty)", 4, "copies"
+    )
     method = gr.Radio(map_methods(), value="PCA", label="Map of the test images: a click shows the photo")
     with gr.Row():
         plane = gr.Image(show_label=False, interactive=False, buttons=[], elem_id="map")
@@ -193,18 +187,14 @@ def fill_learned_tab(learned: Learned, tab) -> None:
             point = gr.Image(show_label=False, height=300, buttons=[], elem_id="point")
             caption = gr.Markdown(elem_id="point_text")
     with gr.Row():
-        classes = gr.Dataframe(label="R@1 of each class, worst first", max_height=400)
-        settings = gr.Dataframe(label="Settings", max_height=400)
-    for make, component in (
-        (learned.histograms, histograms),
-        (learned.recalls, recalls),
-        (learned.confident_errors, errors),
-        (learned.confusions, confusions),
-        (learned.copies, copies),
-        (learned.classes, classes),
-        (learned.settings, settings),
-    ):
-        tab.select(functools.cache(make), None, component)
+        made["classes"] = gr.Dataframe(label="R@1 of each class, worst first", max_height=400)
+        made["settings"] = gr.Dataframe(label="Settings", max_height=400)
+    for name, component in made.items():
+        tab.select(functools.cache(getattr(learned, name)), None, component)
+
+    def on_map(method: str, event: gr.SelectData):
+        return learned.at(method, *event.index)
+
     tab.select(learned.map, method, plane)
     method.change(learned.map, method, plane)
     plane.select(on_map, method, [point, caption])
@@ -272,20 +262,18 @@ def run(args: argparse.Namespace) -> None:
         num_members=args.num_members,
         device=args.device,
         index=args.index,
-        data_path=args.data_path,
     )
-    trained = searcher.run
-    if not len(trained.test):
+    searcher.data_path = args.data_path or searcher.data_path
+    if not len(searcher.test):
         raise InputError(f"{args.folder}: its data set has no test images")
-    print(
-        f"{len(searcher.gallery.vectors):,} images to search"
-    )  # new photos are embedded now, not at the first question
+    print(f"images to search: {len(searcher.gallery.vectors):,}")  # new photos are embedded now, not at a question
     searcher.ensemble.eval()  # and the network is loaded
-    learned = learn(searcher)
+    learned = Learned(searcher)
 
     # 2. The page, until Ctrl-C
-    title = f"{trained.name}: {trained.num_members} members, {args.embedding}, {args.gallery or 'test images'}"
-    page = build_page(Search(searcher, learned), title)
+    run = searcher.run
+    title = f"{run.name}: ensemble size {run.num_members}, {args.embedding}, {args.gallery or 'test images'}"
+    page = build_page(searcher, learned, title)
     serve(page, args.host, args.port, args.max_upload)
     print(f"the page is at http://{args.host}:{args.port}; Ctrl-C ends it")
     try:

@@ -11,6 +11,7 @@ a dashed red one and a cross; grey: the class is not known. docs/SEARCH.md: more
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from dreml.index import is_installed
 from dreml.runs import SUFFIXES
 from dreml.search import Answer, Searcher, refuse
 from dreml.settings import EMBEDDINGS
-from dreml.thresholds import Threshold
+from dreml.thresholds import Threshold, read_threshold
 
 # ------------------------------------------------------------------------------------------------ options
 
@@ -43,14 +44,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     gallery_help = "search the images below DIR, a class for each folder (default: the gallery of the test split)"
     group.add_argument("--gallery", type=Path, metavar="DIR", help=gallery_help)
     group.add_argument("--top", type=int, default=8, metavar="K", help="neighbours of each query (default: 8)")
-    members_help = "members 1 to L (default: all that are finished)"
-    group.add_argument("--num_members", type=int, metavar="L", help=members_help)
+    group.add_argument("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
     embedding_help = "logits (default), or pooled: the features before the last layer"
     group.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
-    far_help = "as --threshold, for a false-accept rate F such as 0.01"
+    far_help = "as --threshold, for a false-accept rate F such as 0.1"
+    group = group.add_mutually_exclusive_group()
     group.add_argument("--far", type=float, metavar="F", help=far_help)
-    threshold_help = 'neighbours are "not found" below this similarity'
-    group.add_argument("--threshold", type=float, metavar="T", help=threshold_help)
+    group.add_argument("--threshold", type=float, metavar="T", help='neighbours are "not found" below this similarity')
     group = parser.add_argument_group("the index of --gallery (needs LanceDB: pip install lancedb)")
     group.add_argument("--index", type=Path, metavar="DIR", help="where it is kept (default: in RUN_FOLDER/index)")
     refresh_help = "always (default): embed new photos first; never; or moved: the photos have another place now"
@@ -66,18 +66,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_ranges(args, worst=(1, MANY), top=(1, MANY), num_members=(1, MANY), far=(1e-9, 1), threshold=(-1, 1))
     if not args.query and not args.worst and args.export is None:
-        raise InputError("nothing to do: give --query, --worst or --export")
+        wanted = "--query or --export" if args.gallery else "--query, --worst or --export"
+        raise InputError(f"nothing to do: give {wanted}")
     if args.worst and (args.query or args.gallery):
-        raise InputError("--worst looks for errors within the test split: it goes without --query and --gallery")
-    if args.far is not None and args.threshold is not None:
-        raise InputError("--far stands for a threshold: it goes without --threshold")
+        raise InputError("--worst is for the test split, without --query and --gallery; a photo of a gallery: --query")
     if (args.far is not None or args.threshold is not None) and not args.query and not args.worst:
         raise InputError("--far and --threshold mark neighbours: they go with --query or --worst")
     for option in ("index", "refresh", "ann"):
         if getattr(args, option) and not args.gallery:
             raise InputError(f"--{option} is for the photos of --gallery")
-        if getattr(args, option) and not is_installed():
-            raise InputError(f"--{option} needs LanceDB: pip install lancedb")
+    if args.ann and not is_installed():
+        raise InputError("--ann: an index needs LanceDB: pip install lancedb")
     return args
 
 
@@ -85,7 +84,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    # 1. Whatever can be wrong is found before anything is computed
+    # 1. The run and what is searched
     searcher = Searcher(
         args.folder,
         args.gallery,
@@ -94,61 +93,54 @@ def run(args: argparse.Namespace) -> None:
         device=args.device,
         index=args.index,
         refresh=args.refresh or "always",
-        ann=args.ann,
-        data_path=args.data_path,
     )
+    searcher.ann = args.ann
+    searcher.data_path = args.data_path or searcher.data_path
     threshold = None if args.threshold is None else Threshold(args.threshold)
     if args.far is not None:
-        threshold = searcher.threshold(args.far)
-    bad_queries: list[str] = []
-    queries = searcher.items(args.query or [], bad_queries)
-    if not queries:
-        refuse("--query", bad_queries)
-    searches = bool(queries or args.worst)
-    if searches and not args.no_picture:
+        threshold = read_threshold(searcher.run, args.embedding, args.far)
+    draws = not args.no_picture and bool(args.query or args.worst)
+    if draws:
         check_matplotlib()
-
-    # 2. What is exported
     suffix = SUFFIXES[args.embedding]
     output = args.output or searcher.run.folder / "retrieval"
-    if searches:
+    path = output / f"{'worst' if args.worst else 'neighbours'}{suffix}.csv"
+    if args.query or args.worst:
         with writable(output, "--output"):
-            pass
+            pass  # a folder that cannot be made is no loss yet
+
+    # 2. The neighbours
+    problems: list[str] = []
+    queries = worst_queries(searcher, args.worst) if args.worst else args.query or []
+    answers = searcher.find_many(queries, args.top, threshold=threshold and threshold.value, problems=problems)
+
+    # 3. What is written and printed
     if args.export is not None:
         export(searcher, Path(args.export or output), suffix)
-
-    # 3. The neighbours: a CSV, a list, a picture
-    name = "neighbours"
-    title = "similarity: cosine"
-    if searcher.run.num_members > 1:
-        title = f"similarity: mean cosine of {searcher.run.num_members} members"
-    if args.worst:
-        queries = worst_queries(searcher, args.worst)
-        name = "worst"
-        title += "; wrong first neighbours, the most similar first"
-    answers = searcher.find_many(queries, args.top, threshold=threshold and threshold.value, problems=bad_queries)
     if answers:
-        path = output / f"{name}{suffix}"
         with writable(output, "--output"):
-            write_csv(path.with_suffix(".csv"), answer_table(answers))
+            replaces = path.exists()
+            path.with_suffix(".png").unlink(missing_ok=True)  # of an earlier search
+            write_csv(path, answer_table(answers))
         print_answers(answers)
         if threshold:
             print(f"\n{threshold_text(threshold, answers)}")
-        print(f"\n{path}.csv")
-        if not args.no_picture:
+        print(f"\n{path}{' (in the place of an earlier one; --output keeps both)' if replaces else ''}")
+        if draws:
+            title = f"similarity: cosine, mean of the ensemble (size {searcher.run.num_members})"
+            title += "; wrong first neighbours, the most similar first" if args.worst else ""
             draw(answers, Thumbnails(searcher.run, searcher.data_path), title, path, args.data_path is not None)
-    refuse("--query", bad_queries)  # now that the others are answered
+    refuse("--query", problems, len(answers))  # now that the others are answered
 
 
-def worst_queries(searcher: Searcher, number: int) -> list[str]:
+def worst_queries(searcher: Searcher, number: int) -> list[int]:
     """At most `number` test queries for --worst. Prints how many there are."""
-    errors, num_queries = searcher.confident_errors()
-    worst = errors[:number]
+    errors = searcher.confident_errors
     print(
-        f"{len(errors):,} of {num_queries:,} test queries have a wrong first neighbour; {len(worst)} of them follow, "
-        "the most confident first (confidence: the similarity of that neighbour)"
+        f"wrong first neighbours: {len(errors):,} of {searcher.test_queries.counted.sum():,} test queries; listed: "
+        f"{len(errors[:number]):,}, the most confident first (confidence: the similarity of that neighbour)"
     )
-    return [f"test:{row}" for row in worst]
+    return errors.row[:number].tolist()
 
 
 def export(searcher: Searcher, path: Path, suffix: str) -> None:
@@ -158,9 +150,8 @@ def export(searcher: Searcher, path: Path, suffix: str) -> None:
     """
     if searcher.photos:
         suffix = f"_gallery{suffix}"
-        rows = searcher.gallery.vectors
-        items = [searcher.gallery.item(place) for place in range(len(rows))]
-        table = pd.DataFrame([(item.path, item.class_name) for item in items], columns=["path", "class_name"])
+        table, rows = searcher.gallery
+        table = table[["path", "class_name"]].assign(path=[str(searcher.photos / path) for path in table.path])
     else:
         rows = searcher.saved
         table = searcher.run.test
@@ -178,26 +169,28 @@ def export(searcher: Searcher, path: Path, suffix: str) -> None:
 
 
 def print_answers(answers: list[Answer]) -> None:
-    """Print each query and its neighbours."""
+    """Print each query and its neighbours, by paths that can be the next query."""
     words = {True: "right", False: "wrong", None: "-"}
     for answer in answers:
-        class_name = f" ({answer.class_name})" if answer.class_name else ""
+        class_name = f" ({answer.query.class_name})" if answer.query.class_name else ""
         nothing = "" if any(neighbour.found for neighbour in answer) else ": none of these"
         print(f"\n{answer.query.name}{class_name}{nothing}")
         for rank, neighbour in enumerate(answer, 1):
             word = words[neighbour.right] if neighbour.found else "not found"
-            class_name = neighbour.class_name or "-"
-            print(f"{rank:4d}  {neighbour.similarity:7.4f}  {word:<5}  {class_name}  {neighbour.path}")
+            is_gone = neighbour.row is not None and not neighbour.file.exists()
+            path = f"test:{neighbour.row}" if is_gone else shlex.quote(str(neighbour.file))
+            print(f"{rank:4d}  {neighbour.similarity:7.4f}  {word:<5}  {neighbour.class_name or '-'}  {path}")
 
 
 def answer_table(answers: list[Answer]) -> pd.DataFrame:
     """The CSV: one row for each neighbour. `right` and unknown classes are empty; `found` only with a threshold."""
     rows = []
     for answer in answers:
+        query = (answer.query.name, answer.query.path, answer.query.class_name)
         for rank, each in enumerate(answer, 1):
             similarity = f"{each.similarity:.6f}"
-            rows.append((answer.query.name, rank, each.path, each.class_name, similarity, each.right, each.found))
-    columns = ["query", "rank", "path", "class_name", "similarity", "right", "found"]
+            rows.append((*query, rank, each.path, each.class_name, similarity, each.right, each.found))
+    columns = ["query", "query_path", "query_class", "rank", "path", "class_name", "similarity", "right", "found"]
     table = pd.DataFrame(rows, columns=columns, dtype=object)
     return table if answers[0].threshold is not None else table.drop(columns="found")
 
@@ -213,20 +206,20 @@ def threshold_text(threshold: Threshold, answers: list[Answer]) -> str:
 
 
 def draw(answers: list[Answer], thumbnails: Thumbnails, title: str, path: Path, required: bool) -> None:
-    """Draw the first queries and their neighbours, and print the name of the picture.
+    """Draw the first queries and their neighbours beside the CSV, and print the name of the picture.
 
     Unless it is `required`, a line says where the images are gone: a search needs only the saved embeddings.
     """
     try:
         with writable(path.parent, "--output"):
-            draw_neighbours(answers[:MAX_ROWS], thumbnails, title, path.parent, path.name)
+            draw_neighbours(answers[:MAX_ROWS], thumbnails, title, path.parent, path.stem)
     except NoPictures as error:
         if required:
             raise
         print(str(error))
         return
     rest = f", the first {MAX_ROWS} of {len(answers)} queries" if len(answers) > MAX_ROWS else ""
-    print(f"{path}.png{rest}")
+    print(f"{path.with_suffix('.png')}{rest}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,27 +14,21 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from dreml import index as photo_index
 from dreml.batches import spans
-from dreml.cli import InputError, format_problems, is_utf8, pick_device
+from dreml.cli import InputError, RunError, format_problems, is_utf8, pick_device, with_less_memory
 from dreml.files import file_id
-from dreml.images import BadImage, ImageSpec, bad_image, read_pixels, resize_test, to_rgb
-from dreml.index import (
-    PhotoIndex,
-    class_of,
-    embed_folder,
-    embed_images,
-    index_name,
-    is_installed,
-    list_photos,
-    model_checksum,
-)
+from dreml.images import read_pixels, resize_test, to_rgb
+from dreml.index import PhotoIndex, class_of, embed_folder, embed_images, list_photos
 from dreml.runs import read_run
 from dreml.settings import EMBEDDINGS
-from dreml.thresholds import Threshold, read_threshold
+from dreml.thresholds import read_threshold
 from model import Ensemble, load_ensemble, unit_rows
 from utils import first_neighbours, full_float32, unmatched_queries
 
 REFRESHES = ("always", "never", "moved")
+ITSELF = -2.0  # in the place of a query's similarity to itself
+NUM_MORE = 8  # neighbours asked of an approximate search, one of which may be the query itself
 Query = str | Path | int | Image.Image | np.ndarray  # a file, a row of test.csv (or "test:17"), (H, W, 3) uint8
 
 # ------------------------------------------------------------------------------------------------ images
@@ -59,7 +53,7 @@ class Item(NamedTuple):
 class Neighbour(NamedTuple):
     """An image that was found."""
 
-    path: str  # of a test image: relative to the data set's folder
+    path: str  # as for Item
     class_name: str | None
     file: Path
     row: int | None
@@ -76,64 +70,15 @@ class Answer:
     neighbours: list[Neighbour]
     threshold: float | None = None  # None: every neighbour counts as found
 
-    @property
-    def class_name(self) -> str | None:
-        """The class of the query, where it is known."""
-        return self.query.class_name
-
     def __iter__(self) -> Iterator[Neighbour]:
         return iter(self.neighbours)
 
 
-@dataclass
-class Gallery:
-    """What is searched: images of the test split, or photos below a folder. Row i of `vectors` embeds image i."""
+class Gallery(NamedTuple):
+    """What is searched. Row i of both is an image."""
 
-    folder: Path
-    paths: Sequence[str]  # relative to the folder
+    table: pd.DataFrame  # path (relative to the folder), class_name, row (of test.csv; -1 for a photo)
     vectors: torch.Tensor  # (N, d) float32, rows of length 1
-    test: pd.DataFrame | None = None  # test.csv; None: photos
-    rows: np.ndarray | None = None  # (N,) int64, of test.csv
-
-    def item(self, place: int) -> Item:
-        """One image. It is made when it is asked for: a search needs a few of a million."""
-        if self.rows is not None:
-            return test_item(self.test, self.folder, int(self.rows[place]))
-        return photo_item(self.folder, self.paths[place])
-
-    def places_of(self, queries: list[Item]) -> list[int]:
-        """The place of each query itself, by its row of test.csv or its file, or -1."""
-        if self.rows is None:
-            return same_files([query.file for query in queries], self.paths, self.folder)
-        places = np.full(len(self.test) + 1, -1)
-        places[self.rows] = np.arange(len(self.rows))
-        return [int(places[-1 if query.row is None else query.row]) for query in queries]
-
-
-def test_item(test: pd.DataFrame, folder: Path, row: int, name: str | None = None) -> Item:
-    """An image of the test split, by its row of test.csv. `folder` is where the raw data set is, or was."""
-    path = test.path[row]
-    return Item(name or path, path, test.class_name[row], folder / path, row)
-
-
-def photo_item(folder: Path, path: str) -> Item:
-    """A photo below a folder."""
-    file = os.path.join(folder, path)
-    return Item(file, file, class_of(path), Path(file))
-
-
-def image_of(query: Image.Image | np.ndarray) -> Image.Image:
-    """A query in memory as an image of its own. Raises InputError for one that has no defined colours."""
-    if isinstance(query, np.ndarray):
-        if query.dtype != np.uint8 or query.ndim != 3 or query.shape[2] not in (3, 4):
-            raise InputError(f"image: an array has to be (H, W, 3) uint8, not {query.shape} {query.dtype}")
-        return Image.fromarray(query)
-    if query.mode == "F":
-        raise InputError("image: floating-point grey values have no defined black and white")
-    try:
-        return query.copy()
-    except Exception as error:  # of its file, which is read only now
-        raise InputError(str(bad_image("image", error))) from None
 
 
 def same_files(files: list[Path | None], paths: Sequence[str], folder: Path) -> list[int]:
@@ -151,39 +96,31 @@ def same_files(files: list[Path | None], paths: Sequence[str], folder: Path) -> 
     return [places.get(file and file_id(file), -1) for file in files]
 
 
-# ------------------------------------------------------------------------------------------------ nearest
-
-
 @torch.inference_mode()
 def nearest(
     queries: torch.Tensor, gallery: torch.Tensor, top: int, left_out: Sequence[int], max_block: int = 2**22
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `top` rows of the gallery `(N, d)` that are most similar to each of the queries `(Q, d)`.
 
-    Returns their similarities `(Q, top) float32` and their numbers `(Q, top) int64`; among equally similar ones, the
+    Returns their similarities `(Q, top) float64` and their numbers `(Q, top) int64`; among equally similar ones, the
     first in the gallery comes first. Similarities are rounded to 1e-6: the order in which products were summed up
     should break no tie. `left_out` `(Q,)` is the place of each query itself in the gallery, or -1; its similarity is
-    -inf. At most `max_block` similarities are held at a time, 4 bytes each, but at least one query's.
+    ITSELF. At most `max_block` similarities are held at a time, but at least one query's.
     """
-    similarities = np.empty((len(queries), top), np.float32)
-    numbers = np.empty((len(queries), top), np.int64)
-    left_out = torch.as_tensor(left_out, device=gallery.device)
-    for start, stop in spans(0, len(queries), max(1, max_block // len(gallery))):
+    size = len(gallery)
+    best = torch.empty((len(queries), top), dtype=torch.int64)
+    left_out = torch.as_tensor(left_out)
+    for start, stop in spans(0, len(queries), max(1, max_block // size)):
         with full_float32(gallery.device.type):
-            products = queries[start:stop].to(gallery.device) @ gallery.T
-        block = products.mul_(1e6).round_().div_(1e6)
+            products = (queries[start:stop].to(gallery.device) @ gallery.T).cpu()
         itself = left_out[start:stop]
         inside = torch.nonzero(itself >= 0)[:, 0]
-        block[inside, itself[inside]] = -torch.inf
-        # All that reach the last place, sorted by row, similarity and number. The first `top` of each row remain.
-        reaching = block >= block.topk(top).values[:, -1:]
-        rows, columns = (indices.cpu().numpy() for indices in torch.nonzero(reaching, as_tuple=True))
-        values = block[reaching].cpu().numpy()
-        order = np.lexsort((columns, -values, rows))
-        places = np.searchsorted(rows[order], np.arange(stop - start))[:, None] + np.arange(top)
-        similarities[start:stop] = values[order[places]]
-        numbers[start:stop] = columns[order[places]]
-    return similarities, numbers
+        products[inside, itself[inside]] = ITSELF
+        # One integer holds a similarity and, for ties, how far in front the image is.
+        keys = (products * 1e6).round().long() * size - torch.arange(size)
+        best[start:stop] = keys.topk(top).values
+    numbers = -best % size
+    return ((best + numbers) // size / 1e6).double().numpy(), numbers.numpy()
 
 
 # ------------------------------------------------------------------------------------------------ the searcher
@@ -204,8 +141,10 @@ class Searcher:
         index: where the index of the gallery is kept; None: in the run folder.
         refresh: "always" embeds new and changed photos first, "never" searches the index as it is, "moved" goes on with
             the index of a folder that has another place now.
+
+    Attributes that may be set before the first search:
         ann: whether to search by LanceDB's approximate index, where there are photos enough for one.
-        data_path: where the data sets are; None: as in training.
+        data_path: where the data sets are; at first as in training.
 
     Raises InputError, one sentence, for what cannot be used. Several threads may search at once.
     """
@@ -220,37 +159,42 @@ class Searcher:
         device: str | torch.device = "auto",
         index: str | Path | None = None,
         refresh: str = "always",
-        ann: bool = False,
-        data_path: str | Path | None = None,
     ):
-        if embedding not in EMBEDDINGS:
-            raise InputError(f"embedding has to be one of {', '.join(EMBEDDINGS)}, not {embedding!r}")
-        if refresh not in REFRESHES:
-            raise InputError(f"refresh has to be one of {', '.join(REFRESHES)}, not {refresh!r}")
-        if num_members is not None and num_members < 1:
-            raise InputError("num_members has to be at least 1")
-        if refresh == "moved" and gallery is not None and index is None:
+        for name, value, values in (("embedding", embedding, EMBEDDINGS), ("refresh", refresh, REFRESHES)):
+            if value not in values:
+                raise InputError(f"{name} has to be one of {', '.join(values)}, not {value!r}")
+        if refresh == "moved" and index is None:
             raise InputError("refresh moved needs index: the place of the index that was made before the move")
-        self.run = read_run(Path(run), num_members)
+        if (index or refresh != "always") and not photo_index.is_installed():
+            raise InputError("an index needs LanceDB: pip install lancedb")
+        try:
+            self.run = read_run(Path(run), num_members)
+            self.device = pick_device(str(device))
+        except InputError as error:  # which speaks of the option
+            raise InputError(str(error).removeprefix("--")) from None
         self.embedding = embedding
-        self.device = pick_device(str(device))
-        self.data_path = self.run.data_path(data_path and Path(data_path))
-        self.data_folder = self.data_path / self.run.settings.data_name
+        self.data_path = self.run.data_path(None)
         self.photos = None if gallery is None else Path(gallery)
+        self.test = self.run.test.assign(row=range(len(self.run.test)))
         self.refresh = refresh
-        self.ann = ann
+        self.ann = False
         self.index = None
         self.lock = threading.Lock()
         if self.photos is None:
-            if not len(self.run.test):
+            if not len(self.test):
                 raise InputError(f"{run}: its data set has no test images to search: name a gallery")
             self.run.require(embedding)
         elif refresh != "never" and not self.photos.is_dir():
             raise InputError(f"gallery {gallery}: no such folder")
-        elif is_installed():
-            model = model_checksum(self.run, embedding)
-            place = Path(index) if index else self.run.folder / "index" / index_name(self.photos, model)
+        elif photo_index.is_installed():
+            model = photo_index.model_checksum(self.run, embedding)
+            place = Path(index) if index else photo_index.default_place(self.run.folder, self.photos, model)
             self.index = PhotoIndex(self.photos, place, model, refresh == "moved")
+
+    @property
+    def data_folder(self) -> Path:
+        """Where the raw data set is, or was."""
+        return self.data_path / self.run.settings.data_name
 
     @functools.cached_property
     def ensemble(self) -> Ensemble:
@@ -267,25 +211,41 @@ class Searcher:
     def fresh_index(self) -> PhotoIndex:
         """The index of the gallery, refreshed."""
         if self.refresh != "never":
-            self.index.refresh(lambda: self.ensemble, self.ann)
-        if self.ann and not self.index.has_vector_index():
-            print(f"{self.photos}: no vector index yet, or too few photos for one: the search is exact")
-            self.ann = False
+            self.index.refresh(self.embed, self.run.settings.image_spec, self.ann)
         return self.index
 
     @functools.cached_property
     def gallery(self) -> Gallery:
         """All that is searched."""
         if self.photos is None:
-            rows = np.flatnonzero(self.run.test.is_gallery)
-            vectors = self.saved if len(rows) == len(self.saved) else self.saved[rows]
-            return Gallery(self.data_folder, [], vectors, self.run.test, rows)
-        if self.index is None:
-            print(f"note: every search embeds {self.photos} anew; an index would keep that: pip install lancedb")
-            paths, vectors = embed_folder(self.photos, lambda: self.ensemble)
-        else:
-            paths, vectors = self.fresh_index.read()
-        return Gallery(self.photos, paths, vectors.to(self.device))
+            table = self.test[self.test.is_gallery]
+            return Gallery(table, self.saved[torch.tensor(table.row.to_numpy())])
+        if self.index is not None:
+            return self.photo_gallery(*self.fresh_index.read())
+        print(f"note: every search embeds {self.photos} anew; an index would keep that: pip install lancedb")
+        return self.photo_gallery(*embed_folder(self.photos, self.embed, self.run.settings.image_spec))
+
+    def photo_gallery(self, paths: list[str], vectors: torch.Tensor) -> Gallery:
+        """A gallery of photos, by their paths relative to the folder."""
+        table = pd.DataFrame({"path": paths, "class_name": [class_of(path) for path in paths]}, dtype=object)
+        return Gallery(table.assign(row=-1), vectors.to(self.device))
+
+    def item(self, table: pd.DataFrame, place: int, name: str | None = None) -> Item:
+        """An image of a gallery's table, or of `test`. It is made when it is asked for: a search needs a few."""
+        path, class_name, row = (table[column].iloc[place] for column in ("path", "class_name", "row"))
+        if row >= 0:
+            return Item(name or path, path, class_name, self.data_folder / path, int(row))
+        file = self.photos / path
+        return Item(str(file), str(file), class_name, file)
+
+    @torch.inference_mode()
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Images `(N, S, S, 3) uint8` -> rows `(N, d) float32` on the CPU. Raises RunError if they are not finite."""
+        network = self.ensemble
+        rows = with_less_memory(lambda size: torch.cat([network(x).cpu() for x in images.split(size)]), len(images))
+        if not torch.isfinite(rows).all():
+            raise RunError("the embedding of some images is not finite")
+        return rows
 
     # -------------------------------------------------------------------------------------------- queries
 
@@ -295,7 +255,7 @@ class Searcher:
 
     def find_many(
         self,
-        queries: Sequence[Query] | Sequence[Item],
+        queries: Sequence[Query],
         top: int = 8,
         far: float | None = None,
         threshold: float | None = None,
@@ -309,146 +269,140 @@ class Searcher:
         """
         if isinstance(queries, str | Path):  # "/a.jpg" would be a list of letters, and "/" the whole disk
             raise InputError(f"find_many takes a list of queries, not {str(queries)!r}: use find")
-        if top < 1:
-            raise InputError("top has to be at least 1")
-        if threshold is not None and not math.isfinite(threshold):
-            raise InputError(f"threshold has to be a number, not {threshold}")
         if far is not None:
-            threshold = self.threshold(far).value
+            threshold = read_threshold(self.run, self.embedding, far).value
         bad: list[str] = []
         with self.lock:
-            items, rows = self.embed(self.items(queries, bad), bad)
+            items, rows = self.embed_queries(self.items(queries, bad), bad)
             if problems is None:
                 refuse("query", bad)
             else:
                 problems += bad
-            if not items:
-                return []
-            index = self.fresh_index if self.index else None
-            if index is None or not self.ann:
+            if items and not (self.ann and self.index):
                 return self.answers(items, rows, self.gallery, top, threshold)
             answers = []
             for item, row in zip(items, rows, strict=True):
-                nearby = Gallery(self.photos, *index.read(row, top + 8))
-                answers += self.answers([item], row[None], nearby, top, threshold)
+                nearby = self.photo_gallery(*self.fresh_index.read(row, top + NUM_MORE))
+                answers += self.answers([item], [row], nearby, top, threshold)
             return answers
 
-    def threshold(self, far: float) -> Threshold:
-        """The threshold that evaluate.py has measured for a false-accept rate."""
-        if not len(self.run.test):
-            raise InputError(f"{self.run.folder}: its data set has no test images, and so no thresholds: name a value")
-        return read_threshold(self.run, self.embedding, far)
-
-    def items(self, queries: Sequence[Query] | Sequence[Item], problems: list[str]) -> list[Item]:
+    def items(self, queries: Sequence[Query], problems: list[str]) -> list[Item]:
         """The images that are asked for. The file of a test image counts as that test image."""
-        if all(isinstance(query, Item) for query in queries):
-            return list(queries)
         items = []
         for query in queries:
             try:
                 items += self.items_of(query, problems)
             except InputError as error:
-                problems.append(str(error).removeprefix("query "))
+                problems.append(str(error))
         files = [None if item.row is not None else item.file for item in items]
-        rows = same_files(files, self.run.test.path.tolist(), self.data_folder) if any(files) else []
+        rows = same_files(files, self.test.path.tolist(), self.data_folder) if any(files) else []
         for place, row in enumerate(rows):
             if row >= 0:
-                items[place] = test_item(self.run.test, self.data_folder, row, items[place].name)
+                items[place] = self.item(self.test, row, items[place].name)
         return items
 
     def items_of(self, query: Query, problems: list[str]) -> list[Item]:
         """The image of one query, or the photos of a folder. Raises InputError if there is none."""
-        if isinstance(query, Image.Image | np.ndarray):
-            return [Item("image", "image", None, None, image=image_of(query))]
+        if isinstance(query, np.ndarray):
+            if query.dtype != np.uint8 or query.ndim != 3 or query.shape[2] not in (3, 4):
+                raise InputError(f"image: an array has to be (H, W, 3) uint8, not {query.shape} {query.dtype}")
+            query = Image.fromarray(query)
+        if isinstance(query, Image.Image):
+            if query.mode == "F":
+                raise InputError("image: floating-point grey values have no defined black and white")
+            return [Item("image", "image", None, None, image=query)]
         name = f"test:{query}" if isinstance(query, int | np.integer) else str(query)
         if not is_utf8(name):
             raise InputError(f"{name!a}: the name is not valid UTF-8")
         if name.startswith("test:"):
             number = name.removeprefix("test:")
-            if not number.isascii() or not number.isdigit() or int(number) >= len(self.run.test):
-                rows = f"INDEX has to be a row of test.csv, in 0..{len(self.run.test) - 1}"
-                raise InputError(f"{name}: {rows if len(self.run.test) else 'the data set has no test images'}")
-            return [test_item(self.run.test, self.data_folder, int(number), name)]
+            if not number.isdecimal() or int(number) >= len(self.test):
+                raise InputError(f"{name}: the test split has {len(self.test):,} images, the first is test:0")
+            return [self.item(self.test, int(number), name)]
         if os.path.isdir(name):  # unlike Path.is_dir, also for a text that is too long for a name
-            return [photo_item(Path(name), photo.path) for photo in list_photos("query", Path(name), problems)]
+            files = [(Path(name, photo.path), class_of(photo.path)) for photo in list_photos(Path(name), problems)]
+            return [Item(str(file), str(file), class_name, file) for file, class_name in files]
         if not os.path.isfile(name):
             raise InputError(f"{name}: no such image or folder (test:INDEX for a test image)")
         return [Item(name, name, None, Path(name))]
 
-    def embed(self, items: list[Item], problems: list[str]) -> tuple[list[Item], torch.Tensor | None]:
-        """The images that can be used, and their embeddings `(N, d)`. What is wrong with others goes to `problems`."""
+    def embed_queries(self, items: list[Item], problems: list[str]) -> tuple[list[Item], list[torch.Tensor]]:
+        """The images that can be used, and their embeddings `(d,)`. What is wrong with others goes to `problems`."""
+        spec = self.run.settings.image_spec
+
+        def read(place: int) -> np.ndarray:
+            item = items[place]
+            if item.image is None:
+                return read_pixels(item.file, spec)
+            return resize_test(to_rgb(item.image.copy()), spec)  # a copy: `to_rgb` may turn the image
+
         rows = {place: self.saved[item.row].cpu() for place, item in enumerate(items) if item.row is not None}
         files = [place for place in range(len(items)) if place not in rows]
-
-        def read(place: int, spec: ImageSpec) -> np.ndarray:
-            item = items[place]
-            return read_pixels(item.file, spec) if item.image is None else resize_test(to_rgb(item.image), spec)
-
-        for batch in embed_images(files, read, lambda: self.ensemble, "query"):
-            problems += [str(row) for _, row in batch if isinstance(row, BadImage)]
-            rows |= {place: row for place, row in batch if not isinstance(row, BadImage)}
+        for batch in embed_images(files, read, self.embed, "query", problems):
+            rows |= batch
         good = sorted(rows)
-        return [items[place] for place in good], torch.stack([rows[place] for place in good]) if good else None
+        return [items[place] for place in good], [rows[place] for place in good]
 
     # -------------------------------------------------------------------------------------------- answers
 
     def answers(
-        self, queries: list[Item], rows: torch.Tensor, gallery: Gallery, top: int, threshold: float | None
+        self, queries: list[Item], rows: list[torch.Tensor], gallery: Gallery, top: int, threshold: float | None
     ) -> list[Answer]:
-        """The neighbours of each query; row i of `rows` embeds query i."""
+        """The neighbours of each query; `rows` are the queries' embeddings."""
+        table = gallery.table
         least = -math.inf if threshold is None else round(1e6 * threshold)
-        places = gallery.places_of(queries)
-        similarities, numbers = nearest(rows, gallery.vectors, min(top, len(gallery.vectors)), places)
+        classes = set(table.class_name) - {None}
+        test_classes = set(self.test.class_name)
+        if self.photos is None:
+            places = pd.Index(table.row).get_indexer([-1 if query.row is None else query.row for query in queries])
+        else:
+            places = same_files([query.file for query in queries], table.path.tolist(), self.photos)
+        similarities, numbers = nearest(torch.stack(rows), gallery.vectors, min(top, len(table)), places)
         answers = []
         for query, place, values, near in zip(queries, places, similarities.tolist(), numbers.tolist(), strict=True):
-            if query.class_name is None and place >= 0:  # a photo that lies in the gallery has its class
-                query = query._replace(class_name=gallery.item(place).class_name)
+            if query.row is None and place >= 0:  # a photo that lies in the gallery has the class that it has there
+                query = query._replace(class_name=table.class_name.iloc[place])
+            # Folders that are no classes of the run or, for two photos, of the gallery are not known as classes.
+            known = test_classes if query.row is not None or self.photos is None else classes
             neighbours = []
-            for value, item in zip(values, map(gallery.item, near), strict=True):
-                if value > -math.inf:  # else it is the query itself
-                    right = self.is_right(query, item)
-                    found = round(1e6 * value) >= least
-                    neighbours.append(Neighbour(item.path, item.class_name, item.file, item.row, value, right, found))
+            for value, item in zip(values, (self.item(table, each) for each in near), strict=True):
+                if value != ITSELF:
+                    both_known = {query.class_name, item.class_name} <= known
+                    right = query.class_name == item.class_name if both_known else None
+                    neighbours.append(Neighbour(*item[1:5], value, right, round(1e6 * value) >= least))
             answers.append(Answer(query, neighbours, threshold))
         return answers
 
-    def is_right(self, query: Item, item: Item) -> bool | None:
-        """Whether an image is of the query's class; None where one of the classes is not known.
-
-        A folder's name says nothing of a test image's class, unless it is that of a class of the test split.
-        """
-        if query.class_name is None or item.class_name is None:
-            return None
-        if (query.row is None) != (item.row is None):
-            of_folder = query if query.row is None else item
-            if of_folder.class_name not in self.class_names:
-                return None
-        return query.class_name == item.class_name
-
     @functools.cached_property
-    def class_names(self) -> set[str]:
-        """The classes of the test images."""
-        return set(self.run.test.class_name)
+    def test_queries(self) -> pd.DataFrame:
+        """The queries of the test split and their first neighbours.
 
-    def confident_errors(self) -> tuple[list[int], int]:
-        """The test queries whose first neighbour is of another class, those first that are most similar to it.
-
-        Returns their rows in test.csv and how many queries were searched for: not those whose class has no other image
-        in the gallery, which can find nothing right.
+        Columns: row and neighbour (rows of test.csv), similarity, class_name, neighbour_class, right, and counted:
+        whether there is anything right to find.
         """
         split = self.run.split
         masks = {"is_query": split.is_query, "is_gallery": split.is_gallery}
         neighbours, similarities = first_neighbours(self.saved, split.labels, **masks)
-        queries = torch.nonzero(split.is_query)[:, 0]
-        counted = ~unmatched_queries(*split)[queries]
-        wrong = counted & (split.labels[neighbours] != split.labels[queries])
-        order = torch.argsort(similarities[wrong], descending=True, stable=True)
-        return queries[wrong][order].tolist(), int(counted.sum())
+        names = self.test.class_name.to_numpy()
+        table = pd.DataFrame({"row": np.flatnonzero(split.is_query), "neighbour": neighbours.numpy()})
+        table["similarity"] = similarities.numpy()
+        table["class_name"] = names[table.row]
+        table["neighbour_class"] = names[table.neighbour]
+        table["counted"] = ~unmatched_queries(*split)[split.is_query].numpy()
+        table["right"] = (split.labels[split.is_query] == split.labels[neighbours]).numpy() & table.counted
+        return table
+
+    @functools.cached_property
+    def confident_errors(self) -> pd.DataFrame:
+        """The rows of `test_queries` with a wrong neighbour, the most similar first."""
+        wrong = self.test_queries[~self.test_queries.right & self.test_queries.counted]
+        return wrong.sort_values("similarity", ascending=False, kind="stable")
 
 
-def refuse(name: str, problems: list[str]) -> None:
+def refuse(name: str, problems: list[str], num_answered: int = 0) -> None:
     """Raise InputError that says all that is wrong with some images, if anything is."""
+    rest = f" (answered: {num_answered:,} others)" if num_answered else ""
     if len(problems) == 1:
-        raise InputError(f"{name}: {problems[0]}")
+        raise InputError(f"{name}: {problems[0]}{rest}")
     if problems:
-        raise InputError(f"{name}: {len(problems):,} problems:{format_problems(problems, len(problems))}")
+        raise InputError(f"{name}: {len(problems):,} problems{rest}:{format_problems(problems, len(problems))}")

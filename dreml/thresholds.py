@@ -25,9 +25,6 @@ class Threshold(NamedTuple):
     gallery: int | None = None  # images of the gallery that it was measured in
 
 
-# ------------------------------------------------------------------------------------------------ computing them
-
-
 def threshold_at(others: torch.Tensor, far: float) -> float | None:
     """The similarity from which on a share `far` of wrong neighbours would count as found.
 
@@ -42,11 +39,6 @@ def threshold_at(others: torch.Tensor, far: float) -> float | None:
     return (others[allowed].item() + 1) / 1e6 if allowed < len(others) else -1.0
 
 
-def accepted_share(similarities: torch.Tensor, threshold: float) -> float:
-    """The share of these similarities, rounded as in a search, that reach a threshold."""
-    return (torch.round(similarities.double() * 1e6) >= round(threshold * 1e6)).double().mean().item()
-
-
 def found_share(others: torch.Tensor, own: torch.Tensor, threshold: float) -> float:
     """The share of queries whose first neighbour is of their class and reaches the threshold.
 
@@ -54,7 +46,7 @@ def found_share(others: torch.Tensor, own: torch.Tensor, threshold: float) -> fl
     in Recall@K, ties count against the query: at a threshold of -1, this is the Recall@1.
     """
     is_right = others < own - TIE_TOLERANCE
-    return accepted_share(own.where(is_right, -torch.inf), threshold)
+    return (is_right & (torch.round(own.double() * 1e6) >= round(threshold * 1e6))).double().mean().item()
 
 
 def threshold_table(others: torch.Tensor, own: torch.Tensor, fars: tuple[float, ...], num_gallery: int) -> pd.DataFrame:
@@ -72,29 +64,28 @@ def threshold_table(others: torch.Tensor, own: torch.Tensor, fars: tuple[float, 
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
 
-# ------------------------------------------------------------------------------------------------ reading them
-
-
 def read_threshold(run: Run, embedding: str, far: float) -> Threshold:
     """The threshold of a run for a false-accept rate, from thresholds.csv, which evaluate.py writes.
 
     Raises InputError where the file, or the row, is not there.
     """
+    num_queries = int(run.test.is_query.sum())
+    if not num_queries:
+        raise InputError(f"{run.folder}: its data set has no test images, and so no thresholds: name a value")
     path = run.folder / f"thresholds{SUFFIXES[embedding]}.csv"
     option = "" if embedding == "logits" else f" --embedding {embedding}"
     remedy = f"make it with: python evaluate.py {shlex.quote(str(run.folder))}{option}"
     try:
         table = pd.read_csv(path, usecols=list(COLUMNS), dtype=COLUMNS)
-    except FileNotFoundError:
-        raise InputError(f"a false-accept rate needs {path}, which is missing; {remedy}") from None
     except (ValueError, OSError) as error:
-        raise InputError(f"{path} is damaged ({one_line(error)}); {remedy}") from None
+        raise InputError(f"far needs {path}, which is missing or damaged ({one_line(error)}); {remedy}") from None
     table = table[table.ensemble_size == run.num_members]
     rows = table[np.isclose(table.far, far, rtol=1e-6, atol=0)]
-    if not len(rows):
-        known = ", ".join(f"{value:g}" for value in table.far) or "none, or too few queries"
-        raise InputError(
-            f"{path} has no threshold for {run.num_members} members and the false-accept rate {far:g}, but {known}; "
-            "evaluate.py makes it, or give a threshold"
-        )
-    return Threshold(float(rows.threshold.iloc[0]), far, int(rows.gallery.iloc[0]))
+    if len(rows):
+        return Threshold(float(rows.threshold.iloc[0]), far, int(rows.gallery.iloc[0]))
+    needed = math.ceil(FEWEST_ABOVE / far)
+    reason = f"it needs {needed:,} test queries, and there are {num_queries:,}" if needed > num_queries else remedy
+    known = " or ".join(f"{value:g}" for value in table.far)
+    if known:
+        reason += f"; what would do: far {known}, or a threshold of your own"
+    raise InputError(f"{path} has no threshold for far {far:g} and ensemble size {run.num_members}: {reason}")

@@ -442,9 +442,9 @@ class Indexed:
     def index(self, model: str = "m" * 64, **options) -> PhotoIndex:
         return PhotoIndex(self.photos, self.place, model, **options)
 
-    def refresh(self) -> dict[str, int]:
-        """The counts of a refresh that are not 0."""
-        return {kind: number for kind, number in self.index().refresh(lambda: self.ensemble).items() if number}
+    def refresh(self, **options) -> int:
+        """How many photos were embedded."""
+        return self.index(**options).refresh(self.ensemble, self.ensemble.image_spec)
 
     def check(self) -> None:
         """The index is what the folder says."""

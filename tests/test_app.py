@@ -44,11 +44,12 @@ def site(_small_runs, tiny_data, tmp_path_factory):
         patch.setattr(model, "build_model", build_small_model)
         patch.setattr(thresholds, "FEWEST_ABOVE", 1)
         run = shutil.copytree(_small_runs[0], folder / "tiny_run")  # it gets an index
-        searcher = Searcher(run, gallery=folder / "photos", device="cpu", data_path=tiny_data)
-        search = app.Search(searcher, learned.learn(searcher))
-        page = app.build_page(search, "tiny")
+        searcher = Searcher(run, gallery=folder / "photos", device="cpu")
+        searcher.data_path = tiny_data
+        found = learned.Learned(searcher)
+        page = app.build_page(searcher, found, "tiny")
         app.serve(page, "127.0.0.1", port, max_upload=1)
-        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", folder=folder, search=search)
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", folder=folder, searcher=searcher, learned=found)
         page.close(verbose=False)
 
 
@@ -91,7 +92,7 @@ def test_eight_people_at_once_get_their_own_answers(site, tmp_path):
     files = [tmp_path / f"{number}.png" for number in range(8)]
     for number, file in enumerate(files):
         save_image(file, 100 + number)
-    expected = [[each.similarity for each in site.search.searcher.find(file, top=4)] for file in files]
+    expected = [[each.similarity for each in site.searcher.find(file, top=4)] for file in files]
     with ThreadPoolExecutor(8) as people:
         answers = list(people.map(lambda file: drop(site.url, file), files * 2))
     for (captions, _), similarities in zip(answers, expected * 2, strict=True):
@@ -161,7 +162,7 @@ def test_the_page_in_a_browser(site, tmp_path):
     save_image(photo, 5)
 
     def similarities(query: object, top: int) -> list[str]:
-        return [f"{each.similarity:.3f}" for each in site.search.searcher.find(query, top=top)]
+        return [f"{each.similarity:.3f}" for each in site.searcher.find(query, top=top)]
 
     with playwright.sync_playwright() as browsers:
         browser = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -181,9 +182,9 @@ def test_the_page_in_a_browser(site, tmp_path):
             page.fill(f"#{slider} input[type=number]", value)
             page.locator(f"#{slider} input[type=number]").blur()
             wait_for_grid(similarities(photo, 3))
-        threshold = thresholds.threshold_at(site.search.learned.others, 0.2)
+        threshold = thresholds.threshold_at(site.learned.others, 0.2)
         playwright.expect(page.locator("#text")).to_contain_text(f"reach the threshold, {threshold:.3f}")
-        neighbour = list(site.search.searcher.find(photo, top=3))[1]
+        neighbour = list(site.searcher.find(photo, top=3))[1]
         page.locator("#grid button.thumbnail-item").nth(1).click()
         wait_for_grid(similarities(neighbour.file if neighbour.row is None else neighbour.row, 3))
         playwright.expect(page.locator("#text")).to_contain_text(f"Class of the query: {neighbour.class_name}")
@@ -192,12 +193,12 @@ def test_the_page_in_a_browser(site, tmp_path):
         wait_for_grid(similarities(7, 3))
 
         page.get_by_role("tab", name="What the run has learned").click()
-        number = min(len(site.search.learned.errors), learned.NUM_SHOWN)
+        number = min(len(site.searcher.confident_errors), learned.NUM_SHOWN)
         playwright.expect(page.locator("#errors .caption-label")).to_have_count(number, timeout=30_000)
         plane = page.locator("#map img")
         plane.wait_for()
         box = plane.bounding_box()
-        _, places = site.search.learned.map_points("PCA")
+        _, places = site.learned.map_points("PCA")
         x, y = (places[7] * box["width"] / learned.MAP_SIZE).tolist()
         plane.click(position={"x": x, "y": y})
         playwright.expect(page.locator("#point_text")).to_contain_text("test image 7:")

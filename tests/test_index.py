@@ -9,14 +9,14 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from builders import PHOTO_NAMES, ColorEnsemble, index_rows, refused, save_colors, save_image
+from builders import PHOTO_NAMES, ColorEnsemble, embed_files, index_rows, refused, save_colors, save_image
 from faults import check_index_kills
 from PIL import Image
 
 import retrieve
 from dreml import index as index_module
-from dreml import search
 from dreml.cli import InputError
+from dreml.images import ImageSpec
 from dreml.index import PhotoIndex, model_checksum
 from dreml.runs import read_run
 from dreml.search import Searcher
@@ -33,31 +33,29 @@ def small_batches(monkeypatch):
 
 
 def test_a_folder_is_embedded_once(indexed, capsys):
-    assert indexed.refresh() == {"new": 48}
+    assert indexed.refresh() == 48
     assert indexed.ensemble.batches == [10, 10, 10, 10, 8]
     indexed.check()
-    assert "48 photos, 48 new; 48 embedded" in capsys.readouterr().out
-    indexed.index().refresh(lambda: pytest.fail("no ensemble is needed"))
-    assert "48 photos, no changes; 0 embedded" in capsys.readouterr().out
+    assert "48 of 48 photos embedded, 0 removed" in capsys.readouterr().out
+    indexed.index().refresh(lambda images: pytest.fail("nothing is to be embedded"), ImageSpec(8))
+    assert "0 of 48 photos embedded, 0 removed" in capsys.readouterr().out
 
 
 def test_only_new_and_changed_photos_are_embedded(indexed, capsys):
     """Those that were only touched keep their vectors; quotes in a name do no harm."""
     indexed.refresh()
     before, photos = index_rows(indexed.place), indexed.photos
-    indexed.ensemble.batches.clear()
     save_colors(photos, ["new/1.png", "new/it's.png", "new/3.png"], seed=1)
     save_colors(photos, ["ant/00.png", "ant/01.png"], seed=2)
     os.utime(photos / "bee" / "03.png", ns=(0, 12345))
     for number in range(5):
         (photos / "cat" / f"0{number}.png").unlink()
-    assert indexed.refresh() == {"new": 3, "changed": 2, "removed": 5}
-    assert indexed.ensemble.num_embedded == 5
+    assert indexed.refresh() == 5
     indexed.check()
     assert index_rows(indexed.place)["bee/03.png"]["vector"] == before["bee/03.png"]["vector"]
-    assert "46 photos, 3 new, 2 changed, 5 removed; 5 embedded" in capsys.readouterr().out
+    assert "5 of 46 photos embedded, 5 removed" in capsys.readouterr().out
     (photos / "new" / "it's.png").unlink()
-    assert indexed.refresh() == {"removed": 1}
+    assert indexed.refresh() == 0
     indexed.check()
 
 
@@ -71,7 +69,7 @@ def test_a_change_that_keeps_size_or_time_is_seen(indexed):
     os.utime(first, ns=(times, times))
     Image.new("RGB", (8, 8), "blue").save(second, "BMP")
     os.utime(second, ns=(0, 12345))
-    assert second.stat().st_size == size and indexed.refresh()["changed"] == 2
+    assert second.stat().st_size == size and indexed.refresh() == 2
     indexed.check()
 
 
@@ -81,13 +79,12 @@ def test_bad_files_are_skipped_and_named(indexed, capsys):
     (indexed.photos / "ant" / "00.png").write_text("no longer an image")
     (indexed.photos / "pipe.png").mkdir()  # a folder, whose name is no matter
     os.mkfifo(indexed.photos / "fifo.png")  # whoever opens it waits without end
-    assert indexed.refresh() == {"new": 47}
+    assert indexed.refresh() == 47
     error = capsys.readouterr().err
-    assert "25 files cannot be used:" in error and "fifo.png: not a regular file" in error
+    assert "files that cannot be used (25):" in error and "fifo.png: not a regular file" in error
     assert "ant/00.png: unreadable" in error and "  … and 5 more" in error and error.count("\n") == 22
-    assert "ant/00.png" not in index_rows(indexed.place)
     (indexed.photos / "bee" / "00.png").write_text("no longer an image")
-    assert indexed.refresh() == {"removed": 1} and "bee/00.png" not in index_rows(indexed.place)
+    assert indexed.refresh() == 0 and not {"ant/00.png", "bee/00.png"} & index_rows(indexed.place).keys()
 
 
 def test_a_photo_that_changes_while_it_is_read_is_embedded_again(indexed, monkeypatch):
@@ -102,44 +99,35 @@ def test_a_photo_that_changes_while_it_is_read_is_embedded_again(indexed, monkey
     monkeypatch.setattr(index_module, "read_pixels", changing)
     indexed.refresh()
     monkeypatch.setattr(index_module, "read_pixels", read)
-    assert indexed.refresh() == {"changed": 1}
+    assert indexed.refresh() == 1
     indexed.check()
 
 
-def test_a_refresh_that_is_cut_off_goes_on(indexed, tmp_path, monkeypatch):
+def test_a_refresh_that_is_cut_off_goes_on(indexed, monkeypatch):
     """After every number of batches; bad, changed and removed photos among them. The stored ones are not made again."""
-
-    class Cut(Exception):
-        pass
-
     (indexed.photos / "ant" / "bad.jpg").write_text("no image")
     indexed.refresh()
-    start = tmp_path / "start"
-    shutil.copytree(indexed.place, start)
-    save_colors(indexed.photos, [f"{place}/new{number}.png" for place in ("ant", "dog") for number in range(9)], seed=1)
-    save_colors(indexed.photos, ["bee/00.png", "bee/01.png"], seed=2)
-    (indexed.photos / "cat" / "03.png").unlink()
     write = PhotoIndex.write
     for kept in range(3):
-        shutil.rmtree(indexed.place)
-        shutil.copytree(start, indexed.place)
+        names = [f"{place}/{kept}new{number}.png" for place in ("ant", "dog") for number in range(9)]
+        save_colors(indexed.photos, names, seed=3 * kept + 1)
+        save_colors(indexed.photos, ["bee/00.png", "bee/01.png"], seed=3 * kept + 2)
+        (indexed.photos / "cat" / f"0{kept}.png").unlink()
         calls = []
 
         def cut(self, *arguments, calls=calls, kept=kept):
             calls.append(1)
             if len(calls) > kept:
-                raise Cut
+                raise KeyboardInterrupt
             write(self, *arguments)
 
         monkeypatch.setattr(PhotoIndex, "write", cut)
-        with pytest.raises(Cut):
+        with pytest.raises(KeyboardInterrupt):
             indexed.refresh()
         monkeypatch.setattr(PhotoIndex, "write", write)
         paths, _ = indexed.index().read()  # searchable as it is, each photo once
         assert len(paths) == len(set(paths))
-        indexed.ensemble.batches.clear()
-        indexed.refresh()
-        assert indexed.ensemble.num_embedded == 20 - max(0, 10 * kept - 1)
+        assert indexed.refresh() == 20 - max(0, 10 * kept - 1)
         indexed.check()
 
 
@@ -147,15 +135,15 @@ def test_two_at_once_share_the_index(indexed, capsys):
     """The second one waits, and finds everything done."""
     ensembles, started = [ColorEnsemble(), ColorEnsemble()], threading.Event()
 
-    def load_first():
+    def embed_slowly(images):
         started.set()
-        time.sleep(0.2)
-        return ensembles[0]
+        time.sleep(0.1)
+        return ensembles[0](images)
 
-    first = threading.Thread(target=lambda: indexed.index().refresh(load_first))
+    first = threading.Thread(target=lambda: indexed.index().refresh(embed_slowly, ImageSpec(8)))
     first.start()
     assert started.wait(10)
-    indexed.index().refresh(lambda: ensembles[1])
+    indexed.index().refresh(ensembles[1], ImageSpec(8))
     first.join()
     assert [ensemble.num_embedded for ensemble in ensembles] == [48, 0]
     assert "another process works on" in capsys.readouterr().out
@@ -178,7 +166,6 @@ def test_old_versions_do_not_pile_up(indexed, monkeypatch):
         indexed.refresh()
     with indexed.index().opened() as table:
         assert len(table.list_versions()) <= 6
-    indexed.check()
 
 
 # ------------------------------------------------------------------------------------------------ search
@@ -198,10 +185,10 @@ def test_an_index_finds_what_a_search_without_index_finds(small_run, tmp_path, m
     save_image(tmp_path / "elsewhere.png")
     queries = [0, photos / PHOTO_NAMES[10], tmp_path / "link.png", tmp_path / "elsewhere.png"]
     with_index = Searcher(small_run, **options).find_many(queries, top=40)
-    monkeypatch.setattr(search, "is_installed", lambda: False)
-    without = Searcher(small_run, **options).find_many(queries, top=40)
+    monkeypatch.setattr(index_module, "is_installed", lambda: False)
+    without = Searcher(small_run, photos, device="cpu").find_many(queries, top=40)
     for one, other, number in zip(with_index, without, (32, 31, 31, 32), strict=True):
-        assert one.class_name == other.class_name and len(one.neighbours) == number
+        assert one.query.class_name == other.query.class_name and len(one.neighbours) == number
         assert [each.path for each in one] == [each.path for each in other]
         np.testing.assert_allclose([each.similarity for each in one], [each.similarity for each in other], atol=2e-6)
 
@@ -212,13 +199,15 @@ def test_approximate_search(small_run, tmp_path, capsys):
     names = [f"{number % 9}/{number}.png" for number in range(1100)]
     save_colors(photos, names[:900])
     options = {"gallery": photos, "index": tmp_path / "index", "device": "cpu"}
-    few = Searcher(small_run, **options, ann=True).find(0)
-    assert "the search is exact" in capsys.readouterr().out
-    assert few == Searcher(small_run, **options).find(0)
+    exact, approximate = Searcher(small_run, **options), Searcher(small_run, **options)
+    approximate.ann = True
+    assert approximate.find(0) == exact.find(0) and "the search is exact" in capsys.readouterr().out
     save_colors(photos, names, seed=3)
     queries = [*range(6), photos / names[57]]
     for _ in range(2):
-        found = Searcher(small_run, **options, ann=True).find_many(queries)
+        approximate = Searcher(small_run, **options)
+        approximate.ann = True
+        found = approximate.find_many(queries)
         exact = Searcher(small_run, **options, refresh="never").find_many(queries)
         shared = [
             len({each.path for each in one} & {each.path for each in two})
@@ -226,7 +215,7 @@ def test_approximate_search(small_run, tmp_path, capsys):
         ]
         assert sum(shared) >= 50 and "the search is exact" not in capsys.readouterr().out
         assert all(len(answer.neighbours) == 8 for answer in found)
-        assert str(photos / names[57]) not in {each.path for each in found[6]} and found[6].class_name == "3"
+        assert str(photos / names[57]) not in {each.path for each in found[6]} and found[6].query.class_name == "3"
         for name in names[:50]:
             (photos / name).unlink(missing_ok=True)
         save_colors(photos, [f"dog/new{number}.png" for number in range(60)], seed=4)
@@ -236,7 +225,7 @@ def test_approximate_search(small_run, tmp_path, capsys):
 
 
 def test_an_index_of_another_model_or_folder_is_refused_and_left_alone(indexed, tmp_path):
-    """An index moves with its folder when that is said: photos of the same size and time are not embedded again."""
+    """An index moves with its folder when that is said: photos of the same content are not embedded again."""
     indexed.refresh()
     before = index_rows(indexed.place)
     with pytest.raises(InputError, match=r"^index .* is of another model, .*delete it$"):
@@ -246,12 +235,38 @@ def test_an_index_of_another_model_or_folder_is_refused_and_left_alone(indexed, 
     with pytest.raises(InputError, match=r"^index .* is of the photos in .*photos: .* search once with refresh moved$"):
         indexed.index()
     assert index_rows(indexed.place) == before
-    counts = indexed.index(moved=True).refresh(lambda: pytest.fail("nothing is to be embedded"))
-    assert not any(counts.values())
+    assert indexed.refresh(moved=True) == 0
     indexed.check()
     indexed.index()
     (tmp_path / "link").symlink_to(indexed.photos)
     PhotoIndex(tmp_path / "link", indexed.place, "m" * 64)
+
+
+def test_another_folder_that_is_said_to_be_the_moved_one_is_compared_by_content(indexed, tmp_path):
+    """Also where its photos have the names, sizes and times of the earlier ones, as in ../shared/faults/02."""
+    names = [f"{number}.bmp" for number in range(3)]
+    shutil.rmtree(indexed.photos)
+    for seed, folder in enumerate((indexed.photos, tmp_path / "other")):
+        save_colors(folder, names, seed=seed)
+        for name in names:
+            os.utime(folder / name, (10**9, 10**9))
+    indexed.refresh()
+    indexed.photos = tmp_path / "other"
+    assert indexed.refresh(moved=True) == 3
+    vectors = {name: index_rows(indexed.place)[name]["vector"] for name in names}
+    for name, row in zip(
+        names, embed_files(ColorEnsemble(), [indexed.photos / name for name in names])[0], strict=True
+    ):
+        np.testing.assert_allclose(vectors[name], row, atol=1e-3)
+
+
+def test_a_table_of_another_program_is_refused_and_not_to_be_deleted(indexed):
+    import lancedb
+
+    lancedb.connect(indexed.place).create_table("photos", [{"path": "theirs"}])
+    with pytest.raises(InputError, match=r"^index .* is a table of another program: choose another place$"):
+        indexed.index()
+    assert list(index_rows(indexed.place)) == ["theirs"]
 
 
 def test_the_model_is_all_that_an_embedding_hangs_on(small_run, small_pooled_run, tmp_path, monkeypatch):
@@ -282,9 +297,10 @@ def test_what_is_no_index_is_refused_in_one_line(indexed, tmp_path):
     with pytest.raises(InputError, match=r"there is no index in .* yet: search once with refresh always"):
         indexed.index().read()
     assert not indexed.place.exists()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is not a folder"):
-        PhotoIndex(indexed.photos, tmp_path / "file", "m" * 64)
+    indexed.place.write_text("")
+    with pytest.raises(InputError, match=r"index names another folder"):
+        indexed.refresh()
+    indexed.place.unlink()
     (indexed.place / "photos.lance" / "_versions").mkdir(parents=True)  # of a process that was killed early
     indexed.refresh()
     indexed.check()
@@ -334,7 +350,7 @@ def test_the_command_line(small_run, tmp_path, capsys):
     kept = ["--gallery", str(photos), "--index", str(tmp_path / "index")]
     assert retrieve.main([*query, *kept, "--export"]) == 0
     printed = capsys.readouterr()
-    assert "7 photos, 6 new; 6 embedded" in printed.out and "bad.png: unreadable" in printed.err
+    assert "6 of 7 photos embedded, 0 removed" in printed.out and "bad.png: unreadable" in printed.err
     first = (out / "neighbours.csv").read_text()
     exported = np.load(out / "embedding_gallery.npy")
     assert pd.read_csv(out / "embedding_gallery.csv").path.tolist() == [
@@ -342,7 +358,7 @@ def test_the_command_line(small_run, tmp_path, capsys):
     ]
     (photos / "bad.png").unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "is_installed", lambda: False)
+        patch.setattr(index_module, "is_installed", lambda: False)
         assert retrieve.main([*query, *kept[:2], "--export"]) == 0
     assert (out / "neighbours.csv").read_text() == first
     np.testing.assert_allclose(np.load(out / "embedding_gallery.npy"), exported, atol=1e-6)
@@ -350,12 +366,12 @@ def test_the_command_line(small_run, tmp_path, capsys):
     assert "no such image" in refused(capsys, retrieve, *query, *kept)
     query[2] = "test:0"
     assert retrieve.main([*query, *kept]) == 0
-    assert "4 photos, 2 removed; 0 embedded" in capsys.readouterr().out
+    assert "0 of 4 photos embedded, 2 removed" in capsys.readouterr().out
     shutil.rmtree(photos)
     never = [*query, *kept, "--refresh", "never"]
     assert retrieve.main(never) == 0
-    assert len(pd.read_csv(out / "neighbours.csv")) == 3 and "photos," not in capsys.readouterr().out
-    assert retrieve.main([*never, "--ann"]) == 0 and "the search is exact" in capsys.readouterr().out
+    assert len(pd.read_csv(out / "neighbours.csv")) == 3 and "embedded" not in capsys.readouterr().out
+    assert retrieve.main([*never, "--ann"]) == 0
 
 
 @pytest.mark.xdist_group("processes")

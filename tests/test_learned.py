@@ -1,13 +1,12 @@
 """What a run has learned: errors, classes, confusions and near copies by hand; the map."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from builders import random_embeddings, random_image, write_run
 
 from dreml import learned
+from dreml.learned import Learned
 from dreml.runs import read_run
 from dreml.search import Searcher
 
@@ -17,16 +16,16 @@ def test_errors_classes_and_confusions_by_hand(small_run, tmp_path):
     run = read_run(write_run(tmp_path / "run", small_run, random_embeddings(3)))
     members = [rows / rows.norm(dim=1, keepdim=True) for rows in run.embeddings("logits", torch.device("cpu"))]
     rows = torch.cat(members, 1) / 2**0.5
-    searcher = SimpleNamespace(run=run, embedding="logits", saved=rows, data_folder=tmp_path, data_path=tmp_path)
-    found = learned.learn(searcher)
+    searcher = Searcher(run.folder, device="cpu")
+    found = Learned(searcher)
     labels = run.test.label.to_numpy()
     similarities = (rows @ rows.T).numpy()
     np.fill_diagonal(similarities, -2)
     first = similarities.argmax(1)
     wrong = [row for row in range(len(rows)) if labels[row] != labels[first[row]]]
     wrong.sort(key=lambda row: -similarities[row, first[row]])
-    assert found.errors.row.tolist() == wrong
-    assert found.errors.neighbour.tolist() == first[wrong].tolist()
+    assert searcher.confident_errors.row.tolist() == wrong
+    assert searcher.confident_errors.neighbour.tolist() == first[wrong].tolist()
     names = run.test.class_name.to_numpy()
     shares = {name: 100 * np.mean(labels[first[names == name]] == labels[names == name]) for name in set(names)}
     table = found.classes()
@@ -44,22 +43,28 @@ def test_errors_classes_and_confusions_by_hand(small_run, tmp_path):
 
 
 def test_near_copies_under_two_names_are_found(small_run, tmp_path):
-    """The same picture saved twice, once as JPEG; another error of two different pictures is none."""
+    """The same picture saved twice, once as JPEG of low quality; another error of two different pictures is none."""
     rows = torch.eye(6)[[0, 0, 1, 1, 2, 3]]
-    run = read_run(write_run(tmp_path / "run", small_run, [rows.numpy()], labels=np.array([0, 1, 2, 3, 0, 1])))
-    run.test["path"] = [f"{number}.jpg" for number in range(6)]
+    labels = np.array([0, 1, 2, 3, 0, 1])
+    run = write_run(tmp_path / "run", small_run, [rows.numpy()], labels=labels)
+    searcher = Searcher(run, device="cpu")
+    searcher.data_path = tmp_path
+    searcher.data_folder.mkdir()
     for number, seed in enumerate([1, 1, 2, 3, 4, 5]):
-        random_image(seed, 60, 60).save(tmp_path / f"{number}.jpg", quality=95 - 10 * number)
-    searcher = SimpleNamespace(run=run, embedding="logits", saved=rows, data_folder=tmp_path, data_path=tmp_path)
-    captions = [caption for _, caption in learned.learn(searcher).copies()]
-    names = run.test.class_name
+        path = searcher.data_folder / searcher.test.path[number]
+        random_image(seed, 60, 60).save(path, "JPEG", quality=95 - 10 * number)
+    captions = [caption for _, caption in Learned(searcher).copies()]
+    names = searcher.test.class_name
     assert captions == [f"{names[0]} | {names[1]}   1.000"]
 
 
 def test_a_click_on_the_map_finds_the_nearest_point(small_run, tiny_data):
-    found = learned.learn(Searcher(small_run, device="cpu", data_path=tiny_data))
+    searcher = Searcher(small_run, device="cpu")
+    searcher.data_path = tiny_data
+    found = Learned(searcher)
     for method in learned.map_methods():
         rows, places = found.map_points(method)
-        assert places.min() >= 0 and places.max() <= learned.MAP_SIZE and len(rows) == len(found.rows)
+        assert places.min() >= 0 and places.max() <= learned.MAP_SIZE and len(rows) == len(searcher.test)
         image, caption = found.at(method, *(places[7] + 0.1))
-        assert caption == f"test image 7: {found.run.test.class_name[7]}" and image == found.photo(7)
+        assert caption == f"test image 7: {searcher.test.class_name[7]}"
+        assert image == found.photo(searcher.item(searcher.test, 7))

@@ -55,7 +55,8 @@ def call(*arguments: str | Path) -> None:
 def found_in(folder: Path, name: str = "neighbours") -> dict[str, pd.DataFrame]:
     """Query -> its rows of the CSV, in their order."""
     table = pd.read_csv(folder / f"{name}.csv", keep_default_na=False, dtype={"right": str})
-    assert list(table.columns) == ["query", "rank", "path", "class_name", "similarity", "right"]
+    columns = ["query", "query_path", "query_class", "rank", "path", "class_name", "similarity", "right"]
+    assert list(table.columns) == columns
     return {query: rows.reset_index(drop=True) for query, rows in table.groupby("query", sort=False)}
 
 
@@ -99,14 +100,15 @@ def test_neighbours_are_those_of_the_definition(drawn, tmp_path, capsys):
     out = capsys.readouterr().out
     best = found["test:11"].iloc[0]
     word = "right" if best.right == "True" else "wrong"
-    assert "test:11 (d $x$)" in out and f"   1  {best.similarity:7.4f}  {word}  {best.class_name}  {best.path}" in out
+    path = tmp_path / "data" / "colors" / best.path
+    assert "test:11 (d $x$)" in out and f"   1  {best.similarity:7.4f}  {word}  {best.class_name}  {path}\n" in out
 
 
 def test_a_search_makes_the_few_images_that_it_shows(drawn, tmp_path, monkeypatch):
     """Of 200 test images, not all of them: also --worst."""
     monkeypatch.setattr(builders, "IMAGE_COLORS", np.full((200, 3), 9, np.uint8))
-    arguments, made, item = drawn(random_embeddings(0, 1, 200), np.arange(200) % 4), [], search.test_item
-    monkeypatch.setattr(search, "test_item", lambda *each: made.append(each) or item(*each))
+    arguments, made, item = drawn(random_embeddings(0, 1, 200), np.arange(200) % 4), [], search.Item
+    monkeypatch.setattr(search, "Item", lambda *each: made.append(each) or item(*each))
     call(*arguments, "--query", "test:17", "--top", "3", "--no_picture")
     assert 3 < len(made) < 9
     call(*arguments, "--worst", "2", "--top", "3", "--no_picture", "--export")
@@ -138,7 +140,7 @@ def test_the_file_of_a_test_image_is_that_image(drawn, tmp_path, monkeypatch):
     rows_of_3 = found["test:3"].path.tolist()
     assert list(found) == [*map(str, paths), "test:3"] and "3.png" not in found["test:3"].path.tolist()
     for path in paths:
-        assert found[str(path)].iloc[:, 1:].equals(found["test:3"].iloc[:, 1:])
+        assert found[str(path)].iloc[:, 3:].equals(found["test:3"].iloc[:, 3:])
     call(*arguments, "--query", "colors", "--top", "5")
     found = found_in(tmp_path / "out")
     assert len(found) == len(LABELS) and found["colors/3.png"].path.tolist() == rows_of_3
@@ -201,9 +203,9 @@ def test_files_that_are_left_out_are_counted(tiny_run, tmp_path, capsys):
     options = ("--top", "1", "--output", tmp_path / "out")
     said = "left out: 2 .mov, 1 .txt; folders without an image: 'b'"
     call(tiny_run, "--query", photos, *options)
-    assert capsys.readouterr().err == f"warning: query {photos}: {said}\n"
+    assert capsys.readouterr().err == f"warning: {photos}: {said}\n"
     call(tiny_run, "--query", "test:0", "--gallery", photos, *options)
-    assert capsys.readouterr().err == f"warning: gallery {photos}: {said}\n"
+    assert capsys.readouterr().err == f"warning: {photos}: {said}\n"
     message = refused(capsys, retrieve, tiny_run, "--query", photos / "b", *options)
     assert message == f"retrieve.py: --query: {photos / 'b'}: no images below it (left out: 1 .mov, 1 .txt)\n"
 
@@ -221,13 +223,14 @@ def test_neighbours_below_a_threshold_are_not_found(drawn, tmp_path, capsys):
     threshold = np.sort(similarities.ravel())[7]
     call(*arguments, "--threshold", f"{threshold:.6f}")
     out, table = capsys.readouterr().out, pd.read_csv(tmp_path / "out" / "neighbours.csv")
-    assert f"\n{tmp_path / 'out' / 'neighbours.csv'}\n" in out
+    assert f"\n{tmp_path / 'out' / 'neighbours.csv'} (in the place of an earlier one; --output keeps both)\n" in out
     assert list(table.columns[-2:]) == ["right", "found"] and table.found.sum() == 5
     assert table.found.tolist() == (similarities.ravel() >= threshold).tolist()
     words = {True: "right", False: "wrong"}
     for row in table.itertuples():
         word = words[row.right] if row.found else "not found"
-        assert f"{row.rank:4d}  {row.similarity:7.4f}  {word:<5}  {row[4]}  {row.path}\n" in out
+        path = tmp_path / "data" / "colors" / row.path
+        assert f"{row.rank:4d}  {row.similarity:7.4f}  {word:<5}  {row.class_name}  {path}\n" in out
     call(*arguments, "--threshold", "0.99")
     out = capsys.readouterr().out
     assert out.count(": none of these\n") == 3 and "not found: nothing for 3 of 3 queries reaches 0.9900\n" in out
@@ -243,7 +246,7 @@ def test_far_takes_the_threshold_that_evaluate_wrote(drawn, tmp_path, capsys, mo
     for embedding, suffix in (("logits", ""), ("pooled", "_pooled")):
         search = [*arguments, *queries, "--embedding", embedding]
         message = refused(capsys, retrieve, *search, "--far", "0.1")
-        command = re.search(r"thresholds\S*\.csv, which is missing; make it with: python evaluate\.py (.*)\n", message)
+        command = re.search(r"missing or damaged .*; make it with: python evaluate\.py (.*)\n", message)
         assert evaluate.main(shlex.split(command[1])) == 0
         call(*search, "--far", "0.1")
         table = pd.read_csv(tmp_path / "run" / f"thresholds{suffix}.csv")
@@ -251,7 +254,9 @@ def test_far_takes_the_threshold_that_evaluate_wrote(drawn, tmp_path, capsys, mo
         found = pd.read_csv(tmp_path / "out" / f"neighbours{suffix}.csv")
         assert found.found.tolist() == (found.similarity >= row.threshold).tolist() and len(set(found.found)) == 2
         assert "10 % reached it in 200 images" in capsys.readouterr().out
-        assert "for 2 members and the false-accept rate 0.3" in refused(capsys, retrieve, *search, "--far", "0.3")
+        assert "has no threshold for far 0.3 and ensemble size 2: make it with: python evaluate.py" in refused(
+            capsys, retrieve, *search, "--far", "0.3"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ --worst
@@ -280,10 +285,8 @@ def test_worst_are_the_most_confident_errors(drawn, tmp_path, capsys):
             [rows.similarity[0] for rows in found.values()], sorted(errors.values())[::-1][:number], atol=2e-6
         )
         shown = min(number, len(errors))
-        assert (
-            f"{len(errors)} of {counted} test queries have a wrong first neighbour; {shown} of"
-            in capsys.readouterr().out
-        )
+        said = f"wrong first neighbours: {len(errors)} of {counted} test queries; listed: {shown}, the most confident"
+        assert said in capsys.readouterr().out
     assert (tmp_path / "out" / "worst.png").exists()
 
 
@@ -353,6 +356,46 @@ def test_the_run_folder_is_left_alone_if_told_so(tiny_run, tmp_path):
     assert sorted(path.name for path in (run / "retrieval").iterdir()) == ["neighbours.csv", "neighbours.png"]
 
 
+def test_the_picture_and_the_csv_are_of_one_search(drawn, tmp_path, capsys):
+    """An earlier picture goes, with --no_picture and where none can be drawn; what is replaced is said."""
+    arguments, picture = drawn(random_embeddings(5)), tmp_path / "out" / "neighbours.png"
+    replaced = f"{picture.with_suffix('.csv')} (in the place of an earlier one; --output keeps both)\n"
+    call(*arguments, "--query", "test:1", "--top", "2")
+    assert picture.exists() and replaced not in capsys.readouterr().out
+    call(*arguments, "--query", "test:2", "--top", "2", "--no_picture")
+    assert not picture.exists() and replaced in capsys.readouterr().out
+    call(*arguments, "--query", "test:1", "--top", "2")
+    shutil.rmtree(tmp_path / "data")
+    refused(capsys, retrieve, *arguments, "--query", "test:2", "--top", "2")
+    assert not picture.exists() and list(found_in(tmp_path / "out")) == ["test:2"]
+
+
+def test_what_the_list_names_can_be_the_next_query(tiny_run, tiny_data, tmp_path, capsys):
+    """Paths with spaces too, and test images whose files are gone; the CSV has the query's path and class."""
+    save_image(tmp_path / "my photos" / "a.png")
+    options = ["--top", "1", "--no_picture", "--output", tmp_path]
+    test = pd.read_csv(tiny_run / "test.csv")
+    for data_path, gallery in ((tiny_data, []), (tmp_path, []), (tmp_path, ["--gallery", tmp_path / "my photos"])):
+        call(tiny_run, "--query", "test:3", *options, *gallery, "--data_path", data_path)
+        first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("   1  "))
+        (path,) = shlex.split(first.split("  ")[-1])
+        row = found_in(tmp_path)["test:3"].iloc[0]
+        assert (row.query_path, row.query_class) == (test.path[3], test.class_name[3])
+        call(tiny_run, "--query", path, *options, "--data_path", data_path)
+        assert row.path.endswith(found_in(tmp_path)[path].query_path[0])
+        capsys.readouterr()
+
+
+def test_a_run_folder_that_cannot_be_written(tiny_run, tmp_path, capsys):
+    """The option that names another folder is in the same line; a file in the folder's place stands for rights."""
+    run = copy_run(tiny_run, tmp_path / "run")
+    for name in ("retrieval", "index", "export_L2"):
+        (run / name).write_text("")
+    save_image(tmp_path / "photos" / "a.png")
+    assert "; --output names another folder" in refused(capsys, retrieve, run, "--query", "test:0", "--no_picture")
+    assert "; --export names another folder" in refused(capsys, retrieve, run, "--export", run / "index" / "x.npy")
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -360,14 +403,18 @@ def test_the_run_folder_is_left_alone_if_told_so(tiny_run, tmp_path):
     ("options", "message"),
     [
         ([], "nothing to do: give --query, --worst or --export"),
-        (["--query", "test:36"], "--query: test:36: INDEX has to be a row of test.csv, in 0..35"),
+        (["--gallery", "."], "nothing to do: give --query or --export"),
+        (["--query", "test:36"], "--query: test:36: the test split has 36 images, the first is test:0"),
         (["--query", "nothing.jpg"], "--query: nothing.jpg: no such image or folder"),
         (["--worst", "0"], "--worst 0 has to be at least 1"),
-        (["--worst", "--query", "test:0"], "--worst looks for errors within the test split"),
+        (["--worst", "--query", "test:0"], "--worst is for the test split, without --query and --gallery"),
         (["--query", "test:0", "--embedding", "pooled"], "--ensemble_size 2 --embedding pooled"),
         (["--query", "test:0", "--gallery", "nowhere"], "gallery nowhere: no such folder"),
-        (["--query", "test:0", "--far", "0.1"], "thresholds.csv, which is missing; make it with: python evaluate.py"),
-        (["--query", "test:0", "--far", "0.1", "--threshold", "0.5"], "--far stands for a threshold"),
+        (["--query", "test:0", "--far", "0.1"], "thresholds.csv, which is missing or damaged"),
+        (
+            ["--query", "test:0", "--far", "0.1", "--threshold", "0.5"],
+            "--threshold: not allowed with argument --far",
+        ),
         (["--query", "test:0", "--far", "2"], "--far 2.0 has to be above 0 and at most 1"),
         (["--query", "test:0", "--threshold", "1.5"], "--threshold 1.5 has to be at least -1 and at most 1"),
         (["--export", "--threshold", "-0.5"], "they go with --query or --worst"),
@@ -388,7 +435,7 @@ def test_bad_photos_of_a_gallery_are_named_and_left_out(tiny_run, tmp_path, caps
     save_image(photos / "thin.png", width=1, height=30_000)
     call(tiny_run, "--query", "test:0", "--gallery", photos, "--output", tmp_path / "out", "--no_picture")
     lines = capsys.readouterr().err.splitlines()
-    expected = ["warning: 3 files cannot be used:", "bad.jpg: unread", "cut.png: unread", "thin.png: 32 x"]
+    expected = ["warning: files that cannot be used (3):", "bad.jpg: unread", "cut.png: unread", "thin.png: 32 x"]
     assert all(text in line for text, line in zip(expected, lines, strict=True))
     assert found_in(tmp_path / "out")["test:0"].path.tolist() == [str(photos / "good.png")]
 
@@ -425,14 +472,14 @@ def test_every_bad_query_is_named_and_the_others_are_answered(tiny_run, tmp_path
     options = ["--top", "2", "--output", tmp_path / "out"]
     assert retrieve.main([str(each) for each in (tiny_run, "--query", *queries, *options)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("retrieve.py: --query: 27 problems:\n") and "more" not in error
+    assert error.startswith("retrieve.py: --query: 27 problems (answered: 2 others):\n") and "more" not in error
     assert all(f"  {path}: unreadable" in error for path in bad)
-    assert "  nothing.jpg: no such image" in error and "  test:99: INDEX has to be" in error
+    assert "  nothing.jpg: no such image" in error and "  test:99: the test split has" in error
     assert list(found_in(tmp_path / "out")) == [str(tmp_path / "good.png"), "test:3"]
     assert found_in(tmp_path / "out")["test:3"].right[0] != ""
     assert retrieve.main([str(each) for each in (tiny_run, "--query", *bad, *options[2:3], tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("retrieve.py: --query: 25 problems:\n")
-    assert not list((tmp_path / "none").iterdir())
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_search_imports_what_it_needs(tiny_run, tmp_path):
@@ -452,9 +499,8 @@ def test_without_lancedb_a_line_says_what_it_would_bring(tiny_run, tmp_path, cap
     arguments = [tiny_run, "--query", "test:0", "--gallery", tmp_path / "photos", "--top", "1", "--output", tmp_path]
     call(*arguments, "--no_picture")
     assert "an index would keep that: pip install lancedb\n" in capsys.readouterr().out
-    for options in (["--index", tmp_path / "index"], ["--refresh", "always"], ["--ann"]):
-        message = refused(capsys, retrieve, *arguments, *options)
-        assert message == f"retrieve.py: {options[0]} needs LanceDB: pip install lancedb\n"
+    for options in (["--index", tmp_path / "index"], ["--refresh", "never"], ["--ann"]):
+        assert "an index needs LanceDB: pip install lancedb" in refused(capsys, retrieve, *arguments, *options)
         assert f"{options[0]} is for the photos of --gallery" in refused(capsys, retrieve, *arguments[:3], *options)
 
 
