@@ -51,11 +51,18 @@ class Listing:
         `path` holds Python's texts: pandas' own kind would copy them, and a million take 100 MB.
         """
         path, label, split, is_query, is_gallery = self.columns.values()
-        table = pd.DataFrame({"path": np.array(path, object), "label": pd.Categorical(label)})
-        table["split"] = pd.Categorical(split, ["train", "test"])
+        table = pd.DataFrame({"path": pd.Series(path, dtype=object)})
+        table["label"] = categorical(label, sorted(set(label)))
+        table["split"] = categorical(split, ["train", "test"])
         table["is_query"] = np.array(is_query, bool)
         table["is_gallery"] = np.array(is_gallery, bool)
         return sort_images(table)
+
+
+def categorical(values: list, categories: list) -> pd.Categorical:
+    """Values as categories; pandas' own way makes a text of each first."""
+    numbers = {category: number for number, category in enumerate(categories)}
+    return pd.Categorical.from_codes([numbers[value] for value in values], categories)
 
 
 def sort_images(table: pd.DataFrame) -> pd.DataFrame:
