@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dreml.cache import ARRAYS, CACHE_VERSION, Cache, CacheMeta, Holdout, cache_folder, read_cache
 from dreml.cli import InputError, RunError, format_problems, progress_bar
-from dreml.datasets import PUBLISHED, RawDataSet, changes_since, count_images, hold_out, list_data_set
+from dreml.datasets import PUBLISHED, changes_since, count_images, hold_out, list_data_set
 from dreml.files import (
     atomic_open,
     crc32,
@@ -34,7 +34,7 @@ from dreml.files import (
     write_record,
 )
 from dreml.images import BadImage, ImageSpec, read_pixels, read_resized
-from dreml.lists import number_of
+from dreml.lists import Listing, number_of
 
 CHUNK_IMAGES = 32  # that a worker is given at a time
 JUDGED_AFTER = 1000  # images: from their size, that of the whole cache is estimated
@@ -68,7 +68,7 @@ def build_cache(
             return cache
     data_set = list_data_set(name, data_path / name)
     if holdout is not None:
-        data_set = hold_out(data_set, holdout)
+        hold_out(data_set, holdout)
     above = target.parent if target.parent.exists() else data_path
     if not os.access(above, os.W_OK):
         remedy = "make a folder of links to the data sets elsewhere (ln -s), and name it with --data_path"
@@ -114,7 +114,7 @@ def say_what_is_there(cache: Cache, holdout: Holdout | None) -> None:
 
 
 def write_cache(
-    folder: Path, data_set: RawDataSet, source: Path, spec: ImageSpec, num_workers: int, skip_bad: bool
+    folder: Path, data_set: Listing, source: Path, spec: ImageSpec, num_workers: int, skip_bad: bool
 ) -> list[str]:
     """Fill `folder` with a whole cache of the images in `source`. Returns what is wrong with those left out."""
     name = source.name
@@ -144,7 +144,7 @@ def write_cache(
     np.save(folder / "train_offsets.npy", offsets_of(3 * sizes.prod(1, dtype=np.int64)))
     splits = {}
     for split in ("train", "test"):
-        splits[split] = write_split(folder, split, images[images["split"] == split], data_set.class_names)
+        splits[split] = write_split(folder, split, images[images["split"] == split], data_set)
     with atomic_open(folder / "raw_files.npz", "wb") as file:
         left_out = data_set.images["path"][~is_good].to_numpy(str)
         stats = np.concatenate([facts["stat"][is_good], facts["stat"][~is_good]])
@@ -305,7 +305,7 @@ def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def write_split(folder: Path, split: str, images: pd.DataFrame, class_names: dict) -> dict[str, list[str] | int]:
+def write_split(folder: Path, split: str, images: pd.DataFrame, data_set: Listing) -> dict[str, list[str] | int]:
     """Write the labels, roles and paths of the images of a split. Returns their classes and their number."""
     labels = images["label"].cat.remove_unused_categories()
     np.save(folder / f"{split}_labels.npy", labels.cat.codes.to_numpy(np.int64))
@@ -316,7 +316,7 @@ def write_split(folder: Path, split: str, images: pd.DataFrame, class_names: dic
     lines = [f"{path}\n".encode() for path in images["path"]]
     np.save(folder / f"{split}_path_offsets.npy", offsets_of(np.fromiter(map(len, lines), np.int64, len(lines))))
     np.save(folder / f"{split}_paths.npy", np.frombuffer(b"".join(lines), np.uint8))
-    return {"classes": [class_names.get(label, str(label)) for label in labels.cat.categories], "images": len(images)}
+    return {"classes": [data_set.class_name(label) for label in labels.cat.categories], "images": len(images)}
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:
