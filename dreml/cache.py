@@ -1,7 +1,6 @@
 """The cached pixels of a data set: opening them, and whether they are sound. `cache_writer` makes them."""
 
 import contextlib
-import functools
 import itertools
 import os
 import re
@@ -39,11 +38,12 @@ class CacheMeta:
 
 @dataclass(frozen=True)
 class Cache:
-    """A cached data set. The arrays are memory maps, opened where they are first used."""
+    """A cached data set."""
 
     folder: Path
     meta: CacheMeta
     fingerprint: str  # sha256 of meta.json, which holds the checksums of all arrays
+    arrays: dict[str, np.ndarray]  # memory maps. All stay those of one cache when another one takes its place
 
     def array(self, name: str) -> np.ndarray:
         """One array of the cache, read-only.
@@ -53,18 +53,7 @@ class Cache:
         `test_is_query (M,) bool`, `test_is_gallery (M,) bool`. Labels count the split's classes from 0. Of each split,
         `paths (bytes,) uint8`, UTF-8 with a line end after each, and `path_offsets (N + 1,) int64`: see `paths`.
         """
-        if name not in self._opened:
-            self._opened[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        return self._opened[name]
-
-    @functools.cached_property
-    def _opened(self) -> dict[str, np.ndarray]:
-        """Each array is opened once: all stay those of one cache when another one takes its place."""
-        return {}
-
-    @functools.cached_property
-    def _train(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.array("train_pixels"), self.array("train_offsets"), np.asarray(self.array("train_sizes"))
+        return self.arrays[name]
 
     @property
     def name(self) -> str:
@@ -105,7 +94,9 @@ class Cache:
         `indices` `(B,)` says which, `corners` `(B, 2)` the (top, left) of each window, `sides` `(B,)` its side. Writes
         the windows to the top left corners of `out`, `(B, S, S, 3) uint8`, and 0 elsewhere.
         """
-        pixels, offsets, sizes = map(np.asarray, self._train)  # slices of a memmap are slow to make
+        pixels = np.asarray(self.arrays["train_pixels"])  # slices of a memmap are slow to make
+        offsets = np.asarray(self.arrays["train_offsets"])
+        sizes = np.asarray(self.arrays["train_sizes"])
         for crop, index, (top, left), side in zip(out, indices, corners, sides, strict=True):
             image = pixels[offsets[index] : offsets[index + 1]].reshape(*sizes[index], 3)
             crop[:side, :side] = image[top : top + side, left : left + side]
@@ -114,9 +105,8 @@ class Cache:
 
     def read_ahead(self, indices: np.ndarray, corners: np.ndarray, sides: np.ndarray) -> None:
         """Ask the system for the rows of windows that `train_crops` will cut soon, without waiting for them."""
-        pixels, offsets, sizes = self._train
-        row_bytes = 3 * sizes[indices, 1]
-        starts = pixels.offset + offsets[indices] + corners[:, 0] * row_bytes
+        row_bytes = 3 * self.arrays["train_sizes"][indices, 1]
+        starts = self.arrays["train_pixels"].offset + self.arrays["train_offsets"][indices] + corners[:, 0] * row_bytes
         stops = starts + sides * row_bytes
         read_ahead(self.folder / "train_pixels.npy", zip(starts.tolist(), stops.tolist(), strict=True))
 
@@ -210,13 +200,14 @@ def read_cache(data_path: Path, name: str, spec: ImageSpec) -> Cache:
         found = read_record(folder / "meta.json")
         if [found.get(key) for key in ("version", "image_size", "resize")] != [CACHE_VERSION, spec.size, spec.resize]:
             raise InputError(f"{folder} is of another version or has other settings; {remedy}")
-        cache = Cache(folder, CacheMeta(**found), sha256(folder / "meta.json"))
+        meta = CacheMeta(**found)
+        arrays = {}
         for array_name in ARRAYS:
-            if (folder / f"{array_name}.npy").stat().st_size != cache.meta.arrays[array_name]["bytes"]:
-                raise InputError(f"{folder / array_name}.npy has the wrong size; {remedy}")
-        for array_name in ("train_labels", "test_labels", "test_is_query", "test_is_gallery"):
-            cache.array(array_name)  # scripts read these before they compare checksums
-        return cache
+            path = folder / f"{array_name}.npy"
+            if path.stat().st_size != meta.arrays[array_name]["bytes"]:
+                raise InputError(f"{path} has the wrong size; {remedy}")
+            arrays[array_name] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return Cache(folder, meta, sha256(folder / "meta.json"), arrays)
     except FileNotFoundError as error:
         raise InputError(f"no cache: {error.filename} is missing; {remedy}") from None
     except InputError:

@@ -1,5 +1,6 @@
 """Raw data set -> cache: every image is decoded and resized once, and its pixels are appended to one file a split."""
 
+import collections
 import contextlib
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -20,7 +22,7 @@ from tqdm import tqdm
 
 from dreml.cache import ARRAYS, CACHE_VERSION, Cache, CacheMeta, Holdout, cache_folder, read_cache
 from dreml.cli import InputError, RunError, format_problems, progress_bar
-from dreml.datasets import PUBLISHED, RawDataSet, changes_since, count_images, hold_out, list_data_set
+from dreml.datasets import PUBLISHED, changes_since, count_images, hold_out, list_data_set
 from dreml.files import (
     atomic_open,
     crc32,
@@ -32,7 +34,7 @@ from dreml.files import (
     write_record,
 )
 from dreml.images import BadImage, ImageSpec, read_pixels, read_resized
-from dreml.lists import number_of
+from dreml.lists import Listing, number_of
 
 CHUNK_IMAGES = 32  # that a worker is given at a time
 JUDGED_AFTER = 1000  # images: from their size, that of the whole cache is estimated
@@ -66,7 +68,7 @@ def build_cache(
             return cache
     data_set = list_data_set(name, data_path / name)
     if holdout is not None:
-        data_set = hold_out(data_set, holdout)
+        hold_out(data_set, holdout)
     above = target.parent if target.parent.exists() else data_path
     if not os.access(above, os.W_OK):
         remedy = "make a folder of links to the data sets elsewhere (ln -s), and name it with --data_path"
@@ -112,7 +114,7 @@ def say_what_is_there(cache: Cache, holdout: Holdout | None) -> None:
 
 
 def write_cache(
-    folder: Path, data_set: RawDataSet, source: Path, spec: ImageSpec, num_workers: int, skip_bad: bool
+    folder: Path, data_set: Listing, source: Path, spec: ImageSpec, num_workers: int, skip_bad: bool
 ) -> list[str]:
     """Fill `folder` with a whole cache of the images in `source`. Returns what is wrong with those left out."""
     name = source.name
@@ -142,7 +144,7 @@ def write_cache(
     np.save(folder / "train_offsets.npy", offsets_of(3 * sizes.prod(1, dtype=np.int64)))
     splits = {}
     for split in ("train", "test"):
-        splits[split] = write_split(folder, split, images[images["split"] == split], data_set.class_names)
+        splits[split] = write_split(folder, split, images[images["split"] == split], data_set)
     with atomic_open(folder / "raw_files.npz", "wb") as file:
         left_out = data_set.images["path"][~is_good].to_numpy(str)
         stats = np.concatenate([facts["stat"][is_good], facts["stat"][~is_good]])
@@ -209,12 +211,12 @@ def store_pixels(
     of the training images has each value.
     """
     is_train = (images["split"] == "train").to_numpy()
-    chunks = chunks_of(images, folder)
+    num_chunks = sum(-(-number // CHUNK_IMAGES) for number in images["split"].value_counts())
     facts = np.zeros(len(images), FACTS)
     bad = []
     histogram = np.zeros((3, 256), np.int64)
     done = 0
-    num_workers = max(1, min(num_workers, len(chunks), 61))  # 61: the most that Windows can wait for
+    num_workers = max(1, min(num_workers, num_chunks, 61))  # 61: the most that Windows can wait for
     with (
         open(folder / "train_pixels.npy", "wb") as train_file,
         open(folder / "test_images.npy", "wb") as test_file,
@@ -222,24 +224,21 @@ def store_pixels(
     ):
         write_header(train_file, (0,))
         write_header(test_file, (0, spec.size, spec.size, 3))
-        results = pool.map(partial(decode_chunk, source, spec), chunks)
-        bar = progress_bar(results, f"{source.name}: pixels", len(chunks), f" x {CHUNK_IMAGES} images")
-        try:
-            for chunk, (facts_of_chunk, bad_of_chunk, histogram_of_chunk) in zip(chunks, bar, strict=True):
-                with open(chunk.file, "rb") as pixels:
-                    shutil.copyfileobj(pixels, train_file if chunk.split == "train" else test_file)
-                chunk.file.unlink()
-                was_judged = done >= JUDGED_AFTER
-                facts[done : done + len(facts_of_chunk)] = facts_of_chunk
-                done += len(facts_of_chunk)
-                bad += bad_of_chunk
-                histogram += histogram_of_chunk
-                if done >= JUDGED_AFTER and not was_judged:
-                    written = train_file.tell() + test_file.tell()
-                    test_bytes = 3 * spec.size**2 * (~is_train).sum()
-                    check_room(folder, written, written / done * is_train.sum() + test_bytes)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        results = map_ahead(pool, partial(decode_chunk, source, spec), chunks_of(images, folder), 2 * num_workers)
+        for chunk, part in progress_bar(results, f"{source.name}: pixels", num_chunks, f" x {CHUNK_IMAGES} images"):
+            with open(chunk.file, "rb") as pixels:
+                shutil.copyfileobj(pixels, train_file if chunk.split == "train" else test_file)
+            chunk.file.unlink()
+            was_judged = done >= JUDGED_AFTER
+            facts_of_chunk, bad_of_chunk, histogram_of_chunk = part
+            facts[done : done + len(chunk.paths)] = facts_of_chunk
+            bad += bad_of_chunk
+            histogram += histogram_of_chunk
+            done += len(chunk.paths)
+            if done >= JUDGED_AFTER and not was_judged:
+                written = train_file.tell() + test_file.tell()
+                test_bytes = 3 * spec.size**2 * (~is_train).sum()
+                check_room(folder, written, written / done * is_train.sum() + test_bytes)
         num_pixels = facts["shape"].prod(1, dtype=np.int64)
         train_file.seek(0)
         write_header(train_file, (3 * int(num_pixels[is_train].sum()),))
@@ -248,14 +247,24 @@ def store_pixels(
     return facts, bad, histogram
 
 
-def chunks_of(images: pd.DataFrame, folder: Path) -> list[Chunk]:
-    """All images, in their order."""
-    chunks = []
+def map_ahead(pool: ProcessPoolExecutor, function: Callable, tasks: Iterable, ahead: int) -> Iterator[tuple]:
+    """Yield (task, function(task)) in the order of the tasks. `pool.map` would take all of them at once."""
+    waiting = collections.deque()
+    for task in tasks:
+        waiting.append((task, pool.submit(function, task)))
+        if len(waiting) > ahead:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    for task, future in waiting:
+        yield task, future.result()
+
+
+def chunks_of(images: pd.DataFrame, folder: Path) -> Iterator[Chunk]:
+    """Yield all images, in their order."""
     for split in ("train", "test"):
         paths = images["path"][images["split"] == split].tolist()
         for start in range(0, len(paths), CHUNK_IMAGES):
-            chunks.append(Chunk(split, paths[start : start + CHUNK_IMAGES], folder / f"{split}_chunk_{start}"))
-    return chunks
+            yield Chunk(split, paths[start : start + CHUNK_IMAGES], folder / f"{split}_chunk_{start}")
 
 
 def decode_chunk(source: Path, spec: ImageSpec, chunk: Chunk) -> tuple[np.ndarray, list[str], np.ndarray]:
@@ -296,7 +305,7 @@ def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def write_split(folder: Path, split: str, images: pd.DataFrame, class_names: dict) -> dict[str, list[str] | int]:
+def write_split(folder: Path, split: str, images: pd.DataFrame, data_set: Listing) -> dict[str, list[str] | int]:
     """Write the labels, roles and paths of the images of a split. Returns their classes and their number."""
     labels = images["label"].cat.remove_unused_categories()
     np.save(folder / f"{split}_labels.npy", labels.cat.codes.to_numpy(np.int64))
@@ -307,7 +316,7 @@ def write_split(folder: Path, split: str, images: pd.DataFrame, class_names: dic
     lines = [f"{path}\n".encode() for path in images["path"]]
     np.save(folder / f"{split}_path_offsets.npy", offsets_of(np.fromiter(map(len, lines), np.int64, len(lines))))
     np.save(folder / f"{split}_paths.npy", np.frombuffer(b"".join(lines), np.uint8))
-    return {"classes": [class_names.get(label, str(label)) for label in labels.cat.categories], "images": len(images)}
+    return {"classes": [data_set.class_name(label) for label in labels.cat.categories], "images": len(images)}
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:

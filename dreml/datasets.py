@@ -3,6 +3,7 @@
 A new one is a function that lists its images and one entry of PUBLISHED.
 """
 
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,6 @@ LAYOUTS = {
 }
 ALL_LAYOUTS = "\n".join(f"  data/{name}/  {layout}" for name, layout in LAYOUTS.items())
 ALL_LAYOUTS += "\nThe README says where to get them. Without any: python data_utils.py --data_name demo"
-
 
 MAX_COMPARED = 100_000  # images whose files are looked at before each training: half a second
 
@@ -207,22 +207,11 @@ PUBLISHED = {
 
 def default_recalls(data_name: str) -> list[int]:
     """The K of Recall@K that the papers on a data set report."""
-    if data_name in PUBLISHED:
-        return list(PUBLISHED[data_name].recalls)
-    return list(Published._field_defaults["recalls"])
+    return list(PUBLISHED[data_name].recalls if data_name in PUBLISHED else (1, 2, 4, 8))
 
 
-class RawDataSet(NamedTuple):
-    """The images that a raw data set lists, and what is wrong with the lists."""
-
-    images: pd.DataFrame  # see Listing.table
-    class_names: dict[int | str, str]  # of labels that are not names themselves
-    problems: list[str]
-    warnings: list[str]
-
-
-def list_data_set(name: str, folder: Path) -> RawDataSet:
-    """List the images of the raw data set in `folder` (data/NAME), training images first, sorted by class.
+def list_data_set(name: str, folder: Path) -> Listing:
+    """List the raw data set in `folder` (data/NAME). `images` is its table, training images first, sorted by class.
 
     Raises UnknownLayout if the folder has not the layout that its name asks for, InputError if it nearly has. Problems
     with single lines and paths are collected; that the images exist is checked when they are opened.
@@ -236,19 +225,18 @@ def list_data_set(name: str, folder: Path) -> RawDataSet:
         for list_images in readers:
             listing = list_images(root)
             if listing is not None:
-                images = listing.table()
+                listing.make_table()
                 if root != folder:
-                    images["path"] = f"{root.name}/" + images["path"]
-                data_set = RawDataSet(images, listing.class_names, listing.problems, listing.warnings)
-                check_whole(data_set, name)
-                return data_set
+                    listing.images["path"] = f"{root.name}/" + listing.images["path"]
+                check_whole(listing, name)
+                return listing
     if name not in PUBLISHED:
         raise UnknownLayout(f"{folder}: {what_was_meant(folder)}")
     hint = "; for images of your own, choose another name" if (folder / "train").is_dir() else ""
     raise UnknownLayout(f"{folder} holds no {name}; expected is {LAYOUTS[name]}{hint}")
 
 
-def hold_out(data_set: RawDataSet, holdout: Holdout) -> RawDataSet:
+def hold_out(data_set: Listing, holdout: Holdout) -> None:
     """Divide the training images of a data set by class into a training and a test split.
 
     The images of the true test split are left out. Raises InputError if a split would have fewer than two classes.
@@ -264,12 +252,14 @@ def hold_out(data_set: RawDataSet, holdout: Holdout) -> RawDataSet:
     order = np.random.default_rng((holdout.seed, zlib.crc32(b"holdout"))).permutation(len(labels))
     held_out = images["label"].isin(labels[order[:num_held_out]])
     images.loc[held_out, "split"] = "test"
-    return data_set._replace(images=sort_images(images))
+    data_set.images = sort_images(images)
 
 
-def check_whole(data_set: RawDataSet, name: str) -> None:
+def check_whole(data_set: Listing, name: str) -> None:
     """Add the problems and warnings that only the whole list of a data set shows."""
-    images, class_names, problems, warnings = data_set
+    images = data_set.images
+    problems = data_set.problems
+    warnings = data_set.warnings
     classes = {}
     for split, single in (("train", "one image teaches little"), ("test", "as a query it can only miss")):
         of_split = images[images["split"] == split]
@@ -279,7 +269,7 @@ def check_whole(data_set: RawDataSet, name: str) -> None:
             reports.append(f"{number_of(len(repeated), f'{split} image')} listed more than once, such as {repeated[0]}")
         classes[split] = of_split["label"].value_counts(sort=False)
         classes[split] = classes[split][classes[split] > 0]
-        alone = [class_names.get(label, str(label)) for label in classes[split].index[classes[split] == 1]]
+        alone = [data_set.class_name(label) for label in classes[split].index[classes[split] == 1]]
         if alone and name not in PUBLISHED:
             warnings.append(f"{split}: classes of one image: {some(alone)}; {single}: add some, or leave it out")
     both = [label for label in classes["train"].index if label in classes["test"].index]
@@ -325,12 +315,23 @@ def changes_since(cache: Cache) -> str:
     gone = 0
     changed = 0
     for path, known in zip(paths, stats.tolist(), strict=True):
-        file = data_path / source / path
-        if path not in listed or (len(paths) <= MAX_COMPARED and not file.exists()):
-            gone += 1
+        found = known
+        if path not in listed:
+            found = None
         elif len(paths) <= MAX_COMPARED:
-            changed += [file.stat().st_size, file.stat().st_mtime] != known
+            found = size_and_time(f"{data_path}/{source}/{path}")
+        gone += found is None
+        changed += found not in (None, known)
     if gone == len(paths) or new + changed + gone == 0:
         return ""
     changes = f"{number_of(new, 'image')} {'is' if new == 1 else 'are'} new, {changed:,} changed, {gone:,} gone"
     return f"{changes} since {cache.folder} was made: {make_command(data_path, name, cache.spec)} --force"
+
+
+def size_and_time(path: str) -> list[float] | None:
+    """The size of a file and its time of change; None if it is missing."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime]

@@ -29,6 +29,11 @@ class Listing:
     class_names: dict[int | str, str] = field(default_factory=dict)  # of labels that are not names themselves
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    images: pd.DataFrame | None = None  # see `make_table`
+
+    def class_name(self, label: int | str) -> str:
+        """The name of a class."""
+        return self.class_names.get(label, str(label))
 
     def append(self, path: str, label: int | str, split: str, is_query: bool = True, is_gallery: bool = True) -> None:
         """Add one image. Classes are sorted by their labels; `split` is "train" or "test"."""
@@ -45,17 +50,25 @@ class Listing:
         path = posixpath.normpath(path)
         self.append(path if path.isascii() else as_on_disk(self.root, path), *image)
 
-    def table(self) -> pd.DataFrame:
-        """The images, one a row, sorted (`sort_images`). label and split are categories.
+    def make_table(self) -> None:
+        """Turn `columns` into `images`, one a row, sorted (`sort_images`). label and split are categories.
 
         `path` holds Python's texts: pandas' own kind would copy them, and a million take 100 MB.
         """
         path, label, split, is_query, is_gallery = self.columns.values()
-        table = pd.DataFrame({"path": np.array(path, object), "label": pd.Categorical(label)})
-        table["split"] = pd.Categorical(split, ["train", "test"])
+        self.columns = {}
+        table = pd.DataFrame({"path": pd.Series(path, dtype=object)})
+        table["label"] = categorical(label, sorted(set(label)))
+        table["split"] = categorical(split, ["train", "test"])
         table["is_query"] = np.array(is_query, bool)
         table["is_gallery"] = np.array(is_gallery, bool)
-        return sort_images(table)
+        self.images = sort_images(table)
+
+
+def categorical(values: list, categories: list) -> pd.Categorical:
+    """Values as categories; pandas' own way makes a text of each first."""
+    numbers = {category: number for number, category in enumerate(categories)}
+    return pd.Categorical.from_codes([numbers[value] for value in values], categories)
 
 
 def sort_images(table: pd.DataFrame) -> pd.DataFrame:

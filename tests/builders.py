@@ -5,7 +5,6 @@ import hashlib
 import io
 import re
 import shutil
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,16 +166,11 @@ def write_car_devkit(root: Path, nested: bool = False, labels_beside: bool = Fal
         save_image(root / (f"{part}/{part}" if nested else part) / path, number)
 
 
-def write_car_mirror(root: Path) -> None:
+def write_car_mirror(root: Path, folder: str = "car_devkit/devkit") -> None:
     """As mirrors pack it: every archive in a folder of its own name."""
     write_car_devkit(root, nested=True)
-    (root / "car_devkit").mkdir()
-    (root / "devkit").rename(root / "car_devkit" / "devkit")
-
-
-def write_car_flat_mirror(root: Path) -> None:
-    write_car_devkit(root, nested=True)
-    (root / "devkit").rename(root / "car_devkit")
+    (root / folder).parent.mkdir(exist_ok=True)
+    (root / "devkit").rename(root / folder)
 
 
 def write_cub(root: Path) -> None:
@@ -251,17 +245,6 @@ def write_image_folder(root: Path, classes: int = 2, images: int = 2) -> None:
 def build(data: Path, name: str, spec: ImageSpec = SPEC, **options) -> Cache:
     """The cache of data/NAME, made by one worker process."""
     return build_cache(data, name, spec, **{"num_workers": 1} | options)
-
-
-def bytes_an_image(call: Callable[[int], object]) -> float:
-    """By how much the peak memory of call(number of images) grows with each image."""
-    peaks = []
-    for number in (1_000, 5_000, 15_000):  # the first one fills caches
-        tracemalloc.start()
-        call(number)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    return (peaks[2] - peaks[1]) / 10_000
 
 
 def tree(folder: Path) -> dict[str, str]:

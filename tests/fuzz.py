@@ -6,14 +6,12 @@
 import contextlib
 import io
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from builders import (
     TINY,
     jpeg_bytes,
@@ -266,41 +264,6 @@ def images_of_any_size_and_mode(box: Box, examples: int) -> None:
     check(examples, st.tuples(modes, sides, sides, suffixes, st.integers(0, 9)), one)
 
 
-# ------------------------------------------------------------------------------------------------ weights
-
-
-class Payload:
-    """Runs a command when it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, ("owned",)
-
-
-def weights_files(box: Box, examples: int) -> None:
-    """Garbled files, wrong contents, and pickles that would run."""
-    box.add_tiny_data()
-    box.patch.setattr(train, "finish_member", reached)
-    keys = st.sampled_from(["conv1.weight", "fc.weight", "bn1.bias", "", "x"]) | st.integers() | st.text(max_size=3)
-    tensors = st.lists(st.integers(0, 3), max_size=4).map(torch.zeros)
-    plain = st.none() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=3)
-    states = st.dictionaries(keys, tensors | plain, max_size=3) | plain | tensors
-
-    @st.composite
-    def contents(draw) -> bytes:
-        buffer, kind = io.BytesIO(), draw(st.integers(0, 3))
-        if kind == 0:
-            return pickle.dumps(draw(plain) if draw(st.booleans()) else {"conv1.weight": Payload()})
-        torch.save(draw(states) if kind < 3 else [Payload()], buffer)
-        return garbled(draw, buffer.getvalue())
-
-    def one(content):
-        path = box.data / "weights.pth"
-        path.write_bytes(content)
-        assert box.train("--weights", str(path))[0] == 2
-
-    check(examples, contents(), one)
-
-
 CASES: dict[str, Callable[[Box, int], None]] = {
     "options of train.py": options_of_train,
     "options of data_utils.py": options_of_data_utils,
@@ -314,5 +277,4 @@ CASES: dict[str, Callable[[Box, int], None]] = {
     "raw images.csv": partial(raw_data_set, "listed", write_csv),
     "names": names_of_classes_and_images,
     "images": images_of_any_size_and_mode,
-    "weights": weights_files,
 }

@@ -4,7 +4,6 @@ import pytest
 from fuzz import CASES
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", CASES)
 def test_generated_input_succeeds_or_is_refused_in_one_line(box, name):
     CASES[name](box, 20)

@@ -24,14 +24,17 @@ def test_a_table_is_sorted_by_split_and_class_and_else_stays_as_it_came(tmp_path
         roles = generator.random(2) < 0.5 if split == "test" else (True, True)
         expected.append((f"ü/{'x' * class_id}/{number}.png", key(class_id), split, *map(bool, roles)))
         listing.append(*expected[-1])
-    table = listing.table()
+    listing.make_table()
+    table = listing.images
     expected.sort(key=lambda image: (image[2] != "train", image[1]))
     assert list(table.itertuples(index=False, name=None)) == expected
     parts = {split: [image[1] for image in expected if image[2] == split] for split in ("train", "test")}
     parts["query"] = [image[1] for image in expected if image[2] == "test" and image[3]]
     parts["gallery"] = [image[1] for image in expected if image[2] == "test" and image[4]]
     assert count_images(table) == {part: (len(set(labels)), len(labels)) for part, labels in parts.items()}
-    assert count_images(Listing(tmp_path).table()) == {"train": (0, 0), "test": (0, 0)}
+    empty = Listing(tmp_path)
+    empty.make_table()
+    assert count_images(empty.images) == {"train": (0, 0), "test": (0, 0)}
 
 
 def test_csv_data_set(tmp_path, capsys):

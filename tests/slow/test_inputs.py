@@ -1,4 +1,4 @@
-"""The long version of tests/test_inputs.py: 12,600 generated inputs.
+"""The long version of tests/test_inputs.py: 10,800 generated inputs.
 
 pytest -m slow tests/slow/test_inputs.py
 """
@@ -6,7 +6,7 @@ pytest -m slow tests/slow/test_inputs.py
 import pytest
 from fuzz import CASES
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Detected pickle protocol")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", CASES)
