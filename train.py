@@ -35,7 +35,17 @@ from dreml.cli import InputError, RunError
 from dreml.datasets import changes_since, default_recalls
 from dreml.files import remove_leftovers, writable
 from dreml.optimizers import learning_rate, make_optimizer, with_rates
-from dreml.runs import WEIGHTS, MemberRecord, Members, TestSplit, member_path, pooled_path, read_run_record, run_lock
+from dreml.runs import (
+    SUFFIXES,
+    WEIGHTS,
+    MemberRecord,
+    Members,
+    TestSplit,
+    member_path,
+    pooled_path,
+    read_run_record,
+    run_lock,
+)
 from dreml.settings import ALL_CLASSES, EMBEDDINGS, Settings, add_settings, settings_of
 from model import (
     Compute,
@@ -410,8 +420,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"(alone: {table.columns[1]} of the last member of the row by itself)")
     scores = ", ".join(f"{name} {value:.2f}" for name, value in final.iloc[0, 1:].items())
     dimensions = sum(embedding.shape[1] for embedding in embeddings)
-    log = writer.recall_log(folder, args.embedding)
-    print(f"{cli.counted(len(table), 'member')}: {scores} ({dimensions:,} numbers an image) in {log}")
+    size = f"{cli.counted(len(table), 'member')}"
+    print(f"{size}: {scores} ({dimensions:,} numbers an image) in {folder}/recall{SUFFIXES[args.embedding]}.csv")
 
 
 def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSplit) -> None:

@@ -66,25 +66,28 @@ def check_backbone(backbone: str, image_size: int) -> None:
 
 
 def build_backbone(backbone: str, num_classes: int) -> tuple[nn.Module, str]:
-    """A network as its library builds it, drawn from torch's global CPU generator, and the name of its last layer.
-
-    That layer is `Linear(features, num_classes)`. Raises InputError for a network without such a layer.
-    """
+    """A network as its library builds it, drawn from torch's global CPU generator, and the name of its last layer."""
     if backbone.startswith(TIMM):
         network = timm_library().create_model(backbone.removeprefix(TIMM), num_classes=num_classes)
+        return network, last_layer(backbone, network)
+    options = {"aux_logits": False, "init_weights": True} if backbone in AUXILIARY else {}
+    network = torchvision_models().get_model(backbone, weights=None, num_classes=num_classes, **options)
+    if backbone.startswith("mnasnet"):  # its own loader wants a version number, which our files have not
+        network._load_from_state_dict = functools.partial(nn.Module._load_from_state_dict, network)
+    return network, last_layer(backbone, network)
+
+
+def last_layer(backbone: str, network: nn.Module) -> str:
+    """The name of the linear layer whose outputs are the logits. Raises InputError for a network without one."""
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+    if backbone.startswith(TIMM):
         last = network.get_classifier()
         inside = list(last.modules()) if isinstance(last, nn.Module) else []  # two classifiers are a tuple
-        linear = [layer for layer in inside if isinstance(layer, nn.Linear) and layer.out_features == num_classes]
-        heads = [name for name, layer in network.named_modules() if len(linear) == 1 and layer is linear[0]]
-    else:
-        options = {"aux_logits": False, "init_weights": True} if backbone in AUXILIARY else {}
-        network = torchvision_models().get_model(backbone, weights=None, num_classes=num_classes, **options)
-        heads = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
-        if backbone.startswith("mnasnet"):  # its own loader wants a version number, which our files have not
-            network._load_from_state_dict = functools.partial(nn.Module._load_from_state_dict, network)
-    if not heads:
+        layers = {name: layer for name, layer in layers.items() if any(layer is part for part in inside)}
+        layers = layers if len(layers) == 1 else {}
+    if not layers:
         raise InputError(f"--backbone {backbone}: its last layer is not one linear layer, which the method replaces")
-    return network, heads[-1]
+    return list(layers)[-1]
 
 
 def without_drawing(build: Callable[[], nn.Module]) -> nn.Module:
@@ -237,15 +240,8 @@ def fitting_weights(backbone: str, weights: str, state: dict[str, torch.Tensor])
     A prefix of all its names, such as "module.", is taken away. The counters `num_batches_tracked`, which BatchNorm
     never uses here, are not in older files and may be missing.
     """
-    head = ""
-
-    def build() -> nn.Module:
-        nonlocal head
-        network, head = build_backbone(backbone, 1000)
-        return network
-
-    network = without_drawing(build)
-    left_out = (f"{head}.", *AUXILIARY.get(backbone, ()))
+    network = without_drawing(lambda: build_backbone(backbone, 1000)[0])
+    left_out = (f"{last_layer(backbone, network)}.", *AUXILIARY.get(backbone, ()))
     expected = {name: value for name, value in network.state_dict().items() if not name.startswith(left_out)}
     state = {str(name): value for name, value in state.items()}
     if not expected.keys() & state.keys():
@@ -262,14 +258,12 @@ def fitting_weights(backbone: str, weights: str, state: dict[str, torch.Tensor])
     return state
 
 
-def what_is_wrong(value: torch.Tensor, expected: torch.Tensor) -> str | None:
-    """Why a tensor of a file cannot take the place of the network's own; None if it can."""
+def what_is_wrong(value: torch.Tensor, expected: torch.Tensor) -> str:
+    """Why a tensor of a file cannot take the place of the network's own; "" if it can."""
     if value.shape != expected.shape:
         return f"{tuple(value.shape)}, not {tuple(expected.shape)}"
     if value.layout != torch.strided:
         return "sparse"
     if expected.is_floating_point() and not value.is_floating_point():
         return f"{str(value.dtype).removeprefix('torch.')}, not floating point"
-    if not torch.isfinite(value.float()).all():
-        return "not finite"
-    return None
+    return "" if torch.isfinite(value.float()).all() else "not finite"

@@ -28,8 +28,7 @@ MANY_COPIES = 5  # percent of the queries
 def colour_histograms(images: np.ndarray, max_pixels: int = 2**22) -> torch.Tensor:
     """How many pixels of each image have each of 6 x 6 x 6 colours: `(N, S, S, 3) uint8` -> `(N, 216) float32`.
 
-    Of large images, at most 127 x 127 pixels in even steps. Memory for `max_pixels` at a time, about 20 bytes each, but
-    for at least one image.
+    Of large images, at most 127 x 127 pixels in even steps. `max_pixels` at a time, but at least one image.
     """
     step = max(1, images.shape[1] // 64)
     level_of = (np.arange(256) * LEVELS // 256).astype(np.uint8)
@@ -157,10 +156,8 @@ def print_baseline(
     remedies = ["--embedding pooled (seconds)"] if embedding == "logits" else []
     remedies += ["pretrained --weights"] if weights == "none" else []
     remedies += ["more --num_epochs"]
-    print(
-        f"before training is ahead: {name} {best[name]:.2f} ({best.baseline}), {after:.2f} after; "
-        f"try {', then '.join(remedies)}"
-    )
+    ahead = f"{name} {best[name]:.2f} ({best.baseline}), {after:.2f} after"
+    print(f"before training is ahead: {ahead}; try {', then '.join(remedies)}")
 
 
 def print_near_copies(embeddings: list[torch.Tensor], split: TestSplit, images: np.ndarray) -> None:

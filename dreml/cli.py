@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
@@ -112,9 +111,8 @@ class Output:
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
 
-    def write(self, text: str) -> int:
+    def write(self, text: str) -> None:
         self.attempt(self.stream.write, text)
-        return len(text)
 
     def flush(self) -> None:
         self.attempt(self.stream.flush)
@@ -130,9 +128,6 @@ class Output:
 @contextlib.contextmanager
 def signals_as_exceptions() -> Iterator[None]:
     """Raise KeyboardInterrupt where Ctrl-C comes, and Terminated where SIGTERM does."""
-    if threading.current_thread() is not threading.main_thread():  # only there signals can be handled
-        yield
-        return
 
     def terminate(signum: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it twice

@@ -172,27 +172,16 @@ def update_logs(
     with run_lock(members.folder):
         largest = max([num_members, *member_numbers(members.folder)])  # a smaller ensemble shortens no log
         embeddings = members.embeddings(largest, embedding, device)
-        table = recall_table(embeddings, split, ks)
-        write_csv(recall_log(members.folder, embedding), table, float_format="%.4f")
+        is_scored = embeddings and len(split.labels)
+        recalls = recall_percent(embeddings, split, ks) if is_scored else np.empty((0, len(ks)))
+        table = pd.DataFrame(recalls, columns=[f"R@{k}" for k in ks])
+        table.insert(0, "ensemble_size", range(1, len(recalls) + 1))
+        write_csv(members.folder / f"recall{SUFFIXES[embedding]}.csv", table, float_format="%.4f")
         records = sorted(members.records.items())
         rows = [{"member": member} | epoch for member, record in records for epoch in record.history]
         log = pd.DataFrame(rows, columns=["member", *HISTORY_COLUMNS]).round(DIGITS)
         write_csv(members.folder / "train.csv", log)
     return table.head(num_members), embeddings[:num_members]
-
-
-def recall_log(folder: Path, embedding: str) -> Path:
-    """recall.csv, or recall_pooled.csv"""
-    return folder / f"recall{SUFFIXES[embedding]}.csv"
-
-
-def recall_table(embeddings: list[torch.Tensor], split: TestSplit, ks: list[int]) -> pd.DataFrame:
-    """Recall@K in percent, a row for each ensemble size; no row without test images."""
-    is_scored = embeddings and len(split.labels)
-    recalls = recall_percent(embeddings, split, ks) if is_scored else np.empty((0, len(ks)))
-    table = pd.DataFrame(recalls, columns=[f"R@{k}" for k in ks])
-    table.insert(0, "ensemble_size", range(1, len(recalls) + 1))
-    return table
 
 
 def recall_percent(embeddings: list[torch.Tensor], split: TestSplit, ks: list[int]) -> np.ndarray:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -99,10 +100,8 @@ def read_run_record(folder: Path) -> RunRecord:
             return read_record(path, RunRecord)
     except (ValueError, OSError) as error:
         raise InputError(f"{path} is damaged ({one_line(error)}): remove it, and train.py makes it again") from None
-    raise InputError(
-        f"{folder} is of format {found}, made by another version of this program, which reads format {FORMAT}: train "
-        "it again under another --results_path"
-    )
+    reason = f"is of format {found}, and this version of the program reads format {FORMAT}"
+    raise InputError(f"{folder} {reason}: train it again under another --results_path")
 
 
 # ------------------------------------------------------------------------------------------------ members
@@ -120,9 +119,8 @@ def pooled_path(folder: Path, member: int, suffix: str) -> Path:
 
 def member_numbers(folder: Path) -> list[int]:
     """The members of which a run folder has a record, sound or not, in order."""
-    found = (path.stem.removeprefix("member_") for path in folder.glob("member_*.json"))
-    numbers = {int(number) for number in found if number.isascii() and number.isdigit()}
-    return sorted(number for number in numbers if member_path(folder, number, "json").exists())
+    matches = (re.fullmatch(r"member_([0-9]{3,})\.json", path.name) for path in folder.glob("member_*.json"))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 @dataclass
@@ -137,16 +135,13 @@ class Members:
     warnings: set[str] = field(default_factory=set)  # each is printed once
 
     def refresh(self, embedding: str = "logits") -> None:
-        """Add the members that were finished since. Name damaged ones and those from other runs. Only reads.
-
-        For "pooled", look for their pooled features too.
-        """
+        """Add the members that were finished since, for "pooled" with their features. Name damaged ones. Only reads."""
         for member in self.missing(member_numbers(self.folder)):
             record, damaged = self.read(member)
-            if not damaged:
-                self.records[member] = record
-            else:
+            if damaged:
                 self.warn(f"member {member} is damaged ({', '.join(damaged)})")
+            else:
+                self.records[member] = record
         for member in self.missing(self.records, "pooled") if embedding == "pooled" else []:
             if pooled_path(self.folder, member, "json").exists():
                 self.refresh_pooled(member)
@@ -190,10 +185,7 @@ class Members:
     def lock_next_missing(
         self, wanted: Iterable[int], embedding: str
     ) -> tuple[int, contextlib.AbstractContextManager] | None:
-        """The first wanted member that is missing and that no other process makes, and its lock, which is held.
-
-        None if there is none.
-        """
+        """The first wanted member that is missing and that no other process makes, and its lock, which is held."""
         for member in self.missing(wanted, embedding):
             lock = take_lock(self.folder / f".member_{member:03d}.lock", timeout=0)
             if lock is None:  # another process makes it

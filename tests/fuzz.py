@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from builders import (
     TINY,
     jpeg_bytes,

@@ -6,7 +6,6 @@ import email.message
 import io
 import pickle
 import re
-import shutil
 import sys
 import urllib.error
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from builders import Payload, only_folder, train_tiny
+from builders import Payload, train_tiny
 from safetensors.torch import save_file
 from torchvision.models import (
     convnext,
@@ -31,7 +30,6 @@ from torchvision.models import (
     vision_transformer,
 )
 
-import data_utils
 import train
 from dreml import run_writer
 from dreml.backbones import (
@@ -41,10 +39,8 @@ from dreml.backbones import (
     weights_tag,
     without_drawing,
 )
-from dreml.cache import read_cache
 from dreml.cli import InputError
 from dreml.files import sha256, write_record
-from dreml.images import ImageSpec
 from dreml.runs import Members
 from model import Compute, build_model, extract_features, head_of, load_ensemble, load_member
 from train import Experiment
@@ -194,21 +190,6 @@ def test_dropout_is_drawn_for_each_epoch_of_each_member(tiny_cache, tiny_setting
     for member in (1, 2, 1):
         train.train_member(experiment, member, "")
     assert draws[:2] == draws[4:] and len(set(draws)) == 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backbone", [*FAMILIES, "timm:tf_efficientnet_lite0"])
-def test_one_network_of_each_family_trains_by_the_command_line(backbone, tiny_data, tmp_path):
-    """In its own size, three steps. `pytest -m slow`."""
-    size = "224" if backbone in ("vit_b_32", "maxvit_t") else "96"
-    for split in ("train", "test"):
-        shutil.copytree(tiny_data / "tiny" / split, tmp_path / "tiny" / split)
-    assert data_utils.main(["--data_path", str(tmp_path), "--data_name", "tiny", "--image_size", size]) == 0
-    options = ["--backbone", backbone, "--image_size", size, "--num_epochs", "1", "--ensemble_size", "1"]
-    assert train_tiny(tmp_path, tmp_path / "results", *options, "--embedding", "pooled", "--recalls", "1") == 0
-    images = torch.from_numpy(np.array(read_cache(tmp_path, "tiny", ImageSpec(int(size))).array("test_images")))
-    rows = load_ensemble(only_folder(tmp_path / "results"), embedding="pooled")(images)
-    torch.testing.assert_close(rows.norm(dim=1), torch.ones(36))
 
 
 def test_networks_of_timm_that_cannot_be_taken_are_refused():
@@ -416,21 +397,6 @@ def test_imagenet_weights_are_torchvisions_file(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ weights of timm
-
-
-def test_weights_of_timm_from_files(tmp_path):
-    """A state dict and its .safetensors; the tag of what would be downloaded."""
-    timm = pytest.importorskip("timm", reason="timm is an extra")
-    state = timm.create_model("test_efficientnet", num_classes=7).state_dict()
-    torch.save(state, tmp_path / "w.pth")
-    save_file(state, tmp_path / "w.safetensors")
-    saved = {name: value for name, value in state.items() if not name.startswith("classifier.")}
-    for name in ("w.pth", "w.safetensors"):
-        weights = read_weights("timm:test_efficientnet", str(tmp_path / name))
-        assert set(weights) == set(saved) and all(torch.equal(weights[name], value) for name, value in saved.items())
-        model = build_model("timm:test_efficientnet", 5, weights)
-        assert torch.equal(model.state_dict()["conv_stem.weight"], saved["conv_stem.weight"])
-        assert model.classifier.out_features == 5
 
 
 def test_pretrained_weights_are_those_that_timm_itself_loads(monkeypatch):

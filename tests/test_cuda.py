@@ -126,17 +126,6 @@ def test_training_on_a_gpu_finds_what_training_on_the_cpu_finds(runs):
     assert min(recalls) > 100 / SIZE[0]  # they have learned
 
 
-def test_logits_of_the_same_weights_are_those_of_the_cpu(ensembles, cache):
-    images = cache.array("test_images")
-    for members in zip(*(ensemble.members for ensemble in ensembles), strict=True):
-        on_cpu, on_gpu = (
-            extract_features(member, images, (ensemble.mean, ensemble.std), 100)
-            for member, ensemble in zip(members, ensembles, strict=True)
-        )
-        assert on_gpu.device.type == DEVICE.type
-        torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-3, rtol=0)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_learns(cache, precision):
     """`train_epoch` raises RunError for a loss that is not finite."""

@@ -118,7 +118,7 @@ def test_one_thing_has_one_column_name_in_all_csvs(small_pooled_run, tiny_data, 
     of_images = {"path", "label", "is_query", "is_gallery", "class_name"}
     of_training = {"member", "epoch", "loss", "accuracy", "lr", "seconds", "images_per_second"}
     of_scores = {"ensemble_size", "mAP@R", "R-Precision", "baseline", "far", "threshold", "found", "queries", "gallery"}
-    of_classes = {"neighbour_class", "times", "query_path", "neighbour_path"}
+    of_classes = {"neighbour_class", "times", "query_path", "query_class", "neighbour_path"}
     assert columns == of_search | of_images | of_training | of_scores | of_classes
 
 

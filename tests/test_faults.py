@@ -3,7 +3,6 @@
 tests/slow/test_faults.py has the long versions.
 """
 
-import io
 import itertools
 import os
 import re
@@ -23,14 +22,12 @@ from faults import (
     check_same,
     check_torchrun,
     here,
-    interrupted,
     linked,
     stop_in_epoch,
 )
 from processes import wait_until
 
 import train
-from dreml.checkpoint import Progress
 from dreml.cli import Terminated
 from dreml.files import read_record, write_record
 
@@ -97,22 +94,6 @@ def test_the_optimizer_the_scaler_and_the_best_epoch_go_on_exactly(
 def test_a_damaged_file_never_changes_a_number(threads, finished, tmp_path, capsys, record_property):
     damaged = check_damages(finished, tmp_path, lambda: capsys.readouterr().err, seed=0)
     record_property("damaged files", damaged)
-
-
-@pytest.mark.parametrize("other", ["run", "member"])
-def test_progress_of_another_run_or_member_is_not_used(finished, tmp_path, capsys, other):
-    root = interrupted(finished, tmp_path / "root")
-    path = next(root.glob("results/*/progress_002.pt"))
-    state = torch.load(io.BytesIO(path.read_bytes()[32:]), weights_only=True)
-    run, member = state.pop("owner").split(", member ")
-    assert member == "2"
-    run, member = ("another", 2) if other == "run" else (run, 1)
-    progress = Progress(tmp_path, member, run, 0)
-    progress.end_of_epoch(state)
-    shutil.move(progress.path, path)
-    assert train.main([*TINY, *here(root)]) == 0
-    assert "progress_002.pt is damaged or from another run: the member is begun anew" in capsys.readouterr().err
-    check_same(root, finished)
 
 
 def test_a_cache_that_changes_during_a_run_costs_the_member(finished, tmp_path, capsys, monkeypatch):

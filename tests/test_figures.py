@@ -17,7 +17,7 @@ from PIL import Image
 from processes import ROOT
 
 import retrieve
-from dreml import figures, search
+from dreml import figures
 from dreml.cache import read_cache
 from dreml.figures import (
     DPI,
@@ -214,7 +214,8 @@ def answer(query: Item, items: list[Item], similarities: list[float], threshold:
 
 
 def items_of(run, folder: Path) -> list[Item]:
-    return [search.test_item(run.test, folder, row) for row in range(len(run.test))]
+    rows = enumerate(run.test.itertuples())
+    return [Item(f"test:{row}", each.path, each.class_name, folder / each.path, row) for row, each in rows]
 
 
 @pytest.fixture

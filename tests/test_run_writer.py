@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import nn
 import data_utils
 from dreml import files
 from dreml import run_writer as writer
-from dreml.files import read_record, take_lock, write_record
+from dreml.files import take_lock
 from dreml.runs import MemberRecord, Members, TestSplit, read_run_record
 
 CPU = torch.device("cpu")
@@ -99,35 +98,20 @@ def test_a_member_is_finished_by_its_last_file(tmp_path, monkeypatch):
     assert members.embeddings(1, "pooled", CPU)[0].tolist() == [[3]]
 
 
-def test_the_recall_log_ends_before_a_missing_member(small_run, tmp_path):
-    folder = copy_run(small_run, tmp_path / "run")
-    record = read_record(folder / "member_002.json", MemberRecord)
-    (folder / "member_002.json").unlink()
-    for suffix in ("npy", "safetensors"):
-        shutil.move(folder / f"member_002.{suffix}", folder / f"member_003.{suffix}")
-    hashes = {name.replace("002", "003"): value for name, value in record.sha256.items()}
-    write_record(folder / "member_003.json", replace(record, member=3, sha256=hashes))
-    split = TestSplit(torch.arange(36) // 6, torch.ones(36).bool(), torch.ones(36).bool())
-    members = Members(folder, record.settings_hash)
-    table, embeddings = writer.update_logs(members, 3, split, [1, 4], "logits", CPU)
-    assert sorted(members.records) == [1, 3] and len(table) == len(embeddings) == 1
-    assert pd.read_csv(folder / "train.csv").member.tolist() == [1, 1, 3, 3]
-
-
 def test_one_process_at_a_time_writes_the_logs(small_run, tmp_path, monkeypatch):
     """Its lock lies outside, and is held from before the embeddings are read until the logs are written."""
     folder = copy_run(small_run, tmp_path / "run")
 
-    def table_of(embeddings, split, ks):
+    def recalls(embeddings, split, ks):
         assert take_lock(tmp_path / ".run.lock", timeout=0) is None
-        return pd.DataFrame({"ensemble_size": [], "R@1": []})
+        return np.array([[7.0]])
 
-    monkeypatch.setattr(writer, "recall_table", table_of)
+    monkeypatch.setattr(writer, "recall_percent", recalls)
     members = Members(folder, read_run_record(folder).settings_hash)
-    writer.update_logs(members, 2, None, [1], "pooled", CPU)
-    assert (folder / "recall_pooled.csv").read_text() == "ensemble_size,R@1\n"
-    for name in ("train.csv", "recall.csv"):
-        assert (folder / name).read_text() == (small_run / name).read_text()
+    split = TestSplit(torch.arange(36) // 6, torch.ones(36).bool(), torch.ones(36).bool())
+    writer.update_logs(members, 2, split, [1], "logits", CPU)
+    assert (folder / "recall.csv").read_text() == "ensemble_size,R@1\n1,7.0000\n"
+    assert (folder / "train.csv").read_text() == (small_run / "train.csv").read_text()
     with take_lock(tmp_path / ".run.lock", timeout=0):
         pass
 

@@ -1,11 +1,8 @@
 """train.py: options, one step, one epoch, one member, the ensemble, pooled features."""
 
 import copy
-import itertools
 import json
-import os
 import re
-import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -16,19 +13,17 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from builders import copy_run, digests, flip_a_bit, only_folder, save_image, train_tiny
+from builders import copy_run, digests, only_folder, save_image, train_tiny
 from reference import slow_recall
 from safetensors.torch import load_file
 from torch import nn
 
 import data_utils
 import train
+from dreml import cli
 from dreml import run_writer as writer
-from dreml.backbones import read_weights
 from dreml.batches import Batch, MixedTargets, epoch_batches, input_memory, prepare
-from dreml.cache import read_cache
-from dreml.files import read_record, take_lock
-from dreml.images import ImageSpec
+from dreml.files import read_record
 from dreml.runs import HISTORY_COLUMNS, MemberRecord, PooledRecord, read_run_record
 from dreml.settings import Settings, settings_of
 from model import Compute, Head, build_model, extract_features, features_in_batches, load_ensemble
@@ -37,7 +32,6 @@ from train import (
     Sums,
     TrainState,
     copy_weights,
-    initial_state,
     make_optimizer,
     train_epoch,
     train_member,
@@ -243,23 +237,6 @@ def test_the_best_epoch_by_training_accuracy_is_kept(
     assert record["best_epoch"] == 3 and model.fc.bias.tolist() == [3] * 3
 
 
-def test_members_and_seeds_differ_in_every_draw(tiny_cache, tiny_settings, small_network, monkeypatch):
-    """In the head, here the whole network, the partition, and the images of an epoch."""
-    first = []
-
-    def step(state, compute, pixels, targets, sums):
-        first.append((state.model.fc.weight.detach().clone(), pixels))
-
-    monkeypatch.setattr(train, "train_step", step)
-    settings = replace(tiny_settings, num_epochs=1, batch_size=10**6)  # memory is taken for 36
-    drawn = []
-    for seed, member in ((0, 1), (0, 2), (1, 1)):
-        _, result = train_member(experiment_of(tiny_cache, replace(settings, seed=seed)), member, "title")
-        drawn.append((*first.pop(), torch.tensor(result["partition"])))
-    for one, other in itertools.combinations(drawn, 2):
-        assert not any(torch.equal(*pair) for pair in zip(one, other, strict=True))
-
-
 def test_a_member_learns_the_meta_classes_of_its_images(tiny_cache, tiny_settings, small_network, monkeypatch):
     """By its partition, in each epoch's windows and mirror images, without those left out of large classes."""
     steps = []
@@ -282,20 +259,6 @@ def test_a_member_learns_the_meta_classes_of_its_images(tiny_cache, tiny_setting
     assert [len(targets) for _, targets in steps] == [16, 8] * 2
     for found, wanted in zip(steps, expected, strict=True):
         assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
-
-
-def test_members_share_given_weights_but_for_the_head(tiny_cache, tiny_settings, tmp_path):
-    state = torchvision.models.resnet18(num_classes=7).state_dict()
-    torch.save(state, tmp_path / "w.pth")
-    weights = read_weights("resnet18", str(tmp_path / "w.pth"))
-    before = torch.get_rng_state()
-    experiment = experiment_of(tiny_cache, tiny_settings, weights)
-    models = [initial_state(experiment, member).model for member in (1, 2, 1)]
-    assert torch.equal(torch.get_rng_state(), before)  # torch's own draws are left alone
-    for model in models:
-        assert all(torch.equal(value, state[n]) for n, value in model.state_dict().items() if not n.startswith("fc."))
-    heads = [model.fc.weight for model in models]
-    assert not torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[2])
 
 
 def test_members_do_not_depend_on_each_other(tiny_run, tiny_cache, tiny_settings):
@@ -399,21 +362,6 @@ def test_threads_are_no_setting(tiny_data, small_run, tmp_path, monkeypatch, no_
     assert numbers == [3] and only_folder(tmp_path) == folder
 
 
-def test_the_seconds_between_progress_files_are_no_setting(tiny_data, tmp_path, small_network, monkeypatch):
-    """They reach every member, and another number of them is the same run."""
-    intervals = []
-
-    def look(experiment, member, title, progress):
-        intervals.append(progress.interval)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "train_member", look)
-    for options in (["--progress_seconds", "0"], ["--progress_seconds", "2.5"], []):
-        assert train_tiny(tiny_data, tmp_path, *options) == 130
-    assert intervals == [0, 2.5, 30]
-    assert only_folder(tmp_path).name == "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
-
-
 def test_every_class_is_its_own_meta_class(tiny_data, tmp_path, small_network):
     """--meta_class_size all: D is the number of classes, in the name, the record and each member's partition."""
     options = ["--meta_class_size", "all", "--mixup", "--num_epochs", "1", "--embedding", "pooled"]
@@ -426,22 +374,6 @@ def test_every_class_is_its_own_meta_class(tiny_data, tmp_path, small_network):
     assert load_ensemble(folder).members[0].fc.out_features == 6
     assert train_tiny(tiny_data, tmp_path, *options[2:], "--meta_class_size", "6") == 0  # the same run
     assert only_folder(tmp_path) == folder
-
-
-def test_squash_makes_another_run_from_its_own_cache(squashed_data, tiny_settings, tmp_path, small_network, seen):
-    sizes = {}
-    for resize in ("crop", "squash"):
-        options = ["--resize", resize, "--ensemble_size", "1", "--num_epochs", "1"]
-        assert train_tiny(squashed_data, tmp_path / resize, *options) == 0
-        folder = only_folder(tmp_path / resize)
-        tag = {"crop": "", "squash": "_squash"}[resize]
-        assert folder.name == f"tiny_resnet18_D3_e1_s0_i32{tag}_b16_lr0.001_wnone_fp32"
-        record, cache = read_run_record(folder), read_cache(squashed_data, "tiny", ImageSpec(32, resize))
-        assert record.settings.resize == load_ensemble(folder).image_spec.resize == resize
-        assert record.data.fingerprint == cache.fingerprint
-        sizes[resize] = max(corners[:, 1].max() for _, corners, _ in seen)
-        seen.clear()
-    assert sizes["squash"] <= 3 < sizes["crop"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -471,7 +403,7 @@ def test_a_run_in_another_precision(tiny_data, tmp_path, small_network, precisio
     assert features.dtype == torch.float32 and not torch.equal(features.to(dtype).float(), features)
 
 
-def test_auto_goes_on_in_the_precision_of_the_run(tiny_data, tmp_path, small_network, monkeypatch, capsys):
+def test_auto_goes_on_in_the_precision_of_the_run(tiny_data, tmp_path, small_network, monkeypatch):
     """Begun on a device that is fast in bf16, gone on with on one that is not."""
     precisions = []
 
@@ -480,42 +412,23 @@ def test_auto_goes_on_in_the_precision_of_the_run(tiny_data, tmp_path, small_net
         train_step(state, compute, pixels, targets, sums)
 
     monkeypatch.setattr(train, "train_step", step)
-    monkeypatch.setattr(train, "pick_precision", lambda device, backbone: "bf16")
-    options = ["--precision", "auto", "--num_epochs", "1"]
-    assert train_tiny(tiny_data, tmp_path, *options, "--ensemble_size", "1") == 0
-    monkeypatch.setattr(train, "pick_precision", lambda device, backbone: "fp32")
-    capsys.readouterr()
-    assert train_tiny(tiny_data, tmp_path, *options, "--ensemble_size", "2") == 0
-    assert "1 of 2 members finished; device cpu" in (out := capsys.readouterr().out) and ", bf16\n" in out
-    assert precisions == ["bf16"] * 6
-    assert train_tiny(tiny_data, tmp_path / "new", *options, "--ensemble_size", "1") == 0
-    assert precisions[6:] == ["fp32"] * 3
-    both = only_folder(tmp_path / "new").parents[1]
-    records = {path.parent.parent.name: json.loads(path.read_text()) for path in both.rglob("args.json")}
-    assert [records[name]["settings"]["precision"] for name in (tmp_path.name, "new")] == ["bf16", "fp32"]
-    assert records["new"]["options"]["precision"] == "auto"
+    options = ["--precision", "auto", "--num_epochs", "1", "--ensemble_size"]
+    for device_is_fast_in, ensemble_size, results in (("bf16", "1", "a"), ("fp32", "2", "a"), ("fp32", "1", "b")):
+        monkeypatch.setattr(train, "pick_precision", lambda device, backbone, found=device_is_fast_in: found)
+        assert train_tiny(tiny_data, tmp_path / results, *options, ensemble_size) == 0
+    assert precisions == ["bf16"] * 6 + ["fp32"] * 3
+    record = read_run_record(only_folder(tmp_path / "b"))
+    assert record.settings.precision == "fp32" and record.options["precision"] == "auto"
 
 
-def asked() -> bool:
-    algorithms = torch.are_deterministic_algorithms_enabled(), not torch.backends.cudnn.benchmark
-    assert algorithms[0] == algorithms[1]
-    return algorithms[0]
-
-
-def test_deterministic(tiny_data, small_run, tmp_path, monkeypatch, no_training, capsys):
-    """It asks PyTorch for deterministic algorithms, is recorded, and a run without it asks for none."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    copy_run(small_run, tmp_path / small_run.name)
-
-    def finish_member(experiment, members, member, title):
-        pytest.fail("deterministic" if asked() else "not")
-
-    monkeypatch.setattr(train, "finish_member", finish_member)
-    for options, message in ((["--deterministic"], "deterministic"), ([], "not")):
-        with pytest.raises(pytest.fail.Exception, match=f"^{message}$"):
-            train_tiny(tiny_data, tmp_path, "--ensemble_size", "3", *options)
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+@pytest.mark.parametrize("options", [["--deterministic"], []])
+def test_deterministic_algorithms_are_asked_for(tiny_data, small_run, tmp_path, monkeypatch, options):
+    """And recorded."""
+    chosen = []
+    monkeypatch.setattr(cli, "set_up_device", lambda device, deterministic: chosen.append(deterministic))
+    folder = copy_run(small_run, tmp_path / small_run.name)
+    assert train_tiny(tiny_data, tmp_path, *options) == 0
+    assert chosen == [bool(options)] == [read_run_record(folder).environment["deterministic"]]
 
 
 # ------------------------------------------------------------------------------------------------ the ensemble
@@ -591,33 +504,6 @@ def test_out_of_memory_in_the_evaluation_costs_time_only(tiny_data, small_run, t
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
     first_two = [(folder / "recall.csv").read_text().splitlines()[:2] for folder in (only_folder(tmp_path), small_run)]
     assert first_two[0] == first_two[1]
-
-
-def test_out_of_memory_names_the_options(tiny_data, tmp_path, small_network, capsys, monkeypatch):
-    def step(state, compute, pixels, targets, sums):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-
-    monkeypatch.setattr(train, "train_step", step)
-    assert train_tiny(tiny_data, tmp_path) == 1
-    error = capsys.readouterr().err
-    assert "try a smaller --batch_size or --image_size" in error and error.count("\n") == 1
-
-
-@pytest.mark.parametrize(("name", "embedding"), [("member_001.npy", "logits"), ("member_001.safetensors", "pooled")])
-def test_a_disk_that_reads_back_otherwise_ends_the_run(
-    tiny_data, tmp_path, small_network, capsys, monkeypatch, name, embedding
-):
-    save_member = writer.save_member
-
-    def save(folder, *arguments):
-        save_member(folder, *arguments)
-        flip_a_bit(folder / name)
-
-    monkeypatch.setattr(writer, "save_member", save)
-    assert train_tiny(tiny_data, tmp_path, "--num_epochs", "1", "--embedding", embedding) == 1
-    message = "member 1 was finished, but its files read back otherwise: is the disk sound?"
-    assert capsys.readouterr().err.endswith(f"train.py: failed: {message}\n")
-    assert not list(only_folder(tmp_path).glob("pooled_*"))
 
 
 @pytest.mark.parametrize(("meta_classes", "batch_size"), [(2, 2), (2, 3), (3, 128)])
@@ -708,52 +594,6 @@ def test_nothing_is_made_twice(small_pooled_run, tiny_data, tmp_path, no_trainin
         assert digests(folder, pattern) == digests(small_pooled_run, pattern)
 
 
-def test_processes_share_the_pooling(small_pooled_run, small_run, tiny_data, tmp_path, capsys, no_training):
-    """A member whose lock another one holds is left to it; --members limits it too."""
-    folder = copy_run(small_run, tmp_path / small_run.name)
-    with take_lock(folder / ".member_001.lock"):
-        assert pool(tiny_data, tmp_path) == 0
-    output = capsys.readouterr().out
-    assert output.endswith("pooled still missing of member 1: the process that finishes the last one scores\n")
-    assert [path.name for path in sorted(folder.glob("pooled_*"))] == ["pooled_002.json", "pooled_002.npy"]
-    assert (folder / "recall_pooled.csv").read_text() == "ensemble_size,R@1,R@4\n"
-    (folder / "pooled_002.json").unlink()
-    assert pool(tiny_data, tmp_path, "--members", "1") == 0
-    assert "pooled still missing of member 2:" in capsys.readouterr().out
-    assert pool(tiny_data, tmp_path) == 0
-    for pattern in ("member_*", "pooled_*", "*.csv"):
-        assert digests(folder, pattern) == digests(small_pooled_run, pattern)
-
-
-def test_pooling_that_is_interrupted_anywhere_goes_on(
-    small_pooled_run, small_run, tiny_data, tmp_path, capsys, monkeypatch
-):
-    """Before each file of pooled features, and each log of them, takes its place."""
-    folder, replace_file = tmp_path / small_run.name, os.replace
-    for number in itertools.count():
-        copy_run(small_run, folder)
-        calls = itertools.count()
-
-        def interrupted(source, target, calls=calls, number=number):
-            if "pooled" in Path(target).name and next(calls) == number:
-                raise KeyboardInterrupt
-            replace_file(source, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", interrupted)
-            code = pool(tiny_data, tmp_path)
-        error = capsys.readouterr().err
-        if code == 130:
-            assert error == "train.py: interrupted; run the same command again to go on\n"
-            assert pool(tiny_data, tmp_path) == 0 and "warning" not in capsys.readouterr().err
-        for pattern in ("*member_*[!k]", "*pooled_*", "*.csv"):
-            assert digests(folder, pattern) == digests(small_pooled_run, pattern)
-        shutil.rmtree(folder)
-        if code == 0:
-            break
-    assert number == 5
-
-
 # ------------------------------------------------------------------------------------------------ options
 
 
@@ -778,23 +618,15 @@ def test_defaults_are_those_of_the_original_command_line():
             r"no such folder; .*python data_utils\.py --data_name other --data_path .* --image_size 32",
         ),
         (["--image_size", "64"], r"no cache: .*--data_name tiny --data_path .* --image_size 64"),
-        (["--data_name", "../tiny"], "is not the name of a folder"),
         (["--meta_class_size", "7"], r"--meta_class_size 7 has to be in 2\.\.6"),
-        (["--meta_class_size", "1"], r"--meta_class_size 1 has to be in 2\.\.6 \(training classes\), or all: each"),
         (["--meta_class_size", "every"], "argument --meta_class_size: 'every' is neither a positive integer nor all"),
-        (["--recalls", "1,1"], "names a K twice"),
-        (["--recalls", "1,,2"], "'1,,2' is no list of positive integers"),
         (["--recalls", "1,36"], "36 is not below the number of gallery images, 36"),
         (["--batch_size", "1"], "--batch_size 1 has to be at least 2"),
-        (["--num_epochs", "0"], "--num_epochs 0 has to be at least 1"),
         (["--ensemble_size", "-3"], "--ensemble_size -3 has to be at least 1 and at most 10,000"),
-        (["--members", "3-1"], "'3-1' is no range of members"),
         (["--members", "2,5"], "--members 5 is above --ensemble_size 2"),
         (["--lr", "nan"], "--lr nan has to be above 0"),
         (["--progress_seconds", "-1"], "--progress_seconds -1.0 has to be at least 0"),
         (["--scale_min", "0"], "--scale_min 0.0 has to be above 0 and at most 1"),
-        (["--scale_min", "x"], "--scale_min: invalid float value: 'x'"),
-        (["--seed", "-1"], "--seed -1 has to be at least 0"),
         (["--backbone", "resnet19"], "--backbone 'resnet19' is no network of .*near it: resnet1"),
         (["--backbone", "vit_b_32"], "--image_size 32: vit_b_32 cannot take it"),
         (["--weights", "nowhere.pth"], "--weights 'nowhere.pth': no such file"),
@@ -803,7 +635,6 @@ def test_defaults_are_those_of_the_original_command_line():
         (["--resize", "stretch"], "argument --resize: invalid choice: 'stretch'"),
         (["--resize", "squash"], r"no cache: .*cache_32_squash.* --image_size 32 --resize squash"),
         (["--ensemble", "3"], "unrecognized arguments: --ensemble 3"),
-        (["--lr"], "expected one argument"),
     ],
 )
 def test_wrong_options_end_at_once_in_one_line(tiny_data, tmp_path, capsys, no_training, options, message):
