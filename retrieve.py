@@ -105,9 +105,6 @@ def run(args: argparse.Namespace) -> None:
     suffix = SUFFIXES[args.embedding]
     output = args.output or searcher.run.folder / "retrieval"
     path = output / f"{'worst' if args.worst else 'neighbours'}{suffix}.csv"
-    if args.query or args.worst:
-        with writable(output, "--output"):
-            pass  # a folder that cannot be made is no loss yet
 
     # 2. The neighbours
     problems: list[str] = []

@@ -4,6 +4,7 @@ A new one is a function that lists its images and one entry of PUBLISHED.
 """
 
 import os
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -308,7 +309,7 @@ def changes_since(cache: Cache) -> str:
     try:
         images = list_data_set(source, data_path / source).images
         paths, stats = cache.raw_files()
-    except (InputError, OSError):
+    except (InputError, OSError, ValueError, zipfile.BadZipFile):  # a damaged list of files says nothing
         return ""
     listed = set(images["path"][images["split"] == "train"] if holdout else images["path"])
     new = len(listed.difference(paths))

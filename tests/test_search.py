@@ -229,7 +229,7 @@ def test_what_cannot_be_searched(small_run, tmp_path):
         ({"gallery": tmp_path / "nowhere"}, r"^gallery .*nowhere: no such folder$"),
         ({"embedding": "pooled"}, "pooled"),
         ({"num_members": 3}, "member 3 of 3 is missing"),
-        ({"device": "gpu"}, "^device gpu"),
+        ({"device": "gpu"}, "^device 'gpu'"),
     ):
         with pytest.raises(InputError, match=message):
             Searcher(small_run, **options)
