@@ -314,14 +314,21 @@ def changes_since(cache: Cache) -> str:
     new = len(listed.difference(paths))
     gone = 0
     changed = 0
+    touched = 0
     for path, known in zip(paths, stats.tolist(), strict=True):
         found = known
         if path not in listed:
             found = None
         elif len(paths) <= MAX_COMPARED:
             found = size_and_time(f"{data_path}/{source}/{path}")
-        gone += found is None
-        changed += found not in (None, known)
+        if found is None:
+            gone += 1
+        elif found[0] != known[0]:
+            changed += 1
+        elif found[1] != known[1]:
+            touched += 1
+    if touched < len(paths) - gone - changed:  # or else the whole folder was copied
+        changed += touched
     if gone == len(paths) or new + changed + gone == 0:
         return ""
     changes = f"{number_of(new, 'image')} {'is' if new == 1 else 'are'} new, {changed:,} changed, {gone:,} gone"
