@@ -375,3 +375,5 @@ def test_changes_of_a_holdout_are_those_of_the_training_images(tmp_path, monkeyp
     assert line.endswith(" --image_size 32 --holdout 0.4 --holdout_seed 2 --force")
     monkeypatch.setattr(datasets, "MAX_COMPARED", 3)  # of larger data sets, names only
     assert changes_since(cache).startswith("1 image is new, 0 changed, 0 gone since ")
+    os.utime(cache.folder / "meta.json", (1e10, 1e10))  # newer than all folders
+    assert changes_since(cache) == ""
