@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dreml.cache import Cache, Holdout, cache_folder, cache_options, holdout_of, make_command, read_cache, verify_cache
-from dreml.cache_writer import build_cache
+from dreml.cache_writer import build_cache, require_writable
 from dreml.cli import MANY, InputError, Parser, RunError, check_ranges, data_set_name, num_cores, run_main
 from dreml.datasets import ALL_LAYOUTS, UnknownLayout, default_recalls
 from dreml.demo import draw_demo
@@ -126,6 +126,7 @@ def require_raw(data_path: Path, name: str, spec: ImageSpec) -> None:
         command = make_command(data_path, name, spec)
         raise UnknownLayout(f"{folder} has no raw images of its own; make its cache with: {command}")
     if name == "demo" and not folder.exists():
+        require_writable(data_path)
         draw_demo(folder)
     if not folder.is_dir():
         raise UnknownLayout(f"{folder}: no such folder; expected is one of\n{ALL_LAYOUTS}")

@@ -69,10 +69,7 @@ def build_cache(
     data_set = list_data_set(name, data_path / name)
     if holdout is not None:
         hold_out(data_set, holdout)
-    above = target.parent if target.parent.exists() else data_path
-    if not os.access(above, os.W_OK):
-        remedy = "make a folder of links to the data sets elsewhere (ln -s), and name it with --data_path"
-        raise InputError(f"{above} is read-only, and the cache goes there: {remedy}")
+    require_writable(target.parent if target.parent.exists() else data_path)
     target.parent.mkdir(exist_ok=True)
     held = take_lock(target.with_name(f".{target.name}.lock"), SECONDS_FOR_A_LOCK)
     if held is None:
@@ -96,6 +93,13 @@ def build_cache(
         finally:
             shutil.rmtree(new, ignore_errors=True)
     return read_cache(data_path, cache_name, spec)
+
+
+def require_writable(folder: Path) -> None:
+    """Raise InputError, with a way on, if a folder that is there cannot be written to."""
+    if folder.exists() and not os.access(folder, os.W_OK):
+        remedy = "name another folder with --data_path, with links to the data sets in it (ln -s)"
+        raise InputError(f"{folder} is read-only, and caches lie beside the images: {remedy}")
 
 
 def say_what_is_there(cache: Cache, holdout: Holdout | None) -> None:

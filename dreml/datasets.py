@@ -38,7 +38,7 @@ LAYOUTS = {
 ALL_LAYOUTS = "\n".join(f"  data/{name}/  {layout}" for name, layout in LAYOUTS.items())
 ALL_LAYOUTS += "\nThe README says where to get them. Without any: python data_utils.py --data_name demo"
 
-MAX_COMPARED = 100_000  # images whose files are looked at before each training: half a second
+MAX_COMPARED = 100_000  # images whose files are looked at before each training, in half a second
 
 
 class UnknownLayout(InputError):
@@ -301,32 +301,51 @@ def count_images(images: pd.DataFrame) -> dict[str, tuple[int, int]]:
 def changes_since(cache: Cache) -> str:
     """Say how many raw images are new, changed or gone since a cache was made. "": none, or there are no raw images.
 
-    Names are compared; up to MAX_COMPARED images, sizes and times of change too.
+    Names, sizes and times of change are compared. Of more than MAX_COMPARED images only names are, and these only if a
+    folder or a list is newer than the cache.
     """
     data_path = cache.folder.parents[1]
     name = cache.name
     source, holdout = holdout_of(data_path, name) or (name, None)
     try:
-        images = list_data_set(source, data_path / source).images
         paths, stats = cache.raw_files()
+        if len(paths) > MAX_COMPARED and not is_newer(data_path / source, paths, cache.folder / "meta.json"):
+            return ""
+        images = list_data_set(source, data_path / source).images
     except (InputError, OSError, ValueError, zipfile.BadZipFile):  # a damaged list of files says nothing
         return ""
     listed = set(images["path"][images["split"] == "train"] if holdout else images["path"])
     new = len(listed.difference(paths))
     gone = 0
     changed = 0
+    touched = 0
     for path, known in zip(paths, stats.tolist(), strict=True):
         found = known
         if path not in listed:
             found = None
         elif len(paths) <= MAX_COMPARED:
             found = size_and_time(f"{data_path}/{source}/{path}")
-        gone += found is None
-        changed += found not in (None, known)
+        if found is None:
+            gone += 1
+        elif found[0] != known[0]:
+            changed += 1
+        elif found[1] != known[1]:
+            touched += 1
+    if touched < len(paths) - gone - changed:  # or else the whole folder was copied
+        changed += touched
     if gone == len(paths) or new + changed + gone == 0:
         return ""
     changes = f"{number_of(new, 'image')} {'is' if new == 1 else 'are'} new, {changed:,} changed, {gone:,} gone"
     return f"{changes} since {cache.folder} was made: {make_command(data_path, name, cache.spec)} --force"
+
+
+def is_newer(root: Path, paths: list[str], file: Path) -> bool:
+    """Whether a folder of these images, or a list in `root`, has changed after a file was written."""
+    folders = {path.rpartition("/")[0] for path in paths}
+    folders |= {folder.rpartition("/")[0] for folder in folders}  # where new ones appear
+    lists = [item.name for item in os.scandir(root) if item.is_file()]
+    written = os.stat(file).st_mtime
+    return any(os.stat(root / name).st_mtime > written for name in [*folders - {""}, *lists])
 
 
 def size_and_time(path: str) -> list[float] | None:

@@ -5,7 +5,7 @@ import hashlib
 import io
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -173,10 +173,10 @@ def write_car_mirror(root: Path, folder: str = "car_devkit/devkit") -> None:
     (root / "devkit").rename(root / folder)
 
 
-def write_cub(root: Path) -> None:
-    """images.txt, image_class_labels.txt and images/; classes 1, 100 | 101, 200."""
+def write_cub(root: Path, classes: Sequence[int] = (1, 100, 101, 200)) -> None:
+    """images.txt, image_class_labels.txt and images/, two images of each class; those up to 100 train."""
     images, labels = [], []
-    for number, class_id in enumerate((1, 1, 100, 100, 101, 101, 200, 200), 1):
+    for number, class_id in enumerate(np.repeat(classes, 2), 1):
         path = f"{class_id:03d}.Bird_{class_id}/Bird_{number:04d}.jpg"
         images.append(f"{number} {path}\n")
         labels.append(f"{number} {class_id}\n")

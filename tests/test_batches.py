@@ -57,19 +57,6 @@ def test_batches_are_prepared_two_ahead():
         list(batches)
 
 
-def test_what_a_batch_needs_is_asked_for_before_the_one_before_it_is_read():
-    events = []
-
-    def read_ahead(start, stop):
-        events.append(("ask", start, stop))
-
-    def fill(start, stop, out):
-        events.append(("fill", start, stop))
-
-    list(image_batches(fill, spans(0, 5, 2), 4, CPU, read_ahead))
-    assert events == [("ask", 2, 4), ("fill", 0, 2), ("ask", 4, 5), ("fill", 2, 4), ("fill", 4, 5)]
-
-
 def wait_until(condition) -> None:
     for _ in range(500):
         if condition():
@@ -279,11 +266,3 @@ def test_a_mixed_image_is_the_weighted_mean_of_two(tiny_cache, tiny_settings):
     for row, (partner, share) in enumerate(zip(mixed.partners, mixed.targets.shares, strict=True)):
         torch.testing.assert_close(found[row], share * pixels[row] + (1 - share) * pixels[partner])
     assert found.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_members_seeds_and_epochs_mix_otherwise(tiny_cache, tiny_settings):
-    settings = replace(tiny_settings, mixup=True)
-    draws_of = [{}, {"member": 2}, {"epoch": 1}, {"settings": replace(settings, seed=1)}]
-    mixed = [batches_of(tiny_cache, **{"settings": settings} | each)[0] for each in draws_of]
-    assert len({tuple(batch.partners.tolist()) for batch in mixed}) == 4
-    assert len({tuple(batch.targets.shares.tolist()) for batch in mixed}) == 4

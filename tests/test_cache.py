@@ -10,7 +10,7 @@ import pytest
 import torchvision.transforms.functional as TF
 from builders import SPEC, build, flip_a_bit, random_image, tree, write_image_folder
 
-from dreml.cache import check_unchanged, make_command, read_ahead, read_cache, verify_cache
+from dreml.cache import check_unchanged, read_ahead, read_cache, verify_cache
 from dreml.cli import InputError, RunError
 from dreml.files import read_record, write_record
 from dreml.images import ImageSpec, load_rgb
@@ -98,9 +98,8 @@ def test_both_caches_of_a_data_set_lie_beside_each_other(tmp_path):
     flip_a_bit(folder / "test_images.npy")
     verify_cache(crop)
     remedy = f"python data_utils.py --data_name mine --data_path {tmp_path} --image_size 32 --resize squash"
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(InputError, match=f"damaged: test_images; make it again with: {re.escape(remedy)} --force$"):
         verify_cache(squash)
-    assert str(refusal.value).endswith(f"damaged: test_images; make it again with: {remedy} --force")
     shutil.rmtree(folder)
     crop.folder.rename(folder)  # of other settings than its name says
     with pytest.raises(InputError, match=f"other settings; make it with: {re.escape(remedy)}$"):
@@ -121,21 +120,6 @@ def test_a_cache_that_has_been_made_anew_is_noticed(tmp_path):
         check_unchanged(cache)
 
 
-def test_a_cache_that_is_replaced_is_read_on(tmp_path):
-    """All its arrays stay those of one cache, or rows of one would be looked for in the other."""
-    write_image_folder(tmp_path / "mine")
-    cache = build(tmp_path, "mine")
-    before = {name: np.array(cache.array(name)) for name in ("train_sizes", "train_labels")}
-    shutil.rmtree(tmp_path / "mine/train/train_0")
-    assert len(build(tmp_path, "mine", force=True).array("train_labels")) < len(before["train_labels"])
-    for name, array in before.items():
-        np.testing.assert_array_equal(cache.array(name), array)
-
-
-def test_commands_are_no_longer_than_needed():
-    assert make_command(Path("data"), "my set", ImageSpec()) == "python data_utils.py --data_name 'my set'"
-
-
 def damage_meta(change):
     def damage(folder: Path) -> None:
         meta = read_record(folder / "meta.json")
@@ -154,13 +138,6 @@ CACHE_DAMAGES = {
         "is of another version or has other settings; make it with: ",
     ),
     "other size": (damage_meta(lambda meta: meta.update(image_size=64)), "other settings"),
-    "changed entry": (
-        lambda folder: (folder / "meta.json").write_text(
-            (folder / "meta.json").read_text().replace("character_0", "character_1")
-        ),
-        "its checksum does not fit",
-    ),
-    "one entry less": (damage_meta(lambda meta: meta.pop("std")), "is damaged"),
     "missing array": (lambda folder: (folder / "test_labels.npy").unlink(), "test_labels.npy is missing"),
     "no array": (lambda folder: flip_a_bit(folder / "test_is_query.npy", place=0), "is damaged"),
     "truncated array": (lambda folder: (folder / "test_images.npy").write_bytes(b"x"), "has the wrong size"),

@@ -26,6 +26,7 @@ from builders import (
 )
 from PIL import Image
 
+import data_utils
 from dreml import cache_writer, datasets
 from dreml.cache import Holdout, read_cache
 from dreml.cli import InputError, RunError
@@ -202,8 +203,9 @@ def test_a_read_only_folder_is_refused_with_a_way_on(tmp_path, monkeypatch):
     for options, folder in (({"force": True}, tmp_path / "mine"), ({"holdout": Holdout(0.4)}, tmp_path)):
         with pytest.raises(InputError) as refusal:
             build(tmp_path, "mine", **options)
-        remedy = "make a folder of links to the data sets elsewhere (ln -s), and name it with --data_path"
-        assert str(refusal.value) == f"{folder} is read-only, and the cache goes there: {remedy}"
+        assert str(refusal.value).startswith(f"{folder} is read-only")
+        assert str(refusal.value).endswith("another folder with --data_path, with links to the data sets in it (ln -s)")
+    assert data_utils.main(["--data_path", str(tmp_path), "--data_name", "demo"]) == 2
 
 
 def test_a_cache_that_cannot_be_flushed_is_not_published(tmp_path, monkeypatch):
@@ -332,6 +334,7 @@ CHANGES = {
         "0 images are new, 1 changed, 0 gone",
     ),
     "a bad one, mended": (lambda root: save_image(root / "train/train_1/bad.png"), "0 images are new, 1 changed"),
+    "a copy": (lambda root: [os.utime(path, (9, 9)) for path in root.glob("t*/*/*")], ""),
     "list": (
         lambda root: (root / "images.csv").write_text("path,label,split\ntrain/train_0/0.png,a,train\n"),
         "0 images are new, 0 changed, 8 gone",
@@ -372,3 +375,5 @@ def test_changes_of_a_holdout_are_those_of_the_training_images(tmp_path, monkeyp
     assert line.endswith(" --image_size 32 --holdout 0.4 --holdout_seed 2 --force")
     monkeypatch.setattr(datasets, "MAX_COMPARED", 3)  # of larger data sets, names only
     assert changes_since(cache).startswith("1 image is new, 0 changed, 0 gone since ")
+    os.utime(cache.folder / "meta.json", (1e10, 1e10))  # newer than all folders
+    assert changes_since(cache) == ""

@@ -69,16 +69,6 @@ def test_no_data_set_at_all(tmp_path, capsys):
         assert "no data set found" in message and "python data_utils.py --data_name demo" in message
 
 
-def test_named_set_that_is_not_there(tmp_path, capsys):
-    (tmp_path / "car").mkdir()
-    assert call(tmp_path, "--data_name", "cub", "car") == 2
-    message = capsys.readouterr().err
-    assert (
-        f"{tmp_path / 'cub'}: no such folder" in message
-        and f"{tmp_path / 'car'} holds no car; expected is cars_annos.mat" in message
-    )
-
-
 def images_in(*folders: str):
     """Writes a data set with two images in each of these folders."""
 
@@ -91,6 +81,16 @@ def images_in(*folders: str):
     return write
 
 
+def test_named_set_that_is_not_there(tmp_path, capsys):
+    (tmp_path / "car").mkdir()
+    images_in("train/a", "train/b")(tmp_path / "isc")
+    assert call(tmp_path, "--data_name", "cub", "car", "isc") == 2
+    message = capsys.readouterr().err
+    assert f"{tmp_path / 'cub'}: no such folder" in message
+    assert f"{tmp_path / 'car'} holds no car; expected is cars_annos.mat" in message
+    assert message.endswith("of DeepFashion); for images of your own, choose another name\n")
+
+
 def text_in(path: str, text: str):
     """Writes a data set of one file."""
 
@@ -101,7 +101,7 @@ def text_in(path: str, text: str):
     return write
 
 
-LAYOUTS = {
+LAYOUTS = {  # -> how it is written, and what is said of it
     "capitals": (images_in("Train/a", "Train/b", "Test/c"), "found Train/: rename it to train/"),
     "other words": (images_in("train/a", "validation/c", "testing/c"), "found testing/: rename it to test/"),
     "no split": (
@@ -129,13 +129,6 @@ def test_a_layout_that_is_nearly_right_is_named_in_one_line(tmp_path, capsys, la
         assert call(tmp_path, *options) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"data_utils.py: {tmp_path / 'mine'}: {message}") and error.count("\n") == 1
-
-
-def test_images_of_ones_own_under_the_name_of_a_known_set(tmp_path, capsys):
-    images_in("train/a", "train/b")(tmp_path / "cub")
-    assert call(tmp_path) == 2
-    error = capsys.readouterr().err
-    assert error.endswith("(CUB-200-2011); for images of your own, choose another name\n") and error.count("\n") == 1
 
 
 def test_folders_that_teach_nothing_are_named(tmp_path, capsys):
@@ -253,6 +246,23 @@ def test_no_command_is_suggested_for_what_cannot_be_trained_on(tmp_path, capsys,
     assert f"\nmine cannot be trained on{' ' if 'yet' in reason else ': '}{reason}" in capsys.readouterr().out
 
 
+def test_photos_that_were_added_are_named_before_training(tmp_path, capsys):
+    write_image_folder(tmp_path / "mine")
+    assert call(tmp_path) == 0
+    for number in range(12):
+        save_image(tmp_path / "mine/train/new" / f"{number}.png")
+    options = ["--data_name", "mine", "--data_path", str(tmp_path), "--image_size", "32"]
+    said = f"warning: 12 images are new, 0 changed, 0 gone since {tmp_path / 'mine/cache_32'} was made: "
+    command = f"python data_utils.py {' '.join(options)} --force"
+    assert train.main([*options, "--meta_class_size", "9"]) == 2
+    assert capsys.readouterr().err.startswith(f"{said}{command}\n")
+    assert call(tmp_path) == 0
+    assert capsys.readouterr().err == f"mine: {said}{command}\n"
+    assert data_utils.main(command.split()[2:]) == 0
+    assert call(tmp_path) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_verify_finds_a_flipped_bit(tmp_path, capsys):
     write_image_folder(tmp_path / "mine")
     build(tmp_path, "mine")
@@ -294,14 +304,7 @@ def classes_of(cache, split: str) -> set[str]:
 def test_a_share_of_the_training_classes_becomes_the_test_split(tmp_path, capsys, name):
     """By whole classes; the true test split is left out; another seed divides otherwise; the pixels are the same."""
     if name == "cub":
-        write_cub(tmp_path / "cub")
-        lists = [tmp_path / "cub" / file for file in ("images.txt", "image_class_labels.txt")]
-        for number in range(10, 26):  # eight more training classes, 2 to 9
-            class_id = number // 2 - 3
-            path = f"{class_id:03d}.Bird_{class_id}/Bird_{number:04d}.jpg"
-            save_image(tmp_path / "cub" / "images" / path, number)
-            for file, line in zip(lists, (f"{number} {path}", f"{number} {class_id}"), strict=True):
-                file.write_text(f"{file.read_text()}{line}\n")
+        write_cub(tmp_path / "cub", classes=(*range(1, 11), 101, 200))
     else:
         write_image_folder(tmp_path / "mine", classes=10)
     whole, divided = build(tmp_path, name), []
