@@ -35,27 +35,9 @@ from dreml.cli import InputError, RunError
 from dreml.datasets import default_recalls
 from dreml.files import remove_leftovers, writable
 from dreml.optimizers import learning_rate, make_optimizer, with_rates
-from dreml.runs import (
-    SUFFIXES,
-    WEIGHTS,
-    MemberRecord,
-    Members,
-    TestSplit,
-    member_path,
-    pooled_path,
-    read_run_record,
-    run_lock,
-)
+from dreml.runs import WEIGHTS, MemberRecord, Members, TestSplit, member_path, pooled_path, read_run_record, run_lock
 from dreml.settings import ALL_CLASSES, EMBEDDINGS, Settings, add_settings, settings_of
-from model import (
-    Compute,
-    TrainState,
-    channel_statistics,
-    extract_features,
-    initial_model,
-    load_member,
-    pick_precision,
-)
+from model import Compute, TrainState, channel_statistics, extract_features, initial_model, load_member, pick_precision
 from utils import capped_images, meta_class_partition, rng_for, unmatched_queries
 
 MAX_IMAGES_PER_CLASS = 300  # docs/METHOD.md, step 5: a larger class is cut to a random 300 for each member
@@ -412,7 +394,7 @@ def run(args: argparse.Namespace) -> None:
     scores = ", ".join(f"{name} {value:.2f}" for name, value in final.iloc[0, 1:].items())
     dimensions = sum(embedding.shape[1] for embedding in embeddings)
     size = cli.counted(len(table), "member")
-    print(f"{size}: {scores} ({dimensions:,} numbers an image) in {folder}/recall{SUFFIXES[args.embedding]}.csv")
+    print(f"{size}: {scores} ({dimensions:,} numbers an image) in {folder}/recall{writer.SUFFIXES[args.embedding]}.csv")
 
 
 def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSplit) -> None:
