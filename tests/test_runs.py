@@ -238,7 +238,7 @@ def test_a_missing_embedding_names_the_command_that_makes_it(tiny_data, small_ru
     """The one that trained the run, as a whole: it works."""
     results = tmp_path / "my results"
     folder = copy_run(small_run, results / small_run.name)
-    assert train_tiny(tiny_data, results) == 0
+    assert train_tiny(tiny_data, results, "--members", "2") == 0
     read_run(folder).require("logits")
     with pytest.raises(InputError, match=r"the pooled embedding of member 1 is missing; make it from the") as error:
         read_run(folder).require("pooled")
