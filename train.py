@@ -35,27 +35,9 @@ from dreml.cli import InputError, RunError
 from dreml.datasets import changes_since, default_recalls
 from dreml.files import remove_leftovers, writable
 from dreml.optimizers import learning_rate, make_optimizer, with_rates
-from dreml.runs import (
-    SUFFIXES,
-    WEIGHTS,
-    MemberRecord,
-    Members,
-    TestSplit,
-    member_path,
-    pooled_path,
-    read_run_record,
-    run_lock,
-)
+from dreml.runs import WEIGHTS, MemberRecord, Members, TestSplit, member_path, pooled_path, read_run_record, run_lock
 from dreml.settings import ALL_CLASSES, EMBEDDINGS, Settings, add_settings, settings_of
-from model import (
-    Compute,
-    TrainState,
-    channel_statistics,
-    extract_features,
-    initial_model,
-    load_member,
-    pick_precision,
-)
+from model import Compute, TrainState, channel_statistics, extract_features, initial_model, load_member, pick_precision
 from utils import capped_images, meta_class_partition, rng_for, unmatched_queries
 
 MAX_IMAGES_PER_CLASS = 300  # docs/METHOD.md, step 5: a larger class is cut to a random 300 for each member
@@ -89,8 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     deterministic_help = "the same bits each time on CUDA too, where it can; slower"
     group.add_argument("--deterministic", action="store_true", help=deterministic_help)
     args = parser.parse_args(argv)
-    most = cli.MAX_ENSEMBLE_SIZE
-    cli.check_ranges(args, ensemble_size=(1, most), progress_seconds=(0, cli.MANY), threads=(1, 1024))
+    cli.check_ranges(args, ensemble_size=(1, 10_000), progress_seconds=(0, cli.MANY), threads=(1, 1024))
     settings_of(args)
     if args.members and args.members[-1] > args.ensemble_size:
         raise InputError(f"--members {args.members[-1]} is above --ensemble_size {args.ensemble_size}")
@@ -309,7 +290,10 @@ def make_member(experiment: Experiment, members: Members, member: int, embedding
         message = f"training accuracy {accuracy:.2f} % in epoch {record.best_epoch}"
         members.refresh()
     if embedding == "pooled" and member in members.records:
-        pool_member(experiment, members, member)
+        remove_leftovers(members.folder, pooled_path(members.folder, member, "*").name)
+        model = load_member(member_path(members.folder, member, WEIGHTS)).to(experiment.compute.device)
+        pooled = embed_test_images(experiment, model, member, "pooled")
+        writer.save_pooled(members.folder, members.records[member], pooled)
     return message
 
 
@@ -327,14 +311,6 @@ def finish_member(experiment: Experiment, members: Members, member: int, title: 
     writer.save_member(folder, record, model, logits, metadata)
     remove_progress(folder, member)
     return record
-
-
-def pool_member(experiment: Experiment, members: Members, member: int) -> None:
-    """Make and save the pooled features of one finished member."""
-    remove_leftovers(members.folder, pooled_path(members.folder, member, "*").name)
-    model = load_member(member_path(members.folder, member, WEIGHTS)).to(experiment.compute.device)
-    pooled = embed_test_images(experiment, model, member, "pooled")
-    writer.save_pooled(members.folder, members.records[member], pooled)
 
 
 # ------------------------------------------------------------------------------------------------ the ensemble
@@ -420,8 +396,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"(alone: {table.columns[1]} of the last member of the row by itself)")
     scores = ", ".join(f"{name} {value:.2f}" for name, value in final.iloc[0, 1:].items())
     dimensions = sum(embedding.shape[1] for embedding in embeddings)
-    size = f"{cli.counted(len(table), 'member')}"
-    print(f"{size}: {scores} ({dimensions:,} numbers an image) in {folder}/recall{SUFFIXES[args.embedding]}.csv")
+    size = cli.counted(len(table), "member")
+    print(f"{size}: {scores} ({dimensions:,} numbers an image) in {folder}/recall{writer.SUFFIXES[args.embedding]}.csv")
 
 
 def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSplit) -> None:
@@ -432,9 +408,8 @@ def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSpl
     if num_classes < 2:
         raise InputError(f"{settings.data_name} has one training class: telling classes apart needs two")
     if not 2 <= size <= num_classes:
-        raise InputError(
-            f"--meta_class_size {size} has to be in 2..{num_classes} (training classes), or all: each its own"
-        )
+        limits = f"2..{num_classes} (training classes), or all: each its own"
+        raise InputError(f"--meta_class_size {size} has to be in {limits}")
     if len(split.labels) and max(ks) >= num_gallery:
         raise InputError(f"--recalls: {max(ks)} is not below the number of gallery images, {num_gallery}")
 
@@ -444,10 +419,8 @@ def print_exceptions(cache: Cache, split: TestSplit, training: bool) -> None:
     class_sizes = np.bincount(cache.array("train_labels"))
     left_out = int((class_sizes - MAX_IMAGES_PER_CLASS).clip(min=0).sum())
     if training and left_out:
-        print(
-            f"each member trains on a random {MAX_IMAGES_PER_CLASS} images of each larger class, and leaves out "
-            f"{left_out:,} of {class_sizes.sum():,} images"
-        )
+        text = f"each member trains on a random {MAX_IMAGES_PER_CLASS} images of each larger class"
+        print(f"{text}, and leaves out {left_out:,} of {class_sizes.sum():,} images")
     if not len(split.labels):
         print("no test images: all classes are trained on, and there will be no recall")
     if not (split.is_query & split.is_gallery).all():

@@ -104,8 +104,8 @@ def update_baseline(
 
 
 def map_percent(embeddings: list[torch.Tensor], split: TestSplit) -> dict[str, float]:
-    """{"mAP@R": that of the whole ensemble, in percent}; {} where it would take long."""
-    if len(split.labels) > LARGEST_MAP:
+    """{"mAP@R": that of the whole ensemble, in percent}; {} where it would take long, or more than 1 GiB."""
+    if len(split.labels) > LARGEST_MAP or sum(rows.numel() for rows in embeddings) > 2**28:
         return {}
     return {"mAP@R": 100 * scored(map_at_r, [unit_rows(embeddings)], split)[0].item()}
 

@@ -125,9 +125,9 @@ def take_lock(path: Path, timeout: float = -1) -> contextlib.AbstractContextMana
     except filelock.Timeout:
         return None
     except OSError as error:
-        if error.errno == errno.ENOSYS:
-            raise InputError(f"{path.parent} is on a file system without file locks (flock): use another one") from None
-        raise
+        if error.errno != errno.ENOSYS:
+            raise
+        raise InputError(f"{path.parent} is on a file system without file locks (flock): use another one") from None
 
 
 # ------------------------------------------------------------------------------------------------ checksums, records
@@ -155,17 +155,14 @@ def json_sha256(value: object) -> str:
 
 
 def write_record(path: Path, record: object) -> None:
-    """Write a dataclass or dict as JSON, with a checksum of its own. Plain dicts, lists, strings, finite numbers."""
+    """Write a dataclass or dict of plain values as JSON, with a checksum of its own."""
     content = asdict(record) if is_dataclass(record) else record
     with atomic_open(path) as file:
         json.dump(content | {"checksum": json_sha256(content)}, file, indent=1)
 
 
 def read_record(path: Path, kind: type[Record] = dict) -> Record:
-    """Read what `write_record` wrote, as an instance of the dataclass `kind`.
-
-    Raises ValueError for a damaged file or one of another kind or version.
-    """
+    """Read what `write_record` wrote, as a `kind`. Raises ValueError for a damaged file or one of another version."""
     content = json.loads(path.read_bytes())
     if not isinstance(content, dict) or content.pop("checksum", None) != json_sha256(content):
         raise ValueError("its checksum does not fit")

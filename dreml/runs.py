@@ -288,10 +288,9 @@ class Run:
         missing = self.members.missing(range(1, self.num_members + 1), embedding)
         if missing:
             command = self.record.options.get("command", "python train.py, with the options in args.json,")
-            raise InputError(
-                f"{self.folder}: the {embedding} embedding of member {missing[0]} is missing; make it from the saved "
-                f"member with: {command} --ensemble_size {self.num_members} --embedding {embedding}"
-            )
+            command += f" --members 1-{self.num_members} --ensemble_size {self.num_members} --embedding {embedding}"
+            text = f"the {embedding} embedding of member {missing[0]} is missing; make it from the saved member with"
+            raise InputError(f"{self.folder}: {text}: {command}")
 
     def embeddings(self, embedding: str, device: torch.device) -> list[torch.Tensor]:
         """The members' outputs for the test images, `(M, d) float32` each, on the device."""

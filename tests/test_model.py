@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 
 import numpy as np
@@ -16,9 +15,9 @@ from torch import nn
 from dreml.batches import normalize
 from dreml.cache import read_cache
 from dreml.cli import InputError
-from dreml.files import read_record, write_record
+from dreml.files import read_record
 from dreml.images import ImageSpec
-from dreml.runs import MemberRecord, RunRecord, read_run_record
+from dreml.runs import MemberRecord, read_run_record
 from model import (
     Compute,
     Ensemble,
@@ -198,42 +197,6 @@ def test_folders_without_the_members_asked_for_are_refused(tiny_run, tmp_path):
         load_ensemble(tmp_path)
     with pytest.raises(ValueError, match="one of logits, pooled, not 'Pooled'"):
         load_ensemble(tiny_run, embedding="Pooled")
-
-
-def test_members_are_taken_in_the_order_of_their_numbers(tiny_run, tmp_path):
-    """1000 after 999, and other files of such names not at all."""
-    shutil.copy(tiny_run / "args.json", tmp_path)
-    for new, old in ((1000, 1), (999, 2)):
-        record = read_record(tiny_run / f"member_00{old}.json", MemberRecord)
-        checksums = {name.replace(f"00{old}", str(new)): value for name, value in record.sha256.items()}
-        record = dataclasses.replace(record, member=new, sha256=checksums)
-        write_record(tmp_path / f"member_{new}.json", record)
-        os.link(tiny_run / f"member_00{old}.safetensors", tmp_path / f"member_{new}.safetensors")
-    for name in ("member_1.json", "member_copy.json"):
-        (tmp_path / name).write_text("{}")
-    first, second = (load_ensemble(tmp_path, num_members=number).members[-1].fc.bias for number in (1, 2))
-    expected = [member.fc.bias for member in load_ensemble(tiny_run).members]
-    assert torch.equal(first, expected[1]) and torch.equal(second, expected[0])
-
-
-@pytest.mark.parametrize("embedding", ["logits", "pooled"])
-def test_an_ensemble_embeds_in_float32_whatever_its_run_was_trained_in(tiny_run, tmp_path, embedding):
-    """Rows of length 1; their dot products are the means of the members' cosines."""
-    shutil.copytree(tiny_run, tmp_path / "run", copy_function=os.link)  # records are replaced, not written over
-    record = read_record(tmp_path / "run" / "args.json", RunRecord)
-    record.settings = dataclasses.replace(record.settings, precision="bf16")
-    write_record(tmp_path / "run" / "args.json", record)
-    for path in (tmp_path / "run").glob("member_*.json"):
-        write_record(path, read_record(path) | {"settings_hash": record.settings_hash})
-    ensemble, seen = load_ensemble(tmp_path / "run", embedding=embedding), []
-    ensemble.members[1].conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    images = random_pixels(3, 32)
-    rows = ensemble(torch.from_numpy(images))
-    assert seen == [torch.float32] and rows.dtype == torch.float32
-    torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
-    outputs = [extract_features(m, images, (ensemble.mean, ensemble.std), 3, embedding) for m in ensemble.members]
-    cosines = torch.stack([torch.cosine_similarity(o[:, None], o[None], dim=2) for o in outputs]).mean(0)
-    torch.testing.assert_close(rows @ rows.T, cosines, rtol=1e-4, atol=1e-5)
 
 
 def test_a_damaged_member_is_named(tiny_run, tmp_path):

@@ -161,6 +161,15 @@ def test_a_lost_run_record_is_made_again(tiny_data, small_run, tmp_path, capsys,
     assert read_run_record(folder).settings == read_run_record(small_run).settings
 
 
+def test_a_results_folder_that_cannot_be_locked_names_the_option(tiny_data, small_run, tmp_path, capsys, no_training):
+    copy_run(small_run, tmp_path / small_run.name)
+    lock = tmp_path / f".{small_run.name}.lock"
+    lock.mkdir()
+    assert train_tiny(tiny_data, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert str(lock) in error and error.endswith("; --results_path names another folder\n") and error.count("\n") == 1
+
+
 def test_leftovers_of_finished_members_are_removed(tiny_data, small_run, tmp_path, no_training):
     """Of a process that was killed before it could."""
     folder = copy_run(small_run, tmp_path / small_run.name)

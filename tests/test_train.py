@@ -576,7 +576,7 @@ def test_pooled_features_of_the_saved_members(pooled_run, tiny_run, tiny_cache):
 def test_nothing_is_made_twice(small_pooled_run, tiny_data, tmp_path, no_training, capsys, monkeypatch):
     """Neither trained nor pooled; the table and the last line are of the embedding that was asked for."""
     folder = copy_run(small_pooled_run, tmp_path / small_pooled_run.name)
-    monkeypatch.setattr(train, "pool_member", None)  # would fail if called
+    monkeypatch.setattr(train, "load_member", None)  # would fail if called
     for embedding, csv in (("pooled", "recall_pooled.csv"), ("logits", "recall.csv")):
         assert train_tiny(tiny_data, tmp_path, "--embedding", embedding) == 0
         output = capsys.readouterr()
