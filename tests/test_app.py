@@ -204,8 +204,11 @@ def test_the_page_in_a_browser(site, tmp_path):
         playwright.expect(page.locator("#point_text")).to_contain_text("test image 7:")
         if os.environ.get("SCREENSHOTS"):
             page.screenshot(path=os.environ["SCREENSHOTS"] + "/app_test.png", full_page=True)
+        assert elsewhere and all(url.startswith((site.url, "data:", "blob:")) for url in elsewhere)
+        with page.expect_event("requestfailed") as refusal:
+            page.evaluate("document.body.append(Object.assign(new Image(), {src: 'http://localhost:1/image.png'}))")
+        assert refusal.value.failure == "csp"
         browser.close()
-    assert elsewhere and all(url.startswith((site.url, "data:", "blob:")) for url in elsewhere)
 
 
 # ------------------------------------------------------------------------------------------------ refusals

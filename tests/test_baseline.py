@@ -236,7 +236,7 @@ def test_without_test_images_all_but_scores_works(photos_only, tiny_data, tmp_pa
     options = ["--query", files[0], "--gallery", photos, "--far", "0.01"]
     assert "no thresholds: name a value" in refused(capsys, retrieve, folder, *options)
     options = ["--query", "test:0", "--gallery", photos]
-    assert "test:0: the data set has no test images" in refused(capsys, retrieve, folder, *options)
+    assert "test:0: the test split has 0 images" in refused(capsys, retrieve, folder, *options)
 
 
 def test_data_without_test_images_are_cached_with_a_warning(tmp_path, tiny_data, capsys):

@@ -17,7 +17,7 @@ from PIL import Image
 from processes import ROOT
 
 import retrieve
-from dreml import figures, search
+from dreml import figures
 from dreml.cache import read_cache
 from dreml.figures import (
     DPI,
@@ -220,7 +220,8 @@ def answer(query: Item, items: list[Item], similarities: list[float], threshold:
 
 
 def items_of(run, folder: Path) -> list[Item]:
-    return [search.test_item(run.test, folder, row) for row in range(len(run.test))]
+    columns = zip(run.test.path, run.test.class_name, strict=True)
+    return [Item(path, path, class_name, folder / path, row) for row, (path, class_name) in enumerate(columns)]
 
 
 @pytest.fixture
