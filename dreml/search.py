@@ -396,7 +396,7 @@ class Searcher:
 
 def refuse(name: str, problems: list[str], num_answered: int = 0) -> None:
     """Raise InputError that says all that is wrong with some images, if anything is."""
-    rest = f" (answered: {num_answered:,} others)" if num_answered else ""
+    rest = f" (answered: {num_answered:,})" if num_answered else ""
     if len(problems) == 1:
         raise InputError(f"{name}: {problems[0]}{rest}")
     if problems:
