@@ -170,9 +170,9 @@ def fill_learned_tab(learned: Learned, tab) -> None:
         return gr.Gallery(show_label=False, columns=columns, height=320, elem_classes=shape, elem_id=name, buttons=[])
 
     with gr.Row():
-        made = {"histograms": gr.Plot(show_label=False)}
+        made = {"histograms": gr.Plot(show_label=False, elem_id="histograms")}
         made["recalls"] = gr.LinePlot(
-            x="ensemble_size", y="recall (%)", color="K", title="Recall against ensemble size"
+            elem_id="recalls", x="ensemble_size", y="recall (%)", color="K", title="Recall against ensemble size"
         )
     title = "**The most confident errors**: a query and its first neighbour, of another class"
     made["confident_errors"] = pictures(title, 4, "errors")

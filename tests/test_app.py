@@ -195,6 +195,8 @@ def test_the_page_in_a_browser(site, tmp_path):
         page.get_by_role("tab", name="What the run has learned").click()
         number = min(len(site.searcher.confident_errors), learned.NUM_SHOWN)
         playwright.expect(page.locator("#errors .caption-label")).to_have_count(number, timeout=30_000)
+        for made in ("#histograms img", "#recalls canvas, #recalls svg.marks"):
+            page.locator(made).first.wait_for(timeout=30_000)
         plane = page.locator("#map img")
         plane.wait_for()
         box = plane.bounding_box()
