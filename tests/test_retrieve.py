@@ -146,18 +146,6 @@ def test_the_file_of_a_test_image_is_that_image(drawn, tmp_path, monkeypatch):
     assert len(found) == len(LABELS) and found["colors/3.png"].path.tolist() == rows_of_3
 
 
-def test_a_test_image_does_not_find_its_own_file_in_another_gallery(tiny_run, tiny_data, tmp_path):
-    """By its index, its path or a link to it."""
-    gallery, path = tmp_path / "link", pd.read_csv(tiny_run / "test.csv").path[3].removeprefix("test/")
-    gallery.symlink_to(tiny_data / "tiny" / "test")
-    queries = ["test:3", tiny_data / "tiny" / "test" / path, gallery / path]
-    arguments = [tiny_run, "--gallery", gallery, "--output", tmp_path / "out", "--no_picture"]
-    call(*arguments, "--query", *queries, "--top", "36")
-    found = found_in(tmp_path / "out")
-    assert list(found) == list(map(str, queries))
-    assert all(len(rows) == 35 and str(gallery / path) not in rows.path.tolist() for rows in found.values())
-
-
 def test_queries_from_a_folder(tiny_run, tiny_data, tmp_path):
     """Any depth, sorted; the class is the folder's path; a photo between test images keeps its place."""
     test = pd.read_csv(tiny_run / "test.csv")
