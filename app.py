@@ -13,7 +13,6 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, ImageEnhance, ImageOps
@@ -33,7 +32,9 @@ STYLE = """
 .two .thumbnail-lg { aspect-ratio: 37 / 21; }
 .four .thumbnail-lg { aspect-ratio: 74 / 21; }
 """
-POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # so that browsers ask no other host
+# Browsers ask no other host.
+POLICY = """<meta http-equiv="Content-Security-Policy"
+content="default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:">"""
 
 # ------------------------------------------------------------------------------------------------ options
 
@@ -169,9 +170,9 @@ def fill_learned_tab(learned: Learned, tab) -> None:
         return gr.Gallery(show_label=False, columns=columns, height=320, elem_classes=shape, elem_id=name, buttons=[])
 
     with gr.Row():
-        made = {"histograms": gr.Plot(show_label=False)}
+        made = {"histograms": gr.Plot(show_label=False, elem_id="histograms")}
         made["recalls"] = gr.LinePlot(
-            x="ensemble_size", y="recall (%)", color="K", title="Recall against ensemble size"
+            elem_id="recalls", x="ensemble_size", y="recall (%)", color="K", title="Recall against ensemble size"
         )
     title = "**The most confident errors**: a query and its first neighbour, of another class"
     made["confident_errors"] = pictures(title, 4, "errors")
@@ -210,25 +211,9 @@ def uploaded(path: str | None, folder: str) -> str | None:
     return path
 
 
-class Policy:
-    """Tells browsers to load nothing from other hosts."""
-
-    def __init__(self, app: Callable):
-        self.app = app
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        async def send_with_policy(message: dict) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
-            await send(message)
-
-        await self.app(scope, receive, send_with_policy)
-
-
 def serve(page, host: str, port: int, max_upload: int) -> None:
     """Start the server and return. Only Gradio's own files and the pictures it was given are served."""
     import gradio as gr
-    from starlette.middleware import Middleware
 
     page.queue(default_concurrency_limit=8)
     try:
@@ -243,7 +228,8 @@ def serve(page, host: str, port: int, max_upload: int) -> None:
             css=STYLE,
             run_history=False,
             theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
-            app_kwargs={"middleware": [Middleware(Policy)], "docs_url": None, "redoc_url": None, "openapi_url": None},
+            head=POLICY,
+            app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
         )
     except OSError as error:
         raise InputError(f"cannot listen on {host}:{port} ({error}); --port takes another port") from None

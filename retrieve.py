@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         wanted = "--query or --export" if args.gallery else "--query, --worst or --export"
         raise InputError(f"nothing to do: give {wanted}")
     if args.worst and (args.query or args.gallery):
-        raise InputError("--worst is for the test split, without --query and --gallery; a photo of a gallery: --query")
+        raise InputError("--worst is for the test split, without --query and --gallery; a gallery goes with --query")
     if (args.far is not None or args.threshold is not None) and not args.query and not args.worst:
         raise InputError("--far and --threshold mark neighbours: they go with --query or --worst")
     for option in ("index", "refresh", "ann"):

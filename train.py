@@ -320,9 +320,6 @@ def run(args: argparse.Namespace) -> None:
     # 1. Options, data and device: whatever can be wrong is found before any training
     settings = settings_of(args)
     cache = read_cache(args.data_path, settings.data_name, settings.image_spec)
-    changes = changes_since(cache)
-    if changes:
-        print(f"warning: {changes}", file=sys.stderr)
     if settings.meta_class_size == ALL_CLASSES:
         settings = replace(settings, meta_class_size=cache.counts["train"][0])
     split = TestSplit.from_arrays(*(cache.array(f"test_{name}") for name in TestSplit._fields))
@@ -415,7 +412,10 @@ def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSpl
 
 
 def print_exceptions(cache: Cache, split: TestSplit, training: bool) -> None:
-    """Say which images do not take part as usual: in large classes, outside the gallery, alone in their class."""
+    """Say which images do not take part: new ones, in large classes, outside the gallery, alone in their class."""
+    changes = changes_since(cache)
+    if changes:
+        print(f"warning: {changes}", file=sys.stderr)
     class_sizes = np.bincount(cache.array("train_labels"))
     left_out = int((class_sizes - MAX_IMAGES_PER_CLASS).clip(min=0).sum())
     if training and left_out:

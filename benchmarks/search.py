@@ -55,7 +55,7 @@ def measure(run: Path, work: Path, number: int, repeats: int) -> None:
     def row(what: str, *options: object) -> None:
         command = ["retrieve.py", run, "--query", work / "query.jpg", "--gallery", photos, "--no_picture"]
         seconds, output = timed(*command, "--index", work / "index", "--output", work / "out", *options)
-        line = next(iter(re.findall(r": (\d.* embedded)$", output, re.MULTILINE)), "not refreshed")
+        line = next(iter(re.findall(r": (\d.* removed)$", output, re.MULTILINE)), "not refreshed")
         print(f"| {what} | {seconds:.2f} | {seconds - imports:.2f} | {line} |", flush=True)
 
     row("first")

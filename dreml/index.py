@@ -35,8 +35,6 @@ OPTIMIZE_AFTER = 100  # batches; each adds a small file, and many slow the table
 MIN_ROWS = 1000  # photos for a vector index: an exact search among fewer takes milliseconds
 REFINE = 4  # for how many times the wanted photos the vectors themselves are compared, not the index's bytes
 
-# ------------------------------------------------------------------------------------------------ photos
-
 
 class Photo(NamedTuple):
     """A photo as its folder shows it."""
@@ -233,7 +231,12 @@ class PhotoIndex:
 
         with self.locked():
             photos = list_photos(self.folder, problems)
-            stored = self.start()
+            with self.opened() as table:
+                if self.has_moved:  # then all photos are compared by content
+                    table.update(values={"mtime": -1})
+                rows = table.search().select([*Photo._fields, "hash"]).to_arrow().to_pylist() if table else []
+            stored = {row["path"]: (Photo(row["path"], row["size"], row["mtime"]), row["hash"]) for row in rows}
+            write_record(self.place / RECORD, self.made_for)
             pending = [photo for photo in photos if photo.path not in stored or stored[photo.path][0] != photo]
             usable = {photo.path for photo in photos} - {photo.path for photo in pending}
             num_embedded = 0
@@ -248,18 +251,6 @@ class PhotoIndex:
         warn_of(problems)
         return num_embedded
 
-    def start(self) -> dict[str, tuple[Photo, str]]:
-        """Note what the index is for. Returns its photos with their hashes, by path.
-
-        The photos of a folder that has moved are compared by content once.
-        """
-        with self.opened() as table:
-            if self.has_moved:
-                table.update(values={"mtime": -1})
-            found = [] if table is None else table.search().select([*Photo._fields, "hash"]).to_arrow().to_pylist()
-        write_record(self.place / RECORD, self.made_for)
-        return {row["path"]: (Photo(row["path"], row["size"], row["mtime"]), row["hash"]) for row in found}
-
     def write(self, batch: list[tuple[Photo, torch.Tensor | None]], hashes: dict[Photo, str], optimize: bool) -> None:
         """Store a batch, in the place of earlier rows of the same paths. Without an embedding, theirs stays."""
         import pyarrow as pa
@@ -272,8 +263,9 @@ class PhotoIndex:
         if new:
             columns = {"path": pa.string(), "class": pa.string(), "size": pa.int64(), "mtime": pa.int64()}
             columns |= {"hash": pa.string(), "vector": pa.list_(pa.float32(), len(new[0][1]))}
-            more = [{"class": class_of(photo.path), "hash": hashes[photo], "vector": row} for photo, row in new]
-            rows = [photo._asdict() | each for (photo, _), each in zip(new, more, strict=True)]
+            rows = []
+            for photo, row in new:
+                rows.append(photo._asdict() | {"class": class_of(photo.path), "hash": hashes[photo], "vector": row})
             with self.opened(pa.schema(columns)) as table:
                 merge = table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
                 merge.execute(pa.Table.from_pylist(rows, schema=table.schema))

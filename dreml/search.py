@@ -3,8 +3,9 @@
 import functools
 import math
 import os
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,6 @@ from utils import first_neighbours, full_float32, unmatched_queries
 
 REFRESHES = ("always", "never", "moved")
 ITSELF = -2.0  # in the place of a query's similarity to itself
-NUM_MORE = 8  # neighbours asked of an approximate search, one of which may be the query itself
 Query = str | Path | int | Image.Image | np.ndarray  # a file, a row of test.csv (or "test:17"), (H, W, 3) uint8
 
 # ------------------------------------------------------------------------------------------------ images
@@ -81,7 +81,7 @@ class Gallery(NamedTuple):
     vectors: torch.Tensor  # (N, d) float32, rows of length 1
 
 
-def same_files(files: list[Path | None], paths: Sequence[str], folder: Path) -> list[int]:
+def same_files(files: list[Path | None], paths: Iterable[str], folder: Path) -> list[int]:
     """The place in `paths`, relative to a folder, that is each of some files, by whatever path it is named; or -1.
 
     The disk is asked only for those that have the name of one of the files, or of the file that it is a link to: asking
@@ -142,10 +142,7 @@ class Searcher:
         refresh: "always" embeds new and changed photos first, "never" searches the index as it is, "moved" goes on with
             the index of a folder that has another place now.
 
-    Attributes that may be set before the first search:
-        ann: whether to search by LanceDB's approximate index, where there are photos enough for one.
-        data_path: where the data sets are; at first as in training.
-
+    Set `ann` to search by LanceDB's approximate index, and `data_path` where the data sets are not as in training.
     Raises InputError, one sentence, for what cannot be used. Several threads may search at once.
     """
 
@@ -282,7 +279,7 @@ class Searcher:
                 return self.answers(items, rows, self.gallery, top, threshold)
             answers = []
             for item, row in zip(items, rows, strict=True):
-                nearby = self.photo_gallery(*self.fresh_index.read(row, top + NUM_MORE))
+                nearby = self.photo_gallery(*self.fresh_index.read(row, top + 8))  # one may be the query itself
                 answers += self.answers([item], [row], nearby, top, threshold)
             return answers
 
@@ -295,11 +292,9 @@ class Searcher:
             except InputError as error:
                 problems.append(str(error))
         files = [None if item.row is not None else item.file for item in items]
-        rows = same_files(files, self.test.path.tolist(), self.data_folder) if any(files) else []
-        for place, row in enumerate(rows):
-            if row >= 0:
-                items[place] = self.item(self.test, row, items[place].name)
-        return items
+        rows = same_files(files, self.test.path, self.data_folder)
+        found = zip(items, rows, strict=True)
+        return [item if row < 0 else self.item(self.test, row, item.name) for item, row in found]
 
     def items_of(self, query: Query, problems: list[str]) -> list[Item]:
         """The image of one query, or the photos of a folder. Raises InputError if there is none."""
@@ -312,13 +307,13 @@ class Searcher:
                 raise InputError("image: floating-point grey values have no defined black and white")
             return [Item("image", "image", None, None, image=query)]
         name = f"test:{query}" if isinstance(query, int | np.integer) else str(query)
-        if not is_utf8(name):
-            raise InputError(f"{name!a}: the name is not valid UTF-8")
         if name.startswith("test:"):
             number = name.removeprefix("test:")
-            if not number.isdecimal() or int(number) >= len(self.test):
+            if not re.fullmatch("[0-9]{1,9}", number) or int(number) >= len(self.test):
                 raise InputError(f"{name}: the test split has {len(self.test):,} images, the first is test:0")
             return [self.item(self.test, int(number), name)]
+        if not is_utf8(name):
+            raise InputError(f"{name!a}: the name is not valid UTF-8")
         if os.path.isdir(name):  # unlike Path.is_dir, also for a text that is too long for a name
             files = [(Path(name, photo.path), class_of(photo.path)) for photo in list_photos(Path(name), problems)]
             return [Item(str(file), str(file), class_name, file) for file, class_name in files]
@@ -356,7 +351,7 @@ class Searcher:
         if self.photos is None:
             places = pd.Index(table.row).get_indexer([-1 if query.row is None else query.row for query in queries])
         else:
-            places = same_files([query.file for query in queries], table.path.tolist(), self.photos)
+            places = same_files([query.file for query in queries], table.path, self.photos)
         similarities, numbers = nearest(torch.stack(rows), gallery.vectors, min(top, len(table)), places)
         answers = []
         for query, place, values, near in zip(queries, places, similarities.tolist(), numbers.tolist(), strict=True):
@@ -401,7 +396,7 @@ class Searcher:
 
 def refuse(name: str, problems: list[str], num_answered: int = 0) -> None:
     """Raise InputError that says all that is wrong with some images, if anything is."""
-    rest = f" (answered: {num_answered:,} others)" if num_answered else ""
+    rest = f" (answered: {num_answered:,})" if num_answered else ""
     if len(problems) == 1:
         raise InputError(f"{name}: {problems[0]}{rest}")
     if problems:

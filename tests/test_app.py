@@ -195,6 +195,8 @@ def test_the_page_in_a_browser(site, tmp_path):
         page.get_by_role("tab", name="What the run has learned").click()
         number = min(len(site.searcher.confident_errors), learned.NUM_SHOWN)
         playwright.expect(page.locator("#errors .caption-label")).to_have_count(number, timeout=30_000)
+        for made in ("#histograms img", "#recalls canvas, #recalls svg.marks"):
+            page.locator(made).first.wait_for(timeout=30_000)
         plane = page.locator("#map img")
         plane.wait_for()
         box = plane.bounding_box()
@@ -204,8 +206,11 @@ def test_the_page_in_a_browser(site, tmp_path):
         playwright.expect(page.locator("#point_text")).to_contain_text("test image 7:")
         if os.environ.get("SCREENSHOTS"):
             page.screenshot(path=os.environ["SCREENSHOTS"] + "/app_test.png", full_page=True)
+        assert elsewhere and all(url.startswith((site.url, "data:", "blob:")) for url in elsewhere)
+        with page.expect_event("requestfailed") as refusal:
+            page.evaluate("document.body.append(Object.assign(new Image(), {src: 'http://localhost:1/image.png'}))")
+        assert refusal.value.failure == "csp"
         browser.close()
-    assert elsewhere and all(url.startswith((site.url, "data:", "blob:")) for url in elsewhere)
 
 
 # ------------------------------------------------------------------------------------------------ refusals

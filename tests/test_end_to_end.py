@@ -114,7 +114,7 @@ def test_one_thing_has_one_column_name_in_all_csvs(small_pooled_run, tiny_data, 
     for path in run.rglob("*.csv"):
         columns |= set(pd.read_csv(path).columns)
     columns = {name for name in columns if not name.startswith("R@")}
-    of_search = {"query", "rank", "path", "class_name", "similarity", "right", "found"}
+    of_search = {"query", "query_class", "rank", "path", "class_name", "similarity", "right", "found"}
     of_images = {"path", "label", "is_query", "is_gallery", "class_name"}
     of_training = {"member", "epoch", "loss", "accuracy", "lr", "seconds", "images_per_second"}
     of_scores = {"ensemble_size", "mAP@R", "R-Precision", "baseline", "far", "threshold", "found", "queries", "gallery"}

@@ -11,11 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import build_small_model, edit_record, odd_images, only_folder, random_image, refused, train_tiny
+from builders import build_small_model, edit_record, odd_images, random_image, refused
 from processes import ROOT
 from torch import nn
 
-import data_utils
 import export
 import model
 from dreml.cache import read_cache
@@ -216,20 +215,6 @@ def test_fewer_members_pooled_and_without_the_data(networks, small_pooled_run, t
     assert f"{target}/: member_001.onnx … (0.0 MB), model.json; 16 numbers an image\n" in output
 
 
-def test_a_run_without_a_test_split_is_compared_on_drawn_images(networks, small_run, tiny_data, tmp_path, capsys):
-    shutil.copytree(tiny_data / "tiny" / "train", tmp_path / "tiny" / "train")
-    assert data_utils.main(["--data_path", str(tmp_path), "--data_name", "tiny", "--image_size", "32"]) == 0
-    assert train_tiny(tmp_path, tmp_path / "results", "--ensemble_size", "1") == 0
-    run = only_folder(tmp_path / "results")
-    line = refused(capsys, export, run, "--check_recall")
-    assert line == f"export.py: {run}: its data set has no test images\n" and not (run / "export_L1").exists()
-    call(run)
-    note = f"note: compared on drawn images, not on test images: {run}: its data set has no test images\n"
-    assert capsys.readouterr().out.startswith(note)
-    found = json.loads((run / "export_L1" / "model.json").read_text())
-    assert found["checked"] == {"images": "32 drawn images", "1 - cosine": pytest.approx(0, abs=1e-9)}
-
-
 def test_where_an_export_goes_and_what_it_replaces(
     networks, small_pooled_run, tiny_data, tmp_path, capsys, monkeypatch
 ):
@@ -249,6 +234,8 @@ def test_where_an_export_goes_and_what_it_replaces(
     assert sorted(path.name for path in run.glob("*export*")) == ["export_L1_pooled", "export_L2"]
     (run / "export_L2" / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
+    line = refused(capsys, export, run, "--data_path", tiny_data, "--output", tmp_path / "file" / "new")
+    assert "; --output names another folder" in line
     for options, other in (([], "notes.txt"), (["--output", tmp_path / "file"], "file")):
         line = refused(capsys, export, run, "--data_path", tiny_data, *options)
         assert f"is no export, or has other files, such as {other}: --output names another folder" in line

@@ -214,8 +214,8 @@ def answer(query: Item, items: list[Item], similarities: list[float], threshold:
 
 
 def items_of(run, folder: Path) -> list[Item]:
-    rows = enumerate(run.test.itertuples())
-    return [Item(f"test:{row}", each.path, each.class_name, folder / each.path, row) for row, each in rows]
+    columns = zip(run.test.path, run.test.class_name, strict=True)
+    return [Item(path, path, class_name, folder / path, row) for row, (path, class_name) in enumerate(columns)]
 
 
 @pytest.fixture

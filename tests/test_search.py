@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -89,7 +88,10 @@ def test_what_is_no_query(small_run, tmp_path):
     save_image(tmp_path / "good.png")
     last = "the test split has 36 images, the first is test:0"
     cases = [("nowhere.png", "nowhere.png: no such image"), (tmp_path / "bad.png", "bad.png: unreadable"), (36, last)]
-    cases += [(-1, last), ("test:x", last), ("a\udcff.png", "the name is not valid UTF-8")]
+    cases += [(-1, last), ("test:x", last), ("test:" + "9" * 5000, last), ("a\udcff.png", "is not valid UTF-8")]
+    cases += [(np.zeros((8, 8), np.uint8), r"an array has to be \(H, W, 3\) uint8, not \(8, 8\) uint8")]
+    cases += [(np.zeros((8, 8, 3), np.float32), r"not \(8, 8, 3\) float32")]
+    cases += [(Image.new("F", (8, 8)), "floating-point grey"), (Image.new("RGB", (1, 60_000)), "after the resize is")]
     for query, message in cases:
         with pytest.raises(InputError, match=f"^query: .*{message}"):
             searcher.find(query)
@@ -100,7 +102,7 @@ def test_what_is_no_query(small_run, tmp_path):
         "test:3",
     ]
     assert len(problems) == len(cases)
-    with pytest.raises(InputError, match="6 problems:"):
+    with pytest.raises(InputError, match=f"{len(cases)} problems:"):
         searcher.find_many(queries)
 
 
@@ -228,11 +230,16 @@ def test_what_cannot_be_searched(small_run, tmp_path):
     for options, message in (
         ({"gallery": tmp_path / "nowhere"}, r"^gallery .*nowhere: no such folder$"),
         ({"embedding": "pooled"}, "pooled"),
+        ({"embedding": "poled"}, "embedding has to be one of logits, pooled, not 'poled'"),
+        ({"refresh": "nevr"}, "refresh has to be one of always, never, moved, not 'nevr'"),
+        ({"refresh": "moved", "gallery": tmp_path}, "refresh moved needs index"),
         ({"num_members": 3}, "member 3 of 3 is missing"),
         ({"device": "gpu"}, "^device 'gpu'"),
     ):
         with pytest.raises(InputError, match=message):
             Searcher(small_run, **options)
+    with pytest.raises(InputError, match=r"find_many takes a list of queries, not '/': use find"):
+        Searcher(small_run, device="cpu").find_many("/")  # which would be the whole disk
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no images below it"):
         Searcher(small_run, tmp_path / "empty", device="cpu").find(0)
@@ -240,38 +247,3 @@ def test_what_cannot_be_searched(small_run, tmp_path):
     (run / "test.csv").write_text((run / "test.csv").read_text().splitlines()[0] + "\n")
     with pytest.raises(InputError, match="its data set has no test images to search: name a gallery"):
         Searcher(run)
-    shutil.rmtree(run)
-
-
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        (np.zeros((8, 8), np.uint8), r"an array has to be \(H, W, 3\) uint8, not \(8, 8\) uint8"),
-        (np.zeros((8, 8, 3), np.float32), r"not \(8, 8, 3\) float32"),
-        (np.zeros((1, 8, 8, 3), np.uint8), r"not \(1, 8, 8, 3\) uint8"),
-        (Image.new("F", (8, 8)), "floating-point grey values"),
-        (Image.new("RGB", (1, 60_000)), "after the resize is over"),
-    ],
-)
-def test_an_image_in_memory_that_is_none(small_run, image, message):
-    with pytest.raises(InputError, match=message):
-        Searcher(small_run, device="cpu").find(image)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"embedding": "poled"}, "embedding has to be one of logits, pooled, not 'poled'"),
-        ({"refresh": "nevr"}, "refresh has to be one of always, never, moved, not 'nevr'"),
-        ({"refresh": "moved", "gallery": "photos"}, "refresh moved needs index"),
-    ],
-)
-def test_arguments_that_are_none(small_run, arguments, message):
-    with pytest.raises(InputError, match=message):
-        Searcher(small_run, device="cpu", **arguments)
-
-
-def test_one_query_is_no_list_of_queries(small_run):
-    """A path would be a list of letters, of which "/" is the whole disk."""
-    with pytest.raises(InputError, match=r"find_many takes a list of queries, not '/a.jpg': use find"):
-        Searcher(small_run, device="cpu").find_many("/a.jpg")
