@@ -32,7 +32,7 @@ from dreml.batches import Targets, epoch_batches, input_memory, prepare
 from dreml.cache import Cache, check_unchanged, read_cache
 from dreml.checkpoint import SECONDS_BETWEEN_WRITES, Progress, remove_progress
 from dreml.cli import InputError, RunError
-from dreml.datasets import changes_since, default_recalls
+from dreml.datasets import default_recalls, warn_of_changes
 from dreml.files import make_folder, remove_leftovers
 from dreml.optimizers import learning_rate, make_optimizer, with_rates
 from dreml.runs import WEIGHTS, MemberRecord, Members, TestSplit, member_path, pooled_path, run_lock
@@ -322,9 +322,7 @@ def run(args: argparse.Namespace) -> None:
     # 1. Options, data and device: whatever can be wrong is found before any training
     settings = settings_of(args)
     cache = read_cache(args.data_path, settings.data_name, settings.image_spec)
-    changes = changes_since(cache)
-    if changes:
-        print(f"warning: {changes}", file=sys.stderr)
+    warn_of_changes(cache)
     if settings.meta_class_size == ALL_CLASSES:
         settings = replace(settings, meta_class_size=cache.counts["train"][0])
     split = TestSplit.from_arrays(*(cache.array(f"test_{name}") for name in TestSplit._fields))

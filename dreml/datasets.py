@@ -4,6 +4,7 @@ A new one is a function that lists its images and one entry of PUBLISHED.
 """
 
 import os
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -336,6 +337,13 @@ def changes_since(cache: Cache) -> str:
         return ""
     changes = f"{number_of(new, 'image')} {'is' if new == 1 else 'are'} new, {changed:,} changed, {gone:,} gone"
     return f"{changes} since {cache.folder} was made: {make_command(data_path, name, cache.spec)} --force"
+
+
+def warn_of_changes(cache: Cache) -> None:
+    """Say what `changes_since` finds."""
+    changes = changes_since(cache)
+    if changes:
+        print(f"warning: {changes}", file=sys.stderr)
 
 
 def is_newer(root: Path, paths: list[str], file: Path) -> bool:

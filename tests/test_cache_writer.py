@@ -358,7 +358,7 @@ def test_what_changed_since_a_cache_was_made_is_counted(tmp_path, capsys, kind):
     assert not line or line.endswith(f" since {cache.folder} was made: {command}")
     capsys.readouterr()
     build(tmp_path, "mine")
-    assert capsys.readouterr().err == (f"mine: warning: {line}\n" if line else "")
+    assert capsys.readouterr().err == (f"warning: {line}\n" if line else "")
     if kind not in ("no raw images", "list"):
         assert changes_since(build(tmp_path, "mine", skip_bad=True, force=True)) == ""
 
