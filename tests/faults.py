@@ -169,7 +169,7 @@ def check_damages(finished: Path, folder: Path, read_errors: Callable[[], str], 
     draw, stopped = random.Random(seed), interrupted(finished, folder / "stopped")
     parts = [path for part in ("data", "results") for path in (finished / part).rglob("*") if path.is_file()]
     files = sorted(path.relative_to(finished) for path in parts if path.suffix not in (".png", ".lock"))
-    assert {path.suffix for path in files} == {".json", ".npy", ".safetensors", ".csv"} and len(files) > 15
+    assert {path.suffix for path in files} == {".json", ".npy", ".npz", ".safetensors", ".csv"} and len(files) > 15
     progress = next(path.relative_to(stopped) for path in stopped.rglob("progress_*"))
     for file in [*files, progress]:
         source, root = stopped if file == progress else finished, folder / "damaged"

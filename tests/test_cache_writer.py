@@ -339,6 +339,7 @@ CHANGES = {
         lambda root: (root / "images.csv").write_text("path,label,split\ntrain/train_0/0.png,a,train\n"),
         "0 images are new, 0 changed, 8 gone",
     ),
+    "a damaged record": (lambda root: (root / "cache_32/raw_files.npz").write_bytes(b"PK"), ""),
     "no raw images": (lambda root: [shutil.rmtree(root / split) for split in ("train", "test")], ""),
 }
 
