@@ -32,7 +32,7 @@ from dreml.batches import Targets, epoch_batches, input_memory, prepare
 from dreml.cache import Cache, check_unchanged, read_cache
 from dreml.checkpoint import Progress, remove_progress
 from dreml.cli import InputError, RunError
-from dreml.datasets import changes_since, default_recalls
+from dreml.datasets import default_recalls, warn_of_changes
 from dreml.files import remove_leftovers, writable
 from dreml.optimizers import learning_rate, make_optimizer, with_rates
 from dreml.runs import WEIGHTS, MemberRecord, Members, TestSplit, member_path, pooled_path, read_run_record, run_lock
@@ -298,13 +298,17 @@ def make_member(experiment: Experiment, members: Members, member: int, embedding
 
 
 def finish_member(experiment: Experiment, members: Members, member: int, title: str) -> MemberRecord:
-    """Train, embed and save one member."""
+    """Train, embed and save one member. If only its embedding is missing or damaged, do not train it again."""
     folder, meta = members.folder, experiment.cache.meta
     progress = Progress(folder, member, members.settings_hash, experiment.progress_seconds)
     for leftovers in (member_path(folder, member, "*"), progress.path):
         remove_leftovers(folder, leftovers.name)
-    model, result = train_member(experiment, member, title, progress)
-    record = MemberRecord(member, members.settings_hash, **result, environment=experiment.environment, sha256={})
+    record, damaged = members.read(member)
+    if record and damaged == [member_path(folder, member, "npy").name]:
+        model = load_member(member_path(folder, member, WEIGHTS)).to(experiment.compute.device)
+    else:
+        model, result = train_member(experiment, member, title, progress)
+        record = MemberRecord(member, members.settings_hash, **result, environment=experiment.environment, sha256={})
     logits = embed_test_images(experiment, model, member, "logits")
     metadata = {"settings": asdict(experiment.settings), "partition": record.partition}
     metadata |= {"mean": meta.mean, "std": meta.std}
@@ -413,9 +417,7 @@ def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSpl
 
 def print_exceptions(cache: Cache, split: TestSplit, training: bool) -> None:
     """Say which images do not take part: new ones, in large classes, outside the gallery, alone in their class."""
-    changes = changes_since(cache)
-    if changes:
-        print(f"warning: {changes}", file=sys.stderr)
+    warn_of_changes(cache)
     class_sizes = np.bincount(cache.array("train_labels"))
     left_out = int((class_sizes - MAX_IMAGES_PER_CLASS).clip(min=0).sum())
     if training and left_out:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dreml.cache import ARRAYS, CACHE_VERSION, Cache, CacheMeta, Holdout, cache_folder, read_cache
 from dreml.cli import InputError, RunError, format_problems, progress_bar
-from dreml.datasets import PUBLISHED, changes_since, count_images, hold_out, list_data_set
+from dreml.datasets import PUBLISHED, count_images, hold_out, list_data_set, warn_of_changes
 from dreml.files import (
     atomic_open,
     crc32,
@@ -112,9 +112,7 @@ def say_what_is_there(cache: Cache, holdout: Holdout | None) -> None:
             "--force makes it again"
         )
     print(f"{cache.name}: {cache.folder} is there already (--force makes it again)")
-    changes = changes_since(cache)
-    if changes:
-        print(f"{cache.name}: warning: {changes}", file=sys.stderr)
+    warn_of_changes(cache)
 
 
 def write_cache(

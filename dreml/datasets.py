@@ -4,6 +4,7 @@ A new one is a function that lists its images and one entry of PUBLISHED.
 """
 
 import os
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -312,7 +313,8 @@ def changes_since(cache: Cache) -> str:
         if len(paths) > MAX_COMPARED and not is_newer(data_path / source, paths, cache.folder / "meta.json"):
             return ""
         images = list_data_set(source, data_path / source).images
-    except (InputError, OSError, ValueError, zipfile.BadZipFile):  # a damaged list of files says nothing
+    except (InputError, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        # no raw images, or a damaged record
         return ""
     listed = set(images["path"][images["split"] == "train"] if holdout else images["path"])
     new = len(listed.difference(paths))
@@ -337,6 +339,13 @@ def changes_since(cache: Cache) -> str:
         return ""
     changes = f"{number_of(new, 'image')} {'is' if new == 1 else 'are'} new, {changed:,} changed, {gone:,} gone"
     return f"{changes} since {cache.folder} was made: {make_command(data_path, name, cache.spec)} --force"
+
+
+def warn_of_changes(cache: Cache) -> None:
+    """Say what `changes_since` finds."""
+    changes = changes_since(cache)
+    if changes:
+        print(f"warning: {changes}", file=sys.stderr)
 
 
 def is_newer(root: Path, paths: list[str], file: Path) -> bool:

@@ -339,6 +339,7 @@ CHANGES = {
         lambda root: (root / "images.csv").write_text("path,label,split\ntrain/train_0/0.png,a,train\n"),
         "0 images are new, 0 changed, 8 gone",
     ),
+    "a damaged record": (lambda root: (root / "cache_32/raw_files.npz").write_bytes(b"PK"), ""),
     "no raw images": (lambda root: [shutil.rmtree(root / split) for split in ("train", "test")], ""),
 }
 
@@ -358,7 +359,7 @@ def test_what_changed_since_a_cache_was_made_is_counted(tmp_path, capsys, kind):
     assert not line or line.endswith(f" since {cache.folder} was made: {command}")
     capsys.readouterr()
     build(tmp_path, "mine")
-    assert capsys.readouterr().err == (f"mine: warning: {line}\n" if line else "")
+    assert capsys.readouterr().err == (f"warning: {line}\n" if line else "")
     if kind not in ("no raw images", "list"):
         assert changes_since(build(tmp_path, "mine", skip_bad=True, force=True)) == ""
 

@@ -257,7 +257,7 @@ def test_photos_that_were_added_are_named_before_training(tmp_path, capsys):
     assert train.main([*options, "--meta_class_size", "9"]) == 2
     assert capsys.readouterr().err.startswith(f"{said}{command}\n")
     assert call(tmp_path) == 0
-    assert capsys.readouterr().err == f"mine: {said}{command}\n"
+    assert capsys.readouterr().err == f"{said}{command}\n"
     assert data_utils.main(command.split()[2:]) == 0
     assert call(tmp_path) == 0
     assert capsys.readouterr().err == ""
