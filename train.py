@@ -349,6 +349,9 @@ def run(args: argparse.Namespace) -> None:
             writer.refuse_others(folder, earlier, record)
         members = Members(folder, record.settings_hash)
         members.refresh()
+        if not earlier and members.warnings and not members.records:
+            remedy = "move it away, or give another --results_path"
+            raise InputError(f"{folder} has no args.json, and no sound member of these settings: {remedy}")
         missing = members.missing(wanted)
         weights = read_weights(settings.backbone, args.weights) if missing else None
         writer.verify_once(folder, cache)

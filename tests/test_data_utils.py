@@ -246,7 +246,7 @@ def test_no_command_is_suggested_for_what_cannot_be_trained_on(tmp_path, capsys,
     assert f"\nmine cannot be trained on{' ' if 'yet' in reason else ': '}{reason}" in capsys.readouterr().out
 
 
-def test_photos_that_were_added_are_named_before_training(tmp_path, capsys):
+def test_photos_that_were_added_are_named_before_training(tmp_path, capsys, monkeypatch):
     write_image_folder(tmp_path / "mine")
     assert call(tmp_path) == 0
     for number in range(12):
@@ -254,8 +254,11 @@ def test_photos_that_were_added_are_named_before_training(tmp_path, capsys):
     options = ["--data_name", "mine", "--data_path", str(tmp_path), "--image_size", "32"]
     said = f"warning: 12 images are new, 0 changed, 0 gone since {tmp_path / 'mine/cache_32'} was made: "
     command = f"python data_utils.py {' '.join(options)} --force"
-    assert train.main([*options, "--meta_class_size", "9"]) == 2
-    assert capsys.readouterr().err.startswith(f"{said}{command}\n")
+    monkeypatch.setattr(train, "update_baseline", lambda *_: sys.exit(7))  # before the first step
+    here = ["--meta_class_size", "2", "--recalls", "1", "--weights", "none", "--results_path", str(tmp_path / "runs")]
+    with pytest.raises(SystemExit):
+        train.main([*options, *here])
+    assert capsys.readouterr().err == f"{said}{command}\n"
     assert call(tmp_path) == 0
     assert capsys.readouterr().err == f"{said}{command}\n"
     assert data_utils.main(command.split()[2:]) == 0

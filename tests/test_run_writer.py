@@ -16,6 +16,7 @@ from reference import slow_recall
 from torch import nn
 
 import data_utils
+import train
 from dreml import files
 from dreml import run_writer as writer
 from dreml.files import take_lock
@@ -149,18 +150,6 @@ def test_other_settings_under_the_same_name_are_refused(
     assert digests(folder) == before
 
 
-def test_a_lost_run_record_is_made_again(tiny_data, small_run, tmp_path, capsys, no_training):
-    """A damaged one has to be removed by hand."""
-    folder = copy_run(small_run, tmp_path / small_run.name)
-    path = folder / "args.json"
-    path.write_text(path.read_text().replace('"flip": true', '"flip": false'))
-    assert train_tiny(tiny_data, tmp_path) == 2
-    assert "args.json is damaged" in capsys.readouterr().err
-    path.unlink()
-    assert train_tiny(tiny_data, tmp_path) == 0
-    assert read_run_record(folder).settings == read_run_record(small_run).settings
-
-
 def test_a_results_folder_that_cannot_be_locked_names_the_option(tiny_data, small_run, tmp_path, capsys, no_training):
     copy_run(small_run, tmp_path / small_run.name)
     lock = tmp_path / f".{small_run.name}.lock"
@@ -224,3 +213,32 @@ def test_the_content_of_a_cache_is_compared_once(tiny_data, small_run, tmp_path,
     (folder / "cache_compared.json").write_text("{damaged")
     assert train_tiny(data, results) == 0 and len(compared) == 5
     assert only_folder(results) == folder and compared == [data / "tiny" / "cache_32"] * 5
+
+
+def test_a_lost_run_record_is_made_again(tiny_data, small_run, tmp_path, capsys, no_training):
+    """For members that fit only: others would be overwritten. A damaged one has to be removed by hand."""
+    folder = copy_run(small_run, tmp_path / small_run.name)
+    path = folder / "args.json"
+    path.write_text(path.read_text().replace('"flip": true', '"flip": false'))
+    assert train_tiny(tiny_data, tmp_path) == 2
+    assert "args.json is damaged" in capsys.readouterr().err
+    path.unlink()
+    assert train_tiny(tiny_data, tmp_path) == 0
+    assert read_run_record(folder).settings == read_run_record(small_run).settings
+
+    path.unlink()
+    for member in (1, 2):
+        edit_record(folder / f"member_00{member}.json", "settings_hash", value="another")
+    before = digests(folder)
+    assert train_tiny(tiny_data, tmp_path) == 2
+    assert "has no args.json, and no sound member of these settings: move it away" in capsys.readouterr().err
+    assert digests(folder) == before
+
+
+def test_a_member_without_its_embedding_is_not_trained_again(tiny_data, small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train_member", None)
+    folder = copy_run(small_run, tmp_path / small_run.name)
+    (folder / "member_001.npy").unlink()
+    (folder / "member_002.npy").write_bytes(b"damaged")
+    assert train_tiny(tiny_data, tmp_path) == 0
+    assert digests(folder, "member_*") == digests(small_run, "member_*")
