@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     deterministic_help = "the same bits each time on CUDA too, where it can; slower"
     group.add_argument("--deterministic", action="store_true", help=deterministic_help)
     args = parser.parse_args(argv)
-    cli.check_ranges(args, ensemble_size=(1, 10_000), progress_seconds=(0, cli.MANY), threads=(1, 1024))
+    cli.check_ranges(args, ensemble_size=(1, cli.MAX_ENSEMBLE_SIZE), progress_seconds=(0, cli.MANY), threads=(1, 1024))
     settings_of(args)
     if args.members and args.members[-1] > args.ensemble_size:
         raise InputError(f"--members {args.members[-1]} is above --ensemble_size {args.ensemble_size}")

@@ -243,7 +243,7 @@ def test_an_index_of_another_model_or_folder_is_refused_and_left_alone(indexed, 
 
 
 def test_another_folder_that_is_said_to_be_the_moved_one_is_compared_by_content(indexed, tmp_path):
-    """Also where its photos have the names, sizes and times of the earlier ones, as in ../shared/faults/02."""
+    """Also where its photos have the names, sizes and times of the earlier ones."""
     names = [f"{number}.bmp" for number in range(3)]
     shutil.rmtree(indexed.photos)
     for seed, folder in enumerate((indexed.photos, tmp_path / "other")):
