@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from dreml.cache import Cache, Holdout, cache_folder, cache_options, holdout_of, make_command, read_cache, verify_cache
 from dreml.cache_writer import build_cache, require_writable
-from dreml.cli import MANY, InputError, Parser, RunError, check_ranges, data_set_name, num_cores, run_main
+from dreml.cli import MANY, InputError, Parser, RunError, check_ranges, counted, data_set_name, num_cores, run_main
 from dreml.datasets import ALL_LAYOUTS, UnknownLayout, default_recalls
 from dreml.demo import draw_demo
 from dreml.images import RESIZES, ImageSpec, load_rgb, resize_test
-from dreml.lists import number_of, subfolders
+from dreml.lists import subfolders
 from dreml.settings import Settings
 
 __all__ = ["ImageSpec", "load_rgb", "main", "resize_test"]  # the images: for embedding one of your own (README)
@@ -136,7 +136,7 @@ def print_summary(rows: list[tuple[Cache, float]]) -> None:
     """Print a table of caches and the seconds that each took."""
     print(f"\n{'data set':<12}{'train':>26}{'test':>26}{'on disk':>10}{'seconds':>9}")
     for cache, seconds in rows:
-        train, test = (f"{number_of(c, 'class')} {number_of(n, 'image')}" for c, n in cache.counts.values())
+        train, test = (f"{counted(c, 'class')} {counted(n, 'image')}" for c, n in cache.counts.values())
         on_disk = tqdm.format_sizeof(cache.num_bytes, "B")
         print(f"{cache.name:<12}{train:>26}{test:>26}{on_disk:>10}{seconds:>9.1f}")
 

@@ -21,7 +21,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from dreml.cache import ARRAYS, CACHE_VERSION, Cache, CacheMeta, Holdout, cache_folder, read_cache
-from dreml.cli import InputError, RunError, format_problems, progress_bar
+from dreml.cli import InputError, RunError, counted, format_problems, progress_bar
 from dreml.datasets import PUBLISHED, count_images, hold_out, list_data_set, warn_of_changes
 from dreml.files import (
     atomic_open,
@@ -34,7 +34,7 @@ from dreml.files import (
     write_record,
 )
 from dreml.images import BadImage, ImageSpec, read_pixels, read_resized
-from dreml.lists import Listing, number_of
+from dreml.lists import Listing
 
 CHUNK_IMAGES = 32  # that a worker is given at a time
 JUDGED_AFTER = 1000  # images: from their size, that of the whole cache is estimated
@@ -87,7 +87,7 @@ def build_cache(
             if skipped:
                 with atomic_open(skipped_list) as file:
                     file.write("\n".join(skipped) + "\n")
-                text = f"{number_of(len(skipped), 'bad image')} left out, listed in {skipped_list}"
+                text = f"{counted(len(skipped), 'bad image')} left out, listed in {skipped_list}"
                 print(text, file=sys.stderr)
             replace_folder(new, target)
         finally:
@@ -122,7 +122,7 @@ def write_cache(
     name = source.name
     listed = count_images(data_set.images)
     for part, (num_classes, num_images) in listed.items():
-        counts = f"{number_of(num_classes, 'class')}, {number_of(num_images, 'image')}"
+        counts = f"{counted(num_classes, 'class')}, {counted(num_images, 'image')}"
         print(f"{name}: {part} lists {counts}", flush=True)
     for warning in data_set.warnings:
         print(f"{name}: warning: {warning}", file=sys.stderr)
@@ -160,7 +160,7 @@ def write_cache(
 def refuse(name: str, problems: list[str], remedy: str = "") -> None:
     """Raise InputError if there are problems."""
     if problems:
-        what = number_of(len(problems), "problem")
+        what = counted(len(problems), "problem")
         raise InputError(f"{name}: {what}, nothing written{remedy}:{format_problems(problems)}")
 
 
@@ -170,7 +170,7 @@ def warn_of_leaks(name: str, images: pd.DataFrame, file_ids: np.ndarray) -> None
     leaks = is_test & np.isin(file_ids, file_ids[~is_test])
     if leaks.any():
         number = len(np.unique(file_ids[leaks]))
-        text = f"{number_of(number, 'image')} {'is' if number == 1 else 'are'} in both train and test"
+        text = f"{counted(number, 'image')} {'is' if number == 1 else 'are'} in both train and test"
         print(f"{name}: warning: {text}, such as {images['path'][leaks].iloc[0]}: scores are too high", file=sys.stderr)
 
 

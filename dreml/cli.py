@@ -43,9 +43,10 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """A number and its noun: "1 query", "2,000 queries". `plural`: where it is more than an s."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: "1 image", "2,000 classes"."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}" + (plural if number != 1 else "")
 
 
 def duration(seconds: float) -> str:

@@ -15,12 +15,11 @@ import numpy as np
 import pandas as pd
 
 from dreml.cache import Cache, Holdout, holdout_of, make_command
-from dreml.cli import InputError, one_line
+from dreml.cli import InputError, counted, one_line
 from dreml.lists import (
     Listing,
     list_csv,
     list_image_folder,
-    number_of,
     some,
     sort_images,
     subfolders,
@@ -268,7 +267,7 @@ def check_whole(data_set: Listing, name: str) -> None:
         repeated = of_split["path"][of_split["path"].duplicated()].unique()
         if len(repeated):
             reports = warnings if split == "train" else problems  # a test image would find itself
-            reports.append(f"{number_of(len(repeated), f'{split} image')} listed more than once, such as {repeated[0]}")
+            reports.append(f"{counted(len(repeated), f'{split} image')} listed more than once, such as {repeated[0]}")
         classes[split] = of_split["label"].value_counts(sort=False)
         classes[split] = classes[split][classes[split] > 0]
         alone = [data_set.class_name(label) for label in classes[split].index[classes[split] == 1]]
@@ -337,7 +336,7 @@ def changes_since(cache: Cache) -> str:
         changed += touched
     if gone == len(paths) or new + changed + gone == 0:
         return ""
-    changes = f"{number_of(new, 'image')} {'is' if new == 1 else 'are'} new, {changed:,} changed, {gone:,} gone"
+    changes = f"{counted(new, 'image')} {'is' if new == 1 else 'are'} new, {changed:,} changed, {gone:,} gone"
     return f"{changes} since {cache.folder} was made: {make_command(data_path, name, cache.spec)} --force"
 
 

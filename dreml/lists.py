@@ -300,9 +300,3 @@ def some(names: list[str], shown: int = 10) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
     return ", ".join(map(repr, names[:shown])) + more
-
-
-def number_of(number: int, noun: str) -> str:
-    """A number and a noun: "1 image", "2,000 classes"."""
-    plural = "es" if noun.endswith("s") else "s"
-    return f"{number:,} {noun}" + (plural if number != 1 else "")

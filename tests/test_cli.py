@@ -59,7 +59,7 @@ def test_texts_for_people():
     problems = [f"problem {number}" for number in range(1, 2022)]
     assert format_problems(problems[:20]).splitlines() == ["", *(f"  {problem}" for problem in problems[:20])]
     assert format_problems(problems).splitlines()[20:] == ["  problem 20", "  … and 2,001 more"]
-    assert [counted(1, "query", "queries"), counted(2000, "member")] == ["1 query", "2,000 members"]
+    assert [counted(1, "image"), counted(2000, "class")] == ["1 image", "2,000 classes"]
     texts = [duration(seconds) for seconds in (0.01, 89, 90, 420, 5300, 5400)]
     assert texts == ["1 second", "89 seconds", "2 minutes", "7 minutes", "88 minutes", "1.5 hours"]
 
