@@ -164,11 +164,8 @@ class Searcher:
             raise InputError("refresh moved needs index: the place of the index that was made before the move")
         if (index or refresh != "always") and not photo_index.is_installed():
             raise InputError("an index needs LanceDB: pip install lancedb")
-        try:
-            self.run = read_run(Path(run), num_members)
-            self.device = pick_device(str(device))
-        except InputError as error:  # which speaks of the option
-            raise InputError(str(error).removeprefix("--")) from None
+        self.run = read_run(Path(run), num_members)
+        self.device = pick_device(str(device))
         self.embedding = embedding
         self.data_path = self.run.data_path(None)
         self.photos = None if gallery is None else Path(gallery)

@@ -59,6 +59,8 @@ def test_the_code_that_goes_with_a_model_reads_images_as_this_program(tmp_path, 
         pixels = given["preprocess"](path)
         assert pixels.dtype == np.uint8, name
         np.testing.assert_array_equal(pixels, read_pixels(path, spec), err_msg=name)
+    with open(path, "rb") as file:
+        np.testing.assert_array_equal(given["preprocess"](file), pixels)
     (tmp_path / "words.png").write_text("no image")
     with pytest.raises(given["BadImage"], match=r"words\.png: unreadable"):
         given["preprocess"](tmp_path / "words.png")
