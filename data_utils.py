@@ -154,13 +154,14 @@ def training_text(data_path: Path, cache: Cache) -> str:
     command = f"python train.py {cache_options(data_path, name, cache.spec)}"
     advice = ""
     if num_classes < Settings().meta_class_size:
-        command += " --meta_class_size all"
-        if num_classes >= 4:  # with fewer, half of them would be one meta-class
-            half = f"--meta_class_size {num_classes // 2}"
-            advice = f"\n(all: for one network; for members that differ, half of the classes: {half})"
+        if num_classes < 4:  # half of them would be one meta-class
+            command += " --meta_class_size all"
+        else:
+            command += f" --meta_class_size {num_classes // 2}"
+            advice = "\n(for one network in place of an ensemble: --meta_class_size all --ensemble_size 1)"
     if num_gallery and recalls != default_recalls(name):
         command += f" --recalls {','.join(map(str, recalls))}"
-    if name == "demo":  # on a CPU
+    if name.startswith("demo"):  # on a CPU; demo_holdout too
         command += " --weights none --no_flip --lr 1e-3"
     return f"train on it with: {command}{advice}"
 

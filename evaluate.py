@@ -29,6 +29,7 @@ from dreml.cli import (
     InputError,
     Parser,
     check_ranges,
+    counted,
     pick_device,
     progress_bar,
     recall_list,
@@ -197,7 +198,7 @@ def threshold_text(table: pd.DataFrame, run: Run) -> str:
     if missing:
         few = f"under {FEWEST_ABOVE} of {int(run.test.is_query.sum()):,} queries would be above it"
         parts.append(f"none for {', '.join(missing)}: {few}")
-    return f"thresholds of {run.num_members} members: {'; '.join(parts)}"
+    return f"thresholds of {counted(run.num_members, 'member')}: {'; '.join(parts)}"
 
 
 # ------------------------------------------------------------------------------------------------ several runs
@@ -297,7 +298,8 @@ def run(args: argparse.Namespace) -> None:
     if len(runs) == 1:
         return
     table = compare(groups, tables)
-    print(f"by mAP@R, best first: {args.embedding}, percent (mean ± sample standard deviation)")
+    spread = " (mean ± sample standard deviation)" if table.n.max() > 1 else ""
+    print(f"by mAP@R, best first: {args.embedding}, percent{spread}")
     print(comparison_text(table))
     if not args.output:
         print("(--output DIR writes this table)")

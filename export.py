@@ -77,18 +77,17 @@ def python_code(spec: ImageSpec, num_members: int) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="export.py", description=__doc__, epilog="It computes on the CPU.")
+    parser = Parser(prog="export.py", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run folder of train.py")
-    group = parser.add_argument_group("options")
-    group.add_argument("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
+    parser.add_argument("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
     embedding_help = "logits (default), or pooled: the features before the last layer"
-    group.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
+    parser.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
     output_help = "folder to make (default: RUN_FOLDER/export_L<members>)"
-    group.add_argument("--output", type=Path, metavar="DIR", help=output_help)
+    parser.add_argument("--output", type=Path, metavar="DIR", help=output_help)
     recall_help = "embed all test images, too, and compare R@1 with that of the saved embeddings"
-    group.add_argument("--check_recall", action="store_true", help=recall_help)
+    parser.add_argument("--check_recall", action="store_true", help=recall_help)
     data_help = "folder of data sets, for the test images of the check (default: as in training)"
-    group.add_argument("--data_path", type=Path, metavar="DIR", help=data_help)
+    parser.add_argument("--data_path", type=Path, metavar="DIR", help=data_help)
     args = parser.parse_args(argv)
     check_ranges(args, num_members=(1, MANY))
     return args

@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
         print_answers(answers)
         if threshold:
             print(f"\n{threshold_text(threshold, answers)}")
-        print(f"\n{path}{' (in the place of an earlier one; --output keeps both)' if replaces else ''}")
+        print(f"\n{path}{' (an earlier one was replaced; --output names another folder)' if replaces else ''}")
         if draws:
             title = f"similarity: cosine, mean of the ensemble (size {searcher.run.num_members})"
             title += "; wrong first neighbours, the most similar first" if args.worst else ""

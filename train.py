@@ -30,7 +30,7 @@ from dreml.backbones import check_backbone, read_weights, weights_tag
 from dreml.baseline import map_percent, print_baseline, print_near_copies, update_baseline
 from dreml.batches import Targets, epoch_batches, input_memory, prepare
 from dreml.cache import Cache, check_unchanged, read_cache
-from dreml.checkpoint import Progress, remove_progress
+from dreml.checkpoint import SECONDS_BETWEEN_WRITES, Progress, remove_progress
 from dreml.cli import InputError, RunError
 from dreml.datasets import default_recalls, warn_of_changes
 from dreml.files import remove_leftovers, writable
@@ -67,7 +67,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--device", default="auto", metavar="DEVICE", help=cli.DEVICE_HELP)
     group.add_argument("--threads", type=int, metavar="N", help="cores to compute on (default: all)")
     progress_help = "seconds between two progress files of a member, at least (default: 30)"
-    group.add_argument("--progress_seconds", type=float, default=30.0, metavar="S", help=progress_help)
+    group.add_argument(
+        "--progress_seconds", type=float, default=SECONDS_BETWEEN_WRITES, metavar="S", help=progress_help
+    )
     deterministic_help = "the same bits each time on CUDA too, where it can; slower"
     group.add_argument("--deterministic", action="store_true", help=deterministic_help)
     args = parser.parse_args(argv)
@@ -179,7 +181,7 @@ class Experiment:
     weights: dict[str, torch.Tensor] | None  # the backbone's initial weights; None: from scratch
     compute: Compute
     environment: dict[str, str | int | None]
-    progress_seconds: float = 30.0
+    progress_seconds: float = SECONDS_BETWEEN_WRITES
     num_ahead: int = 0  # members whose duration is said while the first one is trained
 
     @cached_property
@@ -265,7 +267,8 @@ def with_outlook(batches: Iterable[Pair], num_images: int, num_epochs: int, num_
         num_timed += len(pixels)
         if num_members and (step == TIMED_STEPS or (num_done == num_images and step < TIMED_STEPS)):
             seconds = (time.perf_counter() - start) / num_timed * num_images * num_epochs
-            print(f"about {cli.duration(seconds)} a member, {cli.duration(num_members * seconds)} in all", flush=True)
+            in_all = f", {cli.duration(num_members * seconds)} in all" if num_members > 1 else ""
+            print(f"about {cli.duration(seconds)} a member{in_all}", flush=True)
         if step == 1 and num_done < num_images:  # it chose algorithms
             start = time.perf_counter()
             num_timed = 0

@@ -157,7 +157,7 @@ def print_baseline(
     remedies += ["pretrained --weights"] if weights == "none" else []
     remedies += ["more --num_epochs"]
     ahead = f"{name} {best[name]:.2f} ({best.baseline}), {after:.2f} after"
-    print(f"before training is ahead: {ahead}; try {', then '.join(remedies)}")
+    print(f"training has not helped: before it, {ahead}; try {', then '.join(remedies)}")
 
 
 def print_near_copies(embeddings: list[torch.Tensor], split: TestSplit, images: np.ndarray) -> None:

@@ -152,7 +152,7 @@ def draw_recall(sizes: pd.DataFrame, alone: pd.DataFrame, baseline: pd.DataFrame
     axes.set_ylabel("Recall@K (%)")
     set_size_axis(axes, len(sizes))
     figure.legend(handles=curves, loc="outside upper center", ncols=min(len(names), 4), **LEGEND)
-    figure.legend(handles=others, loc="outside lower center", ncols=2, **LEGEND)
+    figure.legend(handles=others, loc="outside lower center", **LEGEND)
     return figure
 
 

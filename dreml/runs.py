@@ -288,7 +288,8 @@ class Run:
         missing = self.members.missing(range(1, self.num_members + 1), embedding)
         if missing:
             command = self.record.options.get("command", "python train.py, with the options in args.json,")
-            command += f" --members 1-{self.num_members} --ensemble_size {self.num_members} --embedding {embedding}"
+            command = re.sub(r" --(members|ensemble_size|embedding)[ =]\S+", "", command)
+            command += f" --ensemble_size {self.num_members} --embedding {embedding}"
             text = f"the {embedding} embedding of member {missing[0]} is missing; make it from the saved member with"
             raise InputError(f"{self.folder}: {text}: {command}")
 
@@ -312,7 +313,7 @@ def read_run(folder: Path, num_members: int | None = None) -> Run:
     members.refresh()
     finished = next(member for member in itertools.count() if member + 1 not in members.records)
     if not members.records:
-        raise InputError(f"{folder} has no finished member")
+        raise InputError(f"{folder} has no finished member: train it on, or leave it out")
     if finished < (num_members or 1):
         raise InputError(f"{folder}: member {finished + 1} of {num_members or 1} is missing; train.py makes it")
     return Run(folder, record, members, num_members or finished, read_test(folder))

@@ -161,7 +161,7 @@ def test_a_baseline_that_is_ahead_says_what_to_try(tmp_path, capsys):
         "before training: R@2 10.00, mAP@R 9.50 (colour histogram, 216 numbers an image)",
     ]
     assert say(tmp_path, capsys, 30.0, 10.0) == lines  # a tie
-    ahead = "before training is ahead: R@2 31.25 (initial weights), 30.00 after; try "
+    ahead = "training has not helped: before it, R@2 31.25 (initial weights), 30.00 after; try "
     remedies = "--embedding pooled (seconds), then pretrained --weights, then more --num_epochs"
     assert say(tmp_path, capsys, 31.25, 10.0)[2:] == [ahead + remedies]
     assert say(tmp_path, capsys, 31.25, 10.0, "pooled")[2].endswith(

@@ -215,7 +215,7 @@ def test_all_options_reach_the_cache(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("classes", "images", "options"),
-    [(2, 1, "--meta_class_size all --recalls 1"), (6, 1, "--meta_class_size all --recalls 1,2,4"), (12, 1, "")],
+    [(2, 1, "--meta_class_size all --recalls 1"), (6, 1, "--meta_class_size 3 --recalls 1,2,4"), (12, 1, "")],
 )
 def test_the_suggested_command_fits_the_data_and_runs(
     tmp_path, capsys, monkeypatch, small_network, classes, images, options
@@ -226,7 +226,7 @@ def test_the_suggested_command_fits_the_data_and_runs(
     plain = "python train.py --data_name mine --image_size 32"
     output = capsys.readouterr().out
     (command,) = re.findall(r"\ntrain on it with: (.*)\n", output)
-    advice = "(all: for one network; for members that differ, half of the classes: --meta_class_size 3)\n"
+    advice = "(for one network in place of an ensemble: --meta_class_size all --ensemble_size 1)\n"
     assert output.endswith(advice) == (classes == 6)
     assert command == f"{plain} {options}".strip()
     quick = "--weights none --num_epochs 1 --ensemble_size 1 --device cpu"

@@ -312,7 +312,7 @@ def test_the_run_folder_is_left_alone_if_told_so(tiny_run, tmp_path):
 def test_the_picture_and_the_csv_are_of_one_search(drawn, tmp_path, capsys):
     """An earlier picture goes, with --no_picture and where none can be drawn; what is replaced is said."""
     arguments, picture = drawn(random_embeddings(5)), tmp_path / "out" / "neighbours.png"
-    replaced = f"{picture.with_suffix('.csv')} (in the place of an earlier one; --output keeps both)\n"
+    replaced = f"{picture.with_suffix('.csv')} (an earlier one was replaced; --output names another folder)\n"
     call(*arguments, "--query", "test:1", "--top", "2")
     assert picture.exists() and replaced not in capsys.readouterr().out
     call(*arguments, "--query", "test:2", "--top", "2", "--no_picture")

@@ -64,7 +64,7 @@ def test_what_is_no_run_is_not_opened(tiny_run, tmp_path):
         path.write_text(content)
         refused(r"args.json is damaged \(.*\): remove it, and train.py makes it again$")
     shutil.copy(tiny_run / "args.json", path)
-    refused("has no finished member$")
+    refused("has no finished member: train it on")
 
 
 @pytest.mark.parametrize(("change", "found"), [({"format": None}, 1), ({"format": 2}, 2)])
