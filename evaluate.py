@@ -14,9 +14,9 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,7 +34,6 @@ from dreml.cli import (
     progress_bar,
     recall_list,
     run_main,
-    with_less_memory,
 )
 from dreml.datasets import default_recalls
 from dreml.figures import (
@@ -46,6 +45,7 @@ from dreml.figures import (
     save_figure,
 )
 from dreml.files import writable, write_csv
+from dreml.run_writer import scored
 from dreml.runs import SUFFIXES, Run, TestSplit, read_run, run_lock
 from dreml.settings import EMBEDDINGS
 from dreml.thresholds import FARS, FEWEST_ABOVE, threshold_table
@@ -54,11 +54,8 @@ from utils import (
     first_neighbours,
     map_at_r,
     recall_at_k,
-    similarity_memory,
     unmatched_queries,
 )
-
-T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------------------ options
 
@@ -126,20 +123,10 @@ def score_run(run: Run, ks: list[int], embedding: str, device: torch.device) -> 
     )
 
 
-def computed(metric: Callable[..., T], members: Sequence[torch.Tensor], split: TestSplit, **options) -> T:
-    """Call a metric of utils.py for the test split, again with less memory where it runs out."""
-
-    def call(max_bytes: int) -> T:
-        masks = {"is_query": split.is_query, "is_gallery": split.is_gallery}
-        return metric(members, split.labels, **masks, max_bytes=max_bytes, **options)
-
-    return with_less_memory(call, similarity_memory(members[0].device))
-
-
 def score(members: Sequence[torch.Tensor], split: TestSplit, ks: list[int]) -> np.ndarray:
     """Recall@K, mAP@R, R-Precision in percent, `(L, len(ks) + 2) float64`; row l-1 is of the first l members."""
-    recalls = computed(recall_at_k, members, split, ks=ks)
-    precisions = torch.stack(computed(map_at_r, members, split), dim=1)
+    recalls = scored(recall_at_k, members, split, ks=ks)
+    precisions = torch.stack(scored(map_at_r, members, split), dim=1)
     return 100 * torch.cat([recalls, precisions], dim=1).numpy()
 
 
@@ -152,7 +139,7 @@ def score_table(index: str, values: np.ndarray, ks: list[int]) -> pd.DataFrame:
 
 def score_thresholds(members: Sequence[torch.Tensor], split: TestSplit) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Tables `thresholds` and `found` of Scores."""
-    others, own = computed(best_similarities, members, split)
+    others, own = scored(best_similarities, members, split)
     num_gallery = int(split.is_gallery.sum())
     size = len(members)
     table = threshold_table(others, own, FARS, num_gallery)
@@ -170,7 +157,7 @@ def score_classes(members: Sequence[torch.Tensor], test: pd.DataFrame) -> tuple[
     a confusion is the query that is most similar to its neighbour.
     """
     split = TestSplit.from_arrays(test.label, test.is_query, test.is_gallery)
-    rows, similarities = (values.numpy() for values in computed(first_neighbours, members, split))
+    rows, similarities = (values.numpy() for values in scored(first_neighbours, members, split))
     queries = test[test.is_query].reset_index(drop=True)
     neighbours = test.iloc[rows].reset_index(drop=True)  # any image for -1: such a query is unmatched
     unmatched = unmatched_queries(*split)[split.is_query].numpy()

@@ -368,6 +368,7 @@ def run(args: argparse.Namespace) -> None:
     # 3. The members that are missing, one after the other; other processes may train others of them at the same time
     compute = Compute(device, settings.precision)
     experiment = Experiment(cache, settings, weights, compute, here, args.progress_seconds, len(missing))
+    is_new = bool(missing)
     if members.records:
         writer.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
     if len(split.labels):
@@ -398,7 +399,8 @@ def run(args: argparse.Namespace) -> None:
     alone = [writer.recall_percent([embedding], split, args.recalls[:1]).item() for embedding in embeddings]
     final = table.tail(1).assign(**map_percent(embeddings, split))
     print_baseline(folder, members.settings_hash, final, args.embedding, settings.weights)
-    print_near_copies(embeddings, split, cache.array("test_images"))
+    if is_new:  # it reads all test images
+        print_near_copies(embeddings, split, cache.array("test_images"))
     print("\n" + table.assign(alone=alone).round(2).to_string(index=False))
     print(f"(alone: {table.columns[1]} of the last member of the row by itself)")
     scores = ", ".join(f"{name} {value:.2f}" for name, value in final.iloc[0, 1:].items())

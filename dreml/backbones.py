@@ -264,6 +264,8 @@ def what_is_wrong(value: torch.Tensor, expected: torch.Tensor) -> str:
         return f"{tuple(value.shape)}, not {tuple(expected.shape)}"
     if value.layout != torch.strided:
         return "sparse"
+    if value.is_meta:
+        return "without values (on the device meta)"
     if expected.is_floating_point() and not value.is_floating_point():
         return f"{str(value.dtype).removeprefix('torch.')}, not floating point"
     return "" if torch.isfinite(value.float()).all() else "not finite"

@@ -88,6 +88,14 @@ class Cache:
         with np.load(self.folder / "raw_files.npz") as found:
             return self.paths("train") + self.paths("test") + found["left_out"].tolist(), found["stats"]
 
+    def places(self) -> set[tuple[str, str, str]]:
+        """The path, split and class name of every image."""
+        found = set()
+        for split, meta in (("train", self.meta.train), ("test", self.meta.test)):
+            classes = np.array(meta["classes"], dtype=object)[self.array(f"{split}_labels")]
+            found.update((path, split, name) for path, name in zip(self.paths(split), classes, strict=True))
+        return found
+
     def train_crops(self, indices: np.ndarray, corners: np.ndarray, sides: np.ndarray, out: np.ndarray) -> None:
         """Cut one square window out of each of B training images.
 

@@ -98,7 +98,7 @@ def build_cache(
 def require_writable(folder: Path) -> None:
     """Raise InputError, with a way on, if a folder that is there cannot be written to."""
     if folder.exists() and not os.access(folder, os.W_OK):
-        remedy = "name another folder with --data_path, with links to the data sets in it (ln -s)"
+        remedy = f"make {folder.name}/ in another --data_path, with links in it to what is in {folder} (ln -s)"
         raise InputError(f"{folder} is read-only, and caches lie beside the images: {remedy}")
 
 

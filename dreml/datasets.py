@@ -301,8 +301,8 @@ def count_images(images: pd.DataFrame) -> dict[str, tuple[int, int]]:
 def changes_since(cache: Cache) -> str:
     """Say how many raw images are new, changed or gone since a cache was made. "": none, or there are no raw images.
 
-    Names, sizes and times of change are compared. Of more than MAX_COMPARED images only names are, and these only if a
-    folder or a list is newer than the cache.
+    Names, classes, sizes and times of change are compared. Of more than MAX_COMPARED images no size or time is, and
+    nothing if no folder and no list is newer than the cache.
     """
     data_path = cache.folder.parents[1]
     name = cache.name
@@ -311,12 +311,18 @@ def changes_since(cache: Cache) -> str:
         paths, stats = cache.raw_files()
         if len(paths) > MAX_COMPARED and not is_newer(data_path / source, paths, cache.folder / "meta.json"):
             return ""
-        images = list_data_set(source, data_path / source).images
+        data_set = list_data_set(source, data_path / source)
     except (InputError, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         # no raw images, or a damaged record
         return ""
+    images = data_set.images
     listed = set(images["path"][images["split"] == "train"] if holdout else images["path"])
     new = len(listed.difference(paths))
+    relabelled = set()
+    if not holdout:
+        class_names = images["label"].map(data_set.class_name)
+        relabelled = cache.places() - set(zip(images["path"], images["split"], class_names, strict=True))
+    relabelled = {path for path, *_ in relabelled}
     gone = 0
     changed = 0
     touched = 0
@@ -325,10 +331,10 @@ def changes_since(cache: Cache) -> str:
         if path not in listed:
             found = None
         elif len(paths) <= MAX_COMPARED:
-            found = size_and_time(f"{data_path}/{source}/{path}")
+            found = size_and_time(f"{data_path}/{source}/{path}") or ([0, 0] if known == [0, 0] else None)
         if found is None:
             gone += 1
-        elif found[0] != known[0]:
+        elif found[0] != known[0] or path in relabelled:
             changed += 1
         elif found[1] != known[1]:
             touched += 1

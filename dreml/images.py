@@ -95,6 +95,7 @@ def is_heif(path: str | Path) -> bool:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An open image as RGB, see `load_rgb`."""
+    image.load()  # Pillow itself turns TIFF here
     turn = TURNS.get(orientation(image))
     if image.mode[:1] in ("I", "F"):  # Pillow's own conversion would clip at 255
         image = scaled_grey(image)
@@ -106,7 +107,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white.paste(image, mask=image.getchannel("A"))
         return white
     if image.mode == "RGB":
-        image.load()
         return image  # its file is closed; a copy would take a fortieth of the time of a photograph
     return image.convert("RGB")
 

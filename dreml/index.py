@@ -68,7 +68,8 @@ def list_photos(folder: Path, problems: list[str]) -> list[Photo]:
             else:
                 found = os.stat(file)
                 path = f"{class_name}/{name}".removeprefix("/")
-                photos.append(Photo(path, found.st_size, found.st_mtime_ns))
+                mtime = max(-(2**63), min(found.st_mtime_ns, 2**63 - 1))  # int64 ends in 2262
+                photos.append(Photo(path, found.st_size, mtime))
     if not photos:
         reason = f" ({left_out})" if left_out else format_problems(problems)
         raise InputError(f"{folder}: no images below it{reason}")

@@ -225,7 +225,9 @@ NEVER_IMAGES = {"images.csv", "Thumbs.db", "desktop.ini"}  # the last two are wh
 # Thumbnails, deleted files and earlier versions, which a NAS, Samba, Windows and macOS keep among photos. In lower case
 PROGRAM_FOLDERS = {"@eadir", "#recycle", "@recycle", "$recycle.bin", "#snapshot", "@recently-snapshot"}
 PROGRAM_FOLDERS |= {"system volume information", "lost+found", "__macosx"}
-OF_PROGRAMS = "of other programs (folders such as @eaDir)"
+OF_PROGRAMS = "of programs (folders such as @eaDir, results of this one)"
+OWN_RECORDS = {"args.json", "index.json", "raw_files.npz"}  # of a run, an index, a cache
+OWN_PICTURE = re.compile(r"(neighbours|worst|evaluation|thresholds)(_pooled)?\.png")  # beside a CSV of the same name
 
 
 class LeftOut(collections.Counter):
@@ -249,8 +251,8 @@ def class_folders(
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield (name, image files) of every folder that holds images, sorted, at any depth. The outermost is called "".
 
-    What cannot be read is added to `problems`. Hidden files, folders of other programs, those with results of this one,
-    and links back to a folder above are passed over.
+    What cannot be read is added to `problems`. Passed over: hidden files, folders of other programs, pictures, runs,
+    indexes and caches of this one, links back to a folder above.
     """
     left_out = LeftOut() if left_out is None else left_out
     suffixes = image_suffixes()
@@ -258,7 +260,12 @@ def class_folders(
     files = []
     folders = []
     try:
-        for item in os.scandir(folder):
+        items = list(os.scandir(folder))
+        names = {item.name for item in items}
+        if name and not names.isdisjoint(OWN_RECORDS):
+            left_out[OF_PROGRAMS] += 1
+            return
+        for item in items:
             suffix = os.path.splitext(item.name)[1].lower()
             if item.name.startswith(".") or item.name in NEVER_IMAGES:
                 continue
@@ -266,11 +273,10 @@ def class_folders(
                 problems.append(f"{item.path!a}: the name is not valid UTF-8: rename it")
             elif os.path.isdir(item.path) if item.is_symlink() else item.is_dir():
                 folders.append(item.name)
+            elif OWN_PICTURE.fullmatch(item.name) and f"{item.name[:-4]}.csv" in names:
+                left_out[OF_PROGRAMS] += 1
             elif suffix in suffixes:
                 files.append(item.name)
-            elif suffix == ".csv" and item.name.startswith("neighbours"):  # pictures of retrieve.py
-                left_out[OF_PROGRAMS] += 1
-                return
             else:
                 left_out[suffix or "without a suffix"] += 1
     except OSError as error:

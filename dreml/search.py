@@ -162,6 +162,8 @@ class Searcher:
                 raise InputError(f"{name} has to be one of {', '.join(values)}, not {value!r}")
         if refresh == "moved" and index is None:
             raise InputError("refresh moved needs index: the place of the index that was made before the move")
+        if num_members is not None and num_members < 1:
+            raise InputError(f"num_members has to be at least 1, not {num_members}")
         if (index or refresh != "always") and not photo_index.is_installed():
             raise InputError("an index needs LanceDB: pip install lancedb")
         self.run = read_run(Path(run), num_members)
@@ -263,6 +265,10 @@ class Searcher:
         """
         if isinstance(queries, str | Path):  # "/a.jpg" would be a list of letters, and "/" the whole disk
             raise InputError(f"find_many takes a list of queries, not {str(queries)!r}: use find")
+        if not isinstance(top, int | np.integer) or top < 1:
+            raise InputError(f"top has to be a whole number, at least 1, not {top!r}")
+        if threshold is not None and not math.isfinite(threshold):
+            raise InputError(f"threshold has to be a number, not {threshold}")
         if far is not None:
             threshold = read_threshold(self.run, self.embedding, far).value
         bad: list[str] = []
@@ -296,7 +302,7 @@ class Searcher:
     def items_of(self, query: Query, problems: list[str]) -> list[Item]:
         """The image of one query, or the photos of a folder. Raises InputError if there is none."""
         if isinstance(query, np.ndarray):
-            if query.dtype != np.uint8 or query.ndim != 3 or query.shape[2] not in (3, 4):
+            if query.dtype != np.uint8 or query.ndim != 3 or query.shape[2] not in (3, 4) or not query.size:
                 raise InputError(f"image: an array has to be (H, W, 3) uint8, not {query.shape} {query.dtype}")
             query = Image.fromarray(query)
         if isinstance(query, Image.Image):

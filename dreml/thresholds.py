@@ -86,6 +86,5 @@ def read_threshold(run: Run, embedding: str, far: float) -> Threshold:
     needed = math.ceil(FEWEST_ABOVE / far)
     reason = f"it needs {needed:,} test queries, and there are {num_queries:,}" if needed > num_queries else remedy
     known = " or ".join(f"{value:g}" for value in table.far)
-    if known:
-        reason += f"; what would do: far {known}, or a threshold of your own"
+    reason += f"; what would do: {f'far {known}, or ' if known else ''}a threshold of your own"
     raise InputError(f"{path} has no threshold for far {far:g} and ensemble size {run.num_members}: {reason}")

@@ -306,6 +306,7 @@ REFUSED = {  # a change of a state dict, another object, or the bytes of a file 
     "int8": ({"conv1.weight": CONV.to(torch.int8)}, r"conv1.weight is int8, not floating point$"),
     "complex": ({"conv1.weight": CONV.to(torch.complex64)}, r"conv1.weight is complex64, not floating point$"),
     "sparse": ({"conv1.weight": CONV.to_sparse()}, r"conv1.weight is sparse$"),
+    "meta": ({"conv1.weight": CONV.to("meta")}, r"conv1.weight is without values"),
     "other network": (torchvision.models.resnet34, r"does not fit resnet18: .* and \d+ more differences$"),
     "list": ([1, 2], "holds no state dict"),
     "nothing inside": ({"state_dict": {}, "conv1.weight": 3}, "holds no state dict"),

@@ -64,6 +64,20 @@ def test_a_photo_is_turned_whatever_else_its_exif_holds(kind):
     np.testing.assert_array_equal(np.asarray(load_rgb(files[0])), np.rot90(upright, -1))
 
 
+@pytest.mark.parametrize("turn", [2, 3, 6])
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+def test_a_tiff_is_turned_once(tmp_path, mode, turn):
+    """Pillow turns it itself when it loads it."""
+    image = random_image(0, 50, 30).convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    image.save(tmp_path / "turned.tiff", tiffinfo={0x0112: turn}, compression="tiff_lzw")
+    image.save(tmp_path / "plain.png")
+    method = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270}[turn]
+    expected = load_rgb(tmp_path / "plain.png").transpose(method)
+    np.testing.assert_array_equal(np.asarray(load_rgb(tmp_path / "turned.tiff")), np.asarray(expected))
+
+
 def text_chunk(**options) -> PngInfo:
     """A PNG chunk of 3 MB of text."""
     info = PngInfo()

@@ -17,7 +17,7 @@ import retrieve
 from dreml import index as index_module
 from dreml.cli import InputError
 from dreml.images import ImageSpec
-from dreml.index import PhotoIndex, model_checksum
+from dreml.index import PhotoIndex, list_photos, model_checksum
 from dreml.runs import read_run
 from dreml.search import Searcher
 
@@ -365,6 +365,14 @@ def test_the_command_line(small_run, tmp_path, capsys):
     assert retrieve.main(never) == 0
     assert len(pd.read_csv(out / "neighbours.csv")) == 3 and "embedded" not in capsys.readouterr().out
     assert retrieve.main([*never, "--ann"]) == 0
+
+
+def test_a_photo_from_the_year_2300(tmp_path):
+    """Its time of change in nanoseconds is above what the table can hold."""
+    save_image(tmp_path / "a" / "late.png")
+    os.utime(tmp_path / "a" / "late.png", (0, 10_413_792_000))
+    (photo,) = list_photos(tmp_path, [])
+    assert photo.mtime == 2**63 - 1
 
 
 @pytest.mark.xdist_group("processes")

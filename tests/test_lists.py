@@ -208,17 +208,20 @@ def test_bad_input_is_named_and_an_earlier_cache_stays(tmp_path, damage):
 
 
 def test_folders_of_programs_are_no_classes(tmp_path, capsys):
-    """Thumbnails of a NAS, deleted photos, what macOS packs, pictures of retrieve.py: anywhere, and counted."""
+    """Thumbnails of a NAS, deleted photos, what macOS packs, results of this program: anywhere, and counted."""
     root = tmp_path / "mine"
     write_image_folder(root)
     of_train = ["train_0/@eaDir/0.png", "#recycle", "@Recycle", "$Recycle.Bin/S-1", "found"]
     for folder in (*(f"train/{name}" for name in of_train), "test/$RECYCLE.BIN/S-1", "test/__MACOSX/x", "@eaDir"):
         save_image(root / folder / "0.png")
-    (root / "train/found/neighbours.csv").write_text("query,rank,path\n")
+    (root / "train/found/index.json").write_text("{}")
+    save_image(root / "train/train_0/worst_pooled.png")
+    (root / "train/train_0/worst_pooled.csv").write_text("query,rank,path\n")
+    (root / "train/train_1/neighbours_2024.csv").write_text("the user's own\n")
     cache = build(tmp_path, "mine")
     assert cache.meta.train["classes"] == ["train_0", "train_1"] and cache.meta.test["classes"] == ["test_0", "test_1"]
     error = capsys.readouterr().err
-    for split, number in (("train", 5), ("test", 2)):
-        assert f"{root / split}: left out: {number} of other programs (folders such as @eaDir)" in error
+    for split, number in (("train", 6), ("test", 2)):
+        assert f"{root / split}: left out: {number} of programs (folders such as @eaDir, results of this one)" in error
     assert list(class_folders(root / "test", [])) == [(f"test_{n}", ["0.png", "1.png"]) for n in (0, 1)]
     assert [folder.name for folder in subfolders(root)] == ["cache_32", "test", "train"]

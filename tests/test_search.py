@@ -230,6 +230,7 @@ def test_what_cannot_be_searched(small_run, tmp_path):
     for options, message in (
         ({"gallery": tmp_path / "nowhere"}, r"^gallery .*nowhere: no such folder$"),
         ({"embedding": "pooled"}, "pooled"),
+        ({"num_members": 0}, "num_members has to be at least 1"),
         ({"embedding": "poled"}, "embedding has to be one of logits, pooled, not 'poled'"),
         ({"refresh": "nevr"}, "refresh has to be one of always, never, moved, not 'nevr'"),
         ({"refresh": "moved", "gallery": tmp_path}, "refresh moved needs index"),
@@ -240,6 +241,9 @@ def test_what_cannot_be_searched(small_run, tmp_path):
             Searcher(small_run, **options)
     with pytest.raises(InputError, match=r"find_many takes a list of queries, not '/': use find"):
         Searcher(small_run, device="cpu").find_many("/")  # which would be the whole disk
+    for options, message in (({"top": 0}, "top has to be"), ({"threshold": float("nan")}, "threshold has to be")):
+        with pytest.raises(InputError, match=message):
+            Searcher(small_run, device="cpu").find(0, **options)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no images below it"):
         Searcher(small_run, tmp_path / "empty", device="cpu").find(0)
