@@ -348,13 +348,7 @@ def run(args: argparse.Namespace) -> None:
             precision = earlier.settings.precision if earlier else pick_precision(device, settings.backbone)
             settings = replace(settings, precision=precision)
         record = writer.make_run_record(settings, cache, vars(args), here)
-        if earlier:
-            writer.refuse_others(folder, earlier, record)
-        members = Members(folder, record.settings_hash)
-        members.refresh()
-        if not earlier and members.warnings and not members.records:
-            remedy = "move it away, or give another --results_path"
-            raise InputError(f"{folder} has no args.json, and no sound member of these settings: {remedy}")
+        members = writer.open_members(folder, earlier, record)
         missing = members.missing(wanted)
         weights = read_weights(settings.backbone, args.weights) if missing else None
         writer.verify_once(folder, cache)

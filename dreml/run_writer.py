@@ -78,15 +78,24 @@ def make_run_record(settings: Settings, cache: Cache, options: dict[str, object]
     return RunRecord(settings=settings, data=data, options=options, environment=here)
 
 
-def refuse_others(folder: Path, earlier: RunRecord, record: RunRecord) -> None:
-    """Raise InputError if the members in a run folder belong to other settings or data."""
+def open_members(folder: Path, earlier: RunRecord | None, record: RunRecord) -> Members:
+    """The finished members of a run folder. `earlier` is its record, None if it has none.
+
+    Raises InputError if they belong to other settings or data: they would be overwritten.
+    """
     remedy = "move it away, or give another --results_path"
-    before = asdict(earlier.settings)
-    for name, value in asdict(record.settings).items():
-        if before[name] != value:
-            raise InputError(f"{folder} holds members of other settings: {name} {before[name]}, not {value}; {remedy}")
-    if earlier.data.fingerprint != record.data.fingerprint:
+    before = asdict(earlier.settings) if earlier else {}
+    for name, value in before.items():
+        new = getattr(record.settings, name)
+        if new != value:
+            raise InputError(f"{folder} holds members of other settings: {name} {value}, not {new}; {remedy}")
+    if earlier and earlier.data.fingerprint != record.data.fingerprint:
         raise InputError(f"your photos have changed since the members in {folder} were trained: {remedy}")
+    members = Members(folder, record.settings_hash)
+    members.refresh()
+    if not earlier and members.warnings and not members.records:
+        raise InputError(f"{folder} has no args.json, and no sound member of these settings: {remedy}")
+    return members
 
 
 def write_run_record(members: Members, record: RunRecord, cache: Cache) -> None:
