@@ -16,13 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pytorch_metric_learning.losses import ProxyAnchorLoss  # pip install pytorch-metric-learning
 
 import model
 from dreml.backbones import read_weights
 from dreml.batches import Targets, epoch_batches, prepare
 from dreml.cache import Cache, read_cache
-from dreml.cli import DEVICE_HELP, Parser, pick_device, run_main, set_up_device
+from dreml.cli import DEVICE_HELP, InputError, Parser, pick_device, run_main, set_up_device
 from dreml.optimizers import learning_rate, make_optimizer
 from dreml.runs import TestSplit
 from dreml.settings import Settings, add_settings, settings_of
@@ -49,14 +48,18 @@ def proxy_anchor(loss: torch.nn.Module, rows: torch.Tensor, shares: torch.Tensor
     return torch.logsumexp(attracted, 0).sum() / num_present + torch.logsumexp(repelled, 0).mean()
 
 
-def train_rival(cache: Cache, settings: Settings, weights: dict | None, compute: model.Compute) -> torch.nn.Module:
+def train_rival(cache: Cache, settings: Settings, weights: str, compute: model.Compute) -> torch.nn.Module:
     """Train a network on the classes of the data set for `settings.num_epochs` and return it."""
+    try:
+        from pytorch_metric_learning.losses import ProxyAnchorLoss
+    except ImportError:
+        raise InputError("the loss is in another package: pip install pytorch-metric-learning") from None
     device = compute.device
     labels = cache.array("train_labels")
     num_classes = cache.counts["train"][0]
     statistics = model.channel_statistics(cache.meta, device)
     torch.manual_seed(int(rng_for(settings.seed, 1, 0, "weights").integers(2**63)))
-    network = model.build_model(settings.backbone, 2, weights).to(device)
+    network = model.build_model(settings.backbone, 2, read_weights(settings.backbone, weights)).to(device)
     loss = ProxyAnchorLoss(num_classes, model.head_of(network).in_features).to(device)
     optimizer = make_optimizer(settings.optimizer, network, settings.lr, device)
     optimizer.add_param_group({"params": loss.parameters()})

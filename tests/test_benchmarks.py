@@ -1,6 +1,5 @@
 """The benchmarks run and print their tables, and the baseline that they compare with is right."""
 
-import importlib
 import re
 import subprocess
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from processes import ROOT
 from reference import slow_recall
 
 import model
-from benchmarks import gpu, plain, progress, recall, training
+from benchmarks import gpu, plain, progress, recall, rival, training
 from dreml.batches import MixedTargets
 from dreml.files import read_record
 
@@ -172,16 +171,11 @@ def test_windows_are_cut_on_the_device_as_in_the_cache(tiny_cache):
 # ------------------------------------------------------------------------------------------------ the rival
 
 
-@pytest.fixture
-def rival():
-    pytest.importorskip("pytorch_metric_learning")
-    return importlib.import_module("benchmarks.rival")
-
-
-def test_the_rival_equals_the_library_where_each_image_has_one_class(rival):
+def test_the_rival_equals_the_library_where_each_image_has_one_class():
     """Against pytorch-metric-learning, with its gradient; then by hand for an image of two classes."""
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
     torch.manual_seed(0)
-    loss, rows, labels = rival.ProxyAnchorLoss(7, 5), torch.randn(9, 5, requires_grad=True), torch.randint(0, 7, (9,))
+    loss, rows, labels = losses.ProxyAnchorLoss(7, 5), torch.randn(9, 5, requires_grad=True), torch.randint(0, 7, (9,))
     ours, theirs = rival.proxy_anchor(loss, rows, rival.class_shares(labels, 7)), loss(rows, labels)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad(ours, rows), torch.autograd.grad(theirs, rows))
@@ -197,7 +191,8 @@ def test_the_rival_equals_the_library_where_each_image_has_one_class(rival):
 
 
 @pytest.mark.parametrize("options", [[], ["--mixup"]])
-def test_the_rival_learns_the_classes(tiny_data, small_networks, capsys, options, rival):
+def test_the_rival_learns_the_classes(tiny_data, small_networks, capsys, options):
+    pytest.importorskip("pytorch_metric_learning")
     base = ["--data_name", "tiny", "--data_path", str(tiny_data), "--image_size", "32", "--weights", "none"]
     numbers = ["--num_epochs", "8", "--batch_size", "16", "--lr", "1e-2", "--schedule", "onecycle", "--device", "cpu"]
     assert rival.main([*base, *numbers, *options]) == 0
