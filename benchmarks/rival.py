@@ -100,9 +100,7 @@ def run(args: argparse.Namespace) -> None:
     cache = read_cache(args.data_path, settings.data_name, settings.image_spec)
     precision = settings.precision if settings.precision != "auto" else model.pick_precision(device, settings.backbone)
     start = time.perf_counter()
-    network = train_rival(
-        cache, settings, read_weights(settings.backbone, args.weights), model.Compute(device, precision)
-    )
+    network = train_rival(cache, settings, args.weights, model.Compute(device, precision))
     seconds = time.perf_counter() - start
     statistics = model.channel_statistics(cache.meta, device)
     rows = model.extract_features(network, cache.array("test_images"), statistics, 256, "pooled")
