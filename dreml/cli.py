@@ -97,15 +97,19 @@ def run_main(script: str, run: Callable[[], None], save_memory: str, resumable: 
         finally:
             output.flush()
             errors.flush()
-    return 141 if code == 0 and (output.is_lost or errors.is_lost) else code
+    if code == 0 and isinstance(output.error, BrokenPipeError):
+        return 141
+    if code == 0 and output.error:
+        return ended(1, f"done, but its output could not be written: {output.error}")
+    return code
 
 
 class Output:
-    """stdout or stderr. When its reader is gone, what is printed is dropped, and the work goes on."""
+    """stdout or stderr. When its reader is gone or its disk full, what is printed is dropped, and the work goes on."""
 
     def __init__(self, stream: io.TextIOBase | None):
         self.stream = stream or open(os.devnull, "w")  # None: it was closed when Python started
-        self.is_lost = False
+        self.error: OSError | None = None  # the first that writing ended in
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # escapes for what the output's encoding lacks
 
@@ -121,8 +125,8 @@ class Output:
     def attempt(self, call: Callable, *arguments: str) -> None:
         try:
             call(*arguments)
-        except OSError:
-            self.is_lost = True
+        except OSError as error:
+            self.error = self.error or error
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # Python writes the rest when it ends
 
 

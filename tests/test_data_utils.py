@@ -282,13 +282,15 @@ def test_verify_finds_a_flipped_bit(tmp_path, capsys):
 
 
 def test_demo_is_drawn_once_and_never_over_another(tmp_path, capsys, monkeypatch):
-    tiny = {"num_classes": 2, "images_per_class": 3, "image_side": 40}
+    tiny = {"num_classes": 4, "images_per_class": 3, "image_side": 40}
     monkeypatch.setattr(data_utils, "draw_demo", lambda folder: draw_demo(folder, **tiny))
     assert call(tmp_path / "data" / "not yet", "--data_name", "demo") == 0
-    options = "--image_size 32 --meta_class_size all --recalls 1,2,4 --weights none --no_flip --lr 1e-3"
-    assert capsys.readouterr().out.endswith(f" {options}\n")
+    options = "--image_size 32 --meta_class_size 2 --weights none --no_flip --lr 1e-3"
+    assert f" {options}\n" in capsys.readouterr().out
+    assert call(tmp_path / "data" / "not yet", "--data_name", "demo", "--holdout", "0.5") == 0
+    assert " --weights none --no_flip --lr 1e-3\n" in capsys.readouterr().out
     drawn = tree(tmp_path / "data" / "not yet" / "demo" / "train")
-    assert len(drawn) == 6 and read_cache(tmp_path / "data" / "not yet", "demo", SPEC).counts["test"] == (2, 6)
+    assert len(drawn) == 12 and read_cache(tmp_path / "data" / "not yet", "demo", SPEC).counts["test"] == (4, 12)
 
     write_image_folder(tmp_path / "mine" / "demo")
     mine = tree(tmp_path / "mine" / "demo" / "train")
