@@ -273,7 +273,7 @@ def run(args: argparse.Namespace) -> None:
         tables[one.folder] = sizes
         first = sizes.columns[1]
         print(f"{one.folder}: {args.embedding}, percent")
-        print_baseline(one.folder, one.record.settings_hash, sizes, args.embedding, one.settings.weights)
+        print_baseline(one.folder, sizes, args.embedding, one.settings.weights)
         print(sizes.assign(alone=scores.members[first]).round(2).to_string(index=False))
         print(f"(alone: {first} of the last member of the row by itself)")
         print(threshold_text(scores.thresholds, one))
@@ -337,7 +337,7 @@ def write_scores(run: Run, scores: Scores, folder: Path, suffix: str, plot: bool
             return
         with drawing():
             records = [run.members.records[member] for member in range(1, run.num_members + 1)]
-            baseline = read_baseline(run.folder, run.record.settings_hash)
+            baseline = read_baseline(run.folder)
             save_figure(draw_recall(scores.evaluation, scores.members, baseline), folder, f"evaluation{suffix}")
             save_figure(draw_found(scores.found), folder, f"thresholds{suffix}")
             save_figure(draw_training(records), folder, "training")

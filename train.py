@@ -342,7 +342,9 @@ def run(args: argparse.Namespace) -> None:
     folder = args.results_path / settings.run_name()
     whole = range(1, args.ensemble_size + 1)
     wanted = args.members or whole
-    with writable(args.results_path, "--results_path"), run_lock(folder):
+    with writable(args.results_path, "--results_path"):
+        lock = run_lock(folder)
+    with lock:
         earlier = read_run_record(folder) if (folder / "args.json").exists() else None
         if settings.precision == "auto":  # a resumed run keeps its precision
             precision = earlier.settings.precision if earlier else pick_precision(device, settings.backbone)
@@ -352,7 +354,8 @@ def run(args: argparse.Namespace) -> None:
         missing = members.missing(wanted)
         weights = read_weights(settings.backbone, args.weights) if missing else None
         writer.verify_once(folder, cache)
-        writer.write_run_record(members, record, cache)
+        with writable(args.results_path, "--results_path"):
+            writer.write_run_record(members, record, cache)
     finished = args.ensemble_size - len(members.missing(whole))
     where = f"device {here['device']}, {settings.precision}"
     print(f"{folder}: {finished} of {cli.counted(args.ensemble_size, 'member')} finished; {where}")
@@ -366,7 +369,7 @@ def run(args: argparse.Namespace) -> None:
     if members.records:
         writer.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
     if len(split.labels):
-        update_baseline(members, settings, args.weights, cache, split, args.recalls, device)
+        update_baseline(folder, settings, args.weights, cache, split, args.recalls, device)
     while (locked := members.lock_next_missing(wanted, args.embedding)) is not None:
         member, lock = locked
         start = time.perf_counter()
@@ -392,7 +395,7 @@ def run(args: argparse.Namespace) -> None:
         return
     alone = [writer.recall_percent([embedding], split, args.recalls[:1]).item() for embedding in embeddings]
     final = table.tail(1).assign(**map_percent(embeddings, split))
-    print_baseline(folder, members.settings_hash, final, args.embedding, settings.weights)
+    print_baseline(folder, final, args.embedding, settings.weights)
     if is_new:  # it reads all test images
         print_near_copies(embeddings, split, cache.array("test_images"))
     print("\n" + table.assign(alone=alone).round(2).to_string(index=False))

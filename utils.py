@@ -75,8 +75,8 @@ def recall_at_k(
         labels: `(N,)` integers.
         ks: positive integers.
         is_query, is_gallery: `(N,) bool`; None: every image. An image may be both, or neither.
-        max_bytes: bound on the memory used beside the arguments, but for 16 bytes an image and member, some 100 bytes
-            an image, and blocks of at least 16 rows; None: `similarity_memory`. No N x N matrix is made.
+        max_bytes: bound on a block of similarities, which has at least 16 rows; None: `similarity_memory`. No N x N
+            matrix is made. Beside the blocks, a copy of the embeddings in float32 is held.
 
     Returns `(L, len(ks)) float64` on the CPU, in [0, 1]; row l-1 is the ensemble of the first l members. Raises
     ValueError for shapes that do not fit, a K below 1, no query, no gallery, or embeddings that are not finite.
@@ -114,12 +114,11 @@ def _best_own_similarities(pairs: "_Pairs") -> torch.Tensor:
     step = max(min(pairs.block, 256), pairs.block // 4)
     for start in range(0, pairs.num_queries, step):
         stop = min(start + step, pairs.num_queries)
-        query_rows = [pairs.queries.rows(index, start, stop) for index in range(pairs.num_members)]
         for left in range(pairs.first[start], pairs.last[stop - 1], pairs.block):
             right = min(left + pairs.block, pairs.last[stop - 1])
             sums = _zeros_at(pairs.own(start, stop, left, right))
-            for index, rows in enumerate(query_rows):
-                sums.addmm_(rows, pairs.gallery.rows(index, left, right).T)
+            for index in range(pairs.num_members):
+                pairs.add_cosines(sums, index, start, left)
                 best[index, start:stop] = torch.maximum(best[index, start:stop], sums.amax(1))
     return best
 
@@ -153,14 +152,13 @@ def _other_class_sums(pairs: "_Pairs") -> Iterator[tuple[int, tuple[int, int], t
     width = 4 * pairs.block
     for start in range(0, pairs.num_queries, pairs.block):
         stop = min(start + pairs.block, pairs.num_queries)
-        query_rows = [pairs.queries.rows(index, start, stop) for index in range(pairs.num_members)]
         for left in range(start if pairs.symmetric else 0, pairs.num_gallery, width):
             right = min(left + width, pairs.num_gallery)
             sums = torch.zeros((stop - start, right - left), device=pairs.device)
             if left < pairs.last[stop - 1] and right > pairs.first[start]:  # else the block has no pair of one class
                 sums.masked_fill_(pairs.same_class(start, stop, left, right), -torch.inf)
-            for index, rows in enumerate(query_rows):
-                sums.addmm_(rows, pairs.gallery.rows(index, left, right).T)
+            for index in range(pairs.num_members):
+                pairs.add_cosines(sums, index, start, left)
                 yield index, (start, stop), (left, right), sums
 
 
@@ -192,21 +190,17 @@ def map_at_r(
     # A row holds its similarities to the gallery, those of its own class once more, and what is computed from the R
     # nearest of both: in all 16 floats a gallery image, if its class is nearly the whole gallery.
     pairs = _pairs_by_class(embeddings, labels, is_query, is_gallery, max_bytes, floats_of_a_row=16 * len(labels))
-    num_gallery = pairs.num_gallery
     scores = torch.zeros((2, pairs.num_members, pairs.num_queries), device=pairs.device)
     with full_float32(pairs.device.type):
         for start in range(0, pairs.num_queries, pairs.block):
             stop = min(start + pairs.block, pairs.num_queries)
             left, right = pairs.first[start], pairs.last[stop - 1]  # outside lie other classes only
             own = _zeros_at(pairs.own(start, stop, left, right))
-            others = _zeros_at(~pairs.same_class(start, stop, 0, num_gallery))
+            others = _zeros_at(~pairs.same_class(start, stop, 0, pairs.num_gallery))
             num_own = pairs.num_own[start:stop, None]
             for index in range(pairs.num_members):
-                rows = pairs.queries.rows(index, start, stop)
-                for sums, begin, end in ((own, left, right), (others, 0, num_gallery)):
-                    for near in range(begin, end, 4 * pairs.block):
-                        far = min(near + 4 * pairs.block, end)
-                        sums[:, near - begin : far - begin].addmm_(rows, pairs.gallery.rows(index, near, far).T)
+                pairs.add_cosines(own, index, start, left)
+                pairs.add_cosines(others, index, start, 0)
                 tolerance = TIE_TOLERANCE * (index + 1)
                 scores[:, index, start:stop] = _precisions(own, others, num_own, tolerance)
     mean = scores[:, :, pairs.num_own > 0].cpu().double().mean(2)
@@ -278,10 +272,7 @@ def first_neighbours(
             stop = min(start + pairs.block, pairs.num_queries)
             sums = torch.zeros((stop - start, pairs.num_gallery), device=pairs.device)
             for index in range(pairs.num_members):
-                rows = pairs.queries.rows(index, start, stop)
-                for left in range(0, pairs.num_gallery, 4 * pairs.block):
-                    right = min(left + 4 * pairs.block, pairs.num_gallery)
-                    sums[:, left:right].addmm_(rows, pairs.gallery.rows(index, left, right).T)
+                pairs.add_cosines(sums, index, start, 0)
             sums -= tolerance * pairs.same_class(start, stop, 0, pairs.num_gallery)
             sums.masked_fill_(pairs.queries.order[start:stop, None] == pairs.gallery.order, -torch.inf)
             best[start:stop], places[start:stop] = sums.max(1)
@@ -296,27 +287,13 @@ def first_neighbours(
 
 
 class _Images:
-    """Some of the images, in order of class, and their rows."""
+    """Some of the images, in order of class, and a copy of their rows, scaled to length 1."""
 
-    def __init__(self, members: Sequence[torch.Tensor], labels: torch.Tensor, chosen: torch.Tensor, block: int):
+    def __init__(self, members: Sequence[torch.Tensor], labels: torch.Tensor, chosen: torch.Tensor):
         order = torch.argsort(labels, stable=True)
         self.order = order[chosen[order]]  # (n,) int64
         self.labels = labels[self.order]  # (n,) int64, ascending
-        self.members = members
-        self.inverse_norms = torch.stack([_inverse_norms(member, self.order, block) for member in members])  # (L, n)
-
-    def copy(self) -> None:
-        """Gather and scale all rows once, in place of doing so for every block."""
-        self.members = [
-            member[self.order].float() * self.inverse_norms[index, :, None] for index, member in enumerate(self.members)
-        ]
-        self.inverse_norms = None
-
-    def rows(self, index: int, start: int, stop: int) -> torch.Tensor:
-        """One member's rows start:stop, in order of class: `(stop - start, d) float32` of length 1."""
-        if self.inverse_norms is None:
-            return self.members[index][start:stop]
-        return self.members[index][self.order[start:stop]].float() * self.inverse_norms[index, start:stop, None]
+        self.members = [_unit_rows(member[self.order].float()) for member in members]
 
 
 @dataclass
@@ -346,6 +323,12 @@ class _Pairs:
         other = self.queries.order[start:stop, None] != self.gallery.order[left:right]
         return self.same_class(start, stop, left, right) & other
 
+    def add_cosines(self, sums: torch.Tensor, index: int, start: int, left: int) -> None:
+        """Add one member's cosines to a block of sums, whose first query is `start` and first gallery image `left`."""
+        num_rows, num_columns = sums.shape
+        rows = self.queries.members[index][start : start + num_rows]
+        sums.addmm_(rows, self.gallery.members[index][left : left + num_columns].T)
+
 
 def _pairs_by_class(
     embeddings: torch.Tensor | Sequence[torch.Tensor],
@@ -357,8 +340,8 @@ def _pairs_by_class(
 ) -> _Pairs:
     """Check the arguments of `recall_at_k`, sort the images by class, and choose the size of a block of similarities.
 
-    `floats_of_a_row`: how many float32 each row of a block takes, beside the embeddings. None: blocks of `block` x
-    `4 * block` similarities, of which three are held.
+    `floats_of_a_row`: how many float32 each row of a block takes. None: blocks of `block` x `4 * block` similarities,
+    of which three are held.
     """
     members = [embeddings] if isinstance(embeddings, torch.Tensor) else list(embeddings)
     labels = torch.as_tensor(labels)
@@ -374,19 +357,12 @@ def _pairs_by_class(
             raise ValueError(f"{name} has to be ({len(labels)},) bool, with at least one True")
         masks.append(mask.to(device))
     max_bytes = similarity_memory(device) if max_bytes is None else max_bytes
-    # A block holds the rows of all members and, of four times as many gallery images, those of one.
     block = LARGEST_BLOCK[device.type]
-    width = sum(member.shape[1] for member in members)
-    widest = max(member.shape[1] for member in members)
-    while block > 16 and 4 * block * (2 * width + 9 * widest + (floats_of_a_row or 12 * block)) > max_bytes / 2:
+    while block > 16 and 4 * block * (floats_of_a_row or 12 * block) > max_bytes / 2:  # half is left for the copy
         block //= 2
     labels = labels.to(device).long()
-    sides = [_Images(members, labels, mask, block) for mask in (masks[:1] if torch.equal(*masks) else masks)]
-    num_rows = sum(len(side.order) for side in sides)
-    if 4 * num_rows * (width + widest) <= max_bytes / 2:  # else rows are gathered and scaled again for every block
-        for side in sides:
-            side.copy()
-    queries, gallery = sides[0], sides[-1]
+    queries = _Images(members, labels, masks[0])
+    gallery = queries if torch.equal(*masks) else _Images(members, labels, masks[1])
     first = torch.searchsorted(gallery.labels, queries.labels)
     last = torch.searchsorted(gallery.labels, queries.labels, right=True)
     num_own = last - first - masks[1][queries.order].long()
@@ -398,16 +374,16 @@ def _zeros_at(kept: torch.Tensor) -> torch.Tensor:
     return torch.zeros(kept.shape, device=kept.device).masked_fill_(~kept, -torch.inf)
 
 
-def _inverse_norms(member: torch.Tensor, order: torch.Tensor, block: int) -> torch.Tensor:
-    """1 / length of each row in the given order, `(N,) float32`; 0 for a row of zeros, which is similar to nothing."""
+def _unit_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Scale rows `(n, d) float32` to length 1, in place. A row of zeros stays: it is similar to nothing."""
     # In float64, the squares of any finite float32 neither overflow nor vanish; mps has no float64.
-    dtype = torch.float32 if member.device.type == "mps" else torch.float64
-    blocks = (member[order[start : start + block]].float() for start in range(0, len(order), block))
-    lengths = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=dtype) for rows in blocks])
+    dtype = torch.float32 if rows.device.type == "mps" else torch.float64
+    parts = [torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in rows.split(LARGEST_BLOCK["cpu"])]
+    lengths = torch.cat(parts)
     if not torch.isfinite(lengths).all():
-        raise ValueError(f"embeddings are not finite: {int((~torch.isfinite(lengths)).sum())} of {len(order)} rows")
+        raise ValueError(f"embeddings are not finite: {int((~torch.isfinite(lengths)).sum())} of {len(rows)} rows")
     inverse = (1 / lengths).float()
-    return torch.where(inverse.isfinite(), inverse, 0)  # a row below float32's range counts as zeros
+    return rows.mul_(torch.where(inverse.isfinite(), inverse, 0)[:, None])  # below float32's range: as zeros
 
 
 @contextlib.contextmanager

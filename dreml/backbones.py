@@ -47,11 +47,8 @@ def check_backbone(backbone: str, image_size: int) -> None:
     """Raise InputError for a backbone that is unknown, and for images of a size that it cannot take."""
     if backbone.startswith(TIMM):
         library = "timm"
-        known = timm_library().list_models()
-        name, _, tag = backbone.removeprefix(TIMM).partition(".")
-        if tag and name in known:  # with a tag of its weights, such as resnet50.a1_in1k
-            known = timm_library().list_pretrained(f"{name}.*")
-            name = f"{name}.{tag}"
+        known = timm_library().list_models() + timm_library().list_pretrained()  # the second with tags of their weights
+        name = backbone.removeprefix(TIMM)
     else:
         library = f"torchvision, or {TIMM}NAME"
         known = torchvision_models().list_models(module=torchvision_models())
@@ -264,8 +261,6 @@ def what_is_wrong(value: torch.Tensor, expected: torch.Tensor) -> str:
         return f"{tuple(value.shape)}, not {tuple(expected.shape)}"
     if value.layout != torch.strided:
         return "sparse"
-    if value.is_meta:
-        return "without values (on the device meta)"
     if expected.is_floating_point() and not value.is_floating_point():
         return f"{str(value.dtype).removeprefix('torch.')}, not floating point"
     return "" if torch.isfinite(value.float()).all() else "not finite"

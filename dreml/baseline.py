@@ -1,7 +1,6 @@
 """What finds images without training, which every ensemble has to beat: the initial weights, and the colours."""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,11 @@ import pandas as pd
 import torch
 
 from dreml.backbones import own_scaling, read_weights
-from dreml.batches import spans
 from dreml.cache import Cache
 from dreml.cli import InputError, one_line
 from dreml.files import read_record, write_csv, write_record
 from dreml.run_writer import recall_percent, scored
-from dreml.runs import Members, TestSplit, run_lock
+from dreml.runs import TestSplit, run_lock
 from dreml.settings import Settings
 from model import channel_statistics, extract_features, initial_model, unit_rows
 from utils import first_neighbours, map_at_r
@@ -25,29 +23,19 @@ NEAR = 0.99  # the cosines, of colours and of embeddings, above which two images
 MANY_COPIES = 5  # percent of the queries
 
 
-def colour_histograms(images: np.ndarray, max_pixels: int = 2**22) -> torch.Tensor:
+def colour_histograms(images: np.ndarray) -> torch.Tensor:
     """How many pixels of each image have each of 6 x 6 x 6 colours: `(N, S, S, 3) uint8` -> `(N, 216) float32`.
 
-    Of large images, at most 127 x 127 pixels in even steps. `max_pixels` at a time, but at least one image.
+    Of large images, at most 127 x 127 pixels in even steps.
     """
     step = max(1, images.shape[1] // 64)
     level_of = (np.arange(256) * LEVELS // 256).astype(np.uint8)
     counts = np.empty((len(images), LEVELS**3), np.float32)
-    for start, stop in spans(0, len(images), max(1, max_pixels // images.shape[1] ** 2)):
-        pixels = images[start:stop, ::step, ::step]
-        red, green, blue = np.moveaxis(level_of[pixels].reshape(stop - start, -1, 3), 2, 0)
+    for row, image in zip(counts, images, strict=True):
+        red, green, blue = level_of[image[::step, ::step]].reshape(-1, 3).T
         colours = red * LEVELS**2 + green * LEVELS + blue  # at most 215
-        places = colours + LEVELS**3 * np.arange(stop - start)[:, None]
-        counts[start:stop] = np.bincount(places.ravel(), minlength=(stop - start) * LEVELS**3).reshape(-1, LEVELS**3)
+        row[:] = np.bincount(colours, minlength=LEVELS**3)
     return torch.from_numpy(counts)
-
-
-@dataclass
-class BaselineRecord:
-    """`baseline.json`: the scores of what finds images without training."""
-
-    settings_hash: str  # of its run
-    recalls: list[dict[str, str | float]]  # "baseline", "dimensions" and, in percent, "R@1", ..., "mAP@R"
 
 
 def initial_features(settings: Settings, weights: str, cache: Cache, device: torch.device) -> torch.Tensor:
@@ -66,7 +54,7 @@ def initial_features(settings: Settings, weights: str, cache: Cache, device: tor
 
 
 def update_baseline(
-    members: Members,
+    folder: Path,
     settings: Settings,
     weights: str,
     cache: Cache,
@@ -78,11 +66,9 @@ def update_baseline(
 
     `weights`: as --weights names them. A warning says if they cannot be had.
     """
-    folder = members.folder
     wanted = [f"R@{k}" for k in ks]
-    table = read_baseline(folder, members.settings_hash)
-    is_new = table is None or len(table) < 2 or not {*wanted, "dimensions"} <= set(table)
-    if is_new:
+    table = read_baseline(folder)
+    if table is None or len(table) < 2 or not set(wanted) <= set(table):
         features = {}
         try:
             features["initial weights"] = initial_features(settings, weights, cache, device)
@@ -95,10 +81,9 @@ def update_baseline(
             row = {"baseline": name} | recalls | map_percent([vectors], split) | {"dimensions": vectors.shape[1]}
             rows.append(row)
         table = pd.DataFrame(rows).round(4)
-        print("\n".join(baseline_lines(table, [*wanted, "mAP@R"])), flush=True)
+        print_scores(table, [*wanted, "mAP@R"])
     with run_lock(folder):
-        if is_new:
-            write_record(folder / "baseline.json", BaselineRecord(members.settings_hash, table.to_dict("records")))
+        write_record(folder / "baseline.json", {"recalls": table.to_dict("records")})
         csv = table.drop(columns=["mAP@R", "dimensions"], errors="ignore")
         write_csv(folder / "baseline.csv", csv, float_format="%.4f")
 
@@ -110,44 +95,39 @@ def map_percent(embeddings: list[torch.Tensor], split: TestSplit) -> dict[str, f
     return {"mAP@R": 100 * scored(map_at_r, [unit_rows(embeddings)], split)[0].item()}
 
 
-def read_baseline(folder: Path, settings_hash: str) -> pd.DataFrame | None:
-    """The table of the baselines of a run, as in BaselineRecord. None if missing; warns if damaged."""
+def read_baseline(folder: Path) -> pd.DataFrame | None:
+    """The baselines of a run, a row each: "baseline", "dimensions" and, in percent, "R@1", ..., "mAP@R".
+
+    None if missing; warns if damaged.
+    """
     path = folder / "baseline.json"
-    try:
-        record = read_record(path, BaselineRecord)
-        if record.settings_hash != settings_hash:
-            raise ValueError("from another run")
-        return pd.DataFrame(record.recalls)
-    except FileNotFoundError:
+    if not path.exists():
         return None
+    try:
+        return pd.DataFrame(read_record(path)["recalls"])
     except (ValueError, OSError) as error:
         print(f"warning: {path} is damaged ({one_line(error)}); train.py makes it again", file=sys.stderr)
         return None
 
 
-def baseline_lines(table: pd.DataFrame, names: list[str]) -> list[str]:
-    """A line for each baseline, with those of the scores `names` that it has."""
-    lines = []
+def print_scores(table: pd.DataFrame, names: list[str]) -> None:
+    """Print a line for each baseline, with those of the scores `names` that it has."""
     for row in table.to_dict("records"):
         scores = ", ".join(f"{name} {row[name]:.2f}" for name in names if name in row)
-        dimensions = f", {row['dimensions']} numbers an image" if "dimensions" in row else ""
-        lines.append(f"before training: {scores} ({row['baseline']}{dimensions})")
-    return lines
+        print(f"before training: {scores} ({row['baseline']}, {row['dimensions']} numbers an image)", flush=True)
 
 
-def print_baseline(
-    folder: Path, settings_hash: str, ensembles: pd.DataFrame, embedding: str = "logits", weights: str = "none"
-) -> None:
+def print_baseline(folder: Path, ensembles: pd.DataFrame, embedding: str, weights: str) -> None:
     """Print the baselines of a run for the scores of its table of ensembles. If one is ahead, say what to try.
 
     The table's first column is the ensemble size; its last row is compared. Scores that no baseline has are left out.
     `embedding` and `weights` are those of the run.
     """
-    table = read_baseline(folder, settings_hash)
+    table = read_baseline(folder)
     names = [name for name in list(ensembles)[1:] if table is not None and name in table]
     if not names:
         return
-    print("\n".join(baseline_lines(table, names)))
+    print_scores(table, names)
     name = names[0]
     best = table.loc[table[name].idxmax()]
     after = ensembles[name].iloc[-1]

@@ -19,7 +19,7 @@ from torch import nn
 from dreml.cache import Cache, verify_cache
 from dreml.checkpoint import remove_progress
 from dreml.cli import InputError, with_less_memory
-from dreml.files import atomic_open, remove_leftovers, sha256, write_csv, write_record
+from dreml.files import atomic_open, read_record, remove_leftovers, sha256, write_csv, write_record
 from dreml.runs import (
     HISTORY_COLUMNS,
     METADATA,
@@ -29,12 +29,12 @@ from dreml.runs import (
     DataRecord,
     MemberRecord,
     Members,
-    PooledRecord,
     RunRecord,
     TestSplit,
     member_numbers,
     member_path,
     pooled_path,
+    pooled_record,
     run_lock,
 )
 from dreml.settings import Settings
@@ -98,35 +98,37 @@ def open_members(folder: Path, earlier: RunRecord | None, record: RunRecord) -> 
     return members
 
 
+def verify_once(folder: Path, cache: Cache) -> None:
+    """Compare the cache with its checksums, unless `cache_compared.json` says that these files have been compared.
+
+    Raises InputError if it is damaged.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if read_record(folder / "cache_compared.json") == files_of(cache):
+            return
+    verify_cache(cache)
+
+
+def files_of(cache: Cache) -> dict[str, object]:
+    """The arrays of a cache by size and time of change."""
+    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(cache.folder.glob("*.npy"))}
+    return {"cache": cache.fingerprint, "files": files}
+
+
 def write_run_record(members: Members, record: RunRecord, cache: Cache) -> None:
-    """Write `args.json` and `test.csv`, and remove what killed processes left."""
+    """Write `args.json`, `test.csv` and `cache_compared.json`, and remove what killed processes left."""
     folder = members.folder
+    folder.mkdir(exist_ok=True)
     for name in ("args.json", "baseline.json", "cache_compared.json", "*.csv"):
         remove_leftovers(folder, name)
     for member in members.records:
         remove_progress(folder, member)
+    write_record(folder / "cache_compared.json", files_of(cache))
     write_record(folder / "args.json", record)
     columns = {name: np.asarray(cache.array(f"test_{name}")) for name in ("labels", "is_query", "is_gallery")}
     class_names = np.array(cache.meta.test["classes"], dtype=object)[columns["labels"]]
     table = pd.DataFrame({"path": cache.paths("test"), **columns, "class_name": class_names})
     write_csv(folder / "test.csv", table, header=list(TEST_COLUMNS))
-
-
-def verify_once(folder: Path, cache: Cache) -> None:
-    """Compare the cache with its checksums, once for each size and time of change of its files.
-
-    Raises InputError if it is damaged. What was compared is remembered in the run folder.
-    """
-    memory = folder / "cache_compared.json"
-    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(cache.folder.glob("*.npy"))}
-    compared = {"cache": cache.fingerprint, "files": files}
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads(memory.read_text(encoding="utf-8")) == compared:
-            return
-    verify_cache(cache)
-    folder.mkdir(exist_ok=True)
-    with atomic_open(memory) as file:
-        json.dump(compared, file)
 
 
 # ------------------------------------------------------------------------------------------------ saving a member
@@ -146,9 +148,7 @@ def save_pooled(folder: Path, record: MemberRecord, features: torch.Tensor) -> N
     """Write `pooled_007.npy` and, last, `.json`, for the member of this record."""
     path = pooled_path(folder, record.member, "npy")
     save_array(path, features)
-    weights = record.sha256[member_path(folder, record.member, WEIGHTS).name]
-    pooled = PooledRecord(record.member, record.settings_hash, weights, sha256(path))
-    write_record(path.with_suffix(".json"), pooled)
+    write_record(path.with_suffix(".json"), pooled_record(folder, record))
 
 
 def save_weights(path: Path, model: nn.Module, metadata: dict) -> None:

@@ -79,29 +79,19 @@ class MemberRecord:
     sha256: dict[str, str]  # file name -> checksum
 
 
-@dataclass
-class PooledRecord:
-    """`pooled_007.json`: the pooled features of a finished member."""
-
-    member: int
-    settings_hash: str  # of its run
-    weights: str  # SHA-256 of the weights that they were made from
-    sha256: str  # of pooled_007.npy
-
-
 def read_run_record(folder: Path) -> RunRecord:
     """Read `args.json`. Raises InputError if it is missing, damaged or of another format."""
     path = folder / "args.json"
     if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
         raise InputError(f"{folder} is not a run folder: it has no args.json")
     try:
-        found = read_record(path).get("format", 1)
-        if found == FORMAT:
-            return read_record(path, RunRecord)
+        record = read_record(path, RunRecord)
+        if record.format == FORMAT:
+            return record
+        problem = f"format {record.format}, not {FORMAT}"
     except (ValueError, OSError) as error:
-        raise InputError(f"{path} is damaged ({one_line(error)}): remove it, and train.py makes it again") from None
-    reason = f"is of format {found}, and this version of the program reads format {FORMAT}"
-    raise InputError(f"{folder} {reason}: train it again under another --results_path")
+        problem = one_line(error)
+    raise InputError(f"{path} is damaged or of another version ({problem}): remove it, and train.py makes it again")
 
 
 # ------------------------------------------------------------------------------------------------ members
@@ -121,6 +111,16 @@ def member_numbers(folder: Path) -> list[int]:
     """The members of which a run folder has a record, sound or not, in order."""
     matches = (re.fullmatch(r"member_([0-9]{3,})\.json", path.name) for path in folder.glob("member_*.json"))
     return sorted(int(match[1]) for match in matches if match)
+
+
+def pooled_record(folder: Path, record: MemberRecord) -> dict[str, str | int]:
+    """What `pooled_007.json` holds: from which weights the pooled features of a member were made, and their checksum.
+
+    Raises OSError where there are no features.
+    """
+    weights = record.sha256[member_path(folder, record.member, WEIGHTS).name]
+    checksum = sha256(pooled_path(folder, record.member, "npy"))
+    return {"member": record.member, "settings_hash": record.settings_hash, "weights": weights, "sha256": checksum}
 
 
 @dataclass
@@ -143,20 +143,17 @@ class Members:
             else:
                 self.records[member] = record
         for member in self.missing(self.records, "pooled") if embedding == "pooled" else []:
-            if pooled_path(self.folder, member, "json").exists():
-                self.refresh_pooled(member)
-
-    def refresh_pooled(self, member: int) -> None:
-        """Add a member to `pooled`, or name its features if they are damaged or were made from other weights."""
-        path = pooled_path(self.folder, member, "json")
-        weights = self.records[member].sha256[member_path(self.folder, member, WEIGHTS).name]
-        try:
-            checksum = sha256(path.with_suffix(".npy"))
-            if read_record(path, PooledRecord) != PooledRecord(member, self.settings_hash, weights, checksum):
-                raise ValueError("another run, member, weights or .npy")
-            self.pooled.add(member)
-        except (ValueError, OSError) as error:
-            self.warn(f"{path.name} is damaged ({one_line(error)})")
+            path = pooled_path(self.folder, member, "json")
+            if not path.exists():
+                continue
+            try:
+                if read_record(path) == pooled_record(self.folder, self.records[member]):
+                    self.pooled.add(member)
+                    continue
+                problem = "another run, member, weights or .npy"
+            except (ValueError, OSError) as error:
+                problem = one_line(error)
+            self.warn(f"{path.name} is damaged ({problem})")
 
     def warn(self, problem: str) -> None:
         """Print a problem, unless it was printed before."""
@@ -209,7 +206,10 @@ class Members:
         path_of = pooled_path if embedding == "pooled" else member_path
         arrays = [torch.from_numpy(np.load(path_of(self.folder, member, "npy"))) for member in range(1, stop)]
         try:
-            return [array.to(device) for array in arrays]
+            on_device = [array.to(device) for array in arrays]
+            if device.type != "cpu":
+                _ = [torch.empty_like(array) for array in on_device]  # scoring makes a sorted copy of them
+            return on_device
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

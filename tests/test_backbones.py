@@ -196,7 +196,7 @@ def test_networks_of_timm_that_cannot_be_taken_are_refused():
     pytest.importorskip("timm", reason="timm is an extra")
     refusals = {
         "timm:nothing_like_it": "is no network of timm; near it: ",
-        "timm:resnet50.nobody": r"is no network of timm; near it: resnet50\.",
+        "timm:resnet50.nobody": r"is no network of timm; near it: .*resnet50\.",
         "timm:": "is no network of timm",
         "timm:crossvit_9_240": "its last layer is not one linear layer",  # but two
         "timm:repvit_m0_9": "its last layer is not one linear layer",
@@ -306,7 +306,6 @@ REFUSED = {  # a change of a state dict, another object, or the bytes of a file 
     "int8": ({"conv1.weight": CONV.to(torch.int8)}, r"conv1.weight is int8, not floating point$"),
     "complex": ({"conv1.weight": CONV.to(torch.complex64)}, r"conv1.weight is complex64, not floating point$"),
     "sparse": ({"conv1.weight": CONV.to_sparse()}, r"conv1.weight is sparse$"),
-    "meta": ({"conv1.weight": CONV.to("meta")}, r"conv1.weight is without values"),
     "other network": (torchvision.models.resnet34, r"does not fit resnet18: .* and \d+ more differences$"),
     "list": ([1, 2], "holds no state dict"),
     "nothing inside": ({"state_dict": {}, "conv1.weight": 3}, "holds no state dict"),
