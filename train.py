@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -239,7 +240,7 @@ def train_member(
         batches = epoch_batches(cache, images, targets, settings, draw, compute.device)
         prepared = ((prepare(batch, *experiment.statistics, memory), batch.targets) for batch in batches)
         paced = with_rates(prepared, state.optimizer, settings, epoch, len(images))
-        if epoch == first_epoch:
+        if epoch == first_epoch and experiment.num_ahead:
             paced = with_outlook(paced, len(images), settings.num_epochs, experiment.num_ahead)
         result = train_epoch(state, compute, paced, len(images), f"{title} epoch {epoch}")
         history.append({"epoch": epoch, "lr": learning_rate(settings, epoch + 0.5)} | result)
@@ -258,20 +259,20 @@ def train_member(
 
 def with_outlook(batches: Iterable[Pair], num_images: int, num_epochs: int, num_members: int) -> Iterator[Pair]:
     """The (pixels, targets) of a first epoch of `num_images`. After 20 steps, or all, say how long the members take."""
-    start = time.perf_counter()
-    num_done = 0
-    num_timed = 0
-    for step, (pixels, targets) in enumerate(batches, 1):
+    batches = iter(batches)
+    num_timed = None
+    for pixels, targets in islice(batches, TIMED_STEPS):
         yield pixels, targets  # goes on here after the step
-        num_done += len(pixels)
-        num_timed += len(pixels)
-        if num_members and (step == TIMED_STEPS or (num_done == num_images and step < TIMED_STEPS)):
-            seconds = (time.perf_counter() - start) / num_timed * num_images * num_epochs
-            in_all = f", {cli.duration(num_members * seconds)} in all" if num_members > 1 else ""
-            print(f"about {cli.duration(seconds)} a member{in_all}", flush=True)
-        if step == 1 and num_done < num_images:  # it chose algorithms
+        if num_timed is None:  # the first step chose algorithms
             start = time.perf_counter()
             num_timed = 0
+        else:
+            num_timed += len(pixels)
+    if num_timed:
+        seconds = (time.perf_counter() - start) / num_timed * num_images * num_epochs
+        in_all = f", {cli.duration(num_members * seconds)} in all" if num_members > 1 else ""
+        print(f"about {cli.duration(seconds)} a member{in_all}", flush=True)
+    yield from batches
 
 
 def embed_test_images(experiment: Experiment, model: nn.Module, member: int, embedding: str) -> torch.Tensor:
@@ -301,17 +302,13 @@ def make_member(experiment: Experiment, members: Members, member: int, embedding
 
 
 def finish_member(experiment: Experiment, members: Members, member: int, title: str) -> MemberRecord:
-    """Train, embed and save one member. If only its embedding is missing or damaged, do not train it again."""
+    """Train, embed and save one member."""
     folder, meta = members.folder, experiment.cache.meta
     progress = Progress(folder, member, members.settings_hash, experiment.progress_seconds)
     for leftovers in (member_path(folder, member, "*"), progress.path):
         remove_leftovers(folder, leftovers.name)
-    record, damaged = members.read(member)
-    if record and damaged == [member_path(folder, member, "npy").name]:
-        model = load_member(member_path(folder, member, WEIGHTS)).to(experiment.compute.device)
-    else:
-        model, result = train_member(experiment, member, title, progress)
-        record = MemberRecord(member, members.settings_hash, **result, environment=experiment.environment, sha256={})
+    model, result = train_member(experiment, member, title, progress)
+    record = MemberRecord(member, members.settings_hash, **result, environment=experiment.environment, sha256={})
     logits = embed_test_images(experiment, model, member, "logits")
     metadata = {"settings": asdict(experiment.settings), "partition": record.partition}
     metadata |= {"mean": meta.mean, "std": meta.std}
