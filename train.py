@@ -362,7 +362,6 @@ def run(args: argparse.Namespace) -> None:
     # 3. The members that are missing, one after the other; other processes may train others of them at the same time
     compute = Compute(device, settings.precision)
     experiment = Experiment(cache, settings, weights, compute, here, args.progress_seconds, len(missing))
-    is_new = bool(missing)
     if members.records:
         writer.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
     if len(split.labels):
@@ -382,9 +381,9 @@ def run(args: argparse.Namespace) -> None:
 
     # 4. The final recall: the last process to finish computes it
     table, embeddings = writer.update_logs(members, args.ensemble_size, split, args.recalls, args.embedding, device)
-    missing = members.missing(whole, args.embedding)
-    if missing:
-        numbers = ", ".join(map(str, missing))
+    absent = members.missing(whole, args.embedding)
+    if absent:
+        numbers = ", ".join(map(str, absent))
         print(f"{args.embedding} still missing of member {numbers}: the process that finishes the last one scores")
         return
     if not len(split.labels):
@@ -393,7 +392,7 @@ def run(args: argparse.Namespace) -> None:
     alone = [writer.recall_percent([embedding], split, args.recalls[:1]).item() for embedding in embeddings]
     final = table.tail(1).assign(**map_percent(embeddings, split))
     print_baseline(folder, final, args.embedding, settings.weights)
-    if is_new:  # it reads all test images
+    if missing:  # something was trained; it reads all test images
         print_near_copies(embeddings, split, cache.array("test_images"))
     print("\n" + table.assign(alone=alone).round(2).to_string(index=False))
     print(f"(alone: {table.columns[1]} of the last member of the row by itself)")

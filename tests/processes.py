@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,23 +20,13 @@ CHANGES = ("replace", "rename", "fsync", "unlink", "mkdir", "rmdir")  # function
 ENOUGH = 120  # seconds; what takes longer hangs
 
 
-@dataclass
-class Plan:
-    """Which script is run, where and how. See `Processes.start`."""
-
-    command: tuple[str, ...]
-    folder: Path
-    small: bool
-    last_change: int | None
-    logs: tuple[Path, Path]  # of what it prints to stdout and stderr
-
-
 class Script:
     """A script that runs, or has run, in a process of its own. `Processes` starts it."""
 
-    def __init__(self, context, plan: Plan):
-        self.plan, self.counter, ready = plan, context.Value("i", 0), context.Event()
-        self.process = context.Process(target=run_as_script, args=(plan, self.counter, ready))
+    def __init__(self, context, logs: tuple[Path, Path], *arguments: object):
+        """`logs`: of what it prints to stdout and stderr; `arguments`: the others of `run_as_script`."""
+        self.logs, self.counter, ready = logs, context.Value("i", 0), context.Event()
+        self.process = context.Process(target=run_as_script, args=(logs, self.counter, ready, *arguments))
         self.process.start()
         wait_until(ready.is_set, self)
         self.seconds, self.start = 0.0, time.perf_counter()
@@ -51,11 +40,11 @@ class Script:
 
     @property
     def out(self) -> str:
-        return self.plan.logs[0].read_text(encoding="utf-8")
+        return self.logs[0].read_text(encoding="utf-8")
 
     @property
     def err(self) -> str:
-        return self.plan.logs[1].read_text(encoding="utf-8")
+        return self.logs[1].read_text(encoding="utf-8")
 
     @property
     def num_changes(self) -> int:
@@ -79,7 +68,7 @@ class Processes:
         """
         number = next(self.numbers)
         logs = self.logs / f"{number}.out", self.logs / f"{number}.err"
-        return Script(self.context, Plan(tuple(map(str, command)), folder, small, last_change, logs))
+        return Script(self.context, logs, tuple(map(str, command)), folder, small, last_change)
 
     def run(self, *command: object, folder: Path, code: int = 0, small: bool = True) -> Script:
         """The same, up to its end, which has to come with this exit code."""
@@ -99,23 +88,23 @@ def wait_until(condition: Callable[[], bool], script: Script) -> None:
         time.sleep(0.01)
 
 
-def run_as_script(plan: Plan, counter, ready) -> None:
-    """What the process does."""
-    for log, descriptor in zip(plan.logs, (1, 2), strict=True):
+def run_as_script(logs, counter, ready, command: tuple[str, ...], folder: Path, small: bool, last_change) -> None:
+    """What the process does. See `Processes.start`."""
+    for log, descriptor in zip(logs, (1, 2), strict=True):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), descriptor)
-    os.chdir(plan.folder)
+    os.chdir(folder)
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # else workers of its own would import PyTorch anew
-    if plan.small:
+    if small:
         build_small_networks()
-    is_module, code = plan.command[0] == "-m", 0
-    sys.argv = list(plan.command[is_module:])
+    is_module, code = command[0] == "-m", 0
+    sys.argv = list(command[is_module:])
     if not is_module:
         importlib.import_module(Path(sys.argv[0]).stem)  # no test is about what interrupts an import
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # but for the time that `run_main` handles them
-    count_changes(counter, plan.last_change)
+    count_changes(counter, last_change)
     ready.set()
     try:
         if is_module:

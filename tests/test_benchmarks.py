@@ -32,7 +32,7 @@ def small_networks(small_network, monkeypatch):
     monkeypatch.setattr(model, "build_model", build_small_model)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_plain_recall_is_recall(seed):
     generator = np.random.default_rng(seed)
     embedding, labels = generator.normal(size=(60, 4)).astype(np.float32), generator.integers(0, 12, 60)
@@ -67,12 +67,7 @@ def test_benchmark_of_training(threads, small_networks, tiny_data, capsys):
 
 @pytest.mark.parametrize(
     ("benchmark", "options", "message"),
-    [
-        (recall, ["--repeats", "0"], "--repeats 0 has to be at least 1"),
-        (recall, ["--scale", "0.001"], "at least 0.01"),
-        (recall, ["--device", "cuda:99"], "device 'cuda:99' is not there; this machine has "),
-        (training, ["nowhere"], "nowhere: no such folder"),
-    ],
+    [(recall, ["--scale", "0.001"], "at least 0.01"), (training, ["nowhere"], "nowhere: no such folder")],
 )
 def test_benchmarks_refuse_in_one_line(benchmark, options, message, capsys):
     assert benchmark.main(options) == 2
@@ -94,16 +89,6 @@ def test_benchmark_of_progress(small_networks, monkeypatch, capsys):
     assert progress.main("--num_epochs 10 --epoch_seconds 0.01 --megabytes 0.5 --device cpu".split()) == 0
     (line,) = re.findall(r"^\| every .*$", capsys.readouterr().out, re.MULTILINE)
     assert re.fullmatch(r"\| every 0 s at most, 0.5 MB/s \| [1-9]\d* \| 0 MB each \| 0\.\d\d \|", line)
-
-
-def test_the_slow_disk_is_slow(tmp_path):
-    """As slow as it is said to be, and what is written is there."""
-    with progress.slow_disk(1e4) as sizes:
-        start = progress.time.perf_counter()
-        with progress.checkpoint.atomic_open(tmp_path / "a", "wb") as file:
-            file.write(bytes(1000))
-    assert progress.time.perf_counter() - start >= 0.1 and (tmp_path / "a").read_bytes() == bytes(1000)
-    assert sizes == [1000]
 
 
 # ------------------------------------------------------------------------------------------------ of a GPU

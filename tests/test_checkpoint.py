@@ -25,27 +25,19 @@ def test_what_was_written_last_is_read(tmp_path):
     assert state["best_model"] is None and set(state) == {"model", "history", "best_model"}
 
 
-@pytest.mark.parametrize(("run", "member"), [("another", 7), ("run", 8)])
-def test_the_state_of_another_is_not_used(tmp_path, capsys, run, member):
-    other = Progress(tmp_path, member, run, 0)
-    other.end_of_epoch({})
+@pytest.mark.parametrize("damage", ["another run", "another member", "a bit", "truncated", "empty"])
+def test_a_state_that_is_damaged_or_of_another_is_not_used(tmp_path, capsys, damage):
+    other = Progress(tmp_path, 8 if damage == "another member" else 7, "b" if damage == "another run" else "a", 0)
+    other.end_of_epoch({"history": [1]})
     path = tmp_path / "progress_007.pt"
     other.path.rename(path)
-    assert Progress(tmp_path, 7, "run").read() is None
+    if damage == "a bit":
+        flip_a_bit(path)
+    if damage in ("truncated", "empty"):
+        path.write_bytes(path.read_bytes()[:-1] if damage == "truncated" else b"")
+    assert Progress(tmp_path, 7, "a").read() is None
     line = f"warning: {path} is damaged or from another run: the member is begun anew\n"
     assert capsys.readouterr().err == line
-
-
-@pytest.mark.parametrize("damage", ["a bit", "truncated", "empty"])
-def test_a_damaged_state_is_not_used(tmp_path, capsys, damage):
-    progress = Progress(tmp_path, 7, "run", 0)
-    progress.end_of_epoch({"history": [1]})
-    if damage == "a bit":
-        flip_a_bit(progress.path)
-    else:
-        progress.path.write_bytes(progress.path.read_bytes()[:-1] if damage == "truncated" else b"")
-    assert progress.read() is None
-    assert "is damaged or from another run: the member is begun anew" in capsys.readouterr().err
 
 
 def test_it_is_written_when_the_last_one_is_old(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from dreml.demo import draw_demo
 from dreml.images import ImageSpec
 from dreml.optimizers import with_rates
 from dreml.settings import Settings, settings_of
-from model import Compute, build_model, extract_features, load_ensemble
+from model import Compute, build_model, extract_features
 from utils import map_at_r, recall_at_k, rng_for
 
 DEVICE = torch.device(os.environ.get("DREML_TEST_DEVICE", "cuda"))
@@ -92,12 +92,6 @@ def bits(start, tmp_path_factory) -> dict[str, str]:
     found = digests(only_folder(results), "member_*.npy")
     assert len(found) == 2
     return found
-
-
-@pytest.fixture
-def ensembles(runs) -> list[torch.nn.Module]:
-    """The ensemble that was trained on the CPU: there, and on the GPU."""
-    return [load_ensemble(runs["cpu"], device) for device in ("cpu", DEVICE)]
 
 
 def make_experiment(cache: Cache, device: torch.device = DEVICE, **options: object) -> train.Experiment:
@@ -285,15 +279,8 @@ def test_what_does_not_fit_is_embedded_in_smaller_batches(monkeypatch):
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
-def test_an_ensemble_embeds_as_on_the_cpu(ensembles, cache):
-    images = torch.from_numpy(np.array(cache.array("test_images")[:100]))
-    on_cpu, on_gpu = ensembles[0](images), ensembles[1](images.to(DEVICE)).cpu()
-    torch.testing.assert_close(on_gpu @ on_gpu.T, on_cpu @ on_cpu.T, atol=1e-5, rtol=0)
-    torch.testing.assert_close((on_gpu * on_cpu).sum(1), torch.ones(100), atol=1e-5, rtol=0)
-
-
 def test_a_search_finds_as_on_the_cpu(runs, tmp_path):
-    """A photo of one's own among the test images."""
+    """A photo of one's own among the test images: all that an ensemble embeds."""
     from dreml.search import Searcher
 
     save_image(tmp_path / "photo.png")

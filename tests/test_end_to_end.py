@@ -126,7 +126,6 @@ def test_refusals_are_one_line_and_exit_code_2(processes, tmp_path):
     refusals = {
         "train.py": ([], "then: python data_utils.py --data_name car; to try it without one: python data_utils.py"),
         "evaluate.py": (["nowhere"], "nowhere is not a run folder"),
-        "retrieve.py": (["nowhere", "--query", "test:0"], "nowhere is not a run folder"),
     }
     for script, (options, message) in refusals.items():
         refused = processes.run(script, *options, folder=tmp_path, code=2)
