@@ -183,7 +183,7 @@ def store_pixels(
     starts = [*range(0, num_train, CHUNK_IMAGES), *range(num_train, len(paths), CHUNK_IMAGES)]
     stops = [*starts[1:], len(paths)]
     num_workers = max(1, min(num_workers, len(starts), 61))  # 61: the most that Windows can wait for
-    facts = []
+    facts = np.zeros((len(paths), len(FACTS)), np.int64)
     bad = []
     histogram = np.zeros((3, 256), np.int64)
 
@@ -209,13 +209,12 @@ def store_pixels(
             decoded(pool), f"{source.name}: pixels", len(starts), f" x {CHUNK_IMAGES} images"
         ):
             chunk_facts, chunk_bad, chunk_histogram = future.result()
-            facts.append(chunk_facts)
+            facts[start : start + len(chunk_facts)] = chunk_facts
             bad += chunk_bad
             histogram += chunk_histogram
             with open(file, "rb") as pixels:
                 shutil.copyfileobj(pixels, train_file if start < num_train else test_file)
             file.unlink()
-        facts = np.concatenate(facts)
         num_values = 3 * facts[:, 0] * facts[:, 1]
         train_file.seek(0)
         write_header(train_file, (int(num_values[:num_train].sum()),))
