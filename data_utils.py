@@ -44,7 +44,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     workers_help = "worker processes (default: all cores)"
     parser.add_argument("--num_workers", type=int, default=num_cores(), metavar="N", help=workers_help)
     parser.add_argument("--force", action="store_true", help="make a cache again that is there already")
-    skip_help = "go on without bad images; their list is written beside the cache"
+    skip_help = "go on without bad images; their list is written into the cache"
     parser.add_argument("--skip_bad", action="store_true", help=skip_help)
     holdout_help = "cache NAME_holdout: a random share of the training classes as test split, such as 0.2"
     parser.add_argument("--holdout", type=float, metavar="SHARE", help=holdout_help)
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
                 cache = build_cache(data_path, name, spec, args.num_workers, args.force, args.skip_bad, holdout)
             rows.append((cache, time.perf_counter() - start))
         except UnknownLayout as error:
-            others.append(str(error))
+            (refused if args.data_name else others).append(str(error))
         except InputError as error:
             refused.append(str(error))
         except (RunError, OSError) as error:
@@ -93,15 +93,14 @@ def run(args: argparse.Namespace) -> None:
             failed = True
 
     # 3. The summary, and what to run next
-    if args.data_name or not rows:
-        refused += others
-        others = []
     if rows:
         print_summary(rows)
         for text in others:
             print(f"passed over: {text}")
         if not args.verify:
             print(f"\n{training_text(data_path, rows[0][0])}")
+    else:
+        refused += others
     if refused:
         raise (RunError if failed else InputError)("\n".join(refused))
     if not rows and args.verify:
@@ -147,10 +146,8 @@ def training_text(data_path: Path, cache: Cache) -> str:
     num_classes = cache.counts["train"][0]
     num_gallery = int(cache.array("test_is_gallery").sum())
     recalls = [k for k in default_recalls(name) if k < num_gallery]
-    if num_classes < 2:
-        return f"{name} cannot be trained on: it has one training class, and telling classes apart needs two"
-    if num_gallery and not recalls:
-        return f"{name} cannot be trained on yet: one test image cannot be searched; add more, or leave out test images"
+    if num_classes < 2 or (num_gallery and not recalls):
+        return f"{name} cannot be trained on: that takes two training classes, and two test images or none"
     command = f"python train.py {cache_options(data_path, name, cache.spec)}"
     advice = ""
     if num_classes < Settings().meta_class_size:

@@ -5,7 +5,6 @@ A new one is a function that lists its images and one entry of PUBLISHED.
 
 import os
 import sys
-import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from pandas.util import hash_array, hash_pandas_object
 
 from dreml.cache import Cache, Holdout, holdout_of, make_command
 from dreml.cli import InputError, counted, one_line
@@ -38,7 +38,8 @@ LAYOUTS = {
 ALL_LAYOUTS = "\n".join(f"  data/{name}/  {layout}" for name, layout in LAYOUTS.items())
 ALL_LAYOUTS += "\nThe README says where to get them. Without any: python data_utils.py --data_name demo"
 
-MAX_COMPARED = 100_000  # images whose files are looked at before each training, in half a second
+LISTED = "listed.bin"  # in a cache: the `hashes` of all images that were listed when it was made
+MAX_COMPARED = 100_000  # images whose sizes are looked at before each training, in half a second
 
 
 class UnknownLayout(InputError):
@@ -254,38 +255,34 @@ def hold_out(data_set: Listing, holdout: Holdout) -> None:
     held_out = images["label"].isin(labels[order[:num_held_out]])
     images.loc[held_out, "split"] = "test"
     data_set.images = sort_images(images)
+    data_set.holdout = holdout.share
 
 
 def check_whole(data_set: Listing, name: str) -> None:
     """Add the problems and warnings that only the whole list of a data set shows."""
     images = data_set.images
     problems = data_set.problems
-    warnings = data_set.warnings
-    classes = {}
-    for split, single in (("train", "one image teaches little"), ("test", "as a query it can only miss")):
+    labels = []
+    for split, reports in (("train", data_set.warnings), ("test", problems)):  # a test image would find itself
         of_split = images[images["split"] == split]
         repeated = of_split["path"][of_split["path"].duplicated()].unique()
         if len(repeated):
-            reports = warnings if split == "train" else problems  # a test image would find itself
             reports.append(f"{counted(len(repeated), f'{split} image')} listed more than once, such as {repeated[0]}")
-        classes[split] = of_split["label"].value_counts(sort=False)
-        classes[split] = classes[split][classes[split] > 0]
-        alone = [data_set.class_name(label) for label in classes[split].index[classes[split] == 1]]
-        if alone and name not in PUBLISHED:
-            warnings.append(f"{split}: classes of one image: {some(alone)}; {single}: add some, or leave it out")
-    both = [label for label in classes["train"].index if label in classes["test"].index]
+        labels.append(set(of_split["label"]))
+    both = sorted(labels[0] & labels[1])
     if both:
         what = "Recall@K is meant for classes that were not trained on"
-        warnings.append(f"classes in both train and test: {len(both):,} ({some(both, 3)}); {what}")
+        data_set.warnings.append(f"classes in both train and test: {len(both):,} ({some(both, 3)}); {what}")
+    published = PUBLISHED[name].counts if name in PUBLISHED else {}
     for part, found in count_images(images).items():
-        if found[1] == 0 and part == "test" and name not in PUBLISHED and not problems:
-            warnings.append("no test images: all classes are trained on, and nothing can be measured")
-        elif found[1] == 0 and not problems:
-            problems.append(f"the {part} split has no images")
-        published = PUBLISHED[name].counts.get(part, found) if name in PUBLISHED else found
-        if found != published:
-            numbers = "{:,} and {:,}".format(*published)
-            warnings.append(f"{part}: {found[0]:,} classes and {found[1]:,} images, published are {numbers}")
+        if found[1] == 0 and not problems:
+            if part == "test" and not published:
+                data_set.warnings.append("no test images: all classes are trained on, and nothing can be measured")
+            else:
+                problems.append(f"the {part} split has no images")
+        if found != published.get(part, found):
+            numbers = "{:,} and {:,}".format(*published[part])
+            data_set.warnings.append(f"{part}: {found[0]:,} classes and {found[1]:,} images, published are {numbers}")
 
 
 def count_images(images: pd.DataFrame) -> dict[str, tuple[int, int]]:
@@ -298,74 +295,52 @@ def count_images(images: pd.DataFrame) -> dict[str, tuple[int, int]]:
     return {part: (images["label"][rows].nunique(), int(rows.sum())) for part, rows in parts.items()}
 
 
-def changes_since(cache: Cache) -> str:
-    """Say how many raw images are new, changed or gone since a cache was made. "": none, or there are no raw images.
+def hashes(images: pd.DataFrame, is_holdout: bool) -> np.ndarray:
+    """Hashes of the images of a table, `(N, 3) uint64`: of the path; of path and class; of path, class and size.
 
-    Names, classes, sizes and times of change are compared. Of more than MAX_COMPARED images no size or time is, and
-    nothing if no folder and no list is newer than the cache.
+    `images` has the column `bytes`, too. A class is that of a split, but for a holdout, which divides one split.
     """
-    data_path = cache.folder.parents[1]
-    name = cache.name
-    source, holdout = holdout_of(data_path, name) or (name, None)
-    try:
-        paths, stats = cache.raw_files()
-        if len(paths) > MAX_COMPARED and not is_newer(data_path / source, paths, cache.folder / "meta.json"):
-            return ""
-        data_set = list_data_set(source, data_path / source)
-    except (InputError, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        # no raw images, or a damaged record
-        return ""
-    images = data_set.images
-    listed = set(images["path"][images["split"] == "train"] if holdout else images["path"])
-    new = len(listed.difference(paths))
-    relabelled = set()
-    if not holdout:
-        class_names = images["label"].map(data_set.class_name)
-        relabelled = cache.places() - set(zip(images["path"], images["split"], class_names, strict=True))
-    relabelled = {path for path, *_ in relabelled}
-    gone = 0
-    changed = 0
-    touched = 0
-    for path, known in zip(paths, stats.tolist(), strict=True):
-        found = known
-        if path not in listed:
-            found = None
-        elif len(paths) <= MAX_COMPARED:
-            found = size_and_time(f"{data_path}/{source}/{path}") or ([0, 0] if known == [0, 0] else None)
-        if found is None:
-            gone += 1
-        elif found[0] != known[0] or path in relabelled:
-            changed += 1
-        elif found[1] != known[1]:
-            touched += 1
-    if touched < len(paths) - gone - changed:  # or else the whole folder was copied
-        changed += touched
-    if gone == len(paths) or new + changed + gone == 0:
-        return ""
-    changes = f"{counted(new, 'image')} {'is' if new == 1 else 'are'} new, {changed:,} changed, {gone:,} gone"
-    return f"{changes} since {cache.folder} was made: {make_command(data_path, name, cache.spec)} --force"
+    pieces = np.array_split(images["path"].to_numpy(), 100)  # of a million at once it would take 100 MB
+    paths = np.concatenate([hash_array(piece, categorize=False) for piece in pieces])
+    table = images[["label", "split", "bytes"]].assign(path=paths)
+    columns = ["path", "label"] if is_holdout else ["path", "label", "split"]
+    parts = [table[names] for names in (["path"], columns, [*columns, "bytes"])]
+    return np.stack([hash_pandas_object(part, index=False) for part in parts], axis=1)
 
 
 def warn_of_changes(cache: Cache) -> None:
-    """Say what `changes_since` finds."""
-    changes = changes_since(cache)
-    if changes:
-        print(f"warning: {changes}", file=sys.stderr)
+    """Say how many raw images are new, changed or gone since a cache was made, if any, and how to make it again.
 
-
-def is_newer(root: Path, paths: list[str], file: Path) -> bool:
-    """Whether a folder of these images, or a list in `root`, has changed after a file was written."""
-    folders = {path.rpartition("/")[0] for path in paths}
-    folders |= {folder.rpartition("/")[0] for folder in folders}  # where new ones appear
-    lists = [item.name for item in os.scandir(root) if item.is_file()]
-    written = os.stat(file).st_mtime
-    return any(os.stat(root / name).st_mtime > written for name in [*folders - {""}, *lists])
-
-
-def size_and_time(path: str) -> list[float] | None:
-    """The size of a file and its time of change; None if it is missing."""
+    An image has changed if its class, its split or, among at most MAX_COMPARED images, its size is another one.
+    """
+    data_path = cache.folder.parents[1]
+    name, holdout = holdout_of(data_path, cache.name) or (cache.name, None)
     try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return [found.st_size, found.st_mtime]
+        known = np.fromfile(cache.folder / LISTED, np.uint64).reshape(-1, 3)
+        images = list_data_set(name, data_path / name).images
+    except (InputError, OSError, ValueError):  # no raw images, or a damaged file
+        return
+    if holdout:
+        images = images[images["split"] == "train"]
+    images = images.assign(bytes=0)
+    column = 1
+    if len(images) <= MAX_COMPARED:
+        images["bytes"] = [file_size(f"{data_path}/{name}/{path}") for path in images["path"]]
+        column = 2
+    found = hashes(images, holdout is not None)
+    new = np.isin(found[:, 0], known[:, 0], invert=True).sum()
+    is_gone = np.isin(known[:, 0], found[:, 0], invert=True)
+    changed = (np.isin(known[:, column], found[:, column], invert=True) & ~is_gone).sum()
+    if is_gone.all() or new + changed + is_gone.sum() == 0:
+        return
+    changes = f"{counted(new, 'image')} {'is' if new == 1 else 'are'} new, {changed:,} changed, {is_gone.sum():,} gone"
+    command = f"{make_command(data_path, cache.name, cache.spec)} --force"
+    print(f"warning: {changes} since {cache.folder} was made: {command}", file=sys.stderr)
+
+
+def file_size(path: str) -> int:
+    """The bytes of a file; 0 if it is missing."""
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):  # ValueError: a path that cannot be one
+        return 0

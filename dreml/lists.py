@@ -30,25 +30,28 @@ class Listing:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     images: pd.DataFrame | None = None  # see `make_table`
+    holdout: float | None = None  # the share of the training classes that became the test split
 
     def class_name(self, label: int | str) -> str:
         """The name of a class."""
         return self.class_names.get(label, str(label))
 
-    def append(self, path: str, label: int | str, split: str, is_query: bool = True, is_gallery: bool = True) -> None:
-        """Add one image. Classes are sorted by their labels; `split` is "train" or "test"."""
-        image = (path, label, split, is_query, is_gallery)
-        for column, value in zip(self.columns.values(), image, strict=True):  # tuples would take more memory
-            column.append(value)
+    def extend(
+        self, paths: list[str], label: int | str, split: str, is_query: bool = True, is_gallery: bool = True
+    ) -> None:
+        """Add images of one class. Classes are sorted by their labels; `split` is "train" or "test"."""
+        self.columns["path"] += paths
+        for name, value in zip(COLUMNS[1:], (label, split, is_query, is_gallery), strict=True):
+            self.columns[name] += [value] * len(paths)
 
     def add(self, where: str, path: str, *image: int | str | bool) -> None:
-        """Add one image of a list, see `append`, or a problem if its path leads out of the data set's folder."""
+        """Add one image of a list, see `extend`, or a problem if its path leads out of the data set's folder."""
         if not path or re.match(r"[/\\]|[A-Za-z]:", path) or ".." in re.split(r"[/\\]", path):
             remedy = "name an image by its path in the data set's folder (a link to it is fine)"
             self.problems.append(f"{where}: unusable path {path!r}: {remedy}")
             return
         path = posixpath.normpath(path)
-        self.append(path if path.isascii() else as_on_disk(self.root, path), *image)
+        self.extend([path if path.isascii() else as_on_disk(self.root, path)], *image)
 
     def make_table(self) -> None:
         """Turn `columns` into `images`, one a row, sorted (`sort_images`). label and split are categories.
@@ -66,9 +69,9 @@ class Listing:
 
 
 def categorical(values: list, categories: list) -> pd.Categorical:
-    """Values as categories; pandas' own way makes a text of each first."""
+    """Values as categories; pandas' own way takes 100 MB more for a million."""
     numbers = {category: number for number, category in enumerate(categories)}
-    return pd.Categorical.from_codes([numbers[value] for value in values], categories)
+    return pd.Categorical.from_codes(np.fromiter(map(numbers.get, values), np.int32, len(values)), categories)
 
 
 def sort_images(table: pd.DataFrame) -> pd.DataFrame:
@@ -190,16 +193,16 @@ def list_image_folder(root: Path) -> Listing | None:
         listing.warnings.append(f"{root}: left alone: {some(unused)}; only train/ and test/ are read")
     for split in splits:
         left_out = LeftOut()
+        is_empty = True
         for class_name, files in class_folders(root / split, listing.problems, left_out):
-            if class_name == "":
+            if class_name:
+                listing.extend([f"{split}/{class_name}/{file}" for file in files], class_name, split)
+                is_empty = False
+            else:
                 left_out["outside any class folder"] = len(files)
-                continue
-            for file in files:
-                listing.append(f"{split}/{class_name}/{file}", class_name, split)
-        if left_out or left_out.empty_folders:
+        if left_out:
             listing.warnings.append(f"{root / split}: {left_out}")
-    for split in ("train", *splits):  # a folder test/ that is empty was not meant so; one that is missing was
-        if split not in listing.columns["split"] and not listing.problems:
+        if is_empty and not listing.problems:  # one that is missing was meant so
             listing.problems.append(f"the {split} split has no images: {root / split}")
     return listing
 
@@ -226,74 +229,64 @@ NEVER_IMAGES = {"images.csv", "Thumbs.db", "desktop.ini"}  # the last two are wh
 PROGRAM_FOLDERS = {"@eadir", "#recycle", "@recycle", "$recycle.bin", "#snapshot", "@recently-snapshot"}
 PROGRAM_FOLDERS |= {"system volume information", "lost+found", "__macosx"}
 OF_PROGRAMS = "of programs (folders such as @eaDir, results of this one)"
-OWN_RECORDS = {"args.json", "index.json", "raw_files.npz"}  # of a run, an index, a cache
+OWN_RECORDS = {"args.json", "index.json", "train_pixels.npy"}  # of a run, an index, a cache
 OWN_PICTURE = re.compile(r"(neighbours|worst|evaluation|thresholds)(_pooled)?\.png")  # beside a CSV of the same name
 
 
 class LeftOut(collections.Counter):
     """What lies where images are looked for and is none: the suffix of files, or in words -> number."""
 
-    def __init__(self):
-        super().__init__()
-        self.empty_folders = []  # without an image, also below them
-
     def __str__(self) -> str:
         """Say all of it on one line, the most frequent first."""
-        remedies = {suffix: f" ({HEIF_REMEDY})" for suffix in HEIF_SUFFIXES}
-        parts = [", ".join(f"{number:,} {kind}{remedies.get(kind, '')}" for kind, number in self.most_common(10))]
-        if self.empty_folders:
-            parts.append(f"folders without an image: {some(self.empty_folders)}")
-        return f"left out: {'; '.join(filter(None, parts))}"
+        return "left out: " + ", ".join(f"{number:,} {kind}" for kind, number in self.most_common(10))
 
 
-def class_folders(
-    folder: Path, problems: list[str], left_out: LeftOut | None = None, name: str = "", above: tuple[str, ...] = ()
-) -> Iterator[tuple[str, list[str]]]:
-    """Yield (name, image files) of every folder that holds images, sorted, at any depth. The outermost is called "".
+def class_folders(root: Path, problems: list[str], left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
+    """Yield (name, image files) of every folder that holds images, sorted, at any depth. `root` itself is called "".
 
     What cannot be read is added to `problems`. Passed over: hidden files, folders of other programs, pictures, runs,
     indexes and caches of this one, links back to a folder above.
     """
-    left_out = LeftOut() if left_out is None else left_out
     suffixes = image_suffixes()
-    above = (*above, os.path.realpath(folder))
-    files = []
-    folders = []
-    try:
-        items = list(os.scandir(folder))
-        names = {item.name for item in items}
-        if name and not names.isdisjoint(OWN_RECORDS):
+    above: dict[str, list[str]] = {}  # folder -> the real paths of itself and of those above
+
+    def report(error: OSError) -> None:
+        problems.append(f"{error.filename}: unreadable folder ({one_line(error)})")
+
+    def is_shown(folder: str, item: str) -> bool:
+        if not is_utf8(item):
+            problems.append(f"{os.path.join(folder, item)!a}: the name is not valid UTF-8: rename it")
+            return False
+        return not item.startswith(".") and item not in NEVER_IMAGES
+
+    for folder, folders, files in os.walk(root, onerror=report, followlinks=True):
+        if folder != str(root) and not OWN_RECORDS.isdisjoint(files):
             left_out[OF_PROGRAMS] += 1
-            return
-        for item in items:
-            suffix = os.path.splitext(item.name)[1].lower()
-            if item.name.startswith(".") or item.name in NEVER_IMAGES:
+            folders.clear()
+            continue
+        images = []
+        for file in sorted(files):
+            suffix = os.path.splitext(file)[1].lower()
+            if not is_shown(folder, file):
                 continue
-            if not is_utf8(item.name):
-                problems.append(f"{item.path!a}: the name is not valid UTF-8: rename it")
-            elif os.path.isdir(item.path) if item.is_symlink() else item.is_dir():
-                folders.append(item.name)
-            elif OWN_PICTURE.fullmatch(item.name) and f"{item.name[:-4]}.csv" in names:
+            if OWN_PICTURE.fullmatch(file) and f"{file[:-4]}.csv" in files:
                 left_out[OF_PROGRAMS] += 1
             elif suffix in suffixes:
-                files.append(item.name)
+                images.append(file)
+            elif suffix in HEIF_SUFFIXES:
+                left_out[f"{suffix} ({HEIF_REMEDY})"] += 1
             else:
                 left_out[suffix or "without a suffix"] += 1
-    except OSError as error:
-        problems.append(f"{folder}: unreadable folder ({one_line(error)})")
-    is_empty = not files
-    if files:
-        yield name, sorted(files)
-    for child in sorted(folders):
-        if child.lower() in PROGRAM_FOLDERS:
-            left_out[OF_PROGRAMS] += 1
-        elif os.path.realpath(folder / child) not in above:
-            child_name = f"{name}/{child}" if name else child
-            for found in class_folders(folder / child, problems, left_out, child_name, above):
-                is_empty = False
-                yield found
-    if name and is_empty:
-        left_out.empty_folders.append(name)
+        above[folder] = [*above.get(os.path.dirname(folder), []), os.path.realpath(folder)]
+        visited = []
+        for child in sorted(folders):
+            if child.lower() in PROGRAM_FOLDERS:
+                left_out[OF_PROGRAMS] += 1
+            elif is_shown(folder, child) and os.path.realpath(os.path.join(folder, child)) not in above[folder]:
+                visited.append(child)
+        folders[:] = visited
+        if images:
+            yield os.path.relpath(folder, root).replace(os.sep, "/").removeprefix("."), images
 
 
 def subfolders(folder: Path) -> list[Path]:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from builders import TINY, Indexed, build_small_model, only_folder, save_image, train_tiny
 from faults import linked
-from fuzz import Box
 from processes import Processes
 
 import data_utils
@@ -180,11 +179,6 @@ def finished(tiny_data, small_run, tmp_path) -> Path:
 def threads(monkeypatch) -> None:
     """Threads in place of the worker processes that make a cache, whose start would take most of the time."""
     monkeypatch.setattr(cache_writer, "worker_pool", ThreadPoolExecutor)
-
-
-@pytest.fixture
-def box(threads, tiny_data, small_pooled_run, tmp_path, monkeypatch) -> Box:
-    return Box(tmp_path / "root", tiny_data, small_pooled_run, monkeypatch)
 
 
 # ------------------------------------------------------------------------------------------------ an index

@@ -164,13 +164,13 @@ def damage(path: Path, draw: random.Random) -> None:
 def check_damages(finished: Path, folder: Path, read_errors: Callable[[], str], seed: int) -> int:
     """Damages every file, each in its turn: that is noticed and mended by the command that is named, or harmless.
 
-    But for raw_files.npz: without it, changed photos are not counted.
+    But for listed.bin: without it, changed photos are not counted.
 
     `read_errors` returns what was printed to stderr since it was last called. Returns the number of damaged files.
     """
     draw, stopped = random.Random(seed), interrupted(finished, folder / "stopped")
     parts = [path for part in ("data", "results") for path in (finished / part).rglob("*") if path.is_file()]
-    files = sorted(path.relative_to(finished) for path in parts if path.suffix not in (".png", ".lock", ".npz"))
+    files = sorted(path.relative_to(finished) for path in parts if path.suffix not in (".png", ".lock", ".bin"))
     assert {path.suffix for path in files} == {".json", ".npy", ".safetensors", ".csv"} and len(files) > 15
     progress = next(path.relative_to(stopped) for path in stopped.rglob("progress_*"))
     for file in [*files, progress]:

@@ -10,7 +10,7 @@ import pytest
 import torchvision.transforms.functional as TF
 from builders import SPEC, build, flip_a_bit, random_image, tree, write_image_folder
 
-from dreml.cache import check_unchanged, read_ahead, read_cache, verify_cache
+from dreml.cache import check_unchanged, read_cache, verify_cache
 from dreml.cli import InputError, RunError
 from dreml.files import read_record, write_record
 from dreml.images import ImageSpec, load_rgb
@@ -31,53 +31,36 @@ def test_crops_are_windows_of_the_cached_image(tiny_data):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="such names are not allowed there")
-def test_paths_are_read_row_by_row(tmp_path):
-    """Whatever they are made of; each ends with a line end, so that a program of any kind can read them."""
+def test_paths_of_all_kinds(tmp_path):
     write_image_folder(tmp_path / "mine")
-    names = ["a\nb.png", "ü 1.png", "жук.png"]
+    names = [' "1", 2;.png', "a\nb.png", "c\rd.png", "ü 1.png", "жук.png"]
     for name in names:
         shutil.copy(tmp_path / "mine/train/train_0/0.png", tmp_path / "mine/train/train_1" / name)
     cache = build(tmp_path, "mine")
-    expected = [f"train/train_{name}" for name in ("0/0.png", "0/1.png", "1/0.png", "1/1.png")]
-    expected += [f"train/train_1/{name}" for name in names]
-    assert cache.paths("train") == expected and cache.counts == {"train": (2, 7), "test": (2, 4)}
-    for start in range(8):
-        for stop in range(start, 8):
-            assert cache.paths("train", start, stop) == expected[start:stop]
-    assert cache.array("test_paths").tobytes().decode().splitlines() == cache.paths("test")
-
-
-def test_the_rows_of_windows_are_asked_for_ahead(tiny_data, monkeypatch):
-    """No byte more: what is read there, cut on the left and right, are the windows."""
-    asked = []
-    cache = read_cache(tiny_data, "tiny", SPEC)
-    monkeypatch.setattr("dreml.cache.read_ahead", lambda path, ranges: asked.append((path, list(ranges))))
-    windows = np.array([5, 0, 35, 7]), np.array([[0, 0], [3, 1], [0, 3], [10, 14]]), np.array([SIZE, SIZE, SIZE, 20])
-    cache.read_ahead(*windows)
-    crops = np.empty((4, SIZE, SIZE, 3), np.uint8)
-    cache.train_crops(*windows, crops)
-    ((path, ranges),) = asked
-    for crop, index, (_, left), side, (start, stop) in zip(crops, *windows, ranges, strict=True):
-        rows = np.frombuffer(path.read_bytes()[start:stop], np.uint8).reshape(
-            side, cache.array("train_sizes")[index, 1], 3
-        )
-        np.testing.assert_array_equal(rows[:, left : left + side], crop[:side, :side])
+    expected = [f"train/train_1/{name}" for name in ("0.png", "1.png", *names)]
+    assert cache.paths("train") == ["train/train_0/0.png", "train/train_0/1.png", *sorted(expected)]
+    assert cache.counts == {"train": (2, 9), "test": (2, 4)}
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no hints")
-def test_only_a_file_larger_than_half_the_memory_is_asked_for(tmp_path, monkeypatch):
-    """And what is wrong with it is never an error: a cache that is being made anew is noticed later."""
+def test_the_rows_of_windows_are_asked_for_ahead(tiny_data, monkeypatch):
+    """Of a file larger than half the memory, and no byte more: what is read there holds the windows."""
     asked = []
+    cache = read_cache(tiny_data, "tiny", SPEC)
+    windows = np.array([5, 0, 35, 7]), np.array([[0, 0], [3, 1], [0, 3], [10, 14]]), np.array([SIZE, SIZE, SIZE, 20])
     monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *what: asked.append(what))
-    (tmp_path / "file").write_bytes(bytes(100))
-    read_ahead(tmp_path / "file", [(40, 50), (60, 90)])
+    cache.read_ahead(*windows)
     assert not asked
-    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 19, "SC_PAGE_SIZE": 10}[name])
-    read_ahead(tmp_path / "file", [(40, 50), (60, 90)])
-    assert asked == [(40, 10, os.POSIX_FADV_WILLNEED), (60, 30, os.POSIX_FADV_WILLNEED)]
-    read_ahead(tmp_path / "nowhere", [(0, 10)])
-    monkeypatch.delattr(os, "posix_fadvise")
-    read_ahead(tmp_path / "file", [(0, 10)])
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    cache.read_ahead(*windows)
+    crops = np.empty((4, SIZE, SIZE, 3), np.uint8)
+    cache.train_crops(*windows, crops)
+    content = (cache.folder / "train_pixels.npy").read_bytes()
+    for crop, index, (_, left), side, (start, length, advice) in zip(crops, *windows, asked, strict=True):
+        width = cache.array("train_sizes")[index, 1]
+        rows = np.frombuffer(content[start : start + length], np.uint8).reshape(side, width, 3)
+        np.testing.assert_array_equal(rows[:, left : left + side], crop[:side, :side])
+        assert advice == os.POSIX_FADV_WILLNEED
 
 
 def test_both_caches_of_a_data_set_lie_beside_each_other(tmp_path):
@@ -133,14 +116,12 @@ CACHE_DAMAGES = {
     "missing": (shutil.rmtree, "is missing"),
     "no meta.json": (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing"),
     "truncated meta.json": (lambda folder: (folder / "meta.json").write_text('{"version": 1'), "is damaged"),
-    "older version": (
-        damage_meta(lambda meta: [meta.update(version=2), meta.pop("arrays")]),
-        "is of another version or has other settings; make it with: ",
-    ),
+    "older version": (damage_meta(lambda meta: [meta.update(version=3), meta.pop("holdout")]), "of another version or"),
+    "foreign meta.json": (damage_meta(lambda meta: meta.pop("arrays")), "is damaged"),
     "other size": (damage_meta(lambda meta: meta.update(image_size=64)), "other settings"),
     "missing array": (lambda folder: (folder / "test_labels.npy").unlink(), "test_labels.npy is missing"),
     "no array": (lambda folder: flip_a_bit(folder / "test_is_query.npy", place=0), "is damaged"),
-    "truncated array": (lambda folder: (folder / "test_images.npy").write_bytes(b"x"), "has the wrong size"),
+    "truncated array": (lambda folder: (folder / "test_images.npy").write_bytes(b"x"), "is damaged"),
 }
 
 

@@ -15,22 +15,20 @@ import torchvision.transforms.functional as TF
 from builders import (
     SPEC,
     build,
+    jpeg_bytes,
     odd_images,
     put,
-    random_image,
     rewrite,
     save_image,
     tree,
     write_csv,
     write_image_folder,
 )
-from PIL import Image
 
 import data_utils
 from dreml import cache_writer, datasets
 from dreml.cache import Holdout, read_cache
 from dreml.cli import InputError, RunError
-from dreml.datasets import changes_since
 from dreml.images import ImageSpec, load_rgb
 
 needs_fork = pytest.mark.skipif(
@@ -72,21 +70,6 @@ def test_statistics_of_other_sets_come_from_the_cached_training_pixels(tiny_data
     np.testing.assert_allclose(cache.meta.std, pixels.std(0), atol=1e-6)
 
 
-def test_worker_processes_read_what_phones_write(tmp_path, monkeypatch):
-    """HEIC: Pillow learns to read it in each process, when it is needed."""
-    pytest.importorskip("pillow_heif").register_heif_opener()
-    write_image_folder(tmp_path / "mine")
-    path = tmp_path / "mine" / "train" / "train_0" / "photo.heic"
-    random_image(5).save(path)
-    monkeypatch.delitem(Image.OPEN, "HEIF")
-    cache = build(tmp_path, "mine", num_workers=2)
-    assert "HEIF" not in Image.OPEN  # not in this process
-    number = cache.paths("train").index("train/train_0/photo.heic")
-    first, last = cache.array("train_offsets")[number : number + 2]
-    expected = np.asarray(TF.resize(load_rgb(path), SPEC.train_size))
-    np.testing.assert_array_equal(cache.array("train_pixels")[first:last], expected.ravel())
-
-
 # ------------------------------------------------------------------------------------------------ bad images
 
 
@@ -112,29 +95,21 @@ def test_a_bad_list_is_refused_before_any_image_is_opened(tmp_path, monkeypatch,
 
 
 def test_skip_bad_leaves_them_out_and_lists_them(tmp_path, capsys):
-    write_image_folder(tmp_path / "clean", classes=3, images=3)
-    write_image_folder(tmp_path / "mine", classes=3, images=3)
-    for data_set, change in (("clean", Path.unlink), ("mine", lambda path: path.write_bytes(path.read_bytes()[:-60]))):
-        for path in ("train/train_0/1.png", "test/test_2/0.png"):
-            change(tmp_path / data_set / path)
-    (tmp_path / "mine/train/train_1/notes.jpg").write_text("no image")
+    """The pixels are those of a data set without them."""
+    bad = ["train/train_0/1.png", "train/train_1/notes.jpg", "test/test_2/0.png"]
+    for name in ("clean", "mine"):
+        write_image_folder(tmp_path / name, classes=3, images=3)
+    for path in bad:
+        (tmp_path / "clean" / path).unlink(missing_ok=True)
+        (tmp_path / "mine" / path).write_bytes(jpeg_bytes()[:-60])
     with pytest.raises(InputError):
         build(tmp_path, "mine")
-    for name in ("mine", "clean"):
-        build(tmp_path, name, skip_bad=True, num_workers=2)
-    skipped_list = tmp_path / "mine" / "cache_32_skipped.txt"
-    assert f"3 bad images left out, listed in {skipped_list}\n" in capsys.readouterr().err
-    mine, clean = (tree(tmp_path / name / "cache_32") for name in ("mine", "clean"))
-    assert mine.pop("raw_files.npz") != clean.pop("raw_files.npz") and mine == clean
-    assert [line.split(": ")[0] for line in skipped_list.read_text().splitlines()] == [
-        str(tmp_path / "mine" / path)
-        for path in ("train/train_0/1.png", "train/train_1/notes.jpg", "test/test_2/0.png")
-    ]
-    assert not (tmp_path / "clean" / "cache_32_skipped.txt").exists()
-    for line in skipped_list.read_text().splitlines():
-        Path(line.split(": ")[0]).unlink()
-    build(tmp_path, "mine", force=True)
-    assert not skipped_list.exists()
+    mine, clean = (build(tmp_path, name, skip_bad=True, num_workers=2).folder for name in ("mine", "clean"))
+    assert f"3 bad images left out, listed in {mine / 'skipped.txt'}\n" in capsys.readouterr().err
+    listed = (mine / "skipped.txt").read_text().splitlines()
+    assert [line.split(": ")[0] for line in listed] == [str(tmp_path / "mine" / path) for path in bad]
+    differing = dict(tree(mine).items() ^ tree(clean).items()).keys()
+    assert differing == {"skipped.txt", "listed.bin"}
 
 
 def test_skip_bad_does_not_excuse_a_data_set_without_queries(tmp_path):
@@ -175,23 +150,6 @@ def test_an_image_in_both_splits_is_a_warning(tmp_path, capsys, kind):
 
 
 # ------------------------------------------------------------------------------------------------ failures
-
-
-def test_a_disk_that_is_too_small_is_found_early(tmp_path, threads, monkeypatch):
-    """From the sizes of the first images; those that are written already stand where there was room."""
-    write_image_folder(tmp_path / "mine", images=4)
-    # 8 training images of 38 x 35, 8 test images of 32 x 32, and headers of 128 bytes; 3 bytes a pixel
-    needed = 8 * 3 * (38 * 35 + 32 * 32) + 128 * 8 // 3
-    monkeypatch.setattr(cache_writer, "CHUNK_IMAGES", 1)
-    monkeypatch.setattr(cache_writer, "JUDGED_AFTER", 3)
-    for short in (2000, -2000):
-        usage = shutil.disk_usage(tmp_path)._replace(free=needed - 3 * 3 * 38 * 35 - short)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
-        if short > 0:
-            with pytest.raises(InputError, match=r"mine: the cache needs about 5\d\.\dkB, only 5\d\.\dkB are free"):
-                build(tmp_path, "mine")
-            assert not list((tmp_path / "mine").glob("*cache_32"))
-    assert build(tmp_path, "mine").counts["test"] == (2, 8)
 
 
 def test_a_read_only_folder_is_refused_with_a_way_on(tmp_path, monkeypatch):
@@ -288,12 +246,10 @@ def test_a_damaged_cache_is_made_again(tmp_path, capsys):
 
 def test_leftovers_of_a_killed_run_go(tmp_path):
     write_image_folder(tmp_path / "mine")
-    (tmp_path / "mine" / ".cache_32_skipped.txt.tmp-123").write_text("half")
     (tmp_path / "mine" / ".cache_32.new-123").mkdir()
     (tmp_path / "mine" / ".cache_32.new-123" / "train_pixels.npy").write_bytes(b"half")
     build(tmp_path, "mine")
-    names = {path.name for path in (tmp_path / "mine").iterdir()}
-    assert names == {"train", "test", "cache_32", ".cache_32.lock"}
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"train", "test", "cache_32", ".cache_32.lock"}
 
 
 BUSY = """
@@ -319,79 +275,85 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
 # ------------------------------------------------------------------------------------------------ changed photos
 
 
-CHANGES = {
-    "none": (lambda root: None, ""),
-    "other programs": (lambda root: save_image(root / "train/@eaDir/0.png"), ""),
-    "new": (lambda root: save_image(root / "train/new/0.png"), "1 image is new, 0 changed, 0 gone"),
-    "gone": (lambda root: (root / "test/test_0/0.png").unlink(), "0 images are new, 0 changed, 1 gone"),
-    "renamed": (
-        lambda root: (root / "train/train_0").rename(root / "train/other"),
-        "2 images are new, 0 changed, 2 gone",
+def text(path: str, content: str):
+    """A change: writes a text file."""
+    return lambda root: (root / path).write_text(content)
+
+
+CHANGES = {  # -> what is changed, and the counts that are said: new, changed, gone
+    "none": (lambda root: None, None),
+    "other programs": (lambda root: save_image(root / "train/@eaDir/0.png"), None),
+    "new": (lambda root: save_image(root / "train/new/0.png"), "1 image is new, 0 changed, 0"),
+    "gone": (lambda root: (root / "test/test_0/0.png").unlink(), "0 images are new, 0 changed, 1"),
+    "renamed": (lambda root: (root / "train/train_0").rename(root / "train/x"), "2 images are new, 0 changed, 2"),
+    "another size": (
+        lambda root: save_image(root / "train/train_0/0.png", 9, width=50),
+        "0 images are new, 1 changed, 0",
     ),
-    "another size": (lambda root: save_image(root / "train/train_0/0.png", 9, width=50), "0 images are new, 1 changed"),
-    "another time": (
-        lambda root: os.utime(root / "train/train_0/0.png", (0, 0)),
-        "0 images are new, 1 changed, 0 gone",
-    ),
-    "a bad one, mended": (lambda root: save_image(root / "train/train_1/bad.png"), "0 images are new, 1 changed"),
+    "a bad one, mended": (lambda root: save_image(root / "train/train_1/bad.png"), "0 images are new, 1 changed, 0"),
     "another split": (
         lambda root: shutil.move(root / "test/test_0/0.png", root / "train/train_0/new.png"),
-        "1 image is new, 0 changed, 1 gone",
+        "1 image is new, 0 changed, 1",
     ),
-    "a copy": (lambda root: [os.utime(path, (9, 9)) for path in root.glob("t*/*/*")], ""),
-    "list": (
-        lambda root: (root / "images.csv").write_text("path,label,split\ntrain/train_0/0.png,a,train\n"),
-        "0 images are new, 1 changed, 8 gone",
-    ),
-    "a damaged record": (lambda root: (root / "cache_32/raw_files.npz").write_bytes(b"PK"), ""),
-    "no raw images": (lambda root: [shutil.rmtree(root / split) for split in ("train", "test")], ""),
+    "a copy": (lambda root: [os.utime(path, (9, 9)) for path in root.glob("t*/*/*")], None),
+    "list": (text("images.csv", "path,label,split\ntrain/train_0/0.png,a,train\n"), "0 images are new, 1 changed, 8"),
+    "a damaged record": (text("cache_32/listed.bin", "x"), None),
+    "no raw images": (lambda root: [shutil.rmtree(root / split) for split in ("train", "test")], None),
 }
 
 
 @pytest.mark.parametrize("kind", CHANGES)
 def test_what_changed_since_a_cache_was_made_is_counted(tmp_path, capsys, kind):
-    """By data_utils.py, and by train.py before it trains. With --force, nothing has changed any more."""
+    """With --force, nothing has changed any more."""
     change, expected = CHANGES[kind]
     root = tmp_path / "mine"
     write_image_folder(root)
     (root / "train/train_1/bad.png").write_bytes(b"no image")
     cache = build(tmp_path, "mine", skip_bad=True)
     change(root)
-    command = f"python data_utils.py --data_name mine --data_path {tmp_path} --image_size 32 --force"
-    line = changes_since(cache)
-    assert line.startswith(expected) and bool(line) == bool(expected)
-    assert not line or line.endswith(f" since {cache.folder} was made: {command}")
     capsys.readouterr()
     build(tmp_path, "mine")
-    assert capsys.readouterr().err == (f"warning: {line}\n" if line else "")
+    command = f"python data_utils.py --data_name mine --data_path {tmp_path} --image_size 32 --force"
+    line = f"warning: {expected} gone since {cache.folder} was made: {command}\n" if expected else ""
+    assert capsys.readouterr().err == line
     if kind not in ("no raw images", "list"):
-        assert changes_since(build(tmp_path, "mine", skip_bad=True, force=True)) == ""
+        build(tmp_path, "mine", skip_bad=True, force=True)
+        capsys.readouterr()
+        build(tmp_path, "mine")
+        assert capsys.readouterr().err == ""
 
 
-def test_labels_that_changed_in_a_list_and_links_to_nothing(tmp_path):
-    """An image of another class or split has changed; one that was missing from the start has not."""
-    write_image_folder(tmp_path / "mine")
-    (tmp_path / "mine" / "gone.png").symlink_to("nowhere")
-    rows = [f"{split}/{split}_{k}/0.png,{k},{split}" for split in ("train", "test") for k in (0, 1)]
-    listed = tmp_path / "mine" / "images.csv"
-    listed.write_text("\n".join(["path,label,split", *rows, "gone.png,0,train"]))
-    cache = build(tmp_path, "mine", skip_bad=True)
-    assert changes_since(cache) == ""
-    listed.write_text("\n".join(["path,label,split", *rows[:-1], rows[-1].replace(",1,", ",new,"), "gone.png,0,train"]))
-    assert changes_since(cache).startswith("0 images are new, 1 changed, 0 gone")
+@pytest.mark.parametrize("largest", [1000, 3])  # of larger data sets, sizes are not looked at
+@pytest.mark.parametrize(("old", "new"), [("zebra,", "ant,"), ("cat,test,1,1", "cat,train,1,1")])
+def test_a_label_or_split_that_changed_in_a_list_is_a_change(tmp_path, capsys, monkeypatch, largest, old, new):
+    """A link to nowhere that was left out from the start has not changed."""
+    monkeypatch.setattr(datasets, "MAX_COMPARED", largest)
+    write_csv(tmp_path / "csv")
+    (tmp_path / "csv" / "photos/1.png").unlink()
+    (tmp_path / "csv" / "photos/1.png").symlink_to("nowhere")
+    build(tmp_path, "csv", skip_bad=True)
+    capsys.readouterr()
+    build(tmp_path, "csv")
+    assert capsys.readouterr().err == ""
+    rewrite("images.csv", old, new)(tmp_path / "csv")
+    build(tmp_path, "csv")
+    assert capsys.readouterr().err.startswith("warning: 0 images are new, 1 changed, 0 gone since ")
 
 
-def test_changes_of_a_holdout_are_those_of_the_training_images(tmp_path, monkeypatch):
+def test_changes_of_a_holdout_are_those_of_the_training_images(tmp_path, capsys, monkeypatch):
+    holdout = Holdout(0.4, 2)
     write_image_folder(tmp_path / "mine", classes=5)
-    cache = build(tmp_path, "mine", holdout=Holdout(0.4, 2))
+    build(tmp_path, "mine", holdout=holdout)
     save_image(tmp_path / "mine/test/new/0.png")
-    assert changes_since(cache) == ""
+    capsys.readouterr()
+    build(tmp_path, "mine", holdout=holdout)
+    assert capsys.readouterr().err == ""
     save_image(tmp_path / "mine/train/new/0.png")
     save_image(tmp_path / "mine/train/train_0/0.png", 5, width=50)
-    line = changes_since(cache)
-    assert line.startswith("1 image is new, 1 changed, 0 gone since ")
-    assert line.endswith(" --image_size 32 --holdout 0.4 --holdout_seed 2 --force")
-    monkeypatch.setattr(datasets, "MAX_COMPARED", 3)  # of larger data sets, names only
-    assert changes_since(cache).startswith("1 image is new, 0 changed, 0 gone since ")
-    os.utime(cache.folder / "meta.json", (1e10, 1e10))  # newer than all folders
-    assert changes_since(cache) == ""
+    build(tmp_path, "mine", holdout=holdout)
+    error = capsys.readouterr().err
+    assert error.startswith("warning: 1 image is new, 1 changed, 0 gone since ")
+    assert error.endswith(" --image_size 32 --holdout 0.4 --holdout_seed 2 --force\n")
+    monkeypatch.setattr(datasets, "MAX_COMPARED", 3)
+    build(tmp_path, "mine", holdout=holdout)
+    assert capsys.readouterr().err.startswith("warning: 1 image is new, 0 changed, 0 gone since ")
