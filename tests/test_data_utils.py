@@ -112,7 +112,6 @@ LAYOUTS = {  # -> how it is written, and what is said of it
     "no class": (images_in(""), "found images in '.', without train/ and test/: put them into train/CLASS/ and"),
     "deeper": (images_in("mine/train/a", "mine/train/b"), "found mine/train: move what is in mine/ one folder up"),
     "deeper list": (text_in("in/images.csv", ""), "found in/images.csv: move what is in in/ one folder up"),
-    "another list": (text_in("labels.CSV", ""), "found labels.CSV: a list has to be called images.csv"),
     "other types": (
         text_in("a/film.mov", "x"),
         "no images (left out: 1 .mov): put them into",
