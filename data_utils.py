@@ -101,13 +101,13 @@ def run(args: argparse.Namespace) -> None:
             print(f"\n{training_text(data_path, rows[0][0])}")
     else:
         refused += others
+        if not refused and args.verify:
+            wanted = cache_folder(data_path, "", spec).name
+            refused = [f"no {wanted} found in {data_path}/; --image_size and --resize name another one"]
+        elif not refused:
+            refused = [f"no data set found in {data_path}/; expected is one of\n{ALL_LAYOUTS}"]
     if refused:
         raise (RunError if failed else InputError)("\n".join(refused))
-    if not rows and args.verify:
-        wanted = cache_folder(data_path, "", spec).name
-        raise InputError(f"no {wanted} found in {data_path}/; --image_size and --resize name another one")
-    if not rows:
-        raise InputError(f"no data set found in {data_path}/; expected is one of\n{ALL_LAYOUTS}")
 
 
 def found_names(data_path: Path, spec: ImageSpec, cached: bool) -> list[str]:

@@ -48,21 +48,19 @@ class UnknownLayout(InputError):
 
 def list_car(root: Path) -> Listing | None:
     """List Cars196: `cars_annos.mat` with `car_ims/`, or the devkit, anywhere, with `cars_train/` and `cars_test/`."""
-    tables = []
-    if (root / "cars_annos.mat").is_file() and (root / "car_ims").is_dir():
-        tables.append((root / "cars_annos.mat", "relative_im_path", ""))
+    names_file = root / "cars_annos.mat"
+    if names_file.is_file() and (root / "car_ims").is_dir():
+        tables = [(names_file, "relative_im_path", "")]
     elif (root / "cars_train").is_dir():
+        tables = []
         for part, name in (("cars_train", "cars_train_annos.mat"), ("cars_test", "cars_test_annos_withlabels.mat")):
             table = min(root.rglob(name), default=root / "devkit" / name)
             nested = f"{part}/{part}/" if (root / part / part).is_dir() else f"{part}/"
             tables.append((table, "fname", nested))
-    if not tables:
+        names_file = tables[0][0].with_name("cars_meta.mat")
+    else:
         return None
-    listing = Listing(root)
-    names_file = tables[0][0]
-    if names_file.name != "cars_annos.mat":
-        names_file = names_file.with_name("cars_meta.mat")
-    listing.class_names = read_car_names(names_file)
+    listing = Listing(root, class_names=read_car_names(names_file))
     try:
         for table, path_field, folder in tables:
             for number, (path, class_id) in enumerate(read_car_annotations(table, path_field), 1):

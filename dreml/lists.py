@@ -213,9 +213,6 @@ def what_was_meant(root: Path) -> str:
         for name in ("images.csv", "train", "test"):
             if (folder / name).exists():
                 return f"found {folder.name}/{name}: move what is in {folder.name}/ one folder up"
-    lists = sorted(path.name for path in root.iterdir() if path.suffix.lower() == ".csv")
-    if lists:
-        return f"found {lists[0]}: a list has to be called images.csv"
     left_out = LeftOut()
     folders = [name or "." for name, _ in class_folders(root, [], left_out)]
     found = f"no images ({left_out})" if left_out else "no images"

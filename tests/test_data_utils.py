@@ -92,16 +92,6 @@ def test_named_set_that_is_not_there(tmp_path, capsys):
     assert message.endswith("of DeepFashion); for images of your own, choose another name\n")
 
 
-def text_in(path: str, text: str):
-    """Writes a data set of one file."""
-
-    def write(root: Path) -> None:
-        (root / path).parent.mkdir(parents=True)
-        (root / path).write_text(text)
-
-    return write
-
-
 LAYOUTS = {  # -> how it is written, and what is said of it
     "capitals": (images_in("Train/a", "Train/b", "Test/c"), "found Train/: rename it to train/"),
     "other words": (images_in("train/a", "validation/c", "testing/c"), "found testing/: rename it to test/"),
@@ -111,10 +101,12 @@ LAYOUTS = {  # -> how it is written, and what is said of it
     ),
     "no class": (images_in(""), "found images in '.', without train/ and test/: put them into train/CLASS/ and"),
     "deeper": (images_in("mine/train/a", "mine/train/b"), "found mine/train: move what is in mine/ one folder up"),
-    "deeper list": (text_in("in/images.csv", ""), "found in/images.csv: move what is in in/ one folder up"),
-    "another list": (text_in("labels.CSV", ""), "found labels.CSV: a list has to be called images.csv"),
+    "deeper list": (
+        lambda root: [(root / "in").mkdir(parents=True), (root / "in/images.csv").touch()],
+        "found in/images.csv: move what is in in/ one folder up",
+    ),
     "other types": (
-        text_in("a/film.mov", "x"),
+        lambda root: [root.mkdir(), (root / "a.mov").touch()],
         "no images (left out: 1 .mov): put them into",
     ),
     "nothing": (images_in(), "no images: put them into train/CLASS/ and test/CLASS/, or list them in images.csv"),

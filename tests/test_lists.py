@@ -166,7 +166,6 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_listed(tmp_path, monkeypat
 
 
 DAMAGES = {
-    "csv empty": (put("images.csv", b" \n"), "images.csv: the first line has to name path, label and split, once"),
     "csv column": (rewrite("images.csv", "label", "class"), "the first line has to name path, label and split, once"),
     "csv separator": (put("images.csv", b"path|label|split\n"), "the first line has to name .*: .'path.label"),
     "csv split": (rewrite("images.csv", "zebra,train", "zebra,"), "line 2: the split '' is neither train nor"),
