@@ -302,13 +302,17 @@ def make_member(experiment: Experiment, members: Members, member: int, embedding
 
 
 def finish_member(experiment: Experiment, members: Members, member: int, title: str) -> MemberRecord:
-    """Train, embed and save one member."""
+    """Train, embed and save one member. If only its embedding is missing or damaged, do not train it again."""
     folder, meta = members.folder, experiment.cache.meta
     progress = Progress(folder, member, members.settings_hash, experiment.progress_seconds)
     for leftovers in (member_path(folder, member, "*"), progress.path):
         remove_leftovers(folder, leftovers.name)
-    model, result = train_member(experiment, member, title, progress)
-    record = MemberRecord(member, members.settings_hash, **result, environment=experiment.environment, sha256={})
+    record, damaged = members.read(member)
+    if record and damaged == [member_path(folder, member, "npy").name]:
+        model = load_member(member_path(folder, member, WEIGHTS)).to(experiment.compute.device)
+    else:
+        model, result = train_member(experiment, member, title, progress)
+        record = MemberRecord(member, members.settings_hash, **result, environment=experiment.environment, sha256={})
     logits = embed_test_images(experiment, model, member, "logits")
     metadata = {"settings": asdict(experiment.settings), "partition": record.partition}
     metadata |= {"mean": meta.mean, "std": meta.std}

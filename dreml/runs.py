@@ -85,13 +85,13 @@ def read_run_record(folder: Path) -> RunRecord:
     if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
         raise InputError(f"{folder} is not a run folder: it has no args.json")
     try:
-        record = read_record(path, RunRecord)
-        if record.format == FORMAT:
-            return record
-        problem = f"format {record.format}, not {FORMAT}"
+        found = read_record(path).get("format", 1)
+        if found == FORMAT:
+            return read_record(path, RunRecord)
     except (ValueError, OSError) as error:
-        problem = one_line(error)
-    raise InputError(f"{path} is damaged or of another version ({problem}): remove it, and train.py makes it again")
+        raise InputError(f"{path} is damaged ({one_line(error)}): remove it, and train.py makes it again") from None
+    reason = f"is of format {found}, and this version of the program reads format {FORMAT}"
+    raise InputError(f"{folder} {reason}: train it again under another --results_path")
 
 
 # ------------------------------------------------------------------------------------------------ members

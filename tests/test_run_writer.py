@@ -244,3 +244,12 @@ def test_a_lost_run_record_is_made_again(tiny_data, small_run, tmp_path, capsys,
     assert train_tiny(tiny_data, tmp_path) == 2
     assert "has no args.json, and no sound member of these settings: move it away" in capsys.readouterr().err
     assert digests(folder) == before
+
+
+def test_a_member_without_its_embedding_is_not_trained_again(tiny_data, small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train_member", None)
+    folder = copy_run(small_run, tmp_path / small_run.name)
+    (folder / "member_001.npy").unlink()
+    (folder / "member_002.npy").write_bytes(b"damaged")
+    assert train_tiny(tiny_data, tmp_path) == 0
+    assert digests(folder, "member_*") == digests(small_run, "member_*")

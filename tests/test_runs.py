@@ -65,20 +65,21 @@ def test_what_is_no_run_is_not_opened(tiny_run, tmp_path):
     path = tmp_path / "args.json"
     for content in ("{}", "[]", "", (tiny_run / "args.json").read_text()[:-9]):
         path.write_text(content)
-        refused(r"args.json is damaged or of another version \(.*\): remove it, and train.py makes it again$")
+        refused(r"args.json is damaged \(.*\): remove it, and train.py makes it again$")
     shutil.copy(tiny_run / "args.json", path)
     refused("has no finished member: train it on")
 
 
-@pytest.mark.parametrize("change", [{"format": 2}, {"another": 1}])
-def test_a_run_of_another_version_is_refused(tiny_run, tiny_data, tmp_path, capsys, no_training, change):
-    """Members of two versions never share a folder. Nothing is written; nothing reads it."""
+def test_a_run_of_another_format_is_refused(tiny_run, tiny_data, tmp_path, capsys, no_training):
+    """Members of two formats never share a folder. Nothing is written; nothing reads it."""
     folder = copy_run(tiny_run, tmp_path / tiny_run.name)
-    write_record(folder / "args.json", read_record(folder / "args.json") | change)
+    record = read_record(folder / "args.json") | {"format": 2}
+    del record["settings"]["optimizer"]  # and whatever else an older one lacks
+    write_record(folder / "args.json", record)
     before = {path: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]}
     assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "3") == 2
     message = capsys.readouterr().err
-    assert "args.json is damaged or of another version (" in message and message.count("\n") == 1
+    assert "is of format 2, and this version of the program reads format 3: train it again under" in message
     for read in (read_run, load_ensemble):
         with pytest.raises(InputError) as error:
             read(folder)
