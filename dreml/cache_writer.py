@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from dreml.cache import ARRAYS, CACHE_VERSION, Cache, CacheMeta, Holdout, cache_folder, read_cache
 from dreml.cli import InputError, RunError, counted, format_problems, progress_bar
@@ -26,6 +27,7 @@ from dreml.images import BadImage, ImageSpec, read_pixels, read_resized
 from dreml.lists import Listing
 
 CHUNK_IMAGES = 32  # that a worker is given at a time
+JUDGED_AFTER = 1000  # images: from their size, that of the whole cache is estimated
 # Of an image: its size in the cache, 0 of a bad one; the size of its file; a number of the file, whatever its path
 FACTS = ("height", "width", "bytes", "file_id")
 SKIPPED = "skipped.txt"  # in a cache: what is wrong with the bad images
@@ -215,6 +217,11 @@ def store_pixels(
             with open(file, "rb") as pixels:
                 shutil.copyfileobj(pixels, train_file if start < num_train else test_file)
             file.unlink()
+            done = start + len(chunk_facts)
+            if start < JUDGED_AFTER <= done:
+                written = train_file.tell() + test_file.tell()
+                test_bytes = 3 * spec.size**2 * (len(paths) - num_train)
+                check_room(folder, written, written / done * num_train + test_bytes)
         num_values = 3 * facts[:, 0] * facts[:, 1]
         train_file.seek(0)
         write_header(train_file, (int(num_values[:num_train].sum()),))
@@ -251,6 +258,14 @@ def decode_chunk(
                 found = os.stat(source / path)
                 fact[2:] = found.st_size, hash((found.st_dev, found.st_ino))
     return facts, bad, histogram.reshape(3, 256)
+
+
+def check_room(folder: Path, written: int, needed: float) -> None:
+    """Raise InputError if the disk is too small for the bytes that a cache needs, of which some are written."""
+    free = written + shutil.disk_usage(folder).free
+    if needed > free:
+        sizes = f"about {tqdm.format_sizeof(needed, 'B')}, only {tqdm.format_sizeof(free, 'B')} are free"
+        raise InputError(f"{folder.parent}: the cache needs {sizes}")
 
 
 def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:

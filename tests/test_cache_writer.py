@@ -350,3 +350,20 @@ def test_changes_of_a_holdout_are_those_of_the_training_images(tmp_path, capsys,
     monkeypatch.setattr(datasets, "MAX_COMPARED", 3)
     build(tmp_path, "mine", holdout=holdout)
     assert capsys.readouterr().err.startswith("warning: 1 image is new, 0 changed, 0 gone since ")
+
+
+def test_a_disk_that_is_too_small_is_found_early(tmp_path, threads, monkeypatch):
+    """From the sizes of the first images; those that are written already stand where there was room."""
+    write_image_folder(tmp_path / "mine", images=4)
+    # 8 training images of 38 x 35, 8 test images of 32 x 32, and headers of 128 bytes; 3 bytes a pixel
+    needed = 8 * 3 * (38 * 35 + 32 * 32) + 128 * 8 // 3
+    monkeypatch.setattr(cache_writer, "CHUNK_IMAGES", 1)
+    monkeypatch.setattr(cache_writer, "JUDGED_AFTER", 3)
+    for short in (2000, -2000):
+        usage = shutil.disk_usage(tmp_path)._replace(free=needed - 3 * 3 * 38 * 35 - short)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        if short > 0:
+            with pytest.raises(InputError, match=r"mine: the cache needs about 5\d\.\dkB, only 5\d\.\dkB are free"):
+                build(tmp_path, "mine")
+            assert not list((tmp_path / "mine").glob("*cache_32"))
+    assert build(tmp_path, "mine").counts["test"] == (2, 8)
