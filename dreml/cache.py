@@ -139,7 +139,7 @@ def holdout_of(data_path: Path, name: str) -> tuple[str, Holdout] | None:
     The share is that of a cache that is there, 0.2 without any.
     """
     match = re.fullmatch(r"(.+)_holdout(|[1-9][0-9]*)", name)
-    if match is None or not (data_path / match[1]).is_dir():
+    if match is None:
         return None
     if any((data_path / name / raw).exists() for raw in ("images.csv", "train")):  # a data set of its own
         return None

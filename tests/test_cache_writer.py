@@ -350,6 +350,10 @@ def test_changes_of_a_holdout_are_those_of_the_training_images(tmp_path, capsys,
     monkeypatch.setattr(datasets, "MAX_COMPARED", 3)
     build(tmp_path, "mine", holdout=holdout)
     assert capsys.readouterr().err.startswith("warning: 1 image is new, 0 changed, 0 gone since ")
+    rows = [f"train/train_{k}/{n}.png,bird {k},train" for k in range(5) for n in (0, 1)]
+    text("images.csv", "\n".join(["path,label,split", *rows]))(tmp_path / "mine")
+    build(tmp_path, "mine", holdout=holdout)
+    assert capsys.readouterr().err.startswith("warning: 0 images are new, 10 changed, 0 gone since ")
 
 
 def test_a_disk_that_is_too_small_is_found_early(tmp_path, threads, monkeypatch):

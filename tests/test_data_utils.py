@@ -84,8 +84,9 @@ def images_in(*folders: str):
 
 def test_named_set_that_is_not_there(tmp_path, capsys):
     (tmp_path / "car").mkdir()
-    images_in("train/a", "train/b")(tmp_path / "isc")
-    assert call(tmp_path, "--data_name", "cub", "car", "isc") == 2
+    for name in ("isc", "mine"):
+        images_in("train/a", "train/b")(tmp_path / name)
+    assert call(tmp_path, "--data_name", "mine", "cub", "car", "isc") == 2
     message = capsys.readouterr().err
     assert f"{tmp_path / 'cub'}: no such folder" in message
     assert f"{tmp_path / 'car'} holds no car; expected is cars_annos.mat" in message

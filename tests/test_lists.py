@@ -198,6 +198,7 @@ def test_folders_of_programs_are_no_classes(tmp_path, capsys):
     for folder in (*(f"train/{name}" for name in of_train), "test/$RECYCLE.BIN/S-1", "test/__MACOSX/x", "@eaDir"):
         save_image(root / folder / "0.png")
     (root / "train/found/index.json").write_text("{}")
+    save_image(root / "train/found/below/0.png")
     save_image(root / "train/train_0/worst_pooled.png")
     (root / "train/train_0/worst_pooled.csv").write_text("query,rank,path\n")
     (root / "train/train_1/neighbours_2024.csv").write_text("the user's own\n")
