@@ -85,7 +85,10 @@ def run(args: argparse.Namespace) -> None:
                 cache = build_cache(data_path, name, spec, args.num_workers, args.force, args.skip_bad, holdout)
             rows.append((cache, time.perf_counter() - start))
         except UnknownLayout as error:
-            (refused if args.data_name else others).append(str(error))
+            if args.data_name:
+                refused.append(str(error))
+            else:
+                others.append(str(error))
         except InputError as error:
             refused.append(str(error))
         except (RunError, OSError) as error:

@@ -28,8 +28,8 @@ from dreml.lists import Listing
 
 CHUNK_IMAGES = 32  # that a worker is given at a time
 JUDGED_AFTER = 1000  # images: from their size, that of the whole cache is estimated
-# Of an image: its size in the cache, 0 of a bad one; the size of its file; a number of the file, whatever its path
-FACTS = ("height", "width", "bytes", "file_id")
+# Of an image: its size in the cache, 0 of a bad one; size of its file and time of change; the same number for any path
+FACTS = ("height", "width", "bytes", "mtime", "file_id")
 SKIPPED = "skipped.txt"  # in a cache: what is wrong with the bad images
 SECONDS_FOR_A_LOCK = 10  # the workers of a run that was just killed hold it until they notice
 
@@ -235,7 +235,7 @@ def decode_chunk(
 ) -> tuple[np.ndarray, list[str], np.ndarray]:
     """Decode some images, in a worker process, and write their pixels to a file.
 
-    Returns FACTS `(N, 4) int64`, and the rest as `store_pixels` does. Pixels go to a file: a worker that is killed
+    Returns FACTS `(N, 5) int64`, and the rest as `store_pixels` does. Pixels go to a file: a worker that is killed
     while it sends much through a pipe would block its parent.
     """
     facts = np.zeros((len(paths), len(FACTS)), np.int64)
@@ -256,7 +256,7 @@ def decode_chunk(
                 bad.append(str(error))
             with contextlib.suppress(OSError, ValueError):  # a missing file, or a path that cannot be one
                 found = os.stat(source / path)
-                fact[2:] = found.st_size, hash((found.st_dev, found.st_ino))
+                fact[2:] = found.st_size, int(found.st_mtime), hash((found.st_dev, found.st_ino))
     return facts, bad, histogram.reshape(3, 256)
 
 

@@ -39,7 +39,7 @@ ALL_LAYOUTS = "\n".join(f"  data/{name}/  {layout}" for name, layout in LAYOUTS.
 ALL_LAYOUTS += "\nThe README says where to get them. Without any: python data_utils.py --data_name demo"
 
 LISTED = "listed.bin"  # in a cache: the `hashes` of all images that were listed when it was made
-MAX_COMPARED = 100_000  # images whose sizes are looked at before each training, in half a second
+MAX_COMPARED = 100_000  # images whose files are looked at before each training, in half a second
 
 
 class UnknownLayout(InputError):
@@ -294,41 +294,48 @@ def count_images(images: pd.DataFrame) -> dict[str, tuple[int, int]]:
 
 
 def hashes(images: pd.DataFrame, is_holdout: bool) -> np.ndarray:
-    """Hashes of the images of a table, `(N, 3) uint64`: of the path; of path and class; of path, class and size.
+    """Hashes of the images of a table, `(N, 4) uint64`: of the path; also the class; also the size; also the time.
 
-    `images` has the column `bytes`, too. A class is that of a split, but for a holdout, which divides one split.
+    `images` has the columns `bytes` and `mtime`, too. Classes are those of a split, but a holdout divides one split.
     """
     pieces = np.array_split(images["path"].to_numpy(), 100)  # of a million at once it would take 100 MB
     paths = np.concatenate([hash_array(piece, categorize=False) for piece in pieces])
-    table = images[["label", "split", "bytes"]].assign(path=paths)
+    table = images[["label", "split", "bytes", "mtime"]].assign(path=paths)
     columns = ["path", "label"] if is_holdout else ["path", "label", "split"]
-    parts = [table[names] for names in (["path"], columns, [*columns, "bytes"])]
-    return np.stack([hash_pandas_object(part, index=False) for part in parts], axis=1)
+    parts = (["path"], columns, [*columns, "bytes"], [*columns, "bytes", "mtime"])
+    return np.stack([hash_pandas_object(table[names], index=False) for names in parts], axis=1)
 
 
 def warn_of_changes(cache: Cache) -> None:
     """Say how many raw images are new, changed or gone since a cache was made, if any, and how to make it again.
 
-    An image has changed if its class, its split or, among at most MAX_COMPARED images, its size is another one.
+    An image has changed if its class or split is another one; among at most MAX_COMPARED images, also if its file's
+    size or time of change is. Where the time of every file is another one, the folder was copied: it does not count.
     """
     data_path = cache.folder.parents[1]
     name, holdout = holdout_of(data_path, cache.name) or (cache.name, None)
     try:
-        known = np.fromfile(cache.folder / LISTED, np.uint64).reshape(-1, 3)
+        known = np.fromfile(cache.folder / LISTED, np.uint64).reshape(-1, 4)
         images = list_data_set(name, data_path / name).images
     except (InputError, OSError, ValueError):  # no raw images, or a damaged file
         return
     if holdout:
         images = images[images["split"] == "train"]
-    images = images.assign(bytes=0)
-    column = 1
-    if len(images) <= MAX_COMPARED:
-        images["bytes"] = [file_size(f"{data_path}/{name}/{path}") for path in images["path"]]
-        column = 2
+    images = images.assign(bytes=0, mtime=0)
+    are_compared = len(images) <= MAX_COMPARED
+    if are_compared:
+        facts = [size_and_time(f"{data_path}/{name}/{path}") for path in images["path"]]
+        images[["bytes", "mtime"]] = np.array(facts, np.int64).reshape(-1, 2)
     found = hashes(images, holdout is not None)
     new = np.isin(found[:, 0], known[:, 0], invert=True).sum()
+    if are_compared:  # a file that is missing, and was not then, is gone
+        found = found[(images["bytes"] > 0) | np.isin(found[:, 2], known[:, 2])]
     is_gone = np.isin(known[:, 0], found[:, 0], invert=True)
-    changed = (np.isin(known[:, column], found[:, column], invert=True) & ~is_gone).sum()
+    column = 3 if are_compared else 1
+    is_changed = np.isin(known[:, column], found[:, column], invert=True)
+    if are_compared and is_changed.all():
+        is_changed = np.isin(known[:, 2], found[:, 2], invert=True)
+    changed = (is_changed & ~is_gone).sum()
     if is_gone.all() or new + changed + is_gone.sum() == 0:
         return
     changes = f"{counted(new, 'image')} {'is' if new == 1 else 'are'} new, {changed:,} changed, {is_gone.sum():,} gone"
@@ -336,9 +343,10 @@ def warn_of_changes(cache: Cache) -> None:
     print(f"warning: {changes} since {cache.folder} was made: {command}", file=sys.stderr)
 
 
-def file_size(path: str) -> int:
-    """The bytes of a file; 0 if it is missing."""
+def size_and_time(path: str) -> tuple[int, int]:
+    """The bytes of a file and its time of change in seconds; 0 and 0 if it is missing."""
     try:
-        return os.stat(path).st_size
+        found = os.stat(path)
     except (OSError, ValueError):  # ValueError: a path that cannot be one
-        return 0
+        return 0, 0
+    return found.st_size, int(found.st_mtime)

@@ -1,6 +1,7 @@
 """Files that are never half written: atomic writes, locks, checksums, JSON records."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -118,12 +119,15 @@ def take_lock(path: Path, timeout: float = -1) -> contextlib.AbstractContextMana
     """Take an advisory file lock. Leaving the context frees it, and so does the kernel when its holder dies.
 
     Waits `timeout` seconds for another process that holds it; -1 waits without end. Returns None if it is still held.
-    Raises OSError on a file system without locks.
     """
     try:
         return filelock.FileLock(path, timeout, fallback_to_soft=False).acquire()  # a soft one stays after a death
     except filelock.Timeout:
         return None
+    except OSError as error:
+        if error.errno != errno.ENOSYS:  # "Function not implemented"
+            raise
+        raise InputError(f"{path.parent} is on a file system without file locks (flock): use another one") from None
 
 
 # ------------------------------------------------------------------------------------------------ checksums, records

@@ -283,6 +283,7 @@ CHANGES = {  # -> what is changed, and the counts that are said: new, changed, g
         lambda root: save_image(root / "train/train_0/0.png", 9, width=50),
         "0 images are new, 1 changed, 0",
     ),
+    "another time": (lambda root: os.utime(root / "train/train_0/0.png", (0, 0)), "0 images are new, 1 changed, 0"),
     "a bad one, mended": (lambda root: save_image(root / "train/train_1/bad.png"), "0 images are new, 1 changed, 0"),
     "another split": (
         lambda root: shutil.move(root / "test/test_0/0.png", root / "train/train_0/new.png"),
@@ -291,6 +292,7 @@ CHANGES = {  # -> what is changed, and the counts that are said: new, changed, g
     "a copy": (lambda root: [os.utime(path, (9, 9)) for path in root.glob("t*/*/*")], None),
     "list": (text("images.csv", "path,label,split\ntrain/train_0/0.png,a,train\n"), "0 images are new, 1 changed, 8"),
     "a damaged record": (text("cache_32/listed.bin", "x"), None),
+    "empty folders": (lambda root: [path.unlink() for path in root.glob("t*/*/*")], None),
     "no raw images": (lambda root: [shutil.rmtree(root / split) for split in ("train", "test")], None),
 }
 
@@ -309,7 +311,7 @@ def test_what_changed_since_a_cache_was_made_is_counted(tmp_path, capsys, kind):
     command = f"python data_utils.py --data_name mine --data_path {tmp_path} --image_size 32 --force"
     line = f"warning: {expected} gone since {cache.folder} was made: {command}\n" if expected else ""
     assert capsys.readouterr().err == line
-    if kind not in ("no raw images", "list"):
+    if kind not in ("no raw images", "empty folders", "list"):
         build(tmp_path, "mine", skip_bad=True, force=True)
         capsys.readouterr()
         build(tmp_path, "mine")
@@ -322,8 +324,8 @@ def test_a_label_or_split_that_changed_in_a_list_is_a_change(tmp_path, capsys, m
     """A link to nowhere that was left out from the start has not changed."""
     monkeypatch.setattr(datasets, "MAX_COMPARED", largest)
     write_csv(tmp_path / "csv")
-    (tmp_path / "csv" / "photos/1.png").unlink()
-    (tmp_path / "csv" / "photos/1.png").symlink_to("nowhere")
+    (tmp_path / "csv" / "photos/2.png").unlink()
+    (tmp_path / "csv" / "photos/2.png").symlink_to("nowhere")
     build(tmp_path, "csv", skip_bad=True)
     capsys.readouterr()
     build(tmp_path, "csv")
@@ -331,6 +333,21 @@ def test_a_label_or_split_that_changed_in_a_list_is_a_change(tmp_path, capsys, m
     rewrite("images.csv", old, new)(tmp_path / "csv")
     build(tmp_path, "csv")
     assert capsys.readouterr().err.startswith("warning: 0 images are new, 1 changed, 0 gone since ")
+
+
+def test_a_file_that_is_listed_but_missing_is_gone(tmp_path, capsys):
+    """Nothing is said where all are: whoever has the cache may delete the photos."""
+    write_csv(tmp_path / "csv")
+    build(tmp_path, "csv")
+    photos = sorted((tmp_path / "csv/photos").iterdir())
+    photos[0].unlink()
+    capsys.readouterr()
+    build(tmp_path, "csv")
+    assert capsys.readouterr().err.startswith("warning: 0 images are new, 0 changed, 1 gone since ")
+    for photo in photos[1:]:
+        photo.unlink()
+    build(tmp_path, "csv")
+    assert capsys.readouterr().err == ""
 
 
 def test_changes_of_a_holdout_are_those_of_the_training_images(tmp_path, capsys, monkeypatch):

@@ -122,6 +122,15 @@ def test_a_lock_is_held_by_one_and_freed_by_its_holders_death(tmp_path):
         pass
 
 
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(InputError, match="is on a file system without file locks"):
+        take_lock(tmp_path / ".lock")
+
+
 # ------------------------------------------------------------------------------------------------ checksums
 
 
