@@ -30,7 +30,7 @@ from dreml import run_writer as writer
 from dreml.backbones import check_backbone, read_weights, weights_tag
 from dreml.baseline import map_percent, print_baseline, print_near_copies, update_baseline
 from dreml.batches import Targets, epoch_batches, input_memory, prepare
-from dreml.cache import Cache, check_unchanged, read_cache
+from dreml.cache import Cache, check_unchanged, read_cache, verify_cache
 from dreml.checkpoint import SECONDS_BETWEEN_WRITES, Progress, remove_progress
 from dreml.cli import InputError, RunError
 from dreml.datasets import default_recalls, warn_of_changes
@@ -354,7 +354,8 @@ def run(args: argparse.Namespace) -> None:
         members = writer.open_members(folder, earlier, record)
         missing = members.missing(wanted)
         weights = read_weights(settings.backbone, args.weights) if missing else None
-        writer.verify_once(folder, cache)
+        if members.missing(wanted, args.embedding):  # then pixels are read
+            verify_cache(cache)
         with writable(args.results_path, "--results_path"):
             writer.write_run_record(members, record, cache)
     finished = args.ensemble_size - len(members.missing(whole))

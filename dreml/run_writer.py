@@ -16,10 +16,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from dreml.cache import Cache, verify_cache
+from dreml.cache import Cache
 from dreml.checkpoint import remove_progress
 from dreml.cli import InputError, with_less_memory
-from dreml.files import atomic_open, read_record, remove_leftovers, sha256, write_csv, write_record
+from dreml.files import atomic_open, remove_leftovers, sha256, write_csv, write_record
 from dreml.runs import (
     HISTORY_COLUMNS,
     METADATA,
@@ -98,32 +98,14 @@ def open_members(folder: Path, earlier: RunRecord | None, record: RunRecord) -> 
     return members
 
 
-def verify_once(folder: Path, cache: Cache) -> None:
-    """Compare the cache with its checksums, unless `cache_compared.json` says that these files have been compared.
-
-    Raises InputError if it is damaged.
-    """
-    with contextlib.suppress(OSError, ValueError):
-        if read_record(folder / "cache_compared.json") == files_of(cache):
-            return
-    verify_cache(cache)
-
-
-def files_of(cache: Cache) -> dict[str, object]:
-    """The arrays of a cache by size and time of change."""
-    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(cache.folder.glob("*.npy"))}
-    return {"cache": cache.fingerprint, "files": files}
-
-
 def write_run_record(members: Members, record: RunRecord, cache: Cache) -> None:
-    """Write `args.json`, `test.csv` and `cache_compared.json`, and remove what killed processes left."""
+    """Write `args.json` and `test.csv`, and remove what killed processes left."""
     folder = members.folder
     folder.mkdir(exist_ok=True)
-    for name in ("args.json", "baseline.json", "cache_compared.json", "*.csv"):
+    for name in ("args.json", "baseline.json", "*.csv"):
         remove_leftovers(folder, name)
     for member in members.records:
         remove_progress(folder, member)
-    write_record(folder / "cache_compared.json", files_of(cache))
     write_record(folder / "args.json", record)
     columns = {name: np.asarray(cache.array(f"test_{name}")) for name in ("labels", "is_query", "is_gallery")}
     class_names = np.array(cache.meta.test["classes"], dtype=object)[columns["labels"]]

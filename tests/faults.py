@@ -45,7 +45,7 @@ def final_state(root: Path) -> dict[str, object]:
     state = {}
     for path in sorted(path for part in ("data", "results") for path in (root / part).rglob("*")):
         name = path.relative_to(root).as_posix()
-        if path.is_dir() or path.name == "cache_compared.json":
+        if path.is_dir():
             state[name] = None
         elif path.name == "args.json":
             record = read_record(path)
@@ -176,7 +176,8 @@ def check_damages(finished: Path, folder: Path, read_errors: Callable[[], str], 
     assert {path.suffix for path in files} == {".json", ".npy", ".safetensors", ".csv"} and len(files) > 15
     progress = next(path.relative_to(stopped) for path in stopped.rglob("progress_*"))
     for file in [*files, progress]:
-        source, root = stopped if file == progress else finished, folder / "damaged"
+        is_read = file == progress or file.parts[0] == "data"  # a finished run reads no pixels
+        source, root = stopped if is_read else finished, folder / "damaged"
         linked(source / "data", source / "results", root)
         damage(root / file, draw)
         read_errors()

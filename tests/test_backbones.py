@@ -18,17 +18,7 @@ import torch
 import torchvision
 from builders import Payload, train_tiny
 from safetensors.torch import save_file
-from torchvision.models import (
-    convnext,
-    densenet,
-    efficientnet,
-    maxvit,
-    mnasnet,
-    mobilenetv2,
-    regnet,
-    swin_transformer,
-    vision_transformer,
-)
+from torchvision.models import efficientnet, mnasnet, regnet, vision_transformer
 
 import train
 from dreml import run_writer
@@ -105,32 +95,24 @@ def test_which_networks_gain_from_bf16_on_a_cpu(backbone, gains):
 
 # ------------------------------------------------------------------------------------------------ training
 
-SMALL = {  # backbone -> the same family in small, for images of 32 pixels; ResNets: test_train.py
-    "convnext_tiny": partial(
-        convnext.ConvNeXt, [convnext.CNBlockConfig(8, 16, 1), convnext.CNBlockConfig(16, None, 1)], 0.1
-    ),
-    "densenet121": partial(densenet.DenseNet, 4, (1, 1), 8),
+# Families with dropout, with a loader of their own, and that cannot be built on meta, each in small for 32 pixels.
+SMALL = {
     "efficientnet_b0": partial(
         efficientnet.EfficientNet,
         [efficientnet.MBConvConfig(1, 3, 1, 8, 8, 1), efficientnet.MBConvConfig(4, 3, 2, 8, 8, 2)],
         dropout=0.2,
         last_channel=32,
     ),
-    "maxvit_t": partial(maxvit.MaxVit, (32, 32), 8, 2, [8, 16], [1, 1], head_dim=8, stochastic_depth_prob=0.2),
-    "mobilenet_v2": partial(mobilenetv2.MobileNetV2, width_mult=0.1, inverted_residual_setting=[[1, 16, 1, 2]]),
     "mnasnet0_5": partial(mnasnet.MNASNet, 0.1),
     "regnet_x_400mf": lambda **kwargs: regnet.RegNet(
         regnet.BlockParams.from_init_params(depth=2, w_0=8, w_a=8.0, w_m=2.0, group_width=8), stem_width=8, **kwargs
     ),
-    "swin_t": partial(swin_transformer.SwinTransformer, [4, 4], 8, [1, 2], [1, 2], [2, 2]),
     "vit_b_32": partial(vision_transformer.VisionTransformer, 32, 16, 1, 2, 16, 32, dropout=0.1),
 }
 
 
 @pytest.mark.parametrize("backbone", [*SMALL, "timm:test_efficientnet"])
-def test_a_small_network_of_each_family_trains_goes_on_and_embeds(
-    backbone, tiny_cache, tiny_settings, tmp_path, monkeypatch, capsys
-):
+def test_a_small_network_trains_goes_on_and_embeds(backbone, tiny_cache, tiny_settings, tmp_path, monkeypatch, capsys):
     """Two steps, killed between them, end with the bits of two steps at once; the member embeds as it was saved."""
     if backbone in SMALL:
         monkeypatch.setitem(torchvision.models._api.BUILTIN_MODELS, backbone, build_small(backbone))
@@ -302,12 +284,7 @@ REFUSED = {  # a change of a state dict, another object, or the bytes of a file 
     "unknown": ({"extra": CONV}, r"extra is unknown$"),
     "shape": ({"conv1.weight": CONV[:, :1]}, r"conv1.weight is \(64, 1, 7, 7\), not \(64, 3, 7, 7\)$"),
     "NaN": ({"layer2.0.conv1.weight": torch.full((128, 64, 3, 3), torch.nan)}, r"layer2.0.conv1.weight is not finite$"),
-    "overflow": ({"conv1.weight": CONV.double() * 1e300}, r"conv1.weight is not finite$"),
-    "int8": ({"conv1.weight": CONV.to(torch.int8)}, r"conv1.weight is int8, not floating point$"),
-    "complex": ({"conv1.weight": CONV.to(torch.complex64)}, r"conv1.weight is complex64, not floating point$"),
-    "sparse": ({"conv1.weight": CONV.to_sparse()}, r"conv1.weight is sparse$"),
     "other network": (torchvision.models.resnet34, r"does not fit resnet18: .* and \d+ more differences$"),
-    "list": ([1, 2], "holds no state dict"),
     "nothing inside": ({"state_dict": {}, "conv1.weight": 3}, "holds no state dict"),
     "two inside": ([{"a": {"x": CONV}, "b": {"x": CONV}}], r"holds several state dicts \('a', 'b'\): save one$"),
     "code": ([Payload("owned")], "is no readable state dict, as torch.save"),
@@ -328,7 +305,7 @@ def test_weights_that_cannot_be_used_are_refused_in_one_line(tmp_path, monkeypat
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif isinstance(content, list):
-        torch.save(content[0] if len(content) == 1 else content, path)
+        torch.save(content[0], path)
     elif callable(content):
         torch.save(content().state_dict(), path)
     else:

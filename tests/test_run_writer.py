@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 def test_run_folder(tiny_run, tiny_data, tiny_cache):
     assert tiny_run.name == "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
-    names = {"args.json", "baseline.csv", "baseline.json", "cache_compared.json", "recall.csv", "test.csv", "train.csv"}
+    names = {"args.json", "baseline.csv", "baseline.json", "recall.csv", "test.csv", "train.csv"}
     names |= {f"member_00{member}.{suffix}" for member in (1, 2) for suffix in ("json", "npy", "safetensors")}
     assert {path.name for path in tiny_run.iterdir() if not path.name.endswith(".lock")} == names
 
@@ -154,14 +154,13 @@ def test_only_what_cannot_be_written_blames_the_results_folder(
 ):
     """A lock that cannot be taken does; a cache that cannot be read does not."""
     copy_run(small_run, tmp_path / small_run.name)
-    (tmp_path / small_run.name / "cache_compared.json").unlink()
 
     def unreadable(cache):
         raise OSError(5, "Input/output error", "train_pixels.npy")
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "verify_cache", unreadable)
-        assert train_tiny(tiny_data, tmp_path) == 1
+        patch.setattr(train, "verify_cache", unreadable)
+        assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "3") == 1
     message = "train.py: failed: [Errno 5] Input/output error: 'train_pixels.npy'\n"
     assert capsys.readouterr().err == message
     lock = tmp_path / f".{small_run.name}.lock"
@@ -176,7 +175,7 @@ def test_leftovers_of_finished_members_are_removed(tiny_data, small_run, tmp_pat
     """Of a process that was killed before it could."""
     folder = copy_run(small_run, tmp_path / small_run.name)
     gone = ["progress_001.pt", ".progress_002.pt.tmp-123", ".args.json.tmp-1", ".recall.csv.tmp-1"]
-    gone += [".cache_compared.json.tmp-1", ".baseline.json.tmp-1"]
+    gone += [".baseline.json.tmp-1"]
     for name in [*gone, "progress_003.pt"]:
         (folder / name).write_bytes(b"x")
     assert train_tiny(tiny_data, tmp_path) == 0
@@ -201,28 +200,17 @@ def test_a_full_disk_costs_the_member_but_no_file(tiny_data, small_run, tmp_path
 # ------------------------------------------------------------------------------------------------ the cache
 
 
-def test_the_content_of_a_cache_is_compared_once(tiny_data, small_run, tmp_path, monkeypatch, capsys, no_training):
-    folder = copy_run(small_run, tmp_path / "results" / small_run.name)
+@pytest.mark.parametrize("options", [["--ensemble_size", "3"], ["--embedding", "pooled"]])
+def test_a_damaged_cache_is_found_before_its_pixels_are_read(tiny_data, small_run, tmp_path, capsys, options):
+    """Where nothing is to be trained or embedded, no pixels are read."""
     data, results = tmp_path / "data", tmp_path / "results"
-    shutil.copytree(tiny_data, data, copy_function=shutil.copy)  # the same content of another time
-    compared, verify_cache = [], writer.verify_cache
-
-    def verify(cache):
-        compared.append(cache.folder)
-        verify_cache(cache)
-
-    monkeypatch.setattr(writer, "verify_cache", verify)
-    for expected in (1, 1):
-        assert train_tiny(data, results) == 0 and len(compared) == expected
+    copy_run(small_run, results / small_run.name)
+    shutil.copytree(tiny_data, data)
     flip_a_bit(data / "tiny" / "cache_32" / "test_images.npy")
-    for expected in (2, 3):  # a damaged one is not remembered
-        assert train_tiny(data, results) == 2 and len(compared) == expected
-        error = capsys.readouterr().err
-        assert re.search(r"damaged: test_images; make it again with: python data_utils\.py .*--force\n$", error)
-    shutil.copytree(tiny_data, data, copy_function=shutil.copy, dirs_exist_ok=True)
-    (folder / "cache_compared.json").write_text("{damaged")
-    assert train_tiny(data, results) == 0 and len(compared) == 4
-    assert only_folder(results) == folder and set(compared) == {data / "tiny" / "cache_32"}
+    assert train_tiny(data, results, *options) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"damaged: test_images; make it again with: python data_utils\.py .*--force\n$", error)
+    assert digests(only_folder(results)) == digests(small_run) and train_tiny(data, results) == 0
 
 
 def test_a_lost_run_record_is_made_again(tiny_data, small_run, tmp_path, capsys, no_training, monkeypatch):
