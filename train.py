@@ -362,7 +362,6 @@ def run(args: argparse.Namespace) -> None:
     where = f"device {here['device']}, {settings.precision}"
     print(f"{folder}: {finished} of {cli.counted(args.ensemble_size, 'member')} finished; {where}")
     print_exceptions(cache, split, training=bool(missing))
-    check_unchanged(cache)
 
     # 3. The members that are missing, one after the other; other processes may train others of them at the same time
     compute = Compute(device, settings.precision)
