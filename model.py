@@ -24,10 +24,10 @@ from utils import full_float32, rng_for
 
 
 def build_model(backbone: str, num_meta_classes: int, weights: dict[str, torch.Tensor] | None) -> nn.Module:
-    """A backbone whose last layer is one `Linear(features, num_meta_classes)` (paper, section 3).
+    """Build a backbone whose last layer is one `Linear(features, num_meta_classes)` (paper, section 3).
 
-    Maps `(N, 3, S, S) float` to logits `(N, num_meta_classes)`. What `weights` (from `read_weights`) does not fill,
-    at least the head, is drawn from torch's global CPU generator by the library's own initialisation.
+    Maps `(N, 3, S, S) float` to logits `(N, num_meta_classes)`. `weights` (from `read_weights`) fills all but the head;
+    None fills nothing. The rest is drawn from torch's global CPU generator by the library's own initialisation.
     """
     model, last = build_backbone(backbone, num_meta_classes)
     head = Head(model.get_submodule(last).in_features, num_meta_classes)
@@ -38,14 +38,14 @@ def build_model(backbone: str, num_meta_classes: int, weights: dict[str, torch.T
 
 
 def initial_model(settings: Settings, member: int, weights: dict[str, torch.Tensor] | None) -> nn.Module:
-    """A member before its first step, on the CPU. What `weights` does not fill is drawn for this member."""
+    """Build a member's network before the first step, on the CPU. Its random weights depend on seed and member only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng_for(settings.seed, member, 0, "weights").integers(2**63)))
         return build_model(settings.backbone, settings.meta_class_size, weights)
 
 
 class Head(nn.Linear):
-    """The last layer: features `(N, features)` of any float dtype -> logits `(N, D) float32`, whatever the autocast."""
+    """The last layer: features `(N, features)` of any float dtype -> logits `(N, D) float32`, also under autocast."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         with autocast(features.device, "fp32"):
@@ -53,7 +53,7 @@ class Head(nn.Linear):
 
 
 def head_of(model: nn.Module) -> Head:
-    """The last layer of a network that `build_model` built."""
+    """Return the last layer of a network from `build_model`."""
     return next(layer for layer in model.modules() if isinstance(layer, Head))
 
 
@@ -64,7 +64,7 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Compute:
-    """Where a network runs, and in which precision its backbone computes (its head always computes in fp32)."""
+    """The device of a network, and the precision of its backbone (the head always computes in fp32)."""
 
     device: torch.device
     precision: str = "fp32"
@@ -73,11 +73,11 @@ class Compute:
         return autocast(self.device, self.precision)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """What scales the loss up in fp16, where small gradients would vanish. It does nothing in other precisions."""
+        """Make a loss scaler for fp16, where small gradients would vanish. It does nothing in other precisions."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def overflow_remedy(self) -> str:
-        """What to try when numbers are not finite."""
+        """Return advice to the user for numbers that are not finite."""
         if self.precision == "fp32":
             return "try a lower --lr"
         return f"try a lower --lr, or --precision fp32 ({self.precision} was used)"
@@ -100,9 +100,9 @@ class TrainState:
 
 
 def pick_precision(device: torch.device, backbone: str) -> str:
-    """The precision for `--precision auto`: bf16 where the device computes it natively, else fp16 on CUDA, else fp32.
+    """Choose the precision for `--precision auto`: bf16 if it is native to the device, else fp16 on CUDA, else fp32.
 
-    On a CPU, fp32 also for the networks that bf16 would slow down. fp16 needs tensor cores to be worth its gradient
+    On a CPU, also fp32 for networks that bf16 would slow down. fp16 needs tensor cores to be worth its gradient
     scaling: compute capability 7.0 (V100) and above.
     """
     if device.type == "cuda":
@@ -117,7 +117,7 @@ def pick_precision(device: torch.device, backbone: str) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """The context for computing in `precision`. "fp32" switches an outer autocast off."""
+    """Return a context that computes in `precision`. "fp32" switches an outer autocast off."""
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
@@ -129,10 +129,10 @@ Statistics = tuple[torch.Tensor, torch.Tensor]  # mean and standard deviation of
 
 
 def features(model: nn.Module, pixels: torch.Tensor, embedding: str) -> torch.Tensor:
-    """What a member's embedding is made of, before it is scaled to length 1: `(N, 3, S, S) float` -> `(N, d) float32`.
+    """Compute a member's embedding before it is scaled to length 1: `(N, 3, S, S) float` -> `(N, d) float32`.
 
-    For "logits" its D logits (the method); for "pooled" the input of its last layer, in most networks the
-    feature after average pooling.
+    "logits": the D logits (the method). "pooled": the input of the last layer, in most networks the feature after
+    average pooling.
     """
     if embedding == "logits":
         return model(pixels)
@@ -143,17 +143,17 @@ def features(model: nn.Module, pixels: torch.Tensor, embedding: str) -> torch.Te
 
 
 def channel_statistics(data: object, device: torch.device) -> Statistics:
-    """Mean and standard deviation of a data set's channels, from what has them as `mean` and `std`."""
+    """Return `data.mean` and `data.std`, of a data set's channels, as tensors `(3,)` on the device."""
     return torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
 
 
 def extract_features(
     model: nn.Module, images: np.ndarray, statistics: Statistics, batch_size: int, embedding: str = "logits"
 ) -> torch.Tensor:
-    """The `features` of many images, `(N, d) float32` on the device, computed in float32 whatever the training was.
+    """Compute the `features` of many images, `(N, d) float32` on the device. Always in full float32.
 
-    `images` `(N, S, S, 3) uint8`, memory-mapped or not; `statistics` on the device; `batch_size`: at most; half of it,
-    and so on, while memory is too short.
+    `images`: `(N, S, S, 3) uint8`, memory-mapped or not. `statistics`: on the device. `batch_size`: images of a batch,
+    halved while memory is too short.
     """
     model.eval()
     return with_less_memory(lambda size: features_in_batches(model, images, statistics, size, embedding), batch_size)
@@ -185,9 +185,9 @@ def features_in_batches(
 
 
 def unit_rows(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The ensemble's embedding with rows of length 1, `(N, sum of all d)`, from the members' outputs `(N, d)` each.
+    """Join the members' outputs, `(N, d)` each, into the ensemble's embedding `(N, sum of all d)`, rows of length 1.
 
-    Each member has the same share, so the dot product of two rows is the mean of the members' cosines.
+    All members have the same weight, so the dot product of two rows is the mean of the members' cosines.
     """
     return torch.cat([F.normalize(output, dim=1) for output in outputs], dim=1) / len(outputs) ** 0.5
 
@@ -222,15 +222,15 @@ class Ensemble(nn.Module):
             return self.embed(pixels)
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The same from normalised pixels, `(N, 3, S, S) float`, in the precision that the caller has set."""
+        """As `forward`, from normalised pixels `(N, 3, S, S) float`, in the precision that the caller has set."""
         return unit_rows([features(member, pixels, self.embedding) for member in self.members])
 
 
 def load_member(path: Path) -> nn.Module:
-    """The network of a trained member, on the CPU. `member_007.safetensors` itself says which network it is."""
+    """Load a trained member's network from `member_007.safetensors`, on the CPU. Its metadata names the backbone."""
     with safe_open(path, framework="pt") as file:
         settings = json.loads(file.metadata()[METADATA])["settings"]
-        state = {name: file.get_tensor(name).clone() for name in file.keys()}  # the file is mapped into memory
+        state = {name: file.get_tensor(name).clone() for name in file.keys()}  # the file is memory-mapped
     model = without_drawing(lambda: build_model(settings["backbone"], settings["meta_class_size"], None))
     model.load_state_dict(state, assign=True)
     return model.to(memory_format=torch.channels_last)

@@ -42,9 +42,9 @@ from model import Compute, TrainState, channel_statistics, extract_features, ini
 from utils import capped_images, meta_class_partition, rng_for, unmatched_queries
 
 MAX_IMAGES_PER_CLASS = 300  # docs/METHOD.md, step 5: a larger class is cut to a random 300 for each member
-SECONDS_BETWEEN_READINGS = 2  # of the loss, for the bar: the host waits for the device
-SECONDS_BETWEEN_LINES = 60  # the same without a terminal
-TIMED_STEPS = 20  # by which the duration of the training is judged
+SECONDS_BETWEEN_READINGS = 2  # of the loss, for the progress bar; each reading waits for the device
+SECONDS_BETWEEN_LINES = 60  # of log output, without a terminal
+TIMED_STEPS = 20  # steps from which the training time is estimated
 Pair = tuple[torch.Tensor, Targets]  # a batch: pixels and targets
 
 # ------------------------------------------------------------------------------------------------ options
@@ -89,10 +89,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 @dataclass
 class Sums:
-    """What an epoch adds up, on the device."""
+    """Running totals of an epoch, on the device."""
 
-    loss: torch.Tensor  # () float32, over the images
-    correct: torch.Tensor  # () int64, images
+    loss: torch.Tensor  # () float32, sum over the images
+    correct: torch.Tensor  # () int64, number of images
     finite_steps: torch.Tensor  # () int64, steps before the first whose loss is not finite
     steps: int = 0
 
@@ -103,7 +103,7 @@ class Sums:
 
 
 def cross_entropy(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Plain softmax cross-entropy, the mean over the images, `() float32`. Of a mixed image, both targets by share."""
+    """Mean softmax cross-entropy over the images, `() float32`. Mixed images: both targets, weighted by share."""
     if isinstance(targets, torch.Tensor):
         return F.cross_entropy(logits, targets)
     own = F.cross_entropy(logits, targets.own, reduction="none")
@@ -112,9 +112,9 @@ def cross_entropy(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
 
 
 def train_step(state: TrainState, compute: Compute, pixels: torch.Tensor, targets: Targets, sums: Sums) -> None:
-    """Train one step on meta-classes. The host never waits for the device.
+    """Take one training step and add to `sums`. The host never waits for the device.
 
-    The backbone computes in `compute.precision`, its head and the loss in fp32.
+    The backbone computes in `compute.precision`, the head and the loss in fp32.
     """
     with compute.autocast():
         logits = state.model(pixels)
@@ -134,9 +134,9 @@ def train_step(state: TrainState, compute: Compute, pixels: torch.Tensor, target
 def train_epoch(
     state: TrainState, compute: Compute, batches: Iterable[Pair], num_images: int, title: str
 ) -> dict[str, float]:
-    """Train one epoch: a step for each (pixels, targets) of `batches`, with a progress bar, or a line every minute.
+    """Train one epoch, one step per batch. Shows a progress bar or, where that is off, prints a line every minute.
 
-    Returns what history keeps of an epoch. Raises RunError if a loss was not finite.
+    Returns the epoch's numbers for the history; accuracy is in percent. Raises RunError if a loss was not finite.
     """
     start = time.perf_counter()
     sums = Sums.zeros(compute.device)
@@ -183,7 +183,7 @@ class Experiment:
     compute: Compute
     environment: dict[str, str | int | None]
     progress_seconds: float = SECONDS_BETWEEN_WRITES
-    num_ahead: int = 0  # members whose duration is said while the first one is trained
+    num_ahead: int = 0  # members in the time estimate that the first one prints; 0: no estimate
 
     @cached_property
     def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +192,7 @@ class Experiment:
 
 
 def initial_state(experiment: Experiment, member: int) -> TrainState:
-    """A member before its first step, on the device."""
+    """Make a member's network, optimizer and gradient scaler before the first step, on the device."""
     settings, compute = experiment.settings, experiment.compute
     model = initial_model(settings, member, experiment.weights).to(compute.device)
     optimizer = make_optimizer(settings.optimizer, model, settings.lr, compute.device)
@@ -200,18 +200,18 @@ def initial_state(experiment: Experiment, member: int) -> TrainState:
 
 
 def copy_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict that does not change with the network."""
+    """Copy the state dict, so that it does not change with the network."""
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def train_member(
     experiment: Experiment, member: int, title: str, progress: Progress | None = None
 ) -> tuple[nn.Module, dict]:
-    """Train one member (docs/METHOD.md, "One member"), from where `progress` stands.
+    """Train one member (docs/METHOD.md, "One member"). Resumes from the state in `progress`, if there is one.
 
-    Returns the network, on the device, and how it came about: best epoch, history and partition. Its weights are those
-    of the epoch with the best training accuracy, counted during the epoch; the earlier one on a tie. For "onecycle" and
-    --mixup they are those of the last epoch.
+    Returns the network, on the device, and a dict of best_epoch, history and partition. The weights are from the epoch
+    with the best training accuracy, counted during the epoch; on a tie, from the earlier epoch. With "onecycle" or
+    --mixup, they are from the last epoch.
     """
     settings, compute, cache = experiment.settings, experiment.compute, experiment.cache
     labels = cache.array("train_labels")
@@ -222,7 +222,7 @@ def train_member(
     images = capped_images(labels, MAX_IMAGES_PER_CLASS, draw_once("cut"))
     state = initial_state(experiment, member)
     history, best_epoch, best_model = [], -1, None
-    largest = min(settings.batch_size + 1, len(images))  # 1: see `batch_spans`
+    largest = min(settings.batch_size + 1, len(images))  # + 1: see `batch_spans`
     memory = input_memory(largest, settings.image_size, compute.device)
     earlier = progress.read() if progress else None
     if earlier:
@@ -230,13 +230,13 @@ def train_member(
         history = earlier["history"]
         best_epoch = earlier["best_epoch"]
         best_model = earlier["best_model"] or copy_weights(state.model)
-        del earlier  # its memory
+        del earlier  # frees its memory
         print(f"{title}: goes on after epoch {len(history) - 1}", flush=True)
 
     first_epoch = len(history)
     for epoch in range(first_epoch, settings.num_epochs):
         draw = partial(rng_for, settings.seed, member, epoch)
-        torch.manual_seed(int(draw("dropout").integers(2**63)))  # for networks that have some; a ResNet draws nothing
+        torch.manual_seed(int(draw("dropout").integers(2**63)))  # for networks with dropout; a ResNet draws nothing
         batches = epoch_batches(cache, images, targets, settings, draw, compute.device)
         prepared = ((prepare(batch, *experiment.statistics, memory), batch.targets) for batch in batches)
         paced = with_rates(prepared, state.optimizer, settings, epoch, len(images))
@@ -244,13 +244,13 @@ def train_member(
             paced = with_outlook(paced, len(images), settings.num_epochs, experiment.num_ahead)
         result = train_epoch(state, compute, paced, len(images), f"{title} epoch {epoch}")
         history.append({"epoch": epoch, "lr": learning_rate(settings, epoch + 0.5)} | result)
-        # The last epoch of "onecycle" has the smallest rates; of mixed images, the accuracy does not say which is best.
+        # "onecycle" ends with the smallest rates. With --mixup, the accuracy does not tell which epoch is best.
         keeps_last = settings.schedule == "onecycle" or settings.mixup
         if best_epoch < 0 or keeps_last or result["correct"] > history[best_epoch]["correct"]:
             best_epoch = epoch
             best_model = copy_weights(state.model)
         if progress:
-            other_best = None if best_epoch == epoch else best_model  # None: the same as the model
+            other_best = None if best_epoch == epoch else best_model  # None: same as the current model
             done = {"history": history, "best_epoch": best_epoch, "best_model": other_best}
             progress.end_of_epoch(state.state_dict() | done)
     state.model.load_state_dict(best_model)
@@ -258,12 +258,12 @@ def train_member(
 
 
 def with_outlook(batches: Iterable[Pair], num_images: int, num_epochs: int, num_members: int) -> Iterator[Pair]:
-    """The (pixels, targets) of a first epoch of `num_images`. After 20 steps, or all, say how long the members take."""
+    """Yield the batches of a first epoch. After 20 steps, or all if fewer, print how long the members will take."""
     batches = iter(batches)
     num_timed = None
     for pixels, targets in islice(batches, TIMED_STEPS):
-        yield pixels, targets  # goes on here after the step
-        if num_timed is None:  # the first step chose algorithms
+        yield pixels, targets  # resumes here after the step
+        if num_timed is None:  # the first step is not timed: it also chooses algorithms
             start = time.perf_counter()
             num_timed = 0
         else:
@@ -276,7 +276,7 @@ def with_outlook(batches: Iterable[Pair], num_images: int, num_epochs: int, num_
 
 
 def embed_test_images(experiment: Experiment, model: nn.Module, member: int, embedding: str) -> torch.Tensor:
-    """The features of all test images, `(M, d) float32`, in batches twice as large as in training if they fit."""
+    """Embed all test images, `(M, d) float32`, in batches twice as large as in training if memory allows."""
     images, batch_size = experiment.cache.array("test_images"), 2 * experiment.settings.batch_size
     outputs = extract_features(model, images, experiment.statistics, batch_size, embedding)
     if not torch.isfinite(outputs).all():
@@ -325,7 +325,7 @@ def finish_member(experiment: Experiment, members: Members, member: int, title: 
 
 
 def run(args: argparse.Namespace) -> None:
-    # 1. Options, data and device: whatever can be wrong is found before any training
+    # 1. Options, data and device: errors are found before any training
     settings = settings_of(args)
     cache = read_cache(args.data_path, settings.data_name, settings.image_spec)
     if settings.meta_class_size == ALL_CLASSES:
@@ -363,7 +363,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{folder}: {finished} of {cli.counted(args.ensemble_size, 'member')} finished; {where}")
     print_exceptions(cache, split, training=bool(missing))
 
-    # 3. The members that are missing, one after the other; other processes may train others of them at the same time
+    # 3. The missing members, one after the other; other processes may train other members at the same time
     compute = Compute(device, settings.precision)
     experiment = Experiment(cache, settings, weights, compute, here, args.progress_seconds, len(missing))
     if members.records:
@@ -396,7 +396,7 @@ def run(args: argparse.Namespace) -> None:
     alone = [writer.recall_percent([embedding], split, args.recalls[:1]).item() for embedding in embeddings]
     final = table.tail(1).assign(**map_percent(embeddings, split))
     print_baseline(folder, final, args.embedding, settings.weights)
-    if missing:  # something was trained; it reads all test images
+    if missing:  # only after training: it reads all test images
         print_near_copies(embeddings, split, cache.array("test_images"))
     print("\n" + table.assign(alone=alone).round(2).to_string(index=False))
     print(f"(alone: {table.columns[1]} of the last member of the row by itself)")
@@ -407,7 +407,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSplit) -> None:
-    """Raise InputError for numbers of meta-classes or K that the data set is too small for."""
+    """Raise InputError if the data set is too small for --meta_class_size or --recalls."""
     num_classes, _ = cache.counts["train"]
     num_gallery = int(split.is_gallery.sum())
     size = settings.meta_class_size
@@ -421,7 +421,7 @@ def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSpl
 
 
 def print_exceptions(cache: Cache, split: TestSplit, training: bool) -> None:
-    """Say which images do not take part: new ones, in large classes, outside the gallery, alone in their class."""
+    """Print which images do not take part: new ones, in large classes, outside the gallery, alone in their class."""
     warn_of_changes(cache)
     class_sizes = np.bincount(cache.array("train_labels"))
     left_out = int((class_sizes - MAX_IMAGES_PER_CLASS).clip(min=0).sum())

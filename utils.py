@@ -1,4 +1,4 @@
-"""What the method computes: seeded random draws, meta-class partitions, Recall@K, mAP@R. Imports nothing of ours."""
+"""The method's computations: seeded random draws, meta-class partitions, Recall@K, mAP@R. Imports no project module."""
 
 import contextlib
 import zlib
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-TIE_TOLERANCE = 1e-6  # a member: below it, two summed cosines count as equal (float32 rounding decides nothing)
-# Rows of similarities at a time. On a CPU larger blocks are no faster; a GPU wants few large launches.
+TIE_TOLERANCE = 1e-6  # per member: summed cosines this close count as equal, so that rounding decides nothing
+# Most rows of a block of similarities. On a CPU, larger blocks are not faster; a GPU needs few large launches.
 LARGEST_BLOCK = {"cpu": 2**10, "cuda": 2**14, "mps": 2**14}
 
 # ------------------------------------------------------------------------------------------------ partitions
@@ -39,7 +39,7 @@ def meta_class_partition(num_classes: int, num_meta_classes: int, generator: np.
 
 
 def capped_images(labels: np.ndarray, most: int, generator: np.random.Generator) -> np.ndarray:
-    """Draw the training images of a member: all, but only `most` random ones of a class that has more.
+    """Draw the training images of a member: at most `most` random images of each class.
 
     `labels` `(N,) int64`: the class of each image. Returns their indices, sorted, `(n,) int64`.
     """
@@ -64,10 +64,10 @@ def recall_at_k(
 ) -> torch.Tensor:
     """Share of queries with an image of their own class among the K most similar, for every ensemble size.
 
-    The rank of a query is the number of images of *other* classes whose similarity (the cosines summed over the first
-    l members) is at least its best own-class similarity, itself excluded by index, minus 1e-6 * l. It is a hit at K if
-    rank < K. So ties count against the query: a constant embedding scores 0, not 1. A query whose class has no other
-    image in the gallery is a miss (`unmatched_queries` finds them).
+    The similarity of two images is the sum of the first l members' cosines. The rank of a query is the number of images
+    of *other* classes whose similarity is at least the best own-class similarity minus 1e-6 * l; the query itself is
+    excluded by index. A query is a hit at K if its rank is below K. So ties count against the query: a constant
+    embedding scores 0, not 1. A query is a miss if its class has no other gallery image (see `unmatched_queries`).
 
     Args:
         embeddings: one `(N, d)` tensor, or a sequence of L tensors `(N, d_l)`, one for each member, of any float dtype
@@ -75,8 +75,8 @@ def recall_at_k(
         labels: `(N,)` integers.
         ks: positive integers.
         is_query, is_gallery: `(N,) bool`; None: every image. An image may be both, or neither.
-        max_bytes: bound on a block of similarities, which has at least 16 rows; None: `similarity_memory`. No N x N
-            matrix is made. Beside the blocks, a copy of the embeddings in float32 is held.
+        max_bytes: memory for similarities; None: `similarity_memory`. They are computed in blocks of at least 16 rows,
+            never as an N x N matrix. A float32 copy of the embeddings is held beside the blocks.
 
     Returns `(L, len(ks)) float64` on the CPU, in [0, 1]; row l-1 is the ensemble of the first l members. Raises
     ValueError for shapes that do not fit, a K below 1, no query, no gallery, or embeddings that are not finite.
@@ -94,7 +94,7 @@ def recall_at_k(
 
 
 def similarity_memory(device: torch.device) -> int:
-    """Bytes that scoring may use for similarities: on CUDA a quarter of what is free, elsewhere 1 GiB."""
+    """Return the bytes that scoring may use for similarities: on CUDA a quarter of the free memory, elsewhere 1 GiB."""
     if device.type != "cuda":
         return 2**30
     kept_by_pytorch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, too
@@ -102,10 +102,10 @@ def similarity_memory(device: torch.device) -> int:
 
 
 def unmatched_queries(labels: torch.Tensor, is_query: torch.Tensor, is_gallery: torch.Tensor) -> torch.Tensor:
-    """Queries whose class has no other image in the gallery, `(N,) bool`. They are misses in Recall@K."""
+    """Find the queries whose class has no other image in the gallery, `(N,) bool`. They are misses in Recall@K."""
     names, class_of = torch.unique(labels, return_inverse=True)
     in_gallery = torch.bincount(class_of[is_gallery], minlength=len(names))[class_of]
-    return is_query & (in_gallery == is_gallery)  # there is none, or only itself
+    return is_query & (in_gallery == is_gallery)  # the class has no gallery image, or only the query itself
 
 
 def _best_own_similarities(pairs: "_Pairs") -> torch.Tensor:
@@ -130,7 +130,7 @@ def _count_others_above(pairs: "_Pairs", thresholds: torch.Tensor) -> torch.Tens
     for index, (start, stop), (left, right), sums in _other_class_sums(pairs):
         if reached.shape != sums.shape:
             reached = torch.empty_like(sums)
-        # 0.0 and 1.0 in place of bool: on the CPU their sums took a twentieth of the time.
+        # Write 0.0 and 1.0, not bool: summing floats took a twentieth of the time on the CPU.
         torch.ge(sums, thresholds[index, start:stop, None], out=reached)
         ranks[index, start:stop] += reached.sum(1).int()
         rest = max(stop, left)
@@ -143,11 +143,10 @@ def _count_others_above(pairs: "_Pairs", thresholds: torch.Tensor) -> torch.Tens
 def _other_class_sums(pairs: "_Pairs") -> Iterator[tuple[int, tuple[int, int], tuple[int, int], torch.Tensor]]:
     """Yield the similarities of queries to images of other classes, block by block.
 
-    A block is (index of the last member, (start, stop) of the queries, (left, right) of the gallery images, the summed
-    cosines of the members up to it, `(stop - start, right - left) float32`, -inf for a pair of one class).
-
-    Where queries and gallery are the same images, each block of the symmetric matrix is computed once. Its columns from
-    gallery image max(stop, left) on then count the other way too.
+    Yields (index of a member, (start, stop) of the queries, (left, right) of the gallery images, sums). The sums
+    `(stop - start, right - left) float32` are the cosines summed over the members up to this index; -inf for a pair of
+    one class. If queries and gallery are the same images, each block of the symmetric matrix is computed once. The
+    caller then also has to use its columns from gallery image max(stop, left) on as queries.
     """
     width = 4 * pairs.block
     for start in range(0, pairs.num_queries, pairs.block):
@@ -176,25 +175,25 @@ def map_at_r(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """mAP@R and R-Precision for every ensemble size (Musgrave et al., "A Metric Learning Reality Check", 2020).
 
-    R is the number of images of the query's class in the gallery, itself excluded by index. R-Precision is the share of
-    them among the R most similar images. mAP@R adds up, over those, the precision at their positions, and divides by R.
-    The mean is over the queries with R > 0, as in pytorch-metric-learning; it is NaN if there are none.
+    R is the number of gallery images of the query's class, without the query itself. R-Precision is the share of
+    own-class images among the R most similar ones. mAP@R sums the precision at the position of each of these own-class
+    images and divides by R. Both are means over the queries with R > 0, as in pytorch-metric-learning; NaN if none.
 
     As in `recall_at_k`, ties count against the query: the position of its i-th most similar own-class image is i plus
     the number of images of *other* classes whose similarity is at least that image's minus 1e-6 * l. So the numbers do
-    not depend on the order of the images, and a constant embedding scores 0 unless R reaches beyond the other classes.
+    not depend on the order of the images. A constant embedding scores 0 unless R exceeds the number of these images.
 
     Arguments and errors are those of `recall_at_k`; blocks hold whole rows of the similarity matrix, at least 16.
     Returns (mAP@R, R-Precision), each `(L,) float64` on the CPU, in [0, 1], for the first l members.
     """
-    # A row holds its similarities to the gallery, those of its own class once more, and what is computed from the R
-    # nearest of both: in all 16 floats a gallery image, if its class is nearly the whole gallery.
+    # A row needs at most 16 floats per gallery image: its similarities, those to its own class again, and what is
+    # computed from the R nearest of both. It needs all 16 if its class is nearly the whole gallery.
     pairs = _pairs_by_class(embeddings, labels, is_query, is_gallery, max_bytes, floats_of_a_row=16 * len(labels))
     scores = torch.zeros((2, pairs.num_members, pairs.num_queries), device=pairs.device)
     with full_float32(pairs.device.type):
         for start in range(0, pairs.num_queries, pairs.block):
             stop = min(start + pairs.block, pairs.num_queries)
-            left, right = pairs.first[start], pairs.last[stop - 1]  # outside lie other classes only
+            left, right = pairs.first[start], pairs.last[stop - 1]  # outside this range, all classes are others
             own = _zeros_at(pairs.own(start, stop, left, right))
             others = _zeros_at(~pairs.same_class(start, stop, 0, pairs.num_gallery))
             num_own = pairs.num_own[start:stop, None]
@@ -208,14 +207,14 @@ def map_at_r(
 
 
 def _precisions(own: torch.Tensor, others: torch.Tensor, num_own: torch.Tensor, tolerance: float) -> torch.Tensor:
-    """mAP@R and R-Precision of some queries, `(2, queries) float32`.
+    """mAP@R and R-Precision of a block of queries, `(2, queries) float32`.
 
-    `own` and `others` are similarities to images of the query's class and of other classes; -inf is no image.
+    `own` and `others` are similarities to images of the query's class and of other classes; -inf means no image.
     """
     most = int(num_own.max())
     ordinal = torch.arange(1, most + 1, device=own.device)
-    # Both sorted, nearest first; the negative values ascend, as searchsorted wants them. The others beyond the `most`
-    # nearest need no count: an image behind so many is beyond R anyway.
+    # Both are sorted, nearest first, and negated: searchsorted needs ascending values. Only the `most` nearest others
+    # are counted: an image behind all of them is beyond R anyway.
     reach = own.topk(most).values - tolerance
     position = ordinal + torch.searchsorted(-others.topk(most).values, -reach, right=True)
     found = position <= num_own
@@ -234,8 +233,8 @@ def best_similarities(
     The similarity is the mean of the members' cosines. Arguments, options, errors and memory are those of
     `recall_at_k`.
 
-    Returns (other class, own class), each `(L, queries) float32` on the CPU, in [-1, 1], the queries in the order of
-    the rows; row l-1 is the ensemble of the first l members. -inf where there is no such image but the query itself.
+    Returns (other class, own class), each `(L, queries) float32` on the CPU, in [-1, 1], queries in row order. Row l-1
+    is the ensemble of the first l members. -inf if there is no such image; the query itself does not count.
     """
     pairs = _pairs_by_class(embeddings, labels, **options)
     others = torch.full((pairs.num_members, pairs.num_queries), -torch.inf, device=pairs.device)
@@ -255,13 +254,13 @@ def best_similarities(
 def first_neighbours(
     embeddings: torch.Tensor | Sequence[torch.Tensor], labels: torch.Tensor, **options: torch.Tensor | int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and similarity of the first neighbour of each query, in the ensemble of all members.
+    """Find the nearest neighbour of each query, in the ensemble of all members: its row and its similarity.
 
-    As in Recall@1, ties count against the query: its own class is taken to be less similar by 1e-6 a member. So the
-    share of neighbours of the query's class is the Recall@1. Arguments, options and errors are those of `recall_at_k`.
+    As in Recall@1, ties count against the query: own-class similarities are lowered by 1e-6 per member. So the share of
+    queries whose neighbour has their class is the Recall@1. Arguments, options and errors are those of `recall_at_k`.
 
-    Returns (rows `(queries,) int64`, means of the members' cosines `(queries,) float32`) on the CPU, the queries in the
-    order of the rows. The row is -1 for a query that is the only image of the gallery.
+    Returns (rows `(queries,) int64`, means of the members' cosines `(queries,) float32`) on the CPU, queries in row
+    order. The row is -1 for a query that is the only image of the gallery.
     """
     pairs = _pairs_by_class(embeddings, labels, **options, floats_of_a_row=4 * len(labels))
     tolerance = TIE_TOLERANCE * pairs.num_members
@@ -287,7 +286,7 @@ def first_neighbours(
 
 
 class _Images:
-    """Some of the images, in order of class, and a copy of their rows, scaled to length 1."""
+    """The chosen images, sorted by class, and a copy of their embeddings with rows of length 1."""
 
     def __init__(self, members: Sequence[torch.Tensor], labels: torch.Tensor, chosen: torch.Tensor):
         order = torch.argsort(labels, stable=True)
@@ -298,13 +297,13 @@ class _Images:
 
 @dataclass
 class _Pairs:
-    """The pairs of a query and a gallery image, both in order of class: pairs of one class lie in a band."""
+    """All pairs of a query and a gallery image, both sorted by class, so that pairs of one class lie in a band."""
 
     queries: _Images
     gallery: _Images  # the same object if they are the same images
     first: list[int]  # where each query's class starts in the gallery
     last: list[int]  # and where it ends
-    num_own: torch.Tensor  # (queries,) int64, gallery images of each query's class but itself
+    num_own: torch.Tensor  # (queries,) int64, other gallery images of each query's class
     block: int  # rows of a block of similarities
 
     def __post_init__(self):
@@ -312,14 +311,14 @@ class _Pairs:
         self.num_members = len(self.queries.members)
         self.num_queries = len(self.queries.order)
         self.num_gallery = len(self.gallery.order)
-        self.symmetric = self.queries is self.gallery  # queries and gallery are the same images
+        self.symmetric = self.queries is self.gallery
 
     def same_class(self, start: int, stop: int, left: int, right: int) -> torch.Tensor:
-        """Which of queries start:stop and gallery images left:right share a class, `(rows, columns) bool`."""
+        """Compare the classes of queries start:stop and gallery images left:right, `(rows, columns) bool`."""
         return self.queries.labels[start:stop, None] == self.gallery.labels[left:right]
 
     def own(self, start: int, stop: int, left: int, right: int) -> torch.Tensor:
-        """The same without the pairs of an image and itself."""
+        """As `same_class`, but False for a pair of an image and itself."""
         other = self.queries.order[start:stop, None] != self.gallery.order[left:right]
         return self.same_class(start, stop, left, right) & other
 
@@ -340,8 +339,8 @@ def _pairs_by_class(
 ) -> _Pairs:
     """Check the arguments of `recall_at_k`, sort the images by class, and choose the size of a block of similarities.
 
-    `floats_of_a_row`: how many float32 each row of a block takes. None: blocks of `block` x `4 * block` similarities,
-    of which three are held.
+    `floats_of_a_row`: number of float32 values that a row of a block needs. None: blocks are `block` x `4 * block`, and
+    three are held at once.
     """
     members = [embeddings] if isinstance(embeddings, torch.Tensor) else list(embeddings)
     labels = torch.as_tensor(labels)
@@ -370,12 +369,12 @@ def _pairs_by_class(
 
 
 def _zeros_at(kept: torch.Tensor) -> torch.Tensor:
-    """Start of a block's sums: 0 for the pairs that are kept, -inf for the others, float32."""
+    """Return the initial sums of a block, float32: 0 where `kept` is True, -inf elsewhere."""
     return torch.zeros(kept.shape, device=kept.device).masked_fill_(~kept, -torch.inf)
 
 
 def _unit_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Scale rows `(n, d) float32` to length 1, in place. A row of zeros stays: it is similar to nothing."""
+    """Scale rows `(n, d) float32` to length 1, in place. Rows of zeros stay. Raises ValueError for NaN and infinity."""
     # In float64, the squares of any finite float32 neither overflow nor vanish; mps has no float64.
     dtype = torch.float32 if rows.device.type == "mps" else torch.float64
     parts = [torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in rows.split(LARGEST_BLOCK["cpu"])]
@@ -383,12 +382,12 @@ def _unit_rows(rows: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(lengths).all():
         raise ValueError(f"embeddings are not finite: {int((~torch.isfinite(lengths)).sum())} of {len(rows)} rows")
     inverse = (1 / lengths).float()
-    return rows.mul_(torch.where(inverse.isfinite(), inverse, 0)[:, None])  # below float32's range: as zeros
+    return rows.mul_(torch.where(inverse.isfinite(), inverse, 0)[:, None])  # too short to invert: zeros
 
 
 @contextlib.contextmanager
 def full_float32(device_type: str) -> Iterator[None]:
-    """Compute in full float32, without autocast, TF32 or bfloat16. The caller's settings return afterwards."""
+    """Compute in full float32, without autocast, TF32 or bfloat16. Restores the caller's settings."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     backends += (torch.backends.cudnn.conv, torch.backends.mkldnn.conv)
     shared = torch.backends.fp32_precision
