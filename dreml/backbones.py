@@ -1,4 +1,4 @@
-"""The networks that a member can be: those of torchvision and, where installed, timm; and their initial weights."""
+"""The backbones, from torchvision and, if installed, timm; and their initial weights."""
 
 import argparse
 import difflib
@@ -15,10 +15,10 @@ from torch import nn
 from dreml.cli import InputError, counted, one_line
 from dreml.files import sha256
 
-TIMM = "timm:"  # before the name of a network of timm
-# torchvision's first recipe, the one that the paper's time had; vit_h_14 and regnet_y_128gf have only the second.
+TIMM = "timm:"  # prefix of the names of timm's networks
+# torchvision's first recipe, as at the time of the paper. vit_h_14 and regnet_y_128gf have only the second entry.
 ENTRIES = ("IMAGENET1K_V1", "IMAGENET1K_SWAG_LINEAR_V1")
-AUXILIARY = {  # the two networks with further outputs for their training, which are left out
+AUXILIARY = {  # networks with auxiliary outputs for training, which are left out
     "googlenet": ("aux1.", "aux2."),
     "inception_v3": ("AuxLogits.",),
 }
@@ -28,14 +28,14 @@ USUAL_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
 
 
 def torchvision_models():
-    """`torchvision.models`. It takes a second to import, and a search among saved embeddings does without it."""
+    """Import `torchvision.models` late: it takes a second, and a search of saved embeddings does not need it."""
     import torchvision
 
     return torchvision.models
 
 
 def timm_library():
-    """`timm`. Raises InputError where it is not installed."""
+    """Import `timm`. Raises InputError if it is not installed."""
     try:
         import timm
     except ImportError as error:
@@ -44,10 +44,10 @@ def timm_library():
 
 
 def check_backbone(backbone: str, image_size: int) -> None:
-    """Raise InputError for a backbone that is unknown, and for images of a size that it cannot take."""
+    """Raise InputError for an unknown backbone, or an image size that it cannot take."""
     if backbone.startswith(TIMM):
         library = "timm"
-        known = timm_library().list_models() + timm_library().list_pretrained()  # the second with tags of their weights
+        known = timm_library().list_models() + timm_library().list_pretrained()  # the second with weights' tags
         name = backbone.removeprefix(TIMM)
     else:
         library = f"torchvision, or {TIMM}NAME"
@@ -63,19 +63,19 @@ def check_backbone(backbone: str, image_size: int) -> None:
 
 
 def build_backbone(backbone: str, num_classes: int) -> tuple[nn.Module, str]:
-    """A network as its library builds it, drawn from torch's global CPU generator, and the name of its last layer."""
+    """Build a network as its library does, from torch's global CPU generator. Returns it and its last layer's name."""
     if backbone.startswith(TIMM):
         network = timm_library().create_model(backbone.removeprefix(TIMM), num_classes=num_classes)
         return network, last_layer(backbone, network)
     options = {"aux_logits": False, "init_weights": True} if backbone in AUXILIARY else {}
     network = torchvision_models().get_model(backbone, weights=None, num_classes=num_classes, **options)
-    if backbone.startswith("mnasnet"):  # its own loader wants a version number, which our files have not
+    if backbone.startswith("mnasnet"):  # its own loader needs a version number, which our files lack
         network._load_from_state_dict = functools.partial(nn.Module._load_from_state_dict, network)
     return network, last_layer(backbone, network)
 
 
 def last_layer(backbone: str, network: nn.Module) -> str:
-    """The name of the linear layer whose outputs are the logits. Raises InputError for a network without one."""
+    """Return the name of the linear layer that outputs the logits. Raises InputError if there is none."""
     layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
     if backbone.startswith(TIMM):
         last = network.get_classifier()
@@ -88,12 +88,12 @@ def last_layer(backbone: str, network: nn.Module) -> str:
 
 
 def without_drawing(build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` returns, for weights that are read afterwards: on device meta if that is enough, else on the CPU."""
+    """Call `build` and keep the random state, for weights loaded later. On device meta if possible, else on the CPU."""
     try:
         with torch.device("meta"):
             network = build()
         if {name for name, _ in network.named_buffers()} <= set(network.state_dict()):
-            return network  # else it has tables, such as of positions, that no file holds
+            return network  # else it has buffers, such as position tables, that no file holds
     except NotImplementedError:  # RegNet computes its widths with tensors
         pass
     with torch.random.fork_rng(devices=[]):
@@ -102,7 +102,7 @@ def without_drawing(build: Callable[[], nn.Module]) -> nn.Module:
 
 @functools.cache
 def check_image_size(backbone: str, size: int) -> None:
-    """Raise InputError unless the network can train on images of `size` pixels. Names usual sizes that it can."""
+    """Raise InputError if the network cannot train on images of `size` pixels. The error lists sizes that it takes."""
     network = without_drawing(lambda: build_backbone(backbone, 2)[0]).to("meta").train()
 
     def problem(size: int) -> Exception | None:
@@ -115,7 +115,7 @@ def check_image_size(backbone: str, size: int) -> None:
 
     found = problem(size)
     if found:
-        network.eval()  # faster, and the same in this
+        network.eval()  # faster, and accepts the same sizes
         possible = ", ".join(str(usual) for usual in USUAL_SIZES if not problem(usual))
         reason = f"{backbone} cannot take it ({one_line(found)})"
         raise InputError(f"--image_size {size}: {reason}; it takes {possible or 'none'} of the usual sizes")
@@ -124,7 +124,7 @@ def check_image_size(backbone: str, size: int) -> None:
 def gains_from_bf16(backbone: str) -> bool:
     """Whether a CPU trains the network faster in bf16 than in fp32 (measured: docs/RESULTS.md).
 
-    Not so for depthwise convolutions with BatchNorm, as in MobileNet and EfficientNet. ConvNeXt has LayerNorm.
+    False for depthwise convolutions, as in MobileNet and EfficientNet, unless there is a LayerNorm, as in ConvNeXt.
     """
     layers = list(without_drawing(lambda: build_backbone(backbone, 2)[0]).modules())
     depthwise = any(isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in layers)
@@ -135,7 +135,7 @@ def gains_from_bf16(backbone: str) -> bool:
 
 
 def weights_tag(backbone: str, weights: str) -> str:
-    """What tells initial weights apart: "none", "imagenet:" and the library's file, or "sha256:" and a checksum."""
+    """Identify initial weights: "none", "imagenet:" and the library's file, or "sha256:" and a checksum."""
     if weights == "none":
         return "none"
     if weights == "imagenet" and backbone.startswith(TIMM):
@@ -151,13 +151,13 @@ def weights_tag(backbone: str, weights: str) -> str:
 
 
 def torchvision_weights(backbone: str):
-    """torchvision's entry for the ImageNet weights of one of its networks."""
+    """Return torchvision's entry for the ImageNet weights of one of its networks."""
     entries = torchvision_models().get_model_weights(backbone)
     return next(entries[recipe] for recipe in ENTRIES if recipe in entries.__members__)
 
 
 def own_scaling(backbone: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the channels, in 0..1, `(3,)` each, for which the library trained its weights."""
+    """Return the channels' mean and std, in 0..1, `(3,)` each, with which the library trained its weights."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # every recipe of torchvision
     if backbone.startswith(TIMM):
         entry = timm_library().models.get_pretrained_cfg(backbone.removeprefix(TIMM))
@@ -169,9 +169,9 @@ def read_weights(backbone: str, weights: str) -> dict[str, torch.Tensor] | None:
     """Read the backbone's initial weights once, for all members.
 
     `weights`: "imagenet" (the library's own download), "none", or the path of a state dict in the library's naming,
-    which has to fit the backbone but for its last layer. It is read as data only: a pickle is not executed.
+    which has to fit the backbone, except for its last layer. No code in a pickle is executed.
 
-    Returns the state dict without the last layer, or None for "none". Raises InputError for weights that cannot be had.
+    Returns the state dict without the last layer, or None for "none". Raises InputError if the weights are unusable.
     """
     if weights == "none":
         return None
@@ -181,25 +181,25 @@ def read_weights(backbone: str, weights: str) -> dict[str, torch.Tensor] | None:
 
 
 def state_dict_in(path: str) -> dict[str, torch.Tensor]:
-    """The one state dict that a file holds: by itself, or under a name such as "state_dict" or "model".
+    """Read the one state dict in a file, at the top level or under a key such as "state_dict" or "model".
 
-    The content tells whether it is safetensors or of `torch.save`, not the file's name.
+    The format, safetensors or `torch.save`, is told by the content, not by the file name.
     """
     content = Path(path).read_bytes()
     if not content:
         raise InputError(f"--weights {path} is an empty file")
     if content.startswith(b"version https://git-lfs"):
         raise InputError(f"--weights {path} is a pointer of Git LFS, not the file itself: run git lfs pull")
-    is_safetensors = content[8:9] == b"{"  # after the length of its header
+    is_safetensors = content[8:9] == b"{"  # the header, after its length of 8 bytes
     if not is_safetensors and content[:200].lstrip().startswith((b"<", b"{")):
         raise InputError(f"--weights {path} is a web page or an error message: download the file again")
     try:
         if is_safetensors:
             found = load(content)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # options that many keep beside the weights
+            with torch.serialization.safe_globals([argparse.Namespace]):  # many files hold the options too
                 found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise a dozen kinds
+    except Exception as error:  # damaged files raise many kinds of errors
         wanted = "state dict, as torch.save(model.state_dict(), PATH) writes it"
         raise InputError(f"--weights {path} is no readable {wanted} ({one_line(error)})") from None
     if is_state_dict(found):
@@ -212,12 +212,12 @@ def state_dict_in(path: str) -> dict[str, torch.Tensor]:
 
 
 def is_state_dict(value: object) -> bool:
-    """Whether this is a dict of tensors, at least one."""
+    """Whether the value is a non-empty dict of tensors."""
     return isinstance(value, dict) and bool(value) and all(isinstance(each, torch.Tensor) for each in value.values())
 
 
 def download(backbone: str) -> dict[str, torch.Tensor]:
-    """The state dict that the library downloads, or has downloaded before."""
+    """Return the library's state dict, downloaded now or earlier. Raises InputError if that fails."""
     source = weights_tag(backbone, "imagenet").removeprefix("imagenet:")
     try:
         if backbone.startswith(TIMM):
@@ -232,10 +232,10 @@ def download(backbone: str) -> dict[str, torch.Tensor]:
 
 
 def fitting_weights(backbone: str, weights: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict without its last layer, if it fits the backbone in every other name and shape and is finite.
+    """Return the state dict without its last layer. Raises InputError if names or shapes differ or a value is not finite.
 
-    A prefix of all its names, such as "module.", is taken away. The counters `num_batches_tracked`, which BatchNorm
-    never uses here, are not in older files and may be missing.
+    A prefix of all names, such as "module.", is removed. The counters `num_batches_tracked` may be missing, as in older
+    files: BatchNorm does not use them here.
     """
     network = without_drawing(lambda: build_backbone(backbone, 1000)[0])
     left_out = (f"{last_layer(backbone, network)}.", *AUXILIARY.get(backbone, ()))

@@ -1,4 +1,4 @@
-"""What finds images without training, which every ensemble has to beat: the initial weights, and the colours."""
+"""Baselines without training, which every ensemble has to beat: the initial weights, and colour histograms."""
 
 import sys
 from pathlib import Path
@@ -18,15 +18,15 @@ from model import channel_statistics, extract_features, initial_model, unit_rows
 from utils import first_neighbours, map_at_r
 
 LEVELS = 6  # of each of the three channels: 216 colours
-LARGEST_MAP = 20_000  # test images: mAP@R of more takes minutes on a CPU, and is left to evaluate.py
+LARGEST_MAP = 20_000  # test images; mAP@R of more takes minutes on a CPU, so only evaluate.py computes it
 NEAR = 0.99  # the cosines, of colours and of embeddings, above which two images are near copies
 MANY_COPIES = 5  # percent of the queries
 
 
 def colour_histograms(images: np.ndarray) -> torch.Tensor:
-    """How many pixels of each image have each of 6 x 6 x 6 colours: `(N, S, S, 3) uint8` -> `(N, 216) float32`.
+    """Count each image's pixels of each of 6 x 6 x 6 colours: `(N, S, S, 3) uint8` -> `(N, 216) float32`.
 
-    Of large images, at most 127 x 127 pixels in even steps.
+    Large images are sampled in even steps, at most 127 x 127 pixels.
     """
     step = max(1, images.shape[1] // 64)
     level_of = (np.arange(256) * LEVELS // 256).astype(np.uint8)
@@ -39,10 +39,10 @@ def colour_histograms(images: np.ndarray) -> torch.Tensor:
 
 
 def initial_features(settings: Settings, weights: str, cache: Cache, device: torch.device) -> torch.Tensor:
-    """The pooled features of the test images before the first step of member 1, `(M, d) float32`.
+    """Compute the pooled features of the test images before the first step of member 1, `(M, d) float32`.
 
-    `weights`: as --weights names them. Pretrained weights see images scaled as they were for them; members are trained
-    on the data set's own scaling. Raises InputError for weights that cannot be had.
+    `weights`: the value of --weights. For pretrained weights, images are normalised as in their own training; members
+    use the data set's statistics. Raises InputError for unusable weights, or features that are not finite.
     """
     state = read_weights(settings.backbone, weights)
     model = initial_model(settings, 1, state).to(device)
@@ -62,9 +62,9 @@ def update_baseline(
     ks: list[int],
     device: torch.device,
 ) -> None:
-    """Make and print the baseline of a run, unless it is there for these K; write its CSV.
+    """Compute and print a run's baselines, unless they are saved for these K. Write their JSON and CSV.
 
-    `weights`: as --weights names them. A warning says if they cannot be had.
+    `weights`: the value of --weights. Warns if they are unusable.
     """
     wanted = [f"R@{k}" for k in ks]
     table = read_baseline(folder)
@@ -89,14 +89,14 @@ def update_baseline(
 
 
 def map_percent(embeddings: list[torch.Tensor], split: TestSplit) -> dict[str, float]:
-    """{"mAP@R": that of the whole ensemble, in percent}; {} where it would take long, or more than 1 GiB."""
+    """Return {"mAP@R": percent} of the whole ensemble; {} if there are too many images or more than 1 GiB."""
     if len(split.labels) > LARGEST_MAP or sum(rows.numel() for rows in embeddings) > 2**28:
         return {}
     return {"mAP@R": 100 * scored(map_at_r, [unit_rows(embeddings)], split)[0].item()}
 
 
 def read_baseline(folder: Path) -> pd.DataFrame | None:
-    """The baselines of a run, a row each: "baseline", "dimensions" and, in percent, "R@1", ..., "mAP@R".
+    """Read a run's baselines, one per row: "baseline", "dimensions" and, in percent, "R@1", ..., "mAP@R".
 
     None if missing; warns if damaged.
     """
@@ -111,17 +111,17 @@ def read_baseline(folder: Path) -> pd.DataFrame | None:
 
 
 def print_scores(table: pd.DataFrame, names: list[str]) -> None:
-    """Print a line for each baseline, with those of the scores `names` that it has."""
+    """Print one line per baseline, with the scores in `names` that it has."""
     for row in table.to_dict("records"):
         scores = ", ".join(f"{name} {row[name]:.2f}" for name in names if name in row)
         print(f"before training: {scores} ({row['baseline']}, {row['dimensions']} numbers an image)", flush=True)
 
 
 def print_baseline(folder: Path, ensembles: pd.DataFrame, embedding: str, weights: str) -> None:
-    """Print the baselines of a run for the scores of its table of ensembles. If one is ahead, say what to try.
+    """Print a run's baselines. If one is better than the ensemble, print what to try.
 
-    The table's first column is the ensemble size; its last row is compared. Scores that no baseline has are left out.
-    `embedding` and `weights` are those of the run.
+    `ensembles`: one row per ensemble size, which is the first column; the other columns are scores. The last row is
+    compared by its first score. Only scores that the baselines have too are printed.
     """
     table = read_baseline(folder)
     names = [name for name in list(ensembles)[1:] if table is not None and name in table]
@@ -131,7 +131,7 @@ def print_baseline(folder: Path, ensembles: pd.DataFrame, embedding: str, weight
     name = names[0]
     best = table.loc[table[name].idxmax()]
     after = ensembles[name].iloc[-1]
-    if best[name] <= round(after, 4):  # the baselines are rounded so
+    if best[name] <= round(after, 4):  # rounded as the baselines are
         return
     remedies = ["--embedding pooled (seconds)"] if embedding == "logits" else []
     remedies += ["pretrained --weights"] if weights == "none" else []
@@ -141,7 +141,7 @@ def print_baseline(folder: Path, ensembles: pd.DataFrame, embedding: str, weight
 
 
 def print_near_copies(embeddings: list[torch.Tensor], split: TestSplit, images: np.ndarray) -> None:
-    """Say how many queries have a near copy, if many have: a neighbour of nearly the same embedding and colours."""
+    """If many queries have a near copy, print their share. A near copy has nearly the same embedding and colours."""
     if len(split.labels) > LARGEST_MAP:
         return
     rows, similarities = scored(first_neighbours, embeddings, split)

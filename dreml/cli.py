@@ -1,4 +1,4 @@
-"""How a script speaks with its user: errors, options, signals, exit codes, progress bars, devices."""
+"""The command line of all scripts: errors, options, signals, exit codes, progress bars, devices."""
 
 import argparse
 import contextlib
@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, and data_utils.py does witho
     import torch
 
 T = TypeVar("T")
-MAX_ENSEMBLE_SIZE = 10_000  # a typing error is found before its range is listed
-MANY = 10**9 - 1  # the upper end of ranges that have none
+MAX_ENSEMBLE_SIZE = 10_000  # so that a typing error does not make a huge list
+MANY = 10**9 - 1  # upper limit of options that have none
 DEVICE_HELP = "auto (default: cuda, else mps, else cpu), cuda, cuda:1, mps or cpu"
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -39,25 +39,25 @@ class Terminated(BaseException):
 
 
 def one_line(error: Exception) -> str:
-    """The kind and the text of an exception on one short line."""
+    """Return the type and message of an exception as one line of at most 200 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and its noun: "1 image", "2,000 classes"."""
+    """Format a number and its noun: "1 image", "2,000 classes"."""
     plural = "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}" + (plural if number != 1 else "")
 
 
 def duration(seconds: float) -> str:
-    """A time for people: "40 seconds", "7 minutes", "1.5 hours"."""
+    """Format a duration: "40 seconds", "7 minutes", "1.5 hours"."""
     if seconds < 90:
         return counted(max(1, round(seconds)), "second")
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def format_problems(problems: list[str], shown: int = 20) -> str:
-    """The first 20 problems, or `shown`, a line each, and how many more there are."""
+    """List the first `shown` problems, one per line, and the number of the rest."""
     lines = "".join(f"\n  {problem}" for problem in problems[:shown])
     return lines + (f"\n  … and {len(problems) - shown:,} more" if len(problems) > shown else "")
 
@@ -66,7 +66,7 @@ def run_main(script: str, run: Callable[[], None], save_memory: str, resumable: 
     """Run a script's `run` and return the exit code.
 
     0 done, 2 refused input or options, 1 failed while running, 130 Ctrl-C, 143 SIGTERM, 141 done, but the output had no
-    reader. `save_memory` names the options to change when memory runs out. `resumable`: the same command goes on.
+    reader. `save_memory` names the options to change when memory runs out. `resumable`: the same command can resume.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # one line, without source code
     again = "; run the same command again to go on" if resumable else ""
@@ -105,13 +105,13 @@ def run_main(script: str, run: Callable[[], None], save_memory: str, resumable: 
 
 
 class Output:
-    """stdout or stderr. When its reader is gone or its disk full, what is printed is dropped, and the work goes on."""
+    """stdout or stderr. If its reader is gone or its disk is full, further output is dropped and the work goes on."""
 
     def __init__(self, stream: io.TextIOBase | None):
         self.stream = stream or open(os.devnull, "w")  # None: it was closed when Python started
-        self.error: OSError | None = None  # the first that writing ended in
+        self.error: OSError | None = None  # the first error of a write
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # escapes for what the output's encoding lacks
+            stream.reconfigure(errors="backslashreplace")  # escape what the encoding lacks
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
@@ -127,12 +127,12 @@ class Output:
             call(*arguments)
         except OSError as error:
             self.error = self.error or error
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # Python writes the rest when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # Python flushes the rest at exit
 
 
 @contextlib.contextmanager
 def signals_as_exceptions() -> Iterator[None]:
-    """Raise KeyboardInterrupt where Ctrl-C comes, and Terminated where SIGTERM does."""
+    """Raise KeyboardInterrupt on Ctrl-C, and Terminated on SIGTERM, inside the block."""
 
     def terminate(signum: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it twice
@@ -167,7 +167,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a name from the disk or the command line can be written into a file; some are not valid UTF-8."""
+    """Whether a name can be encoded as UTF-8. Some names from the disk or the command line cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -176,18 +176,18 @@ def is_utf8(text: str) -> bool:
 
 
 def data_set_name(text: str) -> str:
-    """argparse type: the plain name of a folder."""
+    """argparse type: the name of a folder, not a path."""
     if not text or text.startswith(".") or re.search(r'[/\\:*?"<>|\0\n\r]', text) or not is_utf8(text):
         raise argparse.ArgumentTypeError(f"{text!a} is not the name of a folder under --data_path")
     return text
 
 
 def check_ranges(args: argparse.Namespace, **ranges: tuple[float, float]) -> None:
-    """Raise InputError for an option outside its range (low, high), both included. An option of None was not given."""
+    """Raise InputError for an option outside its range (low, high), both included. An option may be None: not given."""
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
-        if value is None or low <= value <= high:
-            continue  # NaN is in no range
+        if value is None or low <= value <= high:  # False for NaN
+            continue
         least = "above 0" if 0 < low < 1e-6 else f"at least {low:,g}"
         most = f" and at most {high:,g}" if high < MANY else ""
         raise InputError(f"--{name} {value} has to be {least}{most}")
@@ -219,14 +219,14 @@ def recall_list(text: str) -> list[int]:
 
 
 def num_cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pick_device(name: str) -> "torch.device":
-    """The device for `auto`, `cuda`, `cuda:i`, `mps` or `cpu`. Raises InputError for one that is not there.
+    """Return the device for `auto`, `cuda`, `cuda:i`, `mps` or `cpu`. Raises InputError if it is not available.
 
-    Under torchrun, `auto` and `cuda` are each process's own GPU.
+    Under torchrun, `auto` and `cuda` give each process its own GPU.
     """
     import torch
 
@@ -240,7 +240,7 @@ def pick_device(name: str) -> "torch.device":
         name = there[0]
     local_rank = os.environ.get("LOCAL_RANK", "")
     if name == "cuda" and num_gpus and local_rank.isdecimal():
-        name = f"cuda:{int(local_rank) % num_gpus}"  # some launchers show each process its GPU only
+        name = f"cuda:{int(local_rank) % num_gpus}"  # some launchers show each process only its own GPU
     if name not in there:
         has_cuda = torch.version.cuda or torch.version.hip
         reason = "" if has_cuda else "; this PyTorch was built without CUDA"
@@ -261,7 +261,7 @@ def set_up_device(device: "torch.device", deterministic: bool) -> None:
         torch.cuda.set_device(device)
 
 
-# How memory that has run out is reported: PyTorch's allocators, then what cuBLAS and cuDNN say for want of workspace.
+# Messages that mean out of memory: from PyTorch's allocators, then from cuBLAS and cuDNN without workspace.
 OUT_OF_MEMORY = re.compile(
     "out of memory|allocate memory|ALLOC_FAILED|ALLOCATION_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|"
     "unable to find an engine|unable to find a valid cuDNN algorithm",
@@ -270,7 +270,7 @@ OUT_OF_MEMORY = re.compile(
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether the machine or the device had too little memory. Most libraries say so by a plain RuntimeError."""
+    """Whether an error means that the machine or device ran out of memory. Most libraries raise a RuntimeError."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, RuntimeError):
@@ -279,11 +279,11 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def with_less_memory(call: Callable[[int], T], size: int) -> T:
-    """Return call(size), or call(size // 2) and so on while memory is too short: no trained member is to be lost."""
+    """Return call(size). While memory runs out, halve `size` and retry, so that no trained member is lost."""
     while True:
         try:
             return call(size)
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not out_of_memory(error):
                 raise
-        size //= 2  # outside the handler, where what the failed call held is free again
+        size //= 2  # outside the handler, so that the failed call's memory is free

@@ -27,15 +27,15 @@ Record = TypeVar("Record")
 
 
 def temporary_name(path: Path, word: str = "tmp") -> Path:
-    """A new hidden name beside `path`. Processes on other machines or in other containers take other names."""
+    """Make a hidden name beside `path`, unique across processes, machines and containers."""
     return path.with_name(f".{path.name}.{word}-{platform.node()[:20]}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 @contextlib.contextmanager
 def atomic_open(path: Path, mode: str = "w") -> Iterator:
-    """Open a temporary file beside `path` that takes its place, flushed to disk, when the block ends without an error.
+    """Open a temporary file. If the block ends without an error, flush it to disk and rename it to `path`.
 
-    So `path` is never half written, whenever the process dies.
+    So `path` is never half written, even if the process is killed.
     """
     temporary = temporary_name(path)
     try:
@@ -45,26 +45,26 @@ def atomic_open(path: Path, mode: str = "w") -> Iterator:
         os.replace(temporary, path)
         flush_folder(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write does not know its file
+        error.filename = error.filename or str(path)  # a failed write has no file name
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove what killed processes left of writing the files that match `name`. Call it while none can be writing."""
+    """Remove temporary files that killed processes left of files matching `name`. Call it while nobody writes them."""
     for leftover in folder.glob(f".{name}.tmp-*"):
         leftover.unlink(missing_ok=True)
 
 
 def flush_to_disk(file) -> None:
-    """Return when what was written to the open `file` would survive a power loss."""
+    """Flush the open `file`, so that its content survives a power loss."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable, where the system can."""
+    """Flush renames inside `folder` to disk, if the system can."""
     with contextlib.suppress(OSError):  # Windows cannot open folders; some network file systems flush files only
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -74,7 +74,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Put a finished folder in its place. If that fails, an earlier one stays there."""
+    """Rename the folder `new` to `target`, replacing it. If that fails, the earlier folder is kept."""
     old = temporary_name(target, "old")
     try:
         if target.exists():
@@ -89,7 +89,7 @@ def replace_folder(new: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def writable(folder: Path, option: str) -> Iterator[None]:
-    """Make the folder that the block writes into. Raises InputError, naming the option to change, where it cannot."""
+    """Make the folder that the block writes into. Turns any OSError into an InputError that names `option`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
@@ -98,13 +98,13 @@ def writable(folder: Path, option: str) -> Iterator[None]:
 
 
 def write_csv(path: Path, table: "pd.DataFrame", **kwargs) -> None:
-    """Write a table without its index."""
+    """Write a table as CSV, without its index."""
     with atomic_open(path) as file:
         table.to_csv(file, index=False, lineterminator="\n", **kwargs)
 
 
 def file_id(path: str | Path) -> tuple[int, int] | None:
-    """The device and inode of a file, the same by any path that leads to it; None if there is no such file."""
+    """Return the device and inode of a file, the same for every path to it. None if there is no such file."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -116,12 +116,12 @@ def file_id(path: str | Path) -> tuple[int, int] | None:
 
 
 def take_lock(path: Path, timeout: float = -1) -> contextlib.AbstractContextManager | None:
-    """Take an advisory file lock. Leaving the context frees it, and so does the kernel when its holder dies.
+    """Take an advisory file lock. Leaving the context frees it; so does the kernel when the process dies.
 
-    Waits `timeout` seconds for another process that holds it; -1 waits without end. Returns None if it is still held.
+    Waits `timeout` seconds while another process holds it; -1 waits forever. Returns None if it is still held.
     """
     try:
-        return filelock.FileLock(path, timeout, fallback_to_soft=False).acquire()  # a soft one stays after a death
+        return filelock.FileLock(path, timeout, fallback_to_soft=False).acquire()  # a soft lock outlives its process
     except filelock.Timeout:
         return None
     except OSError as error:
@@ -134,13 +134,13 @@ def take_lock(path: Path, timeout: float = -1) -> contextlib.AbstractContextMana
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def crc32(path: Path) -> int:
-    """The CRC-32 of a file, with a progress bar."""
+    """Return the CRC-32 of a file. Shows a progress bar."""
     crc, step = 0, 2**22
     num_bytes = path.stat().st_size
     with open(path, "rb") as file:
@@ -150,19 +150,19 @@ def crc32(path: Path) -> int:
 
 
 def json_sha256(value: object) -> str:
-    """The SHA-256 of a value of plain dicts, lists, strings and numbers."""
+    """Return the SHA-256 of a value of plain dicts, lists, strings and numbers."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_record(path: Path, record: object) -> None:
-    """Write a dataclass or dict of plain values as JSON, with a checksum of its own."""
+    """Write a dataclass or dict of plain values as JSON, with a checksum inside."""
     content = asdict(record) if is_dataclass(record) else record
     with atomic_open(path) as file:
         json.dump(content | {"checksum": json_sha256(content)}, file, indent=1)
 
 
 def read_record(path: Path, kind: type[Record] = dict) -> Record:
-    """Read what `write_record` wrote, as a `kind`. Raises ValueError for a damaged file or one of another version."""
+    """Read a file of `write_record` as a `kind`. Raises ValueError if it is damaged or of another version."""
     content = json.loads(path.read_bytes())
     if not isinstance(content, dict) or content.pop("checksum", None) != json_sha256(content):
         raise ValueError("its checksum does not fit")
