@@ -232,7 +232,7 @@ def download(backbone: str) -> dict[str, torch.Tensor]:
 
 
 def fitting_weights(backbone: str, weights: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the state dict without its last layer. Raises InputError if names or shapes differ or a value is not finite.
+    """Return the state dict without its last layer. Raises InputError if it does not fit the backbone or is not finite.
 
     A prefix of all names, such as "module.", is removed. The counters `num_batches_tracked` may be missing, as in older
     files: BatchNorm does not use them here.

@@ -1,4 +1,4 @@
-"""Batches of images for the network: loaded ahead; in training in random order, as windows, mirrored, mixed."""
+"""Batches of images for the network: loading ahead, random order, crops, mirroring, normalising, mixing."""
 
 import collections
 from collections.abc import Callable, Iterator, Sequence
@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from dreml.cache import Cache
 from dreml.settings import Settings
 
-BATCHES_AHEAD = 2  # loaded while one is computed on
+BATCHES_AHEAD = 2  # batches loaded while one is computed on
 
 
 def spans(start: int, stop: int, step: int) -> list[tuple[int, int]]:
-    """The range start..stop in pieces of at most `step`, as (start, stop) pairs."""
+    """Split the range start..stop into (start, stop) pairs of at most `step`."""
     return [(left, min(left + step, stop)) for left in range(start, stop, step)]
 
 
 def batch_spans(num_images: int, batch_size: int) -> list[tuple[int, int]]:
-    """(start, stop) of each batch. A last batch of one image joins the one before it: BatchNorm needs two."""
+    """List (start, stop) of each batch. A last batch of one image joins the one before: BatchNorm needs two images."""
     starts = list(range(0, num_images, batch_size))
     if num_images % batch_size == 1 and len(starts) > 1:
         starts.pop()
@@ -37,9 +37,9 @@ def image_batches(
 ) -> Iterator[torch.Tensor]:
     """Yield a batch `(stop - start, S, S, 3) uint8` on the device for each (start, stop) of `batches`.
 
-    `fill(start, stop, out)` writes its pixels. It runs in a thread, two batches ahead: copying rows from a memory map
-    releases Python's lock, and a DataLoader's processes, which pass every batch on through shared memory, were slower
-    (benchmarks/README.md). Before it, `read_ahead` is called with the next (start, stop): a slow disk is asked early.
+    `fill(start, stop, out)` writes a batch's pixels. It runs in a thread, two batches ahead. A thread is enough, since
+    copying from a memory map releases the GIL; the processes of a DataLoader were slower (benchmarks/README.md). Before
+    each `fill`, `read_ahead` is called with the next (start, stop), so that a slow disk starts reading early.
     """
 
     def load(number: int) -> torch.Tensor:
@@ -47,7 +47,7 @@ def image_batches(
             read_ahead(*batches[number + 1])
         start, stop = batches[number]
         shape = (stop - start, image_size, image_size, 3)
-        # Nobody waits for a copy from pinned memory; PyTorch reuses it when the copy is done.
+        # The host does not wait for a copy from pinned memory. PyTorch reuses that memory when the copy is done.
         batch = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
         fill(start, stop, batch.numpy())
         return batch
@@ -66,11 +66,11 @@ class MixedTargets(NamedTuple):
 
     own: torch.Tensor  # int64
     partners: torch.Tensor  # int64
-    shares: torch.Tensor  # float32 in 0..1, the weight of the image itself; its partner has the rest
+    shares: torch.Tensor  # float32 in 0..1, the weight of the image itself; its partner's is 1 - share
 
     @property
     def larger(self) -> torch.Tensor:
-        """That with the larger share, `(B,) int64`. An answer counts as correct if it names this one."""
+        """The meta-class with the larger share, `(B,) int64`. Only this one counts as a correct prediction."""
         return torch.where(self.shares >= 0.5, self.own, self.partners)
 
 
@@ -82,9 +82,9 @@ class Batch(NamedTuple):
 
     images: torch.Tensor  # (B, S, S, 3) uint8, each image's window in its top left corner
     targets: Targets
-    num_mirrored: int  # the first so many images are to be mirrored
+    num_mirrored: int  # number of images to mirror: the first ones
     sides: torch.Tensor | None  # (B,) int64, the windows' sides; None: all S
-    partners: torch.Tensor | None = None  # (B,) int64, with which image of the batch each is mixed
+    partners: torch.Tensor | None = None  # (B,) int64, the index in the batch of each image's partner
 
 
 def epoch_batches(
@@ -95,12 +95,12 @@ def epoch_batches(
     draw: Callable[[str], np.random.Generator],
     device: torch.device,
 ) -> Iterator[Batch]:
-    """The batches of one epoch.
+    """Yield the batches of one epoch.
 
     Args:
-        images: `(n,) int64`, the training images that take part.
+        images: `(n,) int64`, the indices of the training images to use.
         targets: `(N,) int64`, the meta-class of every training image of the cache.
-        draw: gives the random generator for a purpose: "order", "scale", "crop", "flip" and "mix".
+        draw: returns the random generator for a purpose: "order", "scale", "crop", "flip" and "mix".
     """
     size = settings.image_size
     smallest = max(1, round(settings.scale_min * size))
@@ -141,9 +141,9 @@ def epoch_batches(
 
 
 def draw_mixing(batches: list[tuple[int, int]], generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """The partners and the shares of all batches of an epoch, `(n,) int64` places in the batch and `(n,) float32`.
+    """Draw the partners (`(n,) int64`, indices in the batch) and shares (`(n,) float32`) of an epoch's batches.
 
-    The images of a batch stand in a random circle: each is mixed with the next one, with a share uniform in 0..1.
+    The images of a batch form a random circle. Each is mixed with the next one; its share is uniform in 0..1.
     """
     partners = []
     for start, stop in batches:
@@ -156,9 +156,9 @@ def draw_mixing(batches: list[tuple[int, int]], generator: np.random.Generator) 
 
 
 def input_memory(num_images: int, image_size: int, device: torch.device) -> torch.Tensor:
-    """Memory in which `normalize` can put one batch after the other, of at most `num_images` images.
+    """Allocate memory that `normalize` can reuse for every batch of at most `num_images` images.
 
-    On a CPU, new memory for each batch, which the system has to clear, took six times as long as the arithmetic.
+    On a CPU, the system has to clear new memory for each batch. That took six times as long as the arithmetic.
     """
     return torch.empty(num_images * 3 * image_size**2, device=device)
 
@@ -166,14 +166,14 @@ def input_memory(num_images: int, image_size: int, device: torch.device) -> torc
 def normalize(
     images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, memory: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Pixels as the network takes them: every channel scaled to mean 0 and standard deviation 1 over the data set.
+    """Scale pixels for the network: every channel has mean 0 and standard deviation 1 over the data set.
 
     `(N, S, S, 3) uint8` or float in 0..255 -> `(N, 3, S, S) float32` in the memory format channels_last. Equals
-    torchvision's ToTensor and Normalize, on the CPU bit for bit. `mean` and `std` `(3,)`: of values in [0, 1]. With
-    `memory`, see `input_memory`, the result lies in it, until the next one does.
+    torchvision's ToTensor and Normalize, on the CPU bit for bit. `mean` and `std`, `(3,)` each, are of values in 0..1.
+    `memory` (from `input_memory`) holds the result until the next call overwrites it; None: new memory.
     """
     num_images, height, width, _ = images.shape
-    # Whole rows against the tiled statistics: broadcasting over three channels took five times as long on a CPU.
+    # Use whole rows and tiled statistics: broadcasting over three channels took five times as long on a CPU.
     shape = (num_images * height, width * 3)
     out = None if memory is None else memory[: images.numel()].view(shape)
     rows = torch.div(images.reshape(shape), 255, out=out)
@@ -199,16 +199,16 @@ def resize_windows(images: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
 
 
 def prepare(batch: Batch, mean: torch.Tensor, std: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
-    """The network's input, `(B, 3, S, S) float32`: enlarged, mirrored (in place), normalised (`normalize`), mixed.
+    """Enlarge, mirror (in place), normalise and mix a batch: the network's input, `(B, 3, S, S) float32`.
 
-    Mixing, share * image + (1 - share) * partner: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018,
-    with alpha = 1 and a share for each image.
+    Mixing is share * image + (1 - share) * partner, with one share per image (Zhang et al., "mixup: Beyond Empirical
+    Risk Minimization", ICLR 2018, with alpha = 1).
     """
     images = batch.images if batch.sides is None else resize_windows(batch.images, batch.sides)
     images[: batch.num_mirrored] = images[: batch.num_mirrored].flip(2)
     pixels = normalize(images, mean, std, memory)
     if batch.partners is None:
         return pixels
-    rows = pixels.permute(0, 2, 3, 1)  # as they lie in memory, so that the copy is channels_last too
+    rows = pixels.permute(0, 2, 3, 1)  # the order in memory, so that the copy is channels_last too
     mixed = rows[batch.partners].lerp_(rows, batch.targets.shares[:, None, None, None])
     return mixed.permute(0, 3, 1, 2)

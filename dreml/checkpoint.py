@@ -1,4 +1,4 @@
-"""Going on within a member: the end of an epoch on disk, written now and then while training waits."""
+"""Progress files: a member's training state after an epoch, from which a killed run resumes."""
 
 import hashlib
 import io
@@ -15,23 +15,23 @@ CHECKSUM_BYTES = 32
 
 
 class Progress:
-    """`progress_007.pt`: what the training of a member needs to go on after an epoch.
+    """`progress_007.pt`: the state from which the training of a member can resume after an epoch.
 
-    A SHA-256 of 32 bytes, then a torch.save of plain tensors, numbers and lists. Training waits while it is written. So
-    it is written only if the last file is older than `interval` seconds and than 20 times what its writing took: at
-    most 5 % of the time is spent on it. With `interval` 0, every epoch is written. Whatever ends a run loses the time
-    since the last file.
+    It is a SHA-256 of 32 bytes, then a torch.save of plain tensors, numbers and lists. Training waits while it is
+    written. So it is written only if the last write is more than `interval` seconds ago, and more than 20 times its own
+    duration: at most 5 % of the time is spent on it. If `interval` is 0, it is written after every epoch. A killed run
+    loses the time since the last write.
     """
 
     def __init__(self, folder: Path, member: int, settings_hash: str, interval: float = SECONDS_BETWEEN_WRITES):
         self.path = folder / f"progress_{member:03d}.pt"
         self.owner = f"{settings_hash}, member {member}"
         self.interval = interval
-        self.last_write = time.monotonic()  # or the begin of the training
+        self.last_write = time.monotonic()  # or the start of training
         self.write_seconds = 0.0  # what the last write took
 
     def read(self) -> dict | None:
-        """The state that was written last. None if missing; warns if damaged or from another run."""
+        """Read the last state, with tensors on the CPU. None if missing; warns if damaged or from another run."""
         if not self.path.exists():
             return None
         content = self.path.read_bytes()
@@ -44,7 +44,7 @@ class Progress:
         return None
 
     def end_of_epoch(self, state: dict) -> None:
-        """Write the state, if it is time to. A disk that is full keeps the earlier file, and training goes on."""
+        """Write the state if it is time to. If the disk is full, warn and keep the earlier file."""
         started = time.monotonic()
         is_new = started - self.last_write < max(self.interval, 20 * self.write_seconds)
         if is_new and self.interval > 0:
@@ -63,7 +63,7 @@ class Progress:
 
 
 def remove_progress(folder: Path, member: int) -> None:
-    """Remove the file of a member that is finished, and what killed processes left of writing it."""
+    """Remove a finished member's progress file, and temporary files of it that killed processes left."""
     path = folder / f"progress_{member:03d}.pt"
     path.unlink(missing_ok=True)
     remove_leftovers(folder, path.name)

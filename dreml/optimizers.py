@@ -1,4 +1,4 @@
-"""The optimizers, and their learning rate in each step. `dreml/settings.py` has their numbers."""
+"""Optimizers and learning rate schedules. Their default numbers are in `dreml/settings.py`."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,29 +8,29 @@ from torch import nn
 from dreml.batches import Targets
 from dreml.settings import MILESTONES, Settings
 
-RISE = 0.2  # the share of the training in which "onecycle" goes up
+RISE = 0.2  # the share of the training in which the rate of "onecycle" rises
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    """Adam, or SGD with momentum 0.9; neither with weight decay.
+    """Make Adam, or SGD with momentum 0.9, without weight decay.
 
-    Fused on CUDA and CPU: one kernel, which also reads fp16's gradient scale without a wait for the device.
+    Fused on CUDA and CPU: one kernel, which also reads fp16's gradient scale without waiting for the device.
     """
     fused = device.type in ("cuda", "cpu")
     if name == "adam":
         return torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=fused)
     for parameter in model.parameters():
-        # PyTorch's own start, uninitialised memory, is kept if fp16's scale overflows in the first step (2.6 to 2.15).
+        # PyTorch (2.6 to 2.15) starts with uninitialised memory, and keeps it if fp16 overflows in the first step.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def learning_rate(settings: Settings, epochs: float) -> float:
-    """The rate after so many epochs, such as 2.5.
+    """Return the learning rate after `epochs` epochs, which may be a fraction such as 2.5.
 
-    "steps": for each milestone a tenth from epoch int(milestone * E) on, counted from 0, never in epoch 0.
-    "onecycle": linearly from 0 up to `settings.lr` in the first fifth of the training, linearly down to 0 in the rest.
+    "steps": divide by 10 at each milestone, from epoch int(milestone * E) on, counted from 0, but never in epoch 0.
+    "onecycle": rise linearly from 0 to `settings.lr` in the first fifth of the training, then fall linearly to 0.
     """
     if settings.schedule == "onecycle":
         done = epochs / settings.num_epochs
@@ -46,7 +46,7 @@ def with_rates(
     epoch: int,
     num_images: int,
 ) -> Iterator[tuple[torch.Tensor, Targets]]:
-    """The (pixels, targets) of an epoch's batches. Before each, sets the optimizer's rate: that halfway in its step."""
+    """Yield an epoch's batches. Before each one, set the optimizer to the learning rate in the middle of its step."""
     done = 0
     for pixels, targets in batches:
         for group in optimizer.param_groups:

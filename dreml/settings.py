@@ -1,4 +1,4 @@
-"""The options that define the members of a run, each in one place. A new one is one field of `Settings` and its use."""
+"""The options that define the members of a run. To add one, add a field to `Settings` and use it."""
 
 import argparse
 from collections.abc import Callable
@@ -11,8 +11,8 @@ PRECISIONS = ("fp32", "bf16", "fp16")  # what the backbone computes in
 EMBEDDINGS = ("logits", "pooled")  # "logits" is the method
 ALL_CLASSES = 0  # --meta_class_size all, until train.py knows how many there are
 
-# Of each optimizer (docs/METHOD.md, step 4): its rate, and after which shares of the epochs that falls to a tenth.
-LEARNING_RATES = {"adam": 1e-4, "sgd": 1e-2}  # of sgd: that of the authors' own code, whose momentum is 0.9
+# For each optimizer (docs/METHOD.md, step 4): its learning rate, and the shares of the epochs when it is divided by 10.
+LEARNING_RATES = {"adam": 1e-4, "sgd": 1e-2}  # sgd: as in the authors' code, with momentum 0.9
 MILESTONES = {"adam": (0.5, 0.7), "sgd": (0.5, 0.8)}
 
 
@@ -22,7 +22,7 @@ def weights_in_name(tag: str) -> str:
 
 
 def backbone_in_name(backbone: str) -> str:
-    """The backbone in a run's name: Windows allows no colon there."""
+    """The backbone in a run's name, without colons, which Windows does not allow in file names."""
     return backbone.replace(":", "-")
 
 
@@ -44,7 +44,7 @@ def option(
     choices: tuple[str, ...] | None = None,
     limits: tuple[float, float] | None = None,
 ) -> object:
-    """A field of `Settings`: its default, how a value stands in the run's name, and its command line option.
+    """Define a field of `Settings`: its default, its form in the run's name, and its command line option.
 
     `limits`: the smallest and the largest value.
     """
@@ -52,7 +52,7 @@ def option(
     return field(default=default, metadata={"in_name": in_name, "argument": argument, "limits": limits})
 
 
-ALWAYS_IN_NAME = ("data_name", "backbone", "meta_class_size", "num_epochs", "seed")  # others where not at their default
+ALWAYS_IN_NAME = ("data_name", "backbone", "meta_class_size", "num_epochs", "seed")  # others if not at default
 META_CLASSES_HELP = "meta-classes of a member, or all classes (default: 12)"
 SCHEDULE_HELP = "steps (default), or onecycle, which goes up and then down to 0"
 PRECISION_HELP = "fp32, bf16 or fp16 (default: auto, bf16 or fp16 where the device is fast in it)"
@@ -60,7 +60,7 @@ PRECISION_HELP = "fp32, bf16 or fp16 (default: auto, bf16 or fp16 where the devi
 
 @dataclass(frozen=True)
 class Settings:
-    """What defines the members of a run. Another value of any of these makes another run folder."""
+    """The settings that define the members of a run. Changing any of them makes another run folder."""
 
     data_name: str = option(
         "car", "{}".format, "data set: car (default), cub, sop, isc, or your own", "NAME", data_set_name
@@ -99,13 +99,13 @@ class Settings:
 
     @property
     def image_spec(self) -> ImageSpec:
-        """Size and resize of the images: which cache is read."""
+        """Size and resize of the images, which select the cache."""
         return ImageSpec(self.image_size, self.resize)
 
     def run_name(self) -> str:
-        """`<data>_<backbone>_D<D>_e<epochs>_s<seed>` and a tag for each other setting that is not at its default.
+        """Return `<data>_<backbone>_D<D>_e<epochs>_s<seed>` and a tag for each other setting not at its default.
 
-        Made before "auto" becomes a precision, and after `weights` became a tag (`backbones.weights_tag`).
+        Call it after `weights` is replaced by its tag (`backbones.weights_tag`), and before "auto" by a precision.
         """
         defaults = replace(Settings(), lr=LEARNING_RATES[self.optimizer])
         tags = []
@@ -116,7 +116,7 @@ class Settings:
         return "_".join(tag for tag in tags if tag)
 
     def without_seed(self) -> dict[str, object]:
-        """What several seeds of one experiment share."""
+        """Return all settings but the seed, which runs of one experiment share."""
         return {name: value for name, value in asdict(self).items() if name != "seed"}
 
 
@@ -133,7 +133,7 @@ def add_settings(group: argparse._ArgumentGroup) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """The settings among parsed options. Raises InputError for a number outside its limits."""
+    """Make the settings from parsed options. Raises InputError for a number outside its limits."""
     limits = {each.name: each.metadata["limits"] for each in fields(Settings)}
     check_ranges(args, **{name: limit for name, limit in limits.items() if limit})
     return Settings(**{each.name: getattr(args, each.name) for each in fields(Settings)})
