@@ -40,15 +40,15 @@ from dreml.runs import (
 from dreml.settings import Settings
 from utils import recall_at_k, similarity_memory
 
-DIGITS = {"loss": 6, "accuracy": 4, "seconds": 3, "images_per_second": 1}  # after the point, in train.csv
+DIGITS = {"loss": 6, "accuracy": 4, "seconds": 3, "images_per_second": 1}  # decimals in train.csv
 T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------------------ the run
 
 
 def environment(device: torch.device) -> dict[str, str | int | None]:
-    """What a number depends on beside the options: versions, hardware, and the commit of this code."""
-    import torchvision  # takes a second, and those that only read a run do without it
+    """Describe what results depend on beside the options: versions, hardware, and the commit of this code."""
+    import torchvision  # takes a second; scripts that only read a run do not need it
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     commit = ""
@@ -68,9 +68,9 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
 
 
 def make_run_record(settings: Settings, cache: Cache, options: dict[str, object], here: dict) -> RunRecord:
-    """The record of a run; `options` are those of the command line, `here` its environment.
+    """Make the record of a run. `options` are from the command line; `here` is from `environment`.
 
-    Paths become absolute: relative ones would mean something else in another current folder.
+    Paths are made absolute, so that they do not depend on the current folder.
     """
     counts = {split: {"classes": c, "images": n} for split, (c, n) in cache.counts.items()}
     data = DataRecord(cache.fingerprint, cache.meta.mean, cache.meta.std, counts)
@@ -79,9 +79,9 @@ def make_run_record(settings: Settings, cache: Cache, options: dict[str, object]
 
 
 def open_members(folder: Path, earlier: RunRecord | None, record: RunRecord) -> Members:
-    """The finished members of a run folder. `earlier` is its record, None if it has none.
+    """Find the finished members of a run folder. `earlier` is the record in it, or None.
 
-    Raises InputError if they belong to other settings or data: they would be overwritten.
+    Raises InputError if they belong to other settings or data, since they would be overwritten.
     """
     remedy = "move it away, or give another --results_path"
     before = asdict(earlier.settings) if earlier else {}
@@ -99,7 +99,7 @@ def open_members(folder: Path, earlier: RunRecord | None, record: RunRecord) -> 
 
 
 def write_run_record(members: Members, record: RunRecord, cache: Cache) -> None:
-    """Write `args.json` and `test.csv`, and remove what killed processes left."""
+    """Write `args.json` and `test.csv`, and remove temporary files of killed processes."""
     folder = members.folder
     folder.mkdir(exist_ok=True)
     for name in ("args.json", "baseline.json", "*.csv"):
@@ -136,7 +136,7 @@ def save_pooled(folder: Path, record: MemberRecord, features: torch.Tensor) -> N
 def save_weights(path: Path, model: nn.Module, metadata: dict) -> None:
     """Write the state dict of a network as safetensors, with `metadata` as JSON in its header.
 
-    One entry of it: safetensors puts several into a random order, and then the checksum would change with each file.
+    It is a single entry: safetensors writes several in random order, which would change the checksum each time.
     """
     state = model.state_dict()
     tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
@@ -156,12 +156,12 @@ def save_array(path: Path, array: torch.Tensor) -> None:
 def update_logs(
     members: Members, num_members: int, split: TestSplit, ks: list[int], embedding: str, device: torch.device
 ) -> tuple[pd.DataFrame, list[torch.Tensor]]:
-    """Write the logs for all members that are finished by now. One process at a time does so.
+    """Write the logs of all finished members, one process at a time.
 
-    Returns the table of Recall@K, a row for each ensemble size, and the embeddings, of the first `num_members`.
+    Returns, for the first `num_members`, the table of Recall@K, one row per ensemble size, and the embeddings.
     """
     with run_lock(members.folder):
-        largest = max([num_members, *member_numbers(members.folder)])  # a smaller ensemble shortens no log
+        largest = max([num_members, *member_numbers(members.folder)])  # a smaller ensemble must not shorten a log
         embeddings = members.embeddings(largest, embedding, device)
         is_scored = embeddings and len(split.labels)
         recalls = recall_percent(embeddings, split, ks) if is_scored else np.empty((0, len(ks)))
@@ -176,12 +176,12 @@ def update_logs(
 
 
 def recall_percent(embeddings: list[torch.Tensor], split: TestSplit, ks: list[int]) -> np.ndarray:
-    """`recall_at_k` in percent, `(L, len(ks)) float64`."""
+    """Compute `recall_at_k` in percent, `(L, len(ks)) float64`."""
     return 100 * scored(recall_at_k, embeddings, split, ks=ks).numpy()
 
 
 def scored(metric: Callable[..., T], embeddings: list[torch.Tensor], split: TestSplit, **options: object) -> T:
-    """Call a metric of utils.py for the test split, again with less memory where it runs out."""
+    """Call a metric of utils.py for the test split. If memory runs out, retry with less."""
     masks = {"is_query": split.is_query, "is_gallery": split.is_gallery}
 
     def call(max_bytes: int) -> T:

@@ -1,4 +1,4 @@
-"""What a run folder holds: its record, its members (finished, missing, or being made elsewhere), its test split."""
+"""Reading a run folder: its record, its members (finished, missing, or being trained elsewhere), its test split."""
 
 import contextlib
 import itertools
@@ -21,8 +21,8 @@ from dreml.settings import Settings
 
 FORMAT = 3  # of a run folder; folders of another format are refused
 WEIGHTS = "safetensors"  # suffix of the files of weights
-METADATA = "dreml"  # name of the JSON in them, which says what the network is and how it was trained
-SUFFIXES = {"logits": "", "pooled": "_pooled"}  # how tables made from an embedding end
+METADATA = "dreml"  # key in their header; its value is JSON: settings, partition, mean and std
+SUFFIXES = {"logits": "", "pooled": "_pooled"}  # end of the names of tables made from an embedding
 TEST_COLUMNS = {"path": str, "label": np.int64, "is_query": bool, "is_gallery": bool, "class_name": str}  # test.csv
 HISTORY_COLUMNS = ("epoch", "loss", "accuracy", "lr", "seconds", "images_per_second")  # train.csv
 
@@ -31,7 +31,7 @@ HISTORY_COLUMNS = ("epoch", "loss", "accuracy", "lr", "seconds", "images_per_sec
 
 @dataclass
 class DataRecord:
-    """What a run has to know about its data set."""
+    """What a run records about its data set."""
 
     fingerprint: str  # of the cache
     mean: list[float]
@@ -57,9 +57,9 @@ class RunRecord:
 
     @property
     def settings_hash(self) -> str:
-        """The checksum of all that the members of a run have to share.
+        """The checksum of everything that the members of a run have to share.
 
-        Settings at their default do not count. So a run goes on when a setting is added later.
+        Settings at their default are left out. So old runs stay valid when a setting is added.
         """
         plain = asdict(Settings())
         changed = {name: value for name, value in asdict(self.settings).items() if value != plain[name]}
@@ -82,7 +82,7 @@ class MemberRecord:
 def read_run_record(folder: Path) -> RunRecord:
     """Read `args.json`. Raises InputError if it is missing, damaged or of another format."""
     path = folder / "args.json"
-    if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
+    if not os.path.isfile(path):  # unlike Path.is_file, no error if the name is too long
         raise InputError(f"{folder} is not a run folder: it has no args.json")
     try:
         found = read_record(path).get("format", 1)
@@ -98,25 +98,25 @@ def read_run_record(folder: Path) -> RunRecord:
 
 
 def member_path(folder: Path, member: int, suffix: str) -> Path:
-    """A file of a member: `member_path(folder, 7, "json")` is folder/member_007.json."""
+    """Path of a member's file: `member_path(folder, 7, "json")` is folder/member_007.json."""
     return folder / f"member_{member:03d}.{suffix}"
 
 
 def pooled_path(folder: Path, member: int, suffix: str) -> Path:
-    """A file of a member's pooled features: folder/pooled_007.npy or .json."""
+    """Path of a file of a member's pooled features: folder/pooled_007.npy or .json."""
     return folder / f"pooled_{member:03d}.{suffix}"
 
 
 def member_numbers(folder: Path) -> list[int]:
-    """The members of which a run folder has a record, sound or not, in order."""
+    """List the members that have a record in a run folder, damaged or not, in order."""
     matches = (re.fullmatch(r"member_([0-9]{3,})\.json", path.name) for path in folder.glob("member_*.json"))
     return sorted(int(match[1]) for match in matches if match)
 
 
 def pooled_record(folder: Path, record: MemberRecord) -> dict[str, str | int]:
-    """What `pooled_007.json` holds: from which weights the pooled features of a member were made, and their checksum.
+    """Make the content of `pooled_007.json`: the checksums of a member's weights and of its pooled features.
 
-    Raises OSError where there are no features.
+    Raises OSError if there are no pooled features.
     """
     weights = record.sha256[member_path(folder, record.member, WEIGHTS).name]
     checksum = sha256(pooled_path(folder, record.member, "npy"))
@@ -125,17 +125,17 @@ def pooled_record(folder: Path, record: MemberRecord) -> dict[str, str | int]:
 
 @dataclass
 class Members:
-    """The finished members of a run folder, as far as this process has looked."""
+    """The finished members of a run folder, as of the last `refresh`."""
 
     folder: Path
     settings_hash: str
     records: dict[int, MemberRecord] = field(default_factory=dict)
-    pooled: set[int] = field(default_factory=set)  # those of them whose pooled features are saved
-    needed: tuple[str, ...] = (WEIGHTS, "npy")  # which files of a member have to be sound
+    pooled: set[int] = field(default_factory=set)  # the members whose pooled features are saved
+    needed: tuple[str, ...] = (WEIGHTS, "npy")  # suffixes of the files that must be undamaged
     warnings: set[str] = field(default_factory=set)  # each is printed once
 
     def refresh(self, embedding: str = "logits") -> None:
-        """Add the members that were finished since, for "pooled" with their features. Name damaged ones. Only reads."""
+        """Add newly finished members, for "pooled" also their features. Warn of damaged ones. Does not write."""
         for member in self.missing(member_numbers(self.folder)):
             record, damaged = self.read(member)
             if damaged:
@@ -156,13 +156,13 @@ class Members:
             self.warn(f"{path.name} is damaged ({problem})")
 
     def warn(self, problem: str) -> None:
-        """Print a problem, unless it was printed before."""
+        """Print a warning, once per problem."""
         if problem not in self.warnings:
             print(f"warning: {problem}; train.py makes it again", file=sys.stderr)
         self.warnings.add(problem)
 
     def read(self, member: int) -> tuple[MemberRecord | None, list[str]]:
-        """A member's record, and which of its files are missing, damaged or from another run."""
+        """Read a member's record (None if unreadable). List its files that are missing, damaged or of another run."""
         path = member_path(self.folder, member, "json")
         try:
             record = read_record(path, MemberRecord)
@@ -175,14 +175,14 @@ class Members:
         return record, damaged
 
     def missing(self, wanted: Iterable[int], embedding: str = "logits") -> list[int]:
-        """Wanted members that still have to be trained or, for "pooled", whose pooled features have to be made."""
+        """List the wanted members that are not finished or, for "pooled", that have no pooled features."""
         finished = self.pooled if embedding == "pooled" else self.records
         return [member for member in wanted if member not in finished]
 
     def lock_next_missing(
         self, wanted: Iterable[int], embedding: str
     ) -> tuple[int, contextlib.AbstractContextManager] | None:
-        """The first wanted member that is missing and that no other process makes, and its lock, which is held."""
+        """Lock the first wanted member that is missing and not locked elsewhere. Returns it and its lock, or None."""
         for member in self.missing(wanted, embedding):
             lock = take_lock(self.folder / f".member_{member:03d}.lock", timeout=0)
             if lock is None:  # another process makes it
@@ -195,10 +195,10 @@ class Members:
         return None
 
     def embeddings(self, num_members: int, embedding: str, device: torch.device) -> list[torch.Tensor]:
-        """The saved embeddings of members 1, 2, ... up to `num_members`, or to the first that is missing.
+        """Load the saved embeddings of members 1 to `num_members`, or up to the first missing one.
 
-        Tensors `(M, d) float32` on the device: for "logits" d is the number of meta-classes, for "pooled" that of
-        features. On the CPU if the device has no room for them.
+        Returns tensors `(M, d) float32`; d is the number of meta-classes ("logits") or of pooled features ("pooled").
+        They are on the device, or on the CPU if the device has too little memory.
         """
         self.refresh(embedding)
         missing = self.missing(range(1, num_members + 1), embedding)
@@ -221,7 +221,7 @@ class Members:
 
 
 class TestSplit(NamedTuple):
-    """By what the embeddings of the test images are scored, `(M,)` each."""
+    """The classes of the test images, and which are queries and which gallery images, `(M,)` each."""
 
     labels: torch.Tensor  # int64
     is_query: torch.Tensor  # bool
@@ -229,13 +229,13 @@ class TestSplit(NamedTuple):
 
     @classmethod
     def from_arrays(cls, labels: np.ndarray, is_query: np.ndarray, is_gallery: np.ndarray) -> "TestSplit":
-        """Copy the arrays, which may be memory maps."""
+        """Make it from copies of the arrays, which may be memory maps."""
         return cls(*(torch.from_numpy(np.array(array)) for array in (labels, is_query, is_gallery)))
 
 
 @dataclass
 class Run:
-    """A run folder, the first of its finished members, and the images that they embedded."""
+    """An opened run folder: its record, its first finished members and its test images."""
 
     folder: Path
     record: RunRecord
@@ -253,30 +253,30 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of the run folder, also where it was given as "." or by a link."""
+        """The name of the run folder, even if its path was given as "." or a link."""
         return self.folder.resolve().name
 
     @property
     def weights(self) -> list[str]:
-        """The checksums of its networks' weights."""
+        """The SHA-256 of each member's file of weights, in order."""
         names = {number: member_path(self.folder, number, WEIGHTS).name for number in range(1, self.num_members + 1)}
         return [self.members.records[number].sha256[name] for number, name in names.items()]
 
     def without_seed(self) -> dict[str, object]:
-        """All that defines its networks, except the seed: the settings and the data."""
+        """Everything that defines the run's networks, except the seed: settings and data."""
         return self.settings.without_seed() | {"cache": self.record.data.fingerprint[:8]}
 
     def data_path(self, named: Path | None) -> Path:
-        """The folder of data sets: the one that is named, else that of training, or else data/ in the current folder.
+        """Find the folder of data sets: `named` if given, else the one used in training, else data/ here.
 
-        What args.json says is a first guess: the run may be on another machine, or the data moved since.
+        The folder in args.json may not exist: the run may be on another machine, or the data may have been moved.
         """
         recorded, here = Path(self.record.options["data_path"]), Path("data")
         found = (path for path in (recorded, here) if os.path.isdir(path / self.settings.data_name))
         return named or next(found, recorded if os.path.isdir(recorded) else here)
 
     def read_cache(self, data_path: Path | None) -> Cache:
-        """The cache that it was trained on, below `self.data_path(data_path)`. Raises InputError without it."""
+        """Open the cache of the run's training in `self.data_path(data_path)`. Raises InputError without it."""
         cache = read_cache(self.data_path(data_path), self.settings.data_name, self.settings.image_spec)
         if cache.fingerprint != self.record.data.fingerprint:
             raise InputError(f"{cache.folder} is not the cache of this run: it was made from other images")
@@ -294,7 +294,7 @@ class Run:
             raise InputError(f"{self.folder}: {text}: {command}")
 
     def embeddings(self, embedding: str, device: torch.device) -> list[torch.Tensor]:
-        """The members' outputs for the test images, `(M, d) float32` each, on the device."""
+        """Load the members' embeddings of the test images, `(M, d) float32` each; see `Members.embeddings`."""
         arrays = self.members.embeddings(self.num_members, embedding, device)
         for array in arrays:
             if len(array) != len(self.test):
@@ -303,9 +303,9 @@ class Run:
 
 
 def read_run(folder: Path, num_members: int | None = None) -> Run:
-    """Open a run folder with its members 1 to `num_members`; None: up to the first that is missing.
+    """Open a run folder with its members 1 to `num_members`; None: all before the first missing one.
 
-    Needs neither data nor weights and writes nothing. Raises InputError for a folder that is no run, is damaged or has
+    Needs neither data nor weights, and writes nothing. Raises InputError if the folder is not a run, is damaged or has
     too few members.
     """
     record = read_run_record(folder)
@@ -330,8 +330,8 @@ def read_test(folder: Path) -> pd.DataFrame:
 
 
 def run_lock(folder: Path) -> contextlib.AbstractContextManager:
-    """The lock for what the whole run shares, such as its logs. One process at a time holds it."""
-    path = folder.with_name(f".{folder.name}.lock")  # outside: a refused run makes no folder
+    """Take the lock for the files that the whole run shares, such as its logs. Waits while another process holds it."""
+    path = folder.with_name(f".{folder.name}.lock")  # not inside: a refused run makes no folder
     held = take_lock(path, timeout=2)
     if held is None:
         print(f"{folder}: waiting for another process of this run", flush=True)
