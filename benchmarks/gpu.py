@@ -47,32 +47,32 @@ Row = list[str]  # what, ours, other, how many times faster ours is
 
 @dataclass(frozen=True)
 class Plan:
-    """Where is measured, and how much: the whole, or a small part of it that shows that the code runs."""
+    """The device to measure, and the sizes: full, or small ones that only show that the code runs."""
 
     device: torch.device
     small: bool
     folder: Path  # for data and runs
 
     def of(self, whole: int, small: int) -> int:
-        """A size: of the whole or of the small plan."""
+        """Return the size for this plan."""
         return small if self.small else whole
 
     def settings(self, backbone: str = "resnet18", image_size: int = 256) -> Settings:
-        """The options of train.py that are measured."""
+        """Return the settings to measure."""
         size = self.of(image_size, 32)
         return Settings(data_name="images", backbone=backbone, image_size=size, batch_size=self.of(128, 4))
 
     def compute(self) -> Compute:
-        """The precision that train.py chooses for the device."""
+        """Return the device with the precision that train.py chooses for it."""
         return Compute(self.device, pick_precision(self.device, "resnet18"))
 
     def resident(self, **settings: object) -> training.ResidentStep:
-        """A step in that precision."""
+        """Make a step on a resident batch, in the precision of `compute`."""
         return training.ResidentStep(self.settings(**settings), self.compute())
 
     @functools.cached_property
     def photos(self) -> Path:
-        """A data folder with random photographs and their cache: 20 batches to train on."""
+        """Make a data folder of random photographs and their cache, for 20 training batches."""
         generator = np.random.default_rng(0)
         for number in range(24):
             path = self.folder / "photos" / f"{number % 12}" / f"{number}.jpg"
@@ -84,14 +84,14 @@ class Plan:
         return self.folder
 
     def experiment(self) -> train.Experiment:
-        """The training on the photographs, whose cache is opened anew."""
+        """Make an experiment on `photos`, with a newly opened cache."""
         settings = self.settings()
         cache = read_cache(self.photos, "images", settings.image_spec)
         return train.Experiment(cache=cache, settings=settings, weights=None, compute=self.compute(), environment={})
 
     @functools.cached_property
     def demo(self) -> list[str]:
-        """The options of train.py for members of the demo, of one epoch each."""
+        """Draw the demo. Returns train.py's options for members of one epoch each."""
         draw_demo(self.folder / "demo" / "images", self.of(100, 12), self.of(20, 2))
         training.make_cache(self.folder / "demo", 32)
         options = ["--data_path", str(self.folder / "demo"), "--data_name", "images", "--image_size", "32"]
@@ -100,12 +100,12 @@ class Plan:
 
 
 def speed_row(what: str, ours: float, other: float) -> Row:
-    """Two rates in images a second."""
+    """Make a row of two rates in images per second."""
     return [what, f"{ours:,.0f} images/s", f"{other:,.0f} images/s", f"{ours / other:.2f}"]
 
 
 def time_row(what: str, ours: float, other: float) -> Row:
-    """Two times in seconds."""
+    """Make a row of two times in seconds."""
     return [what, f"{ours:.4g} s", f"{other:.4g} s", f"{other / ours:.2f}"]
 
 
@@ -113,7 +113,7 @@ def time_row(what: str, ours: float, other: float) -> Row:
 
 
 def several(run: Callable[[], object], number: int, kind: str = "tf32") -> Callable[[], None]:
-    """A call that runs `run` so many times. Convolutions of float32 are "ieee" or, PyTorch's default, "tf32"."""
+    """Return a function that calls `run` `number` times. `kind`: precision of float32 convolutions, "ieee" or "tf32"."""
 
     def call() -> None:
         convolutions = torch.backends.cudnn.conv
@@ -129,7 +129,7 @@ def several(run: Callable[[], object], number: int, kind: str = "tf32") -> Calla
 
 
 def steps(plan: Plan, backbone: str) -> list[Row]:
-    """Our step in each precision, and the plain one with TF32, against the plain one in full float32."""
+    """Time our step in each precision, and the plain step with TF32, against the plain step in full float32."""
     settings, number = plan.settings(backbone), plan.of(5, 1)
     plain = training.plain_runs(settings, plan.device)["step"]
     runs = {"plain, fp32": several(plain, number, "ieee"), "plain, TF32": several(plain, number)}
@@ -144,7 +144,7 @@ def steps(plan: Plan, backbone: str) -> list[Row]:
 
 
 def epochs(plan: Plan) -> list[Row]:
-    """Epochs of train_member from a cold and a warm cache, by loader threads, against one resident batch."""
+    """Time epochs of train_member, cold and warm cache, 1 to 4 loader threads, against one resident batch."""
     pixels = read_cache(plan.photos, "images", plan.settings().image_spec).folder / "train_pixels.npy"
     resident = plan.resident()
     resident.rate(plan.of(5, 1))
@@ -166,7 +166,7 @@ def epochs(plan: Plan) -> list[Row]:
 
 @contextlib.contextmanager
 def loader_threads(number: int) -> Iterator[None]:
-    """Load batches in so many threads."""
+    """Load batches in `number` threads inside the block."""
     pool = dreml.batches.ThreadPoolExecutor
     with (
         mock.patch.object(dreml.batches, "ThreadPoolExecutor", lambda _: pool(number)),
@@ -184,13 +184,13 @@ def evict(path: Path) -> None:
 
 
 def bytes_from_disk() -> int:
-    """What Linux has read from disks for this process."""
+    """Return the bytes that Linux has read from disks for this process; 0 on other systems."""
     counts = Path("/proc/self/io").read_text() if sys.platform == "linux" else "read_bytes: 0"
     return int(dict(line.split(": ") for line in counts.splitlines())["read_bytes"])
 
 
 def embedding(plan: Plan) -> list[Row]:
-    """The embedding, in full float32, against the plain one."""
+    """Time our embedding against the plain one, both in full float32."""
     resident = plan.resident()
     plain = training.plain_runs(plan.settings(), plan.device)["embedding"]
     runs = {"ours": training.embed_resident(resident, copies=4), "plain": several(plain, 1, "ieee")}
@@ -201,7 +201,7 @@ def embedding(plan: Plan) -> list[Row]:
 
 
 def recall(plan: Plan, num_images: int, width: int) -> list[Row]:
-    """Recall@K against the bare product of all rows."""
+    """Time Recall@K against the bare product of all rows."""
     rows, labels = random_embedding(num_images, width, plan.device), random_labels(num_images)
     runs = {"ours": lambda: recall_at_k(rows, labels, [1, 10, 100]), "product": lambda: bare_product(rows)}
     with full_float32(plan.device.type):
@@ -211,7 +211,7 @@ def recall(plan: Plan, num_images: int, width: int) -> list[Row]:
 
 
 def progress_file(plan: Plan) -> list[Row]:
-    """How long training waits for one progress file, against 20 steps."""
+    """Time the writing of one progress file against 20 steps."""
     state = end_of_epoch(plan.device)
     times = []
     for number in range(plan.of(3, 1)):
@@ -224,7 +224,7 @@ def progress_file(plan: Plan) -> list[Row]:
 
 
 def first_step(plan: Plan) -> list[Row]:
-    """The first step of train.py, counted from the start of its process, against the imports alone."""
+    """Time train.py from the start of its process to the end of the first step, against the imports alone."""
     own = ["-m", "benchmarks.gpu", "--device", str(plan.device), "--first_step", *plan.demo]
     start = time.time()
     done = subprocess.run([sys.executable, *own], cwd=ROOT, capture_output=True, text=True)
@@ -249,7 +249,7 @@ def print_first_step(options: list[str]) -> None:
 
 
 def members(plan: Plan) -> list[Row]:
-    """Many members of the demo by two processes on one device, against one process."""
+    """Time many demo members, trained by two processes on one device, against one process."""
     number = plan.of(48, 2)
     times = []
     for num_processes in (2, 1):
@@ -267,7 +267,7 @@ def members(plan: Plan) -> list[Row]:
 
 
 def cuda_graph(plan: Plan) -> list[Row]:
-    """A whole step as one CUDA graph at 32 px, where the launches take longer than the arithmetic."""
+    """Time a whole step as one CUDA graph at 32 px, where the launches take longer than the arithmetic."""
     if plan.device.type != "cuda":
         raise RunError("CUDA graphs need CUDA")
     as_it_is, captured = plan.resident(image_size=32), plan.resident(image_size=32)
@@ -275,7 +275,7 @@ def cuda_graph(plan: Plan) -> list[Row]:
         group["capturable"] = True
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # the steps before a capture run beside the default stream
+    with torch.cuda.stream(side):  # steps before a capture must run on a side stream
         several(captured, 3)()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -286,7 +286,7 @@ def cuda_graph(plan: Plan) -> list[Row]:
 
 
 def compiled(plan: Plan) -> list[Row]:
-    """torch.compile of the network."""
+    """Time steps with torch.compile of the network against steps without."""
     as_it_is, ours = plan.resident(), plan.resident()
     ours.state.model = torch.compile(ours.state.model, backend="eager" if plan.small else "inductor")
     waited = seconds(ours, plan.device)
@@ -296,7 +296,7 @@ def compiled(plan: Plan) -> list[Row]:
 
 
 class ResidentCache:
-    """The training images of a cache on the device, where windows are cut out by one gather."""
+    """The training images of a cache on the device. One gather cuts all windows of a batch."""
 
     def __init__(self, cache: Cache, device: torch.device):
         self.pixels = torch.from_numpy(np.array(cache.array("train_pixels"))).to(device).view(-1, 3)
@@ -304,14 +304,14 @@ class ResidentCache:
         self.sizes = torch.from_numpy(cache.array("train_sizes").astype(np.int64)).to(device)  # (N, 2)
 
     def crops(self, images: torch.Tensor, corners: torch.Tensor, size: int) -> torch.Tensor:
-        """The windows `(B, S, S, 3) uint8` of images `(B,) int64` at corners `(B, 2) int64`."""
+        """Cut the windows `(B, S, S, 3) uint8` of images `(B,) int64` at corners `(B, 2) int64`."""
         span = torch.arange(size, device=self.pixels.device)
         rows = corners[:, :1] + span  # (B, S)
         starts = self.first[images][:, None] + rows * self.sizes[images, 1:] + corners[:, 1:]
         return self.pixels[starts[:, :, None] + span]
 
     def random_batches(self, batch_size: int, size: int) -> Iterator[torch.Tensor]:
-        """The windows of an epoch."""
+        """Yield the windows of an epoch, batch by batch."""
         order = torch.randperm(len(self.sizes), device=self.sizes.device)
         ranges = self.sizes[order] - size + 1
         corners = (torch.rand(ranges.shape, device=ranges.device) * ranges).long()
@@ -320,7 +320,7 @@ class ResidentCache:
 
 
 def resident_cache(plan: Plan) -> list[Row]:
-    """Epochs whose images lie on the device, against a warm cache on disk."""
+    """Time epochs with the images on the device against a warm cache on disk."""
     experiment, resident = plan.experiment(), plan.resident()
     cache = ResidentCache(experiment.cache, plan.device)
 
@@ -342,7 +342,7 @@ def resident_cache(plan: Plan) -> list[Row]:
 
 # ------------------------------------------------------------------------------------------------ the table
 
-PARTS = {  # in the order of their worth
+PARTS = {  # the most useful first
     "step, resnet18": lambda plan: steps(plan, "resnet18"),
     "epoch": epochs,
     "recall, large": lambda plan: recall(plan, plan.of(60_502, 300), plan.of(8000, 64)),
@@ -359,7 +359,7 @@ PARTS = {  # in the order of their worth
 
 
 def measure(plan: Plan, table: dict, path: Path, limit: float) -> dict[str, str]:
-    """Measure what the table lacks, until `limit` seconds are over. Return the parts that are missing and why."""
+    """Measure the parts that the table lacks. Begin none after `limit` seconds. Return the missing parts and why."""
     missing = {}
     start = time.perf_counter()
     for name, part in PARTS.items():
@@ -370,7 +370,7 @@ def measure(plan: Plan, table: dict, path: Path, limit: float) -> dict[str, str]
             continue
         try:
             rows = part(plan)
-        except Exception as error:  # whatever one part meets is not to cost the others
+        except Exception as error:  # an error in one part must not stop the others
             missing[name] = one_line(error)
         else:
             table["parts"][name] = rows

@@ -1,4 +1,4 @@
-"""The plain way to do what this project does, for the benchmarks to compare with, and their stopwatch.
+"""The plain implementation that the benchmarks compare with, and their stopwatch.
 
 Networks compute in float32 and contiguous memory, with `loss.item()` in each step; Recall@K comes from the sorted N x N
 similarity matrix.
@@ -22,7 +22,7 @@ from torch import nn
 
 
 def hardware(device: torch.device) -> str:
-    """The device, the processor, its threads and the versions, on one line."""
+    """Describe the device, processor, threads and versions in one line."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
@@ -33,7 +33,7 @@ def hardware(device: torch.device) -> str:
 
 
 def driver() -> str:
-    """The versions of the GPU's driver, of CUDA and of cuDNN."""
+    """Return the versions of the GPU driver, CUDA and cuDNN."""
     version = "unknown"
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -42,13 +42,13 @@ def driver() -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until a CUDA device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The wall time of one call."""
+    """Return the wall time of one call, including the device's work."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -59,7 +59,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 def compare(
     runs: dict[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: bool = True
 ) -> dict[str, float]:
-    """The median seconds of each of `runs`. They take turns, so that a slow minute of the machine meets them all."""
+    """Return the median seconds of each of `runs`. They take turns, so that a slow machine slows them all alike."""
     times = {name: [] for name in runs}
     for repeat in range(repeats + warm_up):
         for name, run in runs.items():
@@ -70,7 +70,7 @@ def compare(
 
 
 def row(what: str, ours: str, other: str, ratio: float) -> None:
-    """Print one line of a table. The ratio says how many times faster, or what share of the time, as `what` tells."""
+    """Print one row of a table. `what` tells whether the ratio is a speed-up or a share of the time."""
     print(f"| {what} | {ours} | {other} | {ratio:.2f} |", flush=True)
 
 
@@ -80,7 +80,7 @@ def row(what: str, ours: str, other: str, ratio: float) -> None:
 def plain_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, targets: torch.Tensor
 ) -> float:
-    """Float32, contiguous, and the host waits for the loss."""
+    """Train one step in float32 and contiguous memory. The host waits for the loss."""
     loss = F.cross_entropy(model(images), targets)
     optimizer.zero_grad()
     loss.backward()
@@ -89,7 +89,7 @@ def plain_step(
 
 
 def plain_recall(embedding: torch.Tensor, labels: torch.Tensor, ks: list[int]) -> list[float]:
-    """Recall@K from the whole similarity matrix, each row sorted."""
+    """Compute Recall@K from the whole similarity matrix, each row sorted."""
     similarity = embedding @ embedding.T
     similarity.fill_diagonal_(-torch.inf)
     found = labels[similarity.argsort(dim=1, descending=True)] == labels[:, None]
@@ -97,7 +97,7 @@ def plain_recall(embedding: torch.Tensor, labels: torch.Tensor, ks: list[int]) -
 
 
 def class_folders(folder: Path) -> tuple[list[Path], list[int], int]:
-    """Paths, labels and number of classes of an image folder, its classes at any depth."""
+    """Return the paths, labels and number of classes of an image folder. Each folder with images is a class."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     names = sorted({path.parent for path in paths})
     return paths, [names.index(path.parent) for path in paths], len(names)

@@ -31,7 +31,7 @@ from train import Sums, train_step
 
 @contextlib.contextmanager
 def slow_disk(bytes_per_second: float) -> Iterator[list[int]]:
-    """Make writing as slow as on a disk of such a speed. Yields the sizes of the files that are written, in bytes."""
+    """Slow writing down to the speed of a disk. Yields a list that collects the sizes of written files, in bytes."""
     sizes = []
 
     @contextlib.contextmanager
@@ -47,7 +47,7 @@ def slow_disk(bytes_per_second: float) -> Iterator[list[int]]:
 
 
 def end_of_epoch(device: torch.device) -> dict:
-    """What is written: a network after one step of Adam, with its moments, and the weights of an earlier epoch."""
+    """Make a state to write: a network after one step of Adam, its moments, and the weights of an earlier epoch."""
     model = build_model("resnet18", 12, None).to(device)
     compute = Compute(device)
     state = TrainState(model, make_optimizer("adam", model, 1e-4, device), compute.grad_scaler())
@@ -59,7 +59,7 @@ def end_of_epoch(device: torch.device) -> dict:
 
 
 def waiting(state: dict, interval: float, num_epochs: int, epoch_seconds: float) -> float:
-    """The share of the time that so many epochs of one member, each a pause, wait for their progress files."""
+    """Replace a member's epochs by pauses. Returns the share of the time spent waiting for progress files."""
     waited = 0.0
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -23,25 +23,25 @@ KS = [1, 10, 100, 1000]
 
 
 def random_embedding(num_images: int, width: int, device: torch.device) -> torch.Tensor:
-    """`(N, d) float32`, rows of length 1; images of a class lie a little nearer to each other."""
+    """Make a random embedding `(N, d) float32`, rows of length 1. Images of a class are a little closer."""
     labels = random_labels(num_images).to(device)
     centres = torch.randn(int(labels[-1]) + 1, width, device=device)
     return torch.nn.functional.normalize(torch.randn(num_images, width, device=device) + 0.15 * centres[labels])
 
 
 def random_labels(num_images: int) -> torch.Tensor:
-    """Ten or eleven images a class, in order."""
+    """Make labels `(N,) int64` in order, ten or eleven images per class."""
     return torch.arange(num_images) * (num_images // 10) // num_images
 
 
 def bare_product(embedding: torch.Tensor) -> None:
-    """The full similarity matrix in chunks of rows, thrown away."""
+    """Compute the full similarity matrix in chunks of rows, and discard it."""
     for start, stop in spans(0, len(embedding), 2048):
         embedding[start:stop] @ embedding.T
 
 
 def faiss_search(embedding: torch.Tensor, k: int) -> np.ndarray:
-    """The k nearest neighbours of each row, itself among them."""
+    """Return the indices of the k nearest neighbours of each row, which include itself."""
     import faiss
 
     index = faiss.IndexFlatIP(embedding.shape[1])
@@ -69,7 +69,7 @@ def against_others(num_images: int, width: int, repeats: int, device: torch.devi
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process (CPU) or PyTorch (CUDA) has held until now."""
+    """Return the peak memory of this process (CPU) or of PyTorch (CUDA) until now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows
@@ -78,10 +78,10 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def big(num_images: int, width: int, device: torch.device) -> None:
-    """The size of sop's gallery: has to fit."""
+    """Measure time and memory at the size of sop's gallery."""
     labels = random_labels(num_images)
     embedding = torch.empty(num_images, width, device=device)
-    for start, stop in spans(0, num_images, 100):  # a peak before the call would hide that of the call
+    for start, stop in spans(0, num_images, 100):  # in parts: an earlier peak would hide the call's own
         embedding[start:stop] = torch.randn(stop - start, width, device=device)
     recall_at_k(embedding[:100], labels[:100], [1])
     if device.type == "cuda":

@@ -31,7 +31,7 @@ PROXY_RATE = 100  # times the network's learning rate
 
 
 def class_shares(targets: Targets, num_classes: int) -> torch.Tensor:
-    """The share that each class has in each image, `(B, num_classes) float32`."""
+    """Return the share of each class in each image, `(B, num_classes) float32`."""
     if isinstance(targets, torch.Tensor):
         return F.one_hot(targets, num_classes).float()
     shares = targets.shares[:, None]
@@ -39,9 +39,9 @@ def class_shares(targets: Targets, num_classes: int) -> torch.Tensor:
 
 
 def proxy_anchor(loss: torch.nn.Module, rows: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """Proxy-Anchor of rows `(B, d)` and shares `(B, num_classes)`: the sums over images count each by its share."""
+    """Proxy-Anchor loss of rows `(B, d)`. The sums over images weight each by its `shares` `(B, num_classes)`."""
     cosines = F.normalize(rows, dim=1) @ F.normalize(loss.proxies, dim=1).T
-    zeros = torch.zeros_like(cosines[:1])  # log 1
+    zeros = torch.zeros_like(cosines[:1])  # the 1 in log(1 + sum of exponentials)
     attracted = torch.cat([zeros, loss.alpha * (loss.margin - cosines) + shares.log()])
     repelled = torch.cat([zeros, loss.alpha * (loss.margin + cosines) + (1 - shares).log()])
     num_present = (shares.sum(0) > 0).sum()

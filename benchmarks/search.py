@@ -25,7 +25,7 @@ IMPORTS = "import torch, torchvision, lancedb"
 
 
 def draw_photo(path: Path, generator: np.random.Generator) -> None:
-    """A smooth random picture of 200 x 160 pixels, as JPEG."""
+    """Write a smooth random picture of 200 x 160 pixels as JPEG."""
     pixels = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).resize((200, 160), Image.Resampling.BICUBIC).save(path, quality=85)
@@ -42,7 +42,7 @@ def timed(*command: object) -> tuple[float, str]:
 
 
 def measure(run: Path, work: Path, number: int, repeats: int) -> None:
-    """First search, second search, and one after photos were added, changed and removed."""
+    """Time a first search, a second one, and one after photos were added, changed and removed."""
     generator = np.random.default_rng(0)
     photos = work / "photos"
     shutil.rmtree(work, ignore_errors=True)

@@ -48,16 +48,16 @@ def repeated(source: Path, target: Path, num_images: int) -> None:
 
 
 def make_cache(data: Path, size: int) -> Cache:
-    """The cache of the image folder data/images, made by data_utils.py with all cores."""
+    """Make the cache of the image folder data/images by data_utils.py with all cores."""
     options = ["--data_path", str(data), "--data_name", "images", "--image_size", str(size)]
-    with contextlib.redirect_stdout(io.StringIO()):  # its lines are not for the table
+    with contextlib.redirect_stdout(io.StringIO()):  # keep its lines out of the table
         if data_utils.main(options):
             raise cli.RunError(f"{data}: its cache could not be made")
     return read_cache(data, "images", ImageSpec(size))
 
 
 def rates(text: str, runs: dict[str, Callable], num_images: int, repeats: int, device: torch.device) -> None:
-    """Print images a second of each of `runs`, and the ratio to the last one, the plain way."""
+    """Print the images per second of each of `runs`, and the ratio to the last one, which is the plain way."""
     medians = compare(runs, repeats, device)
     *names, plain = medians
     for name in names:
@@ -67,8 +67,8 @@ def rates(text: str, runs: dict[str, Callable], num_images: int, repeats: int, d
 
 
 def preprocessing(source: Path, folder: Path, num_images: int, spec: ImageSpec, repeats: int) -> None:
-    """data_utils.py with all cores against decoding and resizing alone on one core."""
-    folders = [folder / f"run{number}" for number in range(repeats + 1)]  # each time a new cache
+    """Time data_utils.py with all cores against only decoding and resizing on one core."""
+    folders = [folder / f"run{number}" for number in range(repeats + 1)]  # a new cache for each run
     for data in folders:
         repeated(source, data / "images", num_images)
     waiting = iter(folders)
@@ -87,14 +87,14 @@ def preprocessing(source: Path, folder: Path, num_images: int, spec: ImageSpec, 
 
 
 def first_epoch(cache: Cache, settings: Settings, device: torch.device) -> Iterator[Batch]:
-    """The batches of the first epoch of member 1, of all training images."""
+    """Yield the batches of member 1's first epoch, with all training images."""
     targets = np.array(cache.array("train_labels")) % settings.meta_class_size
     draw = partial(rng_for, settings.seed, 1, 0)
     return epoch_batches(cache, np.arange(len(targets)), targets, settings, draw, device)
 
 
 class ResidentStep:
-    """Our step, again and again on one batch of random pixels that lies on the device."""
+    """Our training step, repeated on one batch of random pixels that stays on the device."""
 
     def __init__(self, settings: Settings, compute: Compute):
         device = compute.device
@@ -115,13 +115,13 @@ class ResidentStep:
         train_step(self.state, self.compute, pixels, self.batch.targets, self.sums)
 
     def rate(self, num_steps: int) -> float:
-        """Images a second of so many steps, after which the host waits once."""
+        """Return the images per second of `num_steps` steps. The host waits once, at the end."""
         elapsed = seconds(lambda: [self() for _ in range(num_steps)], self.compute.device)
         return num_steps * len(self.batch.targets) / elapsed
 
 
 def plain_runs(settings: Settings, device: torch.device) -> dict[str, Callable]:
-    """The plain "step" and "embedding" on one batch that is float already."""
+    """Return the plain "step", and "embedding" of four batches, on one batch that is float already."""
     model = torchvision.models.get_model(settings.backbone, weights=None, num_classes=settings.meta_class_size)
     model = model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
@@ -142,7 +142,7 @@ def plain_runs(settings: Settings, device: torch.device) -> dict[str, Callable]:
 
 
 def embed_resident(resident: ResidentStep, copies: int) -> Callable[[], None]:
-    """The embedding of so many batches, which lie in the memory of the host."""
+    """Return a function that embeds `copies` batches from the memory of the host."""
     images = np.tile(resident.batch.images.cpu().numpy(), (copies, 1, 1, 1))
     batch_size = 2 * len(resident.batch.targets)
 
@@ -154,7 +154,7 @@ def embed_resident(resident: ResidentStep, copies: int) -> Callable[[], None]:
 
 
 def steps(resident: ResidentStep, settings: Settings, repeats: int) -> None:
-    """Our step, from uint8, and our embedding against the plain ones."""
+    """Time our step, from uint8, and our embedding against the plain ones."""
     plain = plain_runs(settings, resident.compute.device)
     text = f"{settings.backbone}, {settings.image_size} px, batch {settings.batch_size}"
     runs = {resident.compute.precision: resident, "fp32, contiguous": plain["step"]}
@@ -164,7 +164,7 @@ def steps(resident: ResidentStep, settings: Settings, repeats: int) -> None:
 
 
 def two_epochs(experiment: Experiment) -> list[float]:
-    """Images a second of two epochs of train_member."""
+    """Train a member for two epochs. Returns the images per second of each."""
     experiment = replace(experiment, settings=replace(experiment.settings, num_epochs=2))
     with contextlib.redirect_stdout(io.StringIO()):
         _, result = train_member(experiment, 1, "member 1")
@@ -172,7 +172,7 @@ def two_epochs(experiment: Experiment) -> list[float]:
 
 
 def epoch(experiment: Experiment, resident: ResidentStep, num_steps: int, repeats: int) -> None:
-    """The second of two epochs of train_member against as many steps on a resident batch."""
+    """Time the second epoch of train_member against `num_steps` steps on a resident batch."""
     ours, ceilings = [], []
     for _ in range(repeats):
         ours.append(two_epochs(experiment)[1])
