@@ -230,7 +230,7 @@ def load_member(path: Path) -> nn.Module:
     """Load a trained member's network from `member_007.safetensors`, on the CPU. Its metadata names the backbone."""
     with safe_open(path, framework="pt") as file:
         settings = json.loads(file.metadata()[METADATA])["settings"]
-        state = {name: file.get_tensor(name).clone() for name in file.keys()}  # the file is memory-mapped
+        state = {name: file.get_tensor(name).clone() for name in file.keys()}  # not views of the mapped file
     model = without_drawing(lambda: build_model(settings["backbone"], settings["meta_class_size"], None))
     model.load_state_dict(state, assign=True)
     return model.to(memory_format=torch.channels_last)

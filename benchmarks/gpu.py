@@ -113,7 +113,7 @@ def time_row(what: str, ours: float, other: float) -> Row:
 
 
 def several(run: Callable[[], object], number: int, kind: str = "tf32") -> Callable[[], None]:
-    """Return a function that calls `run` `number` times. `kind`: precision of float32 convolutions, "ieee" or "tf32"."""
+    """Return a function that calls `run` `number` times. Float32 convolutions are of `kind` "ieee" or "tf32"."""
 
     def call() -> None:
         convolutions = torch.backends.cudnn.conv

@@ -59,7 +59,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 def compare(
     runs: dict[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: bool = True
 ) -> dict[str, float]:
-    """Return the median seconds of each of `runs`. They take turns, so that a slow machine slows them all alike."""
+    """Return the median seconds of each of `runs`. They take turns, so that a slow phase of the machine affects all."""
     times = {name: [] for name in runs}
     for repeat in range(repeats + warm_up):
         for name, run in runs.items():

@@ -47,7 +47,7 @@ def check_backbone(backbone: str, image_size: int) -> None:
     """Raise InputError for an unknown backbone, or an image size that it cannot take."""
     if backbone.startswith(TIMM):
         library = "timm"
-        known = timm_library().list_models() + timm_library().list_pretrained()  # the second with weights' tags
+        known = timm_library().list_models() + timm_library().list_pretrained()  # the second has names with tags
         name = backbone.removeprefix(TIMM)
     else:
         library = f"torchvision, or {TIMM}NAME"

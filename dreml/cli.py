@@ -183,7 +183,7 @@ def data_set_name(text: str) -> str:
 
 
 def check_ranges(args: argparse.Namespace, **ranges: tuple[float, float]) -> None:
-    """Raise InputError for an option outside its range (low, high), both included. An option may be None: not given."""
+    """Raise InputError for an option outside its range (low, high), both included. None: not given, no check."""
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
         if value is None or low <= value <= high:  # False for NaN
@@ -261,7 +261,7 @@ def set_up_device(device: "torch.device", deterministic: bool) -> None:
         torch.cuda.set_device(device)
 
 
-# Messages that mean out of memory: from PyTorch's allocators, then from cuBLAS and cuDNN without workspace.
+# Messages that mean out of memory: from PyTorch's allocators, then from cuBLAS and cuDNN if they lack workspace.
 OUT_OF_MEMORY = re.compile(
     "out of memory|allocate memory|ALLOC_FAILED|ALLOCATION_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|"
     "unable to find an engine|unable to find a valid cuDNN algorithm",

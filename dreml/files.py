@@ -45,7 +45,7 @@ def atomic_open(path: Path, mode: str = "w") -> Iterator:
         os.replace(temporary, path)
         flush_folder(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write has no file name
+        error.filename = error.filename or str(path)  # the error of a write names no file
         raise
     finally:
         temporary.unlink(missing_ok=True)
