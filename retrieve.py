@@ -147,8 +147,9 @@ def export(searcher: Searcher, path: Path, suffix: str) -> None:
     """
     if searcher.gallery:
         suffix = f"_gallery{suffix}"
-        table, rows = searcher.searched
-        table = table[["path", "class_name"]].assign(path=[str(searcher.gallery / path) for path in table.path])
+        rows = searcher.searched.vectors
+        table = searcher.searched.table[["path", "class_name"]]
+        table = table.assign(path=[str(searcher.gallery / path) for path in table.path])
     else:
         rows = searcher.saved
         table = searcher.run.test

@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -73,51 +73,41 @@ class Answer:
         return any(neighbour.found for neighbour in self.neighbours)
 
 
-class Gallery(NamedTuple):
-    """What is searched. Row i of both is an image."""
+class Gallery:
+    """What is searched."""
 
-    table: pd.DataFrame  # path (relative to the folder), class_name, row (of test.csv; -1 for a photo)
-    vectors: torch.Tensor  # (N, d) float32, rows of length 1
+    def __init__(self, table: pd.DataFrame, vectors: torch.Tensor):
+        self.table = table  # path (relative to the folder), class_name, row (of test.csv; -1 for a photo)
+        self.vectors = vectors  # (N, d) float32, rows of length 1
+        self.places = {path: place for place, path in enumerate(table.path)}
+        self.classes = set(table.class_name) - {None}
 
 
-def places_in(folder: Path, paths: Sequence[str], files: Sequence[Path | None]) -> list[int]:
-    """The place of each file in a list of paths relative to a folder; -1 for one that is not listed, and for None.
-
-    A file is known by its path as it is written, or with all links resolved.
-    """
-    places = {path: place for place, path in enumerate(paths)}
-
-    def relative(file: Path, resolve: Callable) -> str:  # outside the folder: an absolute path, which no list has
-        return resolve(file).removeprefix(resolve(folder) + os.sep).replace(os.sep, "/")
-
-    found = []
-    for file in files:
-        names = [relative(file, os.path.abspath), relative(file, os.path.realpath)] if file else []
-        found.append(next((places[name] for name in names if name in places), -1))
-    return found
+def find_path(file: str | Path | None, folder: Path, paths: dict[str, int]) -> int | None:
+    """The number of a file among paths relative to a folder. It may be written in another way, or be a link to it."""
+    for resolve in (os.path.abspath, os.path.realpath) if file else ():
+        path = resolve(file).removeprefix(resolve(folder) + os.sep).replace(os.sep, "/")  # outside: an absolute path
+        if path in paths:
+            return paths[path]
+    return None
 
 
 @torch.inference_mode()
-def nearest(
-    queries: torch.Tensor, gallery: torch.Tensor, top: int, max_block: int = 2**22
-) -> tuple[np.ndarray, np.ndarray]:
-    """The `top` rows of the gallery `(N, d)`, or all, that are most similar to each of the queries `(Q, d)`.
+def nearest(query: torch.Tensor, gallery: torch.Tensor, top: int) -> tuple[list[float], list[int]]:
+    """The `top` rows of the gallery `(N, d)`, or all, that are most similar to a query `(d,)`: similarities, numbers.
 
-    Returns their similarities `(Q, top) float64` and their numbers `(Q, top) int64`; among equally similar ones, the
-    first in the gallery comes first. Similarities are rounded to 1e-6: the order in which products were summed up
-    should break no tie. At most `max_block` similarities are held at a time, but at least one query's.
+    Similarities are rounded to 1e-6: the order in which products were summed up should break no tie. Among equally
+    similar rows, the first in the gallery comes first.
     """
     size = len(gallery)
-    best = []
-    for block in queries.split(max(1, max_block // size)):
-        with full_float32(gallery.device.type):
-            products = (block.to(gallery.device) @ gallery.T).cpu()
-        # One integer holds a similarity and, for ties, how far in front the image is.
-        keys = (products * 1e6).round().long() * size - torch.arange(size)
-        best.append(keys.topk(min(top, size)).values)
-    keys = torch.cat(best)
+    with full_float32(gallery.device.type):
+        products = (gallery @ query.to(gallery.device)).cpu()
+    # One integer holds a similarity and, for ties, how far in front the row is.
+    keys = (products * 1e6).round().long() * size - torch.arange(size)
+    keys = keys.topk(min(top, size)).values
     numbers = -keys % size
-    return ((keys + numbers) // size).double().numpy() / 1e6, numbers.numpy()
+    similarities = ((keys + numbers) // size).double() / 1e6
+    return similarities.tolist(), numbers.tolist()
 
 
 # ------------------------------------------------------------------------------------------------ the searcher
@@ -154,6 +144,8 @@ class Searcher:
         self.device = pick_device(str(self.device))
         self.data_path = self.run.data_path(self.data_path)
         self.test = self.run.test.assign(row=range(len(self.run.test)))
+        self.test_rows = dict(zip(self.test.path, self.test.row, strict=True))
+        self.test_classes = set(self.test.class_name)
         self.lock = threading.Lock()
         if self.gallery is None:
             if not len(self.test):
@@ -247,34 +239,21 @@ class Searcher:
         if far is not None:
             threshold = read_threshold(self.run, self.embedding, far)
         bad: list[str] = []
+        items: list[Item] = []
+        for query in queries:
+            try:
+                items += self.items(query, bad)
+            except InputError as error:
+                bad.append(str(error))
         with self.lock:
-            found = self.embed_queries(self.items(queries, bad), bad)
+            found = self.embed_queries(items, bad)
             if problems is None:
                 refuse("query", bad)
             else:
                 problems += bad
-            if found and not (self.ann and self.gallery):
-                return self.answers(found, self.searched, top, threshold)
-            answers = []
-            for item, row in found:
-                nearby = self.photos(*self.fresh_index.read(row, top + 8))  # one may be the query itself
-                answers += self.answers([(item, row)], nearby, top, threshold)
-            return answers
+            return [self.answer(item, row, top, threshold) for item, row in found]
 
-    def items(self, queries: Sequence[Query], problems: list[str]) -> list[Item]:
-        """The images that are asked for. The file of a test image counts as that test image."""
-        items = []
-        for query in queries:
-            try:
-                items += self.items_of(query, problems)
-            except InputError as error:
-                problems.append(str(error))
-        files = [None if item.row is not None else item.file for item in items]
-        rows = places_in(self.data_folder, self.test.path, files)
-        found = zip(items, rows, strict=True)
-        return [item if row < 0 else self.item(self.test, row, item.name) for item, row in found]
-
-    def items_of(self, query: Query, problems: list[str]) -> list[Item]:
+    def items(self, query: Query, problems: list[str]) -> list[Item]:
         """The image of one query, or the photos of a folder. Raises InputError if there is none."""
         if isinstance(query, np.ndarray):
             if query.dtype != np.uint8 or query.ndim != 3 or query.shape[2] not in (3, 4) or not query.size:
@@ -291,9 +270,14 @@ class Searcher:
         if not is_utf8(name):
             raise InputError(f"{name!a}: the name is not valid UTF-8")
         if not os.path.isdir(name):  # unlike Path.is_dir, also for a text that is too long for a name
-            return [Item(name, name, None, Path(name))]
-        files = [(Path(name, photo.path), class_of(photo.path)) for photo in list_photos(Path(name), problems)]
-        return [Item(str(file), str(file), class_name, file) for file, class_name in files]
+            return [self.file_item(name)]
+        photos = list_photos(Path(name), problems)
+        return [self.file_item(str(Path(name, photo.path)), class_of(photo.path)) for photo in photos]
+
+    def file_item(self, name: str, class_name: str | None = None) -> Item:
+        """An image file. That of a test image counts as the test image."""
+        row = find_path(name, self.data_folder, self.test_rows)
+        return Item(name, name, class_name, Path(name)) if row is None else self.item(self.test, row, name)
 
     def embed_queries(self, items: list[Item], problems: list[str]) -> list[tuple[Item, torch.Tensor]]:
         """The images that can be used, and their embeddings `(d,)`. What is wrong with others goes to `problems`."""
@@ -311,37 +295,26 @@ class Searcher:
             rows |= batch
         return [(items[place], rows[place]) for place in sorted(rows)]
 
-    # -------------------------------------------------------------------------------------------- answers
-
-    def answers(
-        self, found: list[tuple[Item, torch.Tensor]], gallery: Gallery, top: int, threshold: float | None
-    ) -> list[Answer]:
-        """The neighbours of each query, which comes with its embedding."""
-        queries, rows = zip(*found, strict=True)
-        table = gallery.table
-        classes = set(table.class_name) - {None}
-        test_classes = set(self.test.class_name)
-        if self.gallery is None:
-            places = pd.Index(table.row).get_indexer([-1 if query.row is None else query.row for query in queries])
-        else:
-            places = places_in(self.gallery, table.path, [query.file for query in queries])
-        similarities, numbers = nearest(torch.stack(rows), gallery.vectors, top + 1)  # one may be the query itself
-        answers = []
-        for query, place, values, near in zip(queries, places, similarities.tolist(), numbers.tolist(), strict=True):
-            if query.row is None and place >= 0:  # a photo that lies in the gallery has the class that it has there
-                query = query._replace(class_name=table.class_name.iloc[place])
-            # Folders that are no classes of the run or, for two photos, of the gallery are not known as classes.
-            known = test_classes if query.row is not None or self.gallery is None else classes
-            neighbours = []
-            for value, number in zip(values, near, strict=True):
-                if number != place:
-                    item = self.item(table, number)
-                    both_known = {query.class_name, item.class_name} <= known
-                    right = query.class_name == item.class_name if both_known else None
-                    is_found = threshold is None or value >= threshold - 5e-7  # as rounded as the similarity
-                    neighbours.append(Neighbour(*item[1:5], value, right, is_found))
-            answers.append(Answer(query, neighbours[:top], threshold))
-        return answers
+    def answer(self, query: Item, row: torch.Tensor, top: int, threshold: float | None) -> Answer:
+        """The neighbours of a query with this embedding, `(d,) float32`."""
+        is_nearby = self.gallery and self.ann
+        searched = self.photos(*self.fresh_index.read(row, top + 8)) if is_nearby else self.searched
+        place = find_path(query.file, self.gallery, searched.places) if self.gallery else None
+        if query.row is None and place is not None:  # a photo that lies in the gallery has the class that it has there
+            query = query._replace(class_name=searched.table.class_name.iloc[place])
+        # Folders that are no classes of the run or, for two photos, of the gallery are not known as classes.
+        known = searched.classes if self.gallery and query.row is None else self.test_classes
+        neighbours = []
+        similarities, numbers = nearest(row, searched.vectors, top + 1)  # one may be the query itself
+        for similarity, number in zip(similarities, numbers, strict=True):
+            item = self.item(searched.table, number)
+            is_itself = number == place if item.row is None else item.row == query.row
+            if not is_itself and len(neighbours) < top:
+                both_known = {query.class_name, item.class_name} <= known
+                right = query.class_name == item.class_name if both_known else None
+                is_found = threshold is None or similarity >= threshold - 5e-7  # as rounded as the similarity
+                neighbours.append(Neighbour(*item[1:5], similarity, right, is_found))
+        return Answer(query, neighbours, threshold)
 
     @functools.cached_property
     def test_queries(self) -> pd.DataFrame:
