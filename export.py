@@ -5,9 +5,8 @@
     python export.py RUN --check_recall        and compare R@1 with the run's
 
 A graph maps images, (N, S, S, 3) uint8, to the rows of one member, (N, d) float32.
-model.json has the Python code that reads a photo and joins the rows: then the dot
-product of two is the mean of the members' cosines. All of it is compared with
-PyTorch before it is written. docs/SEARCH.md: how to use it. Needs:
+model.json has the Python code that reads a photo and joins the rows. Both are
+compared with PyTorch first. docs/SEARCH.md: how to use them. Needs:
 pip install onnx onnxscript onnxruntime
 """
 
@@ -79,12 +78,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
     embedding_help = "logits (default), or pooled: the features before the last layer"
     parser.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
-    output_help = "folder to make (default: RUN_FOLDER/export_L<members>)"
-    parser.add_argument("--output", type=Path, metavar="DIR", help=output_help)
-    recall_help = "embed all test images, too, and compare R@1 with that of the saved embeddings"
-    parser.add_argument("--check_recall", action="store_true", help=recall_help)
-    data_help = "folder of data sets, for the test images of the check (default: as in training)"
-    parser.add_argument("--data_path", type=Path, metavar="DIR", help=data_help)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN_FOLDER/export_L<members>")
+    parser.add_argument("--check_recall", action="store_true", help="embed all test images, too, and compare R@1")
+    parser.add_argument("--data_path", type=Path, metavar="DIR", help="data sets (default: as in training)")
     args = parser.parse_args(argv)
     check_ranges(args, num_members=(1, MANY))
     return args
@@ -146,22 +142,19 @@ def check(run: Run, cache: Cache | None, ensemble: Ensemble, embed: Callable, wi
     largest = float((apart**2).sum(1).max() / 2)  # 1 - cosine of rows of length 1; more where one has another length
     if not largest <= MAX_DIFFERENCE:  # so that NaN fails, too
         raise RunError(f"the graphs' embedding is not PyTorch's: 1 - cosine is {largest:.2g}; nothing is exported")
-    found = {"images": f"{len(images)} {'test' if cache else 'drawn'} images", "1 - cosine": largest}
+    found = {"images": f"{len(images)} {'test' if cache else 'drawn'} images", "1 - cosine": float(f"{largest:.1g}")}
     if with_recall:
         pieces = spans(0, len(test_images), NUM_CHECKED)
         bar = progress_bar(pieces, "embedding the test images", len(pieces), f" x {NUM_CHECKED} images")
         rows = torch.from_numpy(np.concatenate([embed(np.array(test_images[start:stop])) for start, stop in bar]))
         labels, is_query, is_gallery = run.split
-        saved = run.embeddings(ensemble.embedding, torch.device("cpu"))
-        for name, embeddings in (("R@1", rows), ("R@1 of the run", saved)):
+        for name, embeddings in (("R@1", rows), ("R@1 of the run", run.embeddings(ensemble.embedding, rows.device))):
             recall = recall_at_k(embeddings, labels, [1], is_query=is_query, is_gallery=is_gallery)[-1].item()
             found[name] = round(100 * recall, 4)
         apart = round(abs(found["R@1"] - found["R@1 of the run"]) / 100 * int(is_query.sum()))
-        text = f"R@1 {found['R@1']:.2f}, of the run {found['R@1 of the run']:.2f}; queries apart: {apart}"
         if apart > MAX_QUERIES_APART:
-            raise RunError(f"--check_recall: {text}, and {MAX_QUERIES_APART} may be; nothing is exported")
-        print(text)
-    print(f"1 - cosine with PyTorch's embedding: at most {largest:.1g}, on {found['images']}")
+            raise RunError(f"R@1 is {found['R@1']}, that of the run {found['R@1 of the run']}; nothing is exported")
+    print(f"compared with PyTorch: {', '.join(f'{name} {value}' for name, value in found.items())}")
     return found
 
 

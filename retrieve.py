@@ -32,12 +32,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="retrieve.py", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run folder of train.py")
     group = parser.add_argument_group("what is done (at least one)")
-    query_help = "images, folders, or test:INDEX (row of test.csv, from 0)"
-    group.add_argument("--query", nargs="+", metavar="Q", help=query_help)
+    group.add_argument("--query", nargs="+", metavar="Q", help="images, folders, or test:INDEX (row of test.csv)")
     worst_help = "N test queries (default: 10), surest errors first"
     group.add_argument("--worst", nargs="?", type=int, const=10, metavar="N", help=worst_help)
-    export_help = "write what is searched as .npy (default: into --output)"
-    group.add_argument("--export", nargs="?", const="", metavar="PATH", help=export_help)
+    group.add_argument("--export", nargs="?", const="", metavar="PATH", help="write what is searched as .npy")
     group = parser.add_argument_group("how it is searched")
     gallery_help = "search the images below DIR, a class for each folder (default: the gallery of the test split)"
     group.add_argument("--gallery", type=Path, metavar="DIR", help=gallery_help)
@@ -45,9 +43,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
     embedding_help = "logits (default), or pooled: the features before the last layer"
     group.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
-    far_help = "as --threshold, for a false-accept rate F such as 0.1"
     group = group.add_mutually_exclusive_group()
-    group.add_argument("--far", type=float, metavar="F", help=far_help)
+    group.add_argument("--far", type=float, metavar="F", help="as --threshold, for a false-accept rate such as 0.1")
     group.add_argument("--threshold", type=float, metavar="T", help='neighbours are "not found" below this similarity')
     group = parser.add_argument_group("the index of --gallery (needs LanceDB: pip install lancedb)")
     group.add_argument("--index", type=Path, metavar="DIR", help="where it is kept (default: in RUN_FOLDER/index)")
@@ -55,10 +52,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--refresh", choices=("always", "never"), metavar="WHEN", help=refresh_help)
     group.add_argument("--ann", action="store_true", help="approximate search, by LanceDB's vector index")
     group = parser.add_argument_group("the rest")
-    output_help = "folder of what is written (default: RUN_FOLDER/retrieval)"
-    group.add_argument("--output", type=Path, metavar="DIR", help=output_help)
-    data_help = "data sets, for the picture (default: as in training)"
-    group.add_argument("--data_path", type=Path, metavar="DIR", help=data_help)
+    group.add_argument("--output", type=Path, metavar="DIR", help="what is written (default: RUN_FOLDER/retrieval)")
+    group.add_argument("--data_path", type=Path, metavar="DIR", help="data sets (default: as in training)")
     group.add_argument("--no_picture", action="store_true", help="no picture: matplotlib is not needed")
     group.add_argument("--device", default="auto", help=DEVICE_HELP)
     args = parser.parse_args(argv)
