@@ -252,7 +252,7 @@ def run(args: argparse.Namespace) -> None:
     searcher.data_path = args.data_path or searcher.data_path
     if not len(searcher.test):
         raise InputError(f"{args.folder}: its data set has no test images")
-    print(f"images to search: {len(searcher.gallery.vectors):,}")  # new photos are embedded now, not at a question
+    print(f"images to search: {len(searcher.searched.vectors):,}")  # new photos are embedded now, not at a question
     searcher.ensemble.eval()  # and the network is loaded
     learned = Learned(searcher)
 

@@ -5,17 +5,14 @@
     python export.py RUN --check_recall        and compare R@1 with the run's
 
 A graph maps images, (N, S, S, 3) uint8, to the rows of one member, (N, d) float32.
-model.json has the Python code that reads a photo and joins the rows: then the dot
-product of two is the mean of the members' cosines. All of it is compared with
-PyTorch before it is written. docs/SEARCH.md: how to use it. Needs:
+model.json has the Python code that reads a photo and joins the rows. Both are
+compared with PyTorch first. docs/SEARCH.md: how to use them. Needs:
 pip install onnx onnxscript onnxruntime
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import inspect
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -29,7 +26,7 @@ from dreml import images as images_module
 from dreml.batches import spans
 from dreml.cache import Cache
 from dreml.cli import MANY, InputError, Parser, RunError, check_ranges, one_line, progress_bar, run_main
-from dreml.files import replace_folder, sha256, writable, write_record
+from dreml.files import replace_folder, writable, write_record
 from dreml.images import ImageSpec
 from dreml.index import model_checksum
 from dreml.runs import SUFFIXES, Run, read_run
@@ -38,7 +35,6 @@ from model import Ensemble, load_ensemble
 from utils import recall_at_k
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-DESCRIPTION = "model.json"
 NUM_CHECKED = 32  # images whose embeddings are compared
 MAX_DIFFERENCE = 1e-4  # 1 - cosine between PyTorch's embedding of an image and onnxruntime's
 MAX_QUERIES_APART = 2  # of which rounding may change the nearest neighbour
@@ -82,12 +78,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
     embedding_help = "logits (default), or pooled: the features before the last layer"
     parser.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
-    output_help = "folder to make (default: RUN_FOLDER/export_L<members>)"
-    parser.add_argument("--output", type=Path, metavar="DIR", help=output_help)
-    recall_help = "embed all test images, too, and compare R@1 with that of the saved embeddings"
-    parser.add_argument("--check_recall", action="store_true", help=recall_help)
-    data_help = "folder of data sets, for the test images of the check (default: as in training)"
-    parser.add_argument("--data_path", type=Path, metavar="DIR", help=data_help)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN_FOLDER/export_L<members>")
+    parser.add_argument("--check_recall", action="store_true", help="embed all test images, too, and compare R@1")
+    parser.add_argument("--data_path", type=Path, metavar="DIR", help="data sets (default: as in training)")
     args = parser.parse_args(argv)
     check_ranges(args, num_members=(1, MANY))
     return args
@@ -129,66 +122,43 @@ def open_graphs(folder: Path, code: str) -> Callable[[np.ndarray], np.ndarray]:
     return lambda images: names["embed"](members, images)
 
 
-# ------------------------------------------------------------------------------------------------ the checks
+# ------------------------------------------------------------------------------------------------ the check
 
 
-def images_to_check(cache: Cache | None, image_size: int) -> np.ndarray:
-    """Images for the comparison, `(N, S, S, 3) uint8`: of the whole test split or, without a cache, drawn."""
-    if cache is None:
-        shape = (NUM_CHECKED, image_size, image_size, 3)
-        return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    test = cache.array("test_images")
-    return np.array(test[:: -(-len(test) // NUM_CHECKED)])
+def check(run: Run, cache: Cache | None, ensemble: Ensemble, embed: Callable, with_recall: bool) -> dict:
+    """Compare what the graphs embed, `embed(images)`, with PyTorch's rows of the same test images, or of drawn ones.
 
-
-def difference(network: torch.nn.Module, embed: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> float:
-    """The largest 1 - cosine between PyTorch's and onnxruntime's embeddings of images `(N, S, S, 3) uint8`.
-
-    PyTorch embeds all of them at once, onnxruntime the first by itself. Raises RunError where it is too large.
+    `with_recall`: compare the R@1 of all test images with that of the saved embedding, too. Returns what was found.
+    Raises RunError where it is too far apart.
     """
-    found = np.concatenate([embed(images[:1]), embed(images)[1:]])
-    apart = found - network(torch.from_numpy(images)).numpy()
-    largest = float(
-        (apart**2).sum(1).max() / 2
-    )  # 1 - cosine of rows of length 1, and more where one has another length
+    if cache:
+        test_images = cache.array("test_images")
+        images = np.array(test_images[:: -(-len(test_images) // NUM_CHECKED)])
+    else:
+        shape = (NUM_CHECKED, ensemble.image_spec.size, ensemble.image_spec.size, 3)
+        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    rows = np.concatenate([embed(images[:1]), embed(images)[1:]])  # PyTorch embeds all of them at once
+    apart = rows - ensemble(torch.from_numpy(images)).numpy()
+    largest = float((apart**2).sum(1).max() / 2)  # 1 - cosine of rows of length 1; more where one has another length
     if not largest <= MAX_DIFFERENCE:  # so that NaN fails, too
-        raise RunError(
-            f"the graphs' embedding is not PyTorch's: 1 - cosine is {largest:.2g} for an image; nothing is exported"
-        )
-    return largest
-
-
-def compare_recall(trained: Run, embedding: str, rows: torch.Tensor) -> dict[str, float]:
-    """R@1 in percent, by the exported model's rows `(M, d) float32` of the test images and by the saved embedding.
-
-    Raises RunError where the two are more than `MAX_QUERIES_APART` queries apart.
-    """
-    labels, is_query, is_gallery = trained.split
-    recalls = {}
-    for name, embeddings in (("R@1", rows), ("R@1 of the run", trained.embeddings(embedding, torch.device("cpu")))):
-        found = recall_at_k(embeddings, labels, [1], is_query=is_query, is_gallery=is_gallery)
-        recalls[name] = round(100 * found[-1].item(), 4)
-    apart = round(abs(recalls["R@1"] - recalls["R@1 of the run"]) / 100 * int(is_query.sum()))
-    text = ", ".join(f"{name} {value:.2f}" for name, value in recalls.items()) + f"; queries apart: {apart}"
-    if apart > MAX_QUERIES_APART:
-        raise RunError(f"--check_recall: {text}, and {MAX_QUERIES_APART} may be; nothing is exported")
-    print(text)
-    return recalls
+        raise RunError(f"the graphs' embedding is not PyTorch's: 1 - cosine is {largest:.2g}; nothing is exported")
+    found = {"images": f"{len(images)} {'test' if cache else 'drawn'} images", "1 - cosine": float(f"{largest:.1g}")}
+    if with_recall:
+        pieces = spans(0, len(test_images), NUM_CHECKED)
+        bar = progress_bar(pieces, "embedding the test images", len(pieces), f" x {NUM_CHECKED} images")
+        rows = torch.from_numpy(np.concatenate([embed(np.array(test_images[start:stop])) for start, stop in bar]))
+        labels, is_query, is_gallery = run.split
+        for name, embeddings in (("R@1", rows), ("R@1 of the run", run.embeddings(ensemble.embedding, rows.device))):
+            recall = recall_at_k(embeddings, labels, [1], is_query=is_query, is_gallery=is_gallery)[-1].item()
+            found[name] = round(100 * recall, 4)
+        apart = round(abs(found["R@1"] - found["R@1 of the run"]) / 100 * int(is_query.sum()))
+        if apart > MAX_QUERIES_APART:
+            raise RunError(f"R@1 is {found['R@1']}, that of the run {found['R@1 of the run']}; nothing is exported")
+    print(f"compared with PyTorch: {', '.join(f'{name} {value}' for name, value in found.items())}")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ the export
-
-
-def check_replaceable(target: Path) -> None:
-    """Raise InputError where `target` is there and is anything but an earlier export or an empty folder."""
-    if not target.exists():
-        return
-    names = os.listdir(target) if target.is_dir() else [target.name]
-    others = [name for name in names if name != DESCRIPTION and not name.startswith("member_")]
-    if others:
-        raise InputError(
-            f"{target} is no export, or has other files, such as {others[0]}: --output names another folder"
-        )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -210,7 +180,8 @@ def run(args: argparse.Namespace) -> None:
         cache = None
         print(f"note: compared on drawn images, not on test images: {error}")
     output = args.output or trained.folder / f"export_L{number}{SUFFIXES[args.embedding]}"
-    check_replaceable(output)
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / "model.json").exists()):
+        raise InputError(f"{output} is there and is no export: --output names another folder")
 
     # 2. The graphs, which appear when all checks have passed
     with writable(output.parent, "--output"), tempfile.TemporaryDirectory(dir=output.parent, prefix=".export") as made:
@@ -218,46 +189,27 @@ def run(args: argparse.Namespace) -> None:
         folder.mkdir()
         ensemble = load_ensemble(trained.folder, "cpu", args.embedding, number)
         spec = ensemble.image_spec
-        mean = trained.record.data.mean
-        std = trained.record.data.std
+        data = trained.record.data
         print(f"{trained.name}: writing the graphs, {args.embedding}, ensemble size {number}")
         for place, member in enumerate(progress_bar(ensemble.members, "writing the graphs", number, " members"), 1):
-            network = Ensemble([member], spec, mean, std, args.embedding).eval()
+            network = Ensemble([member], spec, data.mean, data.std, args.embedding).eval()
             write_graph(network, spec.size, folder / f"member_{place:03d}.onnx")
         code = python_code(spec, number)
         embed = open_graphs(folder, code)
-        images = images_to_check(cache, spec.size)
-        kind = "drawn images" if cache is None else "test images"
-        checked = {"images": f"{len(images)} {kind}", "1 - cosine": difference(ensemble, embed, images)}
-        if args.check_recall:
-            test_images = cache.array("test_images")
-            pieces = spans(0, len(test_images), NUM_CHECKED)
-            bar = progress_bar(pieces, "embedding the test images", len(pieces), f" x {NUM_CHECKED} images")
-            rows = [embed(np.array(test_images[start:stop])) for start, stop in bar]
-            checked |= compare_recall(trained, args.embedding, torch.from_numpy(np.concatenate(rows)))
-        width = embed(images[:1]).shape[1]
-        checksums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         description = {
             "model": model_checksum(trained, args.embedding),  # of the settings and data, the members, the embedding
             "source": f"{trained.name}, {number} members, {args.embedding}",
             "members": number,
             "image_size": spec.size,
             "resize": spec.resize,
-            "mean": mean,  # of the channels, in 0..1; this one and the next are inside the graphs
-            "std": std,
-            "d": width,
+            "d": embed(np.zeros((1, spec.size, spec.size, 3), np.uint8)).shape[1],
             "code": code,
-            "checked": checked,
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", *PACKAGES)},
-            "sha256": checksums,
+            "checked": check(trained, cache, ensemble, embed, args.check_recall),
         }
-        write_record(folder / DESCRIPTION, description)
+        write_record(folder / "model.json", description)
         replace_folder(folder, output)
-
-    # 3. What there is now
-    print(f"1 - cosine with PyTorch's embedding: at most {checked['1 - cosine']:.1g}, on {checked['images']}")
-    megabytes = sum((output / name).stat().st_size for name in checksums) / 1e6
-    print(f"{output}/: member_001.onnx … ({megabytes:,.1f} MB), {DESCRIPTION}; {width:,} numbers an image")
+    megabytes = sum(path.stat().st_size for path in output.iterdir()) / 1e6
+    print(f"{output}/: member_001.onnx … model.json ({megabytes:,.1f} MB); {description['d']:,} numbers an image")
 
 
 def main(argv: list[str] | None = None) -> int:

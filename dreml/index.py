@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dreml.batches import spans
-from dreml.cli import InputError, format_problems, is_utf8, num_cores, one_line, progress_bar
+from dreml.cli import InputError, format_problems, num_cores, one_line, progress_bar
 from dreml.files import json_sha256, read_record, sha256, take_lock, writable, write_record
 from dreml.images import IMAGE_VERSION, BadImage, ImageSpec, bad_image, read_pixels
 from dreml.lists import LeftOut, class_folders
@@ -60,16 +60,14 @@ def list_photos(folder: Path, problems: list[str]) -> list[Photo]:
     left_out = LeftOut()
     for class_name, files in class_folders(folder, problems, left_out):
         for name in files:
-            file = folder / class_name / name
-            if not is_utf8(str(file)):
-                problems.append(f"{str(file)!a}: the name is not valid UTF-8")
-            elif not os.path.isfile(file):  # a link to nowhere, or a pipe: opening that would wait without end
-                problems.append(f"{file}: not a regular file")
-            else:
-                found = os.stat(file)
-                path = f"{class_name}/{name}".removeprefix("/")
+            path = f"{class_name}/{name}".removeprefix("/")
+            file = folder / path
+            if os.path.isfile(file):
+                found = file.stat()
                 mtime = max(-(2**63), min(found.st_mtime_ns, 2**63 - 1))  # int64 ends in 2262
                 photos.append(Photo(path, found.st_size, mtime))
+            else:  # a link to nowhere, or a pipe: opening that would wait without end
+                problems.append(f"{file}: not a regular file")
     if not photos:
         reason = f" ({left_out})" if left_out else format_problems(problems)
         raise InputError(f"{folder}: no images below it{reason}")
@@ -80,7 +78,7 @@ def list_photos(folder: Path, problems: list[str]) -> list[Photo]:
 
 def embed_images(
     items: Sequence[T], read: Callable[[T], np.ndarray | None], embed: Embedder, title: str, problems: list[str]
-) -> Iterator[list[tuple[T, torch.Tensor | None]]]:
+) -> Iterator[dict[T, torch.Tensor | None]]:
     """Yield BATCH_SIZE items at a time with their embeddings, `(d,) float32`. What is wrong with others: `problems`.
 
     `read(item)` returns the pixels `(S, S, 3) uint8`, or None for an image that needs no embedding. It runs in threads.
@@ -95,48 +93,21 @@ def embed_images(
     pieces = spans(0, len(items), BATCH_SIZE)
     with ThreadPoolExecutor(num_cores()) as threads:
         for start, stop in progress_bar(pieces, title, len(pieces), " batches"):
-            found = list(zip(items[start:stop], threads.map(read_or_say, items[start:stop]), strict=True))
-            problems += [str(pixels) for _, pixels in found if isinstance(pixels, BadImage)]
-            batch = [(item, None) for item, pixels in found if pixels is None]
-            new = [(item, pixels) for item, pixels in found if isinstance(pixels, np.ndarray)]
+            batch = dict(zip(items[start:stop], threads.map(read_or_say, items[start:stop]), strict=True))
+            problems += [str(pixels) for pixels in batch.values() if isinstance(pixels, BadImage)]
+            batch = {item: pixels for item, pixels in batch.items() if not isinstance(pixels, BadImage)}
+            new = {item: pixels for item, pixels in batch.items() if pixels is not None}
             if new:
-                rows = embed(torch.from_numpy(np.stack([pixels for _, pixels in new])))
-                batch += [(item, row) for (item, _), row in zip(new, rows, strict=True)]
+                rows = embed(torch.from_numpy(np.stack(list(new.values()))))
+                batch |= zip(new, rows, strict=True)
             yield batch
-
-
-def embed_folder(folder: Path, embed: Embedder, spec: ImageSpec) -> tuple[list[str], torch.Tensor]:
-    """The paths of the photos below a folder, sorted, and their embeddings `(N, d) float32`, without an index."""
-    problems: list[str] = []
-    paths = sorted(photo.path for photo in list_photos(folder, problems))
-    rows = {}
-    for batch in embed_images(paths, lambda path: read_pixels(folder / path, spec), embed, "gallery", problems):
-        rows |= batch
-    warn_of(problems)
-    if not rows:
-        raise InputError(f"{folder}: none of its images can be used")
-    return list(rows), torch.stack(list(rows.values()))
-
-
-def warn_of(problems: list[str]) -> None:
-    """Name the first of the files that cannot be used, and count the others."""
-    if problems:
-        print(f"warning: files that cannot be used ({len(problems):,}):{format_problems(problems)}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------ the index
 
 
-def is_installed() -> bool:
-    """Whether LanceDB is there."""
-    return importlib.util.find_spec("lancedb") is not None
-
-
 def model_checksum(run: Run, embedding: str) -> str:
-    """What tells embeddings of different models apart, 64 hexadecimal digits.
-
-    Made from the run's settings and data, the kind of embedding, the members' weights, and how pixels are read.
-    """
+    """A checksum of all that an embedding hangs on: settings and data, members, which features, how pixels are read."""
     return json_sha256([run.record.settings_hash, embedding, run.num_members, run.weights, IMAGE_VERSION])
 
 
@@ -150,11 +121,12 @@ def default_place(run_folder: Path, photos: Path, model: str) -> Path:
 class PhotoIndex:
     """The index of the photos below `folder`, kept at `place` for the model with this checksum.
 
-    `moved`: the folder has another place than before, and the index goes on. Methods raise InputError where the index
-    is damaged, of another folder or model, or cannot be written.
+    Methods raise InputError where the index is damaged, of another folder or model, or cannot be written.
     """
 
-    def __init__(self, folder: Path, place: Path, model: str, moved: bool = False):
+    def __init__(self, folder: Path, place: Path, model: str):
+        if importlib.util.find_spec("lancedb") is None:
+            raise InputError("a gallery of photos needs LanceDB: pip install lancedb")
         self.folder = folder
         self.place = place
         self.made_for = {"folder": os.path.realpath(folder), "model": model}
@@ -162,13 +134,11 @@ class PhotoIndex:
             if table is not None and not (place / RECORD).exists():
                 raise InputError(f"index {place} is a table of another program: choose another place")
             record = self.made_for if table is None else read_record(place / RECORD)
-        if record["model"] != model:
+        if record != self.made_for:
             other = "another model, other members or another embedding"
-            raise InputError(f"index {place} is of {other}: choose another place, or delete it")
-        self.has_moved = record["folder"] != self.made_for["folder"]
-        if self.has_moved and not moved:
-            remedy = f"if they are in {folder} now, search once with refresh moved"
-            raise InputError(f"index {place} is of the photos in {record['folder']}: choose another place; {remedy}")
+            other = other if record["model"] != model else f"the photos in {record['folder']}"
+            remedy = "choose another place; photos that were moved are embedded again"
+            raise InputError(f"index {place} is of {other}: {remedy}")
 
     @contextlib.contextmanager
     def opened(self, schema=None) -> Iterator:
@@ -186,16 +156,13 @@ class PhotoIndex:
             remedy = "if it is damaged, delete it and search again"
             raise InputError(f"index {self.place} cannot be used ({one_line(error)}); {remedy}") from None
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def lock(self) -> contextlib.AbstractContextManager:
         """Wait until no other process changes the index, and keep others from it."""
-        with writable(self.place, "index"):
-            lock = take_lock(self.place / ".lock", timeout=0)
+        lock = take_lock(self.place / ".lock", timeout=0)
         if lock is None:
-            print(f"another process works on {self.place}: waiting for it (refresh never would not wait)")
+            print(f"another process works on {self.place}: waiting for it (it can be searched as it is)")
             lock = take_lock(self.place / ".lock")
-        with lock, writable(self.place, "index"):
-            yield
+        return lock
 
     def read(self, near: torch.Tensor | None = None, number: int = 0) -> tuple[list[str], torch.Tensor]:
         """The paths of the photos in the index, sorted, and their embeddings `(N, d) float32`.
@@ -204,7 +171,7 @@ class PhotoIndex:
         """
         with self.opened() as table:
             if table is None:
-                raise InputError(f"there is no index in {self.place} yet: search once with refresh always")
+                raise InputError(f"there is no index in {self.place} yet: search with refresh first")
             query = table.search()
             if near is not None:
                 number = min(number, table.count_rows())  # of 2**31 or more, Lance raises OverflowError
@@ -227,61 +194,63 @@ class PhotoIndex:
         def read(photo: Photo) -> np.ndarray | None:
             file = self.folder / photo.path
             hashes[photo] = sha256(file)  # first: a photo that changes after this is embedded by the next search
-            is_known = photo.path in stored and stored[photo.path][1] == hashes[photo]
-            return None if is_known else read_pixels(file, spec)
+            return None if hashes[photo] == old_hashes.get(photo.path) else read_pixels(file, spec)
 
-        with self.locked():
+        with writable(self.place, "index"), self.lock():
             photos = list_photos(self.folder, problems)
             with self.opened() as table:
-                if self.has_moved:  # then all photos are compared by content
-                    table.update(values={"mtime": -1})
                 rows = table.search().select([*Photo._fields, "hash"]).to_arrow().to_pylist() if table else []
-            stored = {row["path"]: (Photo(row["path"], row["size"], row["mtime"]), row["hash"]) for row in rows}
+            old_hashes = {row["path"]: row.pop("hash") for row in rows}
+            stored = {Photo(**row) for row in rows}
             write_record(self.place / RECORD, self.made_for)
-            pending = [photo for photo in photos if photo.path not in stored or stored[photo.path][0] != photo]
-            usable = {photo.path for photo in photos} - {photo.path for photo in pending}
+            pending = [photo for photo in photos if photo not in stored]
+            usable = set(photos) & stored
+            touched = []  # photos whose content is what it was
             num_embedded = 0
             for number, batch in enumerate(embed_images(pending, read, embed, "gallery", problems), 1):
-                self.write(batch, hashes, number % OPTIMIZE_AFTER == 0)
-                usable |= {photo.path for photo, _ in batch}
-                num_embedded += sum(row is not None for _, row in batch)
-            gone = stored.keys() - usable
+                new = {photo: row for photo, row in batch.items() if row is not None}
+                if new:
+                    self.store(new, hashes, number % OPTIMIZE_AFTER == 0)
+                usable |= batch.keys()
+                touched += batch.keys() - new.keys()
+                num_embedded += len(new)
+            gone = old_hashes.keys() - {photo.path for photo in usable}
             if pending or gone or vector_index:
-                self.finish(usable, vector_index)
+                self.finish(usable, touched, vector_index)
         print(f"{self.place}: {num_embedded:,} of {len(photos):,} photos embedded, {len(gone):,} removed")
-        warn_of(problems)
+        if problems:
+            found = format_problems(problems)
+            print(f"warning: files that cannot be used ({len(problems):,}):{found}", file=sys.stderr)
         return num_embedded
 
-    def write(self, batch: list[tuple[Photo, torch.Tensor | None]], hashes: dict[Photo, str], optimize: bool) -> None:
-        """Store a batch, in the place of earlier rows of the same paths. Without an embedding, theirs stays."""
+    def store(self, new: dict[Photo, torch.Tensor], hashes: dict[Photo, str], optimize: bool) -> None:
+        """Store photos and their embeddings, in the place of earlier rows of the same paths."""
         import pyarrow as pa
 
-        touched = [photo._asdict() for photo, row in batch if row is None]
-        new = [(photo, row.numpy()) for photo, row in batch if row is not None]
-        if touched:
-            with self.opened() as table:
-                table.merge_insert("path").when_matched_update_all().execute(pa.Table.from_pylist(touched))
-        if new:
-            columns = {"path": pa.string(), "class": pa.string(), "size": pa.int64(), "mtime": pa.int64()}
-            columns |= {"hash": pa.string(), "vector": pa.list_(pa.float32(), len(new[0][1]))}
-            rows = []
-            for photo, row in new:
-                rows.append(photo._asdict() | {"class": class_of(photo.path), "hash": hashes[photo], "vector": row})
-            with self.opened(pa.schema(columns)) as table:
-                merge = table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
-                merge.execute(pa.Table.from_pylist(rows, schema=table.schema))
-                if optimize:
-                    table.optimize()
+        width = len(next(iter(new.values())))
+        columns = {"path": pa.string(), "class": pa.string(), "size": pa.int64(), "mtime": pa.int64()}
+        columns |= {"hash": pa.string(), "vector": pa.list_(pa.float32(), width)}
+        rows = []
+        for photo, row in new.items():
+            rows.append(photo._asdict() | {"class": class_of(photo.path), "hash": hashes[photo], "vector": row.numpy()})
+        with self.opened(pa.schema(columns)) as table:
+            merge = table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
+            merge.execute(pa.Table.from_pylist(rows, schema=table.schema))
+            if optimize:
+                table.optimize()
 
-    def finish(self, kept: set[str], vector_index: bool) -> None:
-        """Delete the rows of photos that are gone, let LanceDB tidy up and, if that is wanted, index the vectors."""
+    def finish(self, kept: set[Photo], touched: list[Photo], vector_index: bool) -> None:
+        """Note new times of change, delete photos that are gone, let LanceDB tidy up and, if wanted, index vectors."""
         import pyarrow as pa
         from lancedb.index import HnswSq
 
         with self.opened() as table:
             if table is None:  # no photo could be used
                 return
-            paths = pa.table({"path": pa.array(sorted(kept), pa.string())})
+            if touched:
+                rows = pa.Table.from_pylist([photo._asdict() for photo in touched])
+                table.merge_insert("path").when_matched_update_all().execute(rows)
+            paths = pa.table({"path": pa.array([photo.path for photo in kept], pa.string())})
             table.merge_insert("path").when_not_matched_by_source_delete().execute(paths)
             table.optimize(cleanup_older_than=KEPT_VERSIONS)  # joins small files, adds new rows to the vector index
             if vector_index and table.count_rows() < MIN_ROWS:

@@ -1,12 +1,11 @@
 """Search with a trained run: a gallery, the images nearest to a query, and whether they are near enough."""
 
 import functools
-import math
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,20 +14,15 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from dreml import index as photo_index
-from dreml.batches import spans
 from dreml.cli import InputError, RunError, format_problems, is_utf8, pick_device, with_less_memory
-from dreml.files import file_id
 from dreml.images import read_pixels, resize_test, to_rgb
-from dreml.index import PhotoIndex, class_of, embed_folder, embed_images, list_photos
+from dreml.index import PhotoIndex, class_of, default_place, embed_images, list_photos, model_checksum
 from dreml.runs import read_run
 from dreml.settings import EMBEDDINGS
 from dreml.thresholds import read_threshold
 from model import Ensemble, load_ensemble, unit_rows
 from utils import first_neighbours, full_float32, unmatched_queries
 
-REFRESHES = ("always", "never", "moved")
-ITSELF = -2.0  # in the place of a query's similarity to itself
 Query = str | Path | int | Image.Image | np.ndarray  # a file, a row of test.csv (or "test:17"), (H, W, 3) uint8
 
 # ------------------------------------------------------------------------------------------------ images
@@ -73,59 +67,53 @@ class Answer:
     def __iter__(self) -> Iterator[Neighbour]:
         return iter(self.neighbours)
 
-
-class Gallery(NamedTuple):
-    """What is searched. Row i of both is an image."""
-
-    table: pd.DataFrame  # path (relative to the folder), class_name, row (of test.csv; -1 for a photo)
-    vectors: torch.Tensor  # (N, d) float32, rows of length 1
+    @property
+    def found(self) -> bool:
+        """Whether any neighbour reaches the threshold."""
+        return any(neighbour.found for neighbour in self.neighbours)
 
 
-def same_files(files: list[Path | None], paths: Iterable[str], folder: Path) -> list[int]:
-    """The place in `paths`, relative to a folder, that is each of some files, by whatever path it is named; or -1.
+class Gallery:
+    """What is searched."""
 
-    The disk is asked only for those that have the name of one of the files, or of the file that it is a link to: asking
-    for a million takes long.
-    """
-    names = {os.path.basename(path) for file in files if file for path in (file, os.path.realpath(file))}
-    places: dict[tuple[int, int] | None, int] = {}
-    for place, path in enumerate(paths if names else []):
-        if path.rpartition("/")[2] in names:
-            places.setdefault(file_id(os.path.join(folder, path)), place)
-    places[None] = -1
-    return [places.get(file and file_id(file), -1) for file in files]
+    def __init__(self, table: pd.DataFrame, vectors: torch.Tensor):
+        self.table = table  # path (relative to the folder), class_name, row (of test.csv; -1 for a photo)
+        self.vectors = vectors  # (N, d) float32, rows of length 1
+        self.places = {path: place for place, path in enumerate(table.path)}
+        self.classes = set(table.class_name) - {None}
+
+
+def find_path(file: str | Path | None, folder: Path, paths: dict[str, int]) -> int | None:
+    """The number of a file among paths relative to a folder. It may be written in another way, or be a link to it."""
+    for resolve in (os.path.abspath, os.path.realpath) if file else ():
+        path = resolve(file).removeprefix(resolve(folder) + os.sep).replace(os.sep, "/")  # outside: an absolute path
+        if path in paths:
+            return paths[path]
+    return None
 
 
 @torch.inference_mode()
-def nearest(
-    queries: torch.Tensor, gallery: torch.Tensor, top: int, left_out: Sequence[int], max_block: int = 2**22
-) -> tuple[np.ndarray, np.ndarray]:
-    """The `top` rows of the gallery `(N, d)` that are most similar to each of the queries `(Q, d)`.
+def nearest(query: torch.Tensor, gallery: torch.Tensor, top: int) -> tuple[list[float], list[int]]:
+    """The `top` rows of the gallery `(N, d)`, or all, that are most similar to a query `(d,)`: similarities, numbers.
 
-    Returns their similarities `(Q, top) float64` and their numbers `(Q, top) int64`; among equally similar ones, the
-    first in the gallery comes first. Similarities are rounded to 1e-6: the order in which products were summed up
-    should break no tie. `left_out` `(Q,)` is the place of each query itself in the gallery, or -1; its similarity is
-    ITSELF. At most `max_block` similarities are held at a time, but at least one query's.
+    Similarities are rounded to 1e-6: the order in which products were summed up should break no tie. Among equally
+    similar rows, the first in the gallery comes first.
     """
     size = len(gallery)
-    best = torch.empty((len(queries), top), dtype=torch.int64)
-    left_out = torch.as_tensor(left_out)
-    for start, stop in spans(0, len(queries), max(1, max_block // size)):
-        with full_float32(gallery.device.type):
-            products = (queries[start:stop].to(gallery.device) @ gallery.T).cpu()
-        itself = left_out[start:stop]
-        inside = torch.nonzero(itself >= 0)[:, 0]
-        products[inside, itself[inside]] = ITSELF
-        # One integer holds a similarity and, for ties, how far in front the image is.
-        keys = (products * 1e6).round().long() * size - torch.arange(size)
-        best[start:stop] = keys.topk(top).values
-    numbers = -best % size
-    return ((best + numbers) // size / 1e6).double().numpy(), numbers.numpy()
+    with full_float32(gallery.device.type):
+        products = (gallery @ query.to(gallery.device)).cpu()
+    # One integer holds a similarity and, for ties, how far in front the row is.
+    keys = (products * 1e6).round().long() * size - torch.arange(size)
+    keys = keys.topk(min(top, size)).values
+    numbers = -keys % size
+    similarities = ((keys + numbers) // size).double() / 1e6
+    return similarities.tolist(), numbers.tolist()
 
 
 # ------------------------------------------------------------------------------------------------ the searcher
 
 
+@dataclass(eq=False)
 class Searcher:
     """Finds the images that are most similar to a query, with the ensemble of a run.
 
@@ -133,59 +121,43 @@ class Searcher:
         for neighbour in searcher.find("photo.jpg", top=8):
             print(neighbour.similarity, neighbour.class_name, neighbour.path)
 
-    Args:
-        run: a run folder of train.py.
-        gallery: a folder of photos, a class for each folder; None: the gallery of the run's test split.
-        embedding: "logits" or "pooled".
-        num_members: members 1 to `num_members` are used; None: all that are finished.
-        index: where the index of the gallery is kept; None: in the run folder.
-        refresh: "always" embeds new and changed photos first, "never" searches the index as it is, "moved" goes on with
-            the index of a folder that has another place now.
-
-    Set `ann` to search by LanceDB's approximate index, and `data_path` where the data sets are not as in training.
     Raises InputError, one sentence, for what cannot be used. Several threads may search at once.
     """
 
-    def __init__(
-        self,
-        run: str | Path,
-        gallery: str | Path | None = None,
-        *,
-        embedding: str = "logits",
-        num_members: int | None = None,
-        device: str | torch.device = "auto",
-        index: str | Path | None = None,
-        refresh: str = "always",
-    ):
-        for name, value, values in (("embedding", embedding, EMBEDDINGS), ("refresh", refresh, REFRESHES)):
-            if value not in values:
-                raise InputError(f"{name} has to be one of {', '.join(values)}, not {value!r}")
-        if refresh == "moved" and index is None:
-            raise InputError("refresh moved needs index: the place of the index that was made before the move")
+    run: InitVar[str | Path]  # a run folder of train.py; the attribute is its Run
+    gallery: str | Path | None = None  # a folder of photos, a class for each folder; None: the run's test images
+    _: KW_ONLY
+    embedding: str = "logits"  # or "pooled"
+    num_members: InitVar[int | None] = None  # members 1 to `num_members`; None: all that are finished
+    device: str | torch.device = "auto"
+    index: InitVar[str | Path | None] = None  # where the index of the gallery is kept; None: in the run folder
+    refresh: bool = True  # embed new and changed photos first; False: search the index as it is
+    ann: bool = False  # search by LanceDB's approximate index
+    data_path: Path | None = None  # the folder of data sets; None: as in training
+
+    def __post_init__(self, run: str | Path, num_members: int | None, index: str | Path | None):
+        if self.embedding not in EMBEDDINGS:
+            raise InputError(f"embedding has to be one of {', '.join(EMBEDDINGS)}, not {self.embedding!r}")
         if num_members is not None and num_members < 1:
             raise InputError(f"num_members has to be at least 1, not {num_members}")
-        if (index or refresh != "always") and not photo_index.is_installed():
-            raise InputError("an index needs LanceDB: pip install lancedb")
         self.run = read_run(Path(run), num_members)
-        self.device = pick_device(str(device))
-        self.embedding = embedding
-        self.data_path = self.run.data_path(None)
-        self.photos = None if gallery is None else Path(gallery)
+        self.device = pick_device(str(self.device))
+        self.data_path = self.run.data_path(self.data_path)
         self.test = self.run.test.assign(row=range(len(self.run.test)))
-        self.refresh = refresh
-        self.ann = False
-        self.index = None
+        self.test_rows = dict(zip(self.test.path, self.test.row, strict=True))
+        self.test_classes = set(self.test.class_name)
         self.lock = threading.Lock()
-        if self.photos is None:
+        if self.gallery is None:
             if not len(self.test):
                 raise InputError(f"{run}: its data set has no test images to search: name a gallery")
-            self.run.require(embedding)
-        elif refresh != "never" and not self.photos.is_dir():
-            raise InputError(f"gallery {gallery}: no such folder")
-        elif photo_index.is_installed():
-            model = photo_index.model_checksum(self.run, embedding)
-            place = Path(index) if index else photo_index.default_place(self.run.folder, self.photos, model)
-            self.index = PhotoIndex(self.photos, place, model, refresh == "moved")
+            self.run.require(self.embedding)
+            return
+        self.gallery = Path(self.gallery)
+        if self.refresh and not self.gallery.is_dir():
+            raise InputError(f"gallery {self.gallery}: no such folder")
+        model = model_checksum(self.run, self.embedding)
+        place = Path(index) if index else default_place(self.run.folder, self.gallery, model)
+        self.index = PhotoIndex(self.gallery, place, model)
 
     @property
     def data_folder(self) -> Path:
@@ -206,22 +178,19 @@ class Searcher:
     @functools.cached_property
     def fresh_index(self) -> PhotoIndex:
         """The index of the gallery, refreshed."""
-        if self.refresh != "never":
+        if self.refresh:
             self.index.refresh(self.embed, self.run.settings.image_spec, self.ann)
         return self.index
 
     @functools.cached_property
-    def gallery(self) -> Gallery:
+    def searched(self) -> Gallery:
         """All that is searched."""
-        if self.photos is None:
-            table = self.test[self.test.is_gallery]
-            return Gallery(table, self.saved[torch.tensor(table.row.to_numpy())])
-        if self.index is not None:
-            return self.photo_gallery(*self.fresh_index.read())
-        print(f"note: every search embeds {self.photos} anew; an index would keep that: pip install lancedb")
-        return self.photo_gallery(*embed_folder(self.photos, self.embed, self.run.settings.image_spec))
+        if self.gallery is not None:
+            return self.photos(*self.fresh_index.read())
+        table = self.test[self.test.is_gallery]
+        return Gallery(table, self.saved[torch.tensor(table.row.to_numpy())])
 
-    def photo_gallery(self, paths: list[str], vectors: torch.Tensor) -> Gallery:
+    def photos(self, paths: list[str], vectors: torch.Tensor) -> Gallery:
         """A gallery of photos, by their paths relative to the folder."""
         table = pd.DataFrame({"path": paths, "class_name": [class_of(path) for path in paths]}, dtype=object)
         return Gallery(table.assign(row=-1), vectors.to(self.device))
@@ -231,7 +200,7 @@ class Searcher:
         path, class_name, row = (table[column].iloc[place] for column in ("path", "class_name", "row"))
         if row >= 0:
             return Item(name or path, path, class_name, self.data_folder / path, int(row))
-        file = self.photos / path
+        file = self.gallery / path
         return Item(str(file), str(file), class_name, file)
 
     @torch.inference_mode()
@@ -265,49 +234,32 @@ class Searcher:
         """
         if isinstance(queries, str | Path):  # "/a.jpg" would be a list of letters, and "/" the whole disk
             raise InputError(f"find_many takes a list of queries, not {str(queries)!r}: use find")
-        if not isinstance(top, int | np.integer) or top < 1:
-            raise InputError(f"top has to be a whole number, at least 1, not {top!r}")
-        if threshold is not None and not math.isfinite(threshold):
-            raise InputError(f"threshold has to be a number, not {threshold}")
+        if top < 1:
+            raise InputError(f"top has to be at least 1, not {top}")
         if far is not None:
-            threshold = read_threshold(self.run, self.embedding, far).value
+            threshold = read_threshold(self.run, self.embedding, far)
         bad: list[str] = []
+        items: list[Item] = []
+        for query in queries:
+            try:
+                items += self.items(query, bad)
+            except InputError as error:
+                bad.append(str(error))
         with self.lock:
-            items, rows = self.embed_queries(self.items(queries, bad), bad)
+            found = self.embed_queries(items, bad)
             if problems is None:
                 refuse("query", bad)
             else:
                 problems += bad
-            if items and not (self.ann and self.index):
-                return self.answers(items, rows, self.gallery, top, threshold)
-            answers = []
-            for item, row in zip(items, rows, strict=True):
-                nearby = self.photo_gallery(*self.fresh_index.read(row, top + 8))  # one may be the query itself
-                answers += self.answers([item], [row], nearby, top, threshold)
-            return answers
+            return [self.answer(item, row, top, threshold) for item, row in found]
 
-    def items(self, queries: Sequence[Query], problems: list[str]) -> list[Item]:
-        """The images that are asked for. The file of a test image counts as that test image."""
-        items = []
-        for query in queries:
-            try:
-                items += self.items_of(query, problems)
-            except InputError as error:
-                problems.append(str(error))
-        files = [None if item.row is not None else item.file for item in items]
-        rows = same_files(files, self.test.path, self.data_folder)
-        found = zip(items, rows, strict=True)
-        return [item if row < 0 else self.item(self.test, row, item.name) for item, row in found]
-
-    def items_of(self, query: Query, problems: list[str]) -> list[Item]:
+    def items(self, query: Query, problems: list[str]) -> list[Item]:
         """The image of one query, or the photos of a folder. Raises InputError if there is none."""
         if isinstance(query, np.ndarray):
             if query.dtype != np.uint8 or query.ndim != 3 or query.shape[2] not in (3, 4) or not query.size:
                 raise InputError(f"image: an array has to be (H, W, 3) uint8, not {query.shape} {query.dtype}")
             query = Image.fromarray(query)
         if isinstance(query, Image.Image):
-            if query.mode == "F":
-                raise InputError("image: floating-point grey values have no defined black and white")
             return [Item("image", "image", None, None, image=query)]
         name = f"test:{query}" if isinstance(query, int | np.integer) else str(query)
         if name.startswith("test:"):
@@ -317,14 +269,17 @@ class Searcher:
             return [self.item(self.test, int(number), name)]
         if not is_utf8(name):
             raise InputError(f"{name!a}: the name is not valid UTF-8")
-        if os.path.isdir(name):  # unlike Path.is_dir, also for a text that is too long for a name
-            files = [(Path(name, photo.path), class_of(photo.path)) for photo in list_photos(Path(name), problems)]
-            return [Item(str(file), str(file), class_name, file) for file, class_name in files]
-        if not os.path.isfile(name):
-            raise InputError(f"{name}: no such image or folder (test:INDEX for a test image)")
-        return [Item(name, name, None, Path(name))]
+        if not os.path.isdir(name):  # unlike Path.is_dir, also for a text that is too long for a name
+            return [self.file_item(name)]
+        photos = list_photos(Path(name), problems)
+        return [self.file_item(str(Path(name, photo.path)), class_of(photo.path)) for photo in photos]
 
-    def embed_queries(self, items: list[Item], problems: list[str]) -> tuple[list[Item], list[torch.Tensor]]:
+    def file_item(self, name: str, class_name: str | None = None) -> Item:
+        """An image file. That of a test image counts as the test image."""
+        row = find_path(name, self.data_folder, self.test_rows)
+        return Item(name, name, class_name, Path(name)) if row is None else self.item(self.test, row, name)
+
+    def embed_queries(self, items: list[Item], problems: list[str]) -> list[tuple[Item, torch.Tensor]]:
         """The images that can be used, and their embeddings `(d,)`. What is wrong with others goes to `problems`."""
         spec = self.run.settings.image_spec
 
@@ -338,38 +293,28 @@ class Searcher:
         files = [place for place in range(len(items)) if place not in rows]
         for batch in embed_images(files, read, self.embed, "query", problems):
             rows |= batch
-        good = sorted(rows)
-        return [items[place] for place in good], [rows[place] for place in good]
+        return [(items[place], rows[place]) for place in sorted(rows)]
 
-    # -------------------------------------------------------------------------------------------- answers
-
-    def answers(
-        self, queries: list[Item], rows: list[torch.Tensor], gallery: Gallery, top: int, threshold: float | None
-    ) -> list[Answer]:
-        """The neighbours of each query; `rows` are the queries' embeddings."""
-        table = gallery.table
-        least = -math.inf if threshold is None else round(1e6 * threshold)
-        classes = set(table.class_name) - {None}
-        test_classes = set(self.test.class_name)
-        if self.photos is None:
-            places = pd.Index(table.row).get_indexer([-1 if query.row is None else query.row for query in queries])
-        else:
-            places = same_files([query.file for query in queries], table.path, self.photos)
-        similarities, numbers = nearest(torch.stack(rows), gallery.vectors, min(top, len(table)), places)
-        answers = []
-        for query, place, values, near in zip(queries, places, similarities.tolist(), numbers.tolist(), strict=True):
-            if query.row is None and place >= 0:  # a photo that lies in the gallery has the class that it has there
-                query = query._replace(class_name=table.class_name.iloc[place])
-            # Folders that are no classes of the run or, for two photos, of the gallery are not known as classes.
-            known = test_classes if query.row is not None or self.photos is None else classes
-            neighbours = []
-            for value, item in zip(values, (self.item(table, each) for each in near), strict=True):
-                if value != ITSELF:
-                    both_known = {query.class_name, item.class_name} <= known
-                    right = query.class_name == item.class_name if both_known else None
-                    neighbours.append(Neighbour(*item[1:5], value, right, round(1e6 * value) >= least))
-            answers.append(Answer(query, neighbours, threshold))
-        return answers
+    def answer(self, query: Item, row: torch.Tensor, top: int, threshold: float | None) -> Answer:
+        """The neighbours of a query with this embedding, `(d,) float32`."""
+        is_nearby = self.gallery and self.ann
+        searched = self.photos(*self.fresh_index.read(row, top + 8)) if is_nearby else self.searched
+        place = find_path(query.file, self.gallery, searched.places) if self.gallery else None
+        if query.row is None and place is not None:  # a photo that lies in the gallery has the class that it has there
+            query = query._replace(class_name=searched.table.class_name.iloc[place])
+        # Folders that are no classes of the run or, for two photos, of the gallery are not known as classes.
+        known = searched.classes if self.gallery and query.row is None else self.test_classes
+        neighbours = []
+        similarities, numbers = nearest(row, searched.vectors, top + 1)  # one may be the query itself
+        for similarity, number in zip(similarities, numbers, strict=True):
+            item = self.item(searched.table, number)
+            is_itself = number == place if item.row is None else item.row == query.row
+            if not is_itself and len(neighbours) < top:
+                both_known = {query.class_name, item.class_name} <= known
+                right = query.class_name == item.class_name if both_known else None
+                is_found = threshold is None or similarity >= threshold - 5e-7  # as rounded as the similarity
+                neighbours.append(Neighbour(*item[1:5], similarity, right, is_found))
+        return Answer(query, neighbours, threshold)
 
     @functools.cached_property
     def test_queries(self) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 import math
 import shlex
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,14 +14,6 @@ from utils import TIE_TOLERANCE
 FARS = (0.1, 0.01, 0.001)  # false-accept rates: the share of searches for something that is not there that find it
 FEWEST_ABOVE = 10  # of fewer wrong neighbours above a threshold, their number says little
 COLUMNS = {"ensemble_size": int, "far": float, "threshold": float, "found": float, "queries": int, "gallery": int}
-
-
-class Threshold(NamedTuple):
-    """From which similarity on a neighbour counts as found, and what is known of it."""
-
-    value: float
-    far: float | None = None  # None: the user named the value
-    gallery: int | None = None  # images of the gallery that it was measured in
 
 
 def threshold_at(others: torch.Tensor, far: float) -> float | None:
@@ -54,7 +45,8 @@ def threshold_table(others: torch.Tensor, own: torch.Tensor, fars: tuple[float, 
 
     `others` and `own` `(L, queries)` as for `found_share`; row l-1 is of the first l members.
     """
-    rows, num_queries = [], others.shape[1]
+    rows = []
+    num_queries = others.shape[1]
     for size, (of_others, of_own) in enumerate(zip(others, own, strict=True), 1):
         for far in fars:
             threshold = threshold_at(of_others, far)
@@ -64,27 +56,24 @@ def threshold_table(others: torch.Tensor, own: torch.Tensor, fars: tuple[float, 
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
 
-def read_threshold(run: Run, embedding: str, far: float) -> Threshold:
+def read_threshold(run: Run, embedding: str, far: float) -> float:
     """The threshold of a run for a false-accept rate, from thresholds.csv, which evaluate.py writes.
 
     Raises InputError where the file, or the row, is not there.
     """
-    num_queries = int(run.test.is_query.sum())
-    if not num_queries:
-        raise InputError(f"{run.folder}: its data set has no test images, and so no thresholds: name a value")
     path = run.folder / f"thresholds{SUFFIXES[embedding]}.csv"
-    option = "" if embedding == "logits" else f" --embedding {embedding}"
-    remedy = f"make it with: python evaluate.py {shlex.quote(str(run.folder))}{option}"
+    remedy = f"make it with: python evaluate.py {shlex.quote(str(run.folder))} --embedding {embedding}"
     try:
         table = pd.read_csv(path, usecols=list(COLUMNS), dtype=COLUMNS)
     except (ValueError, OSError) as error:
         raise InputError(f"far needs {path}, which is missing or damaged ({one_line(error)}); {remedy}") from None
     table = table[table.ensemble_size == run.num_members]
-    rows = table[np.isclose(table.far, far, rtol=1e-6, atol=0)]
-    if len(rows):
-        return Threshold(float(rows.threshold.iloc[0]), far, int(rows.gallery.iloc[0]))
+    found = table.threshold[np.isclose(table.far, far)]
+    if len(found):
+        return float(found.iloc[0])
     needed = math.ceil(FEWEST_ABOVE / far)
+    num_queries = run.test.is_query.sum()
     reason = f"it needs {needed:,} test queries, and there are {num_queries:,}" if needed > num_queries else remedy
-    known = " or ".join(f"{value:g}" for value in table.far)
-    reason += f"; what would do: {f'far {known}, or ' if known else ''}a threshold of your own"
-    raise InputError(f"{path} has no threshold for far {far:g} and ensemble size {run.num_members}: {reason}")
+    known = "".join(f"far {value:g}, " for value in table.far)
+    problem = f"{path} has no threshold for far {far:g} and ensemble size {run.num_members}: {reason}"
+    raise InputError(f"{problem}; what would do: {known}or a threshold of your own")

@@ -420,12 +420,12 @@ class Indexed:
         self.photos, self.place, self.ensemble = folder / "photos", folder / "index", ColorEnsemble()
         save_colors(self.photos, PHOTO_NAMES)
 
-    def index(self, model: str = "m" * 64, **options) -> PhotoIndex:
-        return PhotoIndex(self.photos, self.place, model, **options)
+    def index(self, model: str = "m" * 64) -> PhotoIndex:
+        return PhotoIndex(self.photos, self.place, model)
 
-    def refresh(self, **options) -> int:
+    def refresh(self) -> int:
         """How many photos were embedded."""
-        return self.index(**options).refresh(self.ensemble, self.ensemble.image_spec)
+        return self.index().refresh(self.ensemble, self.ensemble.image_spec)
 
     def check(self) -> None:
         """The index is what the folder says."""

@@ -34,6 +34,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def site(_small_runs, tiny_data, tmp_path_factory):
     """The page of `small_run` with a gallery of the tiny test photos, whose folder has a link out of it."""
+    pytest.importorskip("lancedb", reason="LanceDB is an extra: pip install lancedb")
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(tiny_data / "tiny" / "test", folder / "photos")
     save_image(folder / "secret.png", 77)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,18 +13,23 @@ from builders import LABELS, copy_run, embed_files, random_embeddings, random_im
 from PIL import Image
 from reference import mean_cosines
 
-from dreml import index, search
 from dreml.cli import InputError
-from dreml.files import file_id, read_record, write_record
+from dreml.files import read_record, write_record
 from dreml.runs import MemberRecord, member_path, read_run_record
-from dreml.search import Searcher, nearest, same_files
+from dreml.search import Searcher, find_path, nearest
 from model import load_ensemble
 
 
-@pytest.fixture(autouse=True)
-def no_index(monkeypatch):
-    """Without LanceDB, which has its tests in test_index.py."""
-    monkeypatch.setattr(index, "is_installed", lambda: False)
+@pytest.fixture
+def photos(tmp_path):
+    """The folder of a gallery."""
+    pytest.importorskip("lancedb", reason="LanceDB is an extra: pip install lancedb")
+    return tmp_path / "photos"
+
+
+def searcher_of(run, gallery, **options) -> Searcher:
+    """A searcher of a gallery that leaves the run folder alone."""
+    return Searcher(run, gallery, index=gallery.parent / "index", device="cpu", **options)
 
 
 def found(answer) -> list[tuple]:
@@ -33,27 +39,23 @@ def found(answer) -> list[tuple]:
 # ------------------------------------------------------------------------------------------------ nearest
 
 
-@pytest.mark.parametrize("max_block", [1, 30, 2**22])
-def test_ties_go_to_the_first(max_block):
-    """Equal rows in scrambled places, in any blocks: by similarity, then by number; a query itself is left out."""
+def test_ties_go_to_the_first():
+    """Equal rows in scrambled places: by similarity, then by number; at most all of them."""
     generator = np.random.default_rng(0)
-    rows = torch.nn.functional.normalize(torch.from_numpy(generator.normal(size=(4, 5))).float(), dim=1)
-    gallery = rows[torch.from_numpy(generator.integers(0, 4, 40))]
-    queries = torch.cat([rows, gallery[:6]])
-    left_out = [-1] * 4 + list(range(6))
-    similarities, numbers = nearest(queries, gallery, 12, left_out, max_block=max_block)
-    expected = (queries.double() @ gallery.double().T).numpy().round(5)
-    for query, itself in enumerate(left_out):
-        order = [number for number in np.lexsort((np.arange(40), -expected[query])) if number != itself][:12]
-        assert numbers[query].tolist() == order
-        np.testing.assert_allclose(similarities[query], expected[query, order], atol=2e-5)
+    queries = torch.nn.functional.normalize(torch.from_numpy(generator.normal(size=(4, 5))).float(), dim=1)
+    gallery = queries[torch.from_numpy(generator.integers(0, 4, 40))]
+    for query, expected in zip(queries, (queries.double() @ gallery.double().T).numpy().round(5), strict=True):
+        similarities, numbers = nearest(query, gallery, 12)
+        assert numbers == np.lexsort((np.arange(40), -expected))[:12].tolist()
+        np.testing.assert_allclose(similarities, expected[numbers], atol=2e-5)
+        assert sorted(nearest(query, gallery, 100)[1]) == list(range(40))
 
 
 def test_rounding_breaks_no_tie():
     """Two similarities 6e-8 apart, as other orders of summation give them, are equal."""
     gallery = torch.tensor([[1.0], [1 + 2**-23], [1.001]])
     assert (0.5 * gallery).unique().numel() == 3
-    assert nearest(torch.tensor([[0.5]]), gallery, 3, [-1])[1].tolist() == [[2, 0, 1]]
+    assert nearest(torch.tensor([0.5]), gallery, 3)[1] == [2, 0, 1]
 
 
 # ------------------------------------------------------------------------------------------------ queries
@@ -87,7 +89,7 @@ def test_what_is_no_query(small_run, tmp_path):
     (tmp_path / "bad.png").write_text("no image")
     save_image(tmp_path / "good.png")
     last = "the test split has 36 images, the first is test:0"
-    cases = [("nowhere.png", "nowhere.png: no such image"), (tmp_path / "bad.png", "bad.png: unreadable"), (36, last)]
+    cases = [("nowhere.png", "nowhere.png: missing image"), (tmp_path / "bad.png", "bad.png: unreadable"), (36, last)]
     cases += [(-1, last), ("test:x", last), ("test:" + "9" * 5000, last), ("a\udcff.png", "is not valid UTF-8")]
     cases += [(np.zeros((8, 8), np.uint8), r"an array has to be \(H, W, 3\) uint8, not \(8, 8\) uint8")]
     cases += [(np.zeros((8, 8, 3), np.float32), r"not \(8, 8, 3\) float32")]
@@ -106,22 +108,22 @@ def test_what_is_no_query(small_run, tmp_path):
         searcher.find_many(queries)
 
 
-def test_a_file_is_known_by_its_name_and_then_by_its_place_on_the_disk(tmp_path, monkeypatch):
-    """By any path, through links, but not by its name alone. The disk is not asked for images of other names."""
-    paths = [f"{name}/{number}.png" for name in "ab" for number in range(100)]
-    for path in paths:
-        (tmp_path / "data" / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / path).write_bytes(b"")
-    (tmp_path / "data" / "b" / "6.png").unlink()
-    (tmp_path / "7.png").write_bytes(b"")  # a photo from elsewhere
-    (tmp_path / "link.png").symlink_to(tmp_path / "data" / "b" / "8.png")
-    (tmp_path / "link_to_a").symlink_to(tmp_path / "data" / "a")
-    names = ["7.png", "link.png", "link_to_a/9.png", "data/a/../b/10.png", "data/a/5.png", "data/a/6.png", "gone.png"]
-    asked = []
-    monkeypatch.setattr(search, "file_id", lambda path: asked.append(path) or file_id(path))
-    places = same_files([*(tmp_path / name for name in names), None], paths, tmp_path / "data")
-    assert places == [-1, 108, 9, 110, 5, 6, -1, -1]
-    assert len(asked) == 6 * 2 + len(names)
+def test_a_file_is_known_by_any_path_that_leads_to_it(tmp_path, monkeypatch):
+    """Through links of the query, of its folder, of the listed folder and within it; but not by its name alone."""
+    paths = ["a/1.png", "a/2.png", "b/1.png", "b/link.png", "linked/3.png"]
+    for path in ("data/a/1.png", "data/a/2.png", "data/b/1.png", "1.png", "elsewhere/3.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"")
+    links = {"data/b/link.png": "1.png", "data/linked": "elsewhere", "photo.png": "data/a/2.png", "view": "data"}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    monkeypatch.chdir(tmp_path / "data")
+    names = {"1.png": None, "gone.png": None, "data/b/link.png": 3, "data/linked/3.png": 4, "view/b/1.png": 2}
+    names |= {"photo.png": 1, "data/b/../a/1.png": 0}
+    files = {tmp_path / name: number for name, number in names.items()} | {"a/2.png": 1, None: None}
+    numbers = {path: number for number, path in enumerate(paths)}
+    for folder in (tmp_path / "data", Path("."), Path("../view/../data")):
+        assert {file: find_path(file, folder, numbers) for file in files} == files
 
 
 def test_several_threads_get_their_own_answers(small_run):
@@ -147,7 +149,7 @@ def test_a_gallery_gives_what_there_is(tiny_run, tmp_path):
         assert [each.row for each in searcher.find(row, top=3)] == [each.row for each in answer][:3]
 
 
-def test_photos_are_embedded_in_the_runs_own_way(tiny_run, tmp_path, capsys):
+def test_photos_are_embedded_in_the_runs_own_way(tiny_run, photos, tmp_path, capsys):
     """--resize squash: all of a wide image. A bad photo is named and left out."""
     run = copy_run(tiny_run, tmp_path / "run")
     record = read_run_record(run)
@@ -155,59 +157,55 @@ def test_photos_are_embedded_in_the_runs_own_way(tiny_run, tmp_path, capsys):
     write_record(run / "args.json", record)
     path = member_path(run, 1, "json")
     write_record(path, dataclasses.replace(read_record(path, MemberRecord), settings_hash=record.settings_hash))
-    files = [tmp_path / "photos" / f"{number}.png" for number in range(5)]
+    files = [photos / f"{number}.png" for number in range(5)]
     for number, file in enumerate(files):
         save_image(file, number, width=150)
-    (tmp_path / "photos" / "bad.png").write_text("no image")
-    gallery = Searcher(run, tmp_path / "photos", num_members=1, device="cpu").gallery
+    (photos / "bad.png").write_text("no image")
+    gallery = searcher_of(run, photos, num_members=1).searched
     assert gallery.table.path.tolist() == [file.name for file in files]
     assert "files that cannot be used (1):\n" in capsys.readouterr().err
     rows = gallery.vectors.numpy()
     expected = mean_cosines(embed_files(load_ensemble(run, num_members=1), files))
     np.testing.assert_allclose(rows @ rows.T, expected, atol=1e-5)
-    cropped = Searcher(tiny_run, tmp_path / "photos", num_members=1, device="cpu").gallery.vectors.numpy()
-    assert abs(cropped - rows).max() > 0.01
 
 
-def test_which_neighbours_are_right(small_run, tiny_data, tmp_path):
+def test_which_neighbours_are_right(small_run, tiny_data, photos):
     """Classes are named by their folders' paths. A folder that is no class of the run says nothing of a test image."""
     test = pd.read_csv(small_run / "test.csv")
     name = test.class_name[0]
     for number, folder in enumerate([name, f"{name}/more", "other/a", "other/b", "."]):
-        (tmp_path / "photos" / folder).mkdir(parents=True, exist_ok=True)
-        save_image(tmp_path / "photos" / folder / f"{number}.png", number)
-    searcher = Searcher(small_run, tmp_path / "photos", device="cpu")
-    searcher.data_path = tiny_data
-    queries = [0, tmp_path / "photos" / "other" / "a" / "2.png", tiny_data / "tiny" / test.path[20]]
+        save_image(photos / folder / f"{number}.png", number)
+    searcher = searcher_of(small_run, photos, data_path=tiny_data)
+    queries = [0, photos / "other" / "a" / "2.png", tiny_data / "tiny" / test.path[20]]
     right = [{os.path.basename(each.path): each.right for each in answer} for answer in searcher.find_many(queries)]
     assert right[0] == {"0.png": True, "1.png": None, "2.png": None, "3.png": None, "4.png": None}
     assert right[1] == {"0.png": False, "1.png": False, "3.png": False, "4.png": None}
     assert right[2] == {"0.png": False, "1.png": None, "2.png": None, "3.png": None, "4.png": None}
     names = {os.path.basename(each.path): each.class_name for each in searcher.find(0)}
     assert names == {"0.png": name, "1.png": f"{name}/more", "2.png": "other/a", "3.png": "other/b", "4.png": None}
-    answers = Searcher(small_run, device="cpu").find_many([tmp_path / "photos"], top=36)
+    answers = Searcher(small_run, device="cpu").find_many([photos], top=36)
     assert {os.path.basename(answer.query.name): {each.right for each in answer} for answer in answers} == {
         "0.png": {True, False},
         **{f"{number}.png": {None} for number in (1, 2, 3, 4)},
     }
 
 
-def test_a_query_from_a_part_of_the_gallery_has_the_class_that_it_has_there(small_run, tmp_path):
+def test_a_query_from_a_part_of_the_gallery_has_the_class_that_it_has_there(small_run, photos):
     """A folder of queries may lie higher or lower than the gallery: its folders' names are others."""
     for number, folder in enumerate(["animals/cat", "animals/cat", "animals/dog"]):
-        save_image(tmp_path / "photos" / folder / f"{number}.png", number)
-    answers = Searcher(small_run, tmp_path / "photos", device="cpu").find_many([tmp_path / "photos" / "animals"], top=1)
+        save_image(photos / folder / f"{number}.png", number)
+    answers = searcher_of(small_run, photos).find_many([photos / "animals"], top=1)
     assert [answer.query.class_name for answer in answers] == ["animals/cat", "animals/cat", "animals/dog"]
     for answer, cats in zip(answers, (["1.png"], ["0.png"], []), strict=True):
         for each in answer:
             assert each.right == (each.file.name in cats)
 
 
-def test_a_query_folder_that_is_no_class_of_the_gallery_says_nothing(small_run, tmp_path):
+def test_a_query_folder_that_is_no_class_of_the_gallery_says_nothing(small_run, photos, tmp_path):
     """Whether it is right is not known; one of the same name is a class."""
-    for number, path in enumerate(["gallery/cat", "gallery/dog", "new/2024", "new/cat"]):
+    for number, path in enumerate(["photos/cat", "photos/dog", "new/2024", "new/cat"]):
         save_image(tmp_path / path / f"{number}.png", number)
-    answers = Searcher(small_run, tmp_path / "gallery", device="cpu").find_many([tmp_path / "new"])
+    answers = searcher_of(small_run, photos).find_many([tmp_path / "new"])
     right = [{each.class_name: each.right for each in answer} for answer in answers]
     assert right == [{"cat": None, "dog": None}, {"cat": True, "dog": False}]
 
@@ -226,27 +224,31 @@ def test_below_the_threshold_nothing_is_found(small_run, tmp_path):
     assert found(Searcher(run, device="cpu").find(0, top=4, far=0.1)) == found(answer)
 
 
-def test_what_cannot_be_searched(small_run, tmp_path):
-    for options, message in (
-        ({"gallery": tmp_path / "nowhere"}, r"^gallery .*nowhere: no such folder$"),
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gallery": "nowhere"}, r"^gallery nowhere: no such folder$"),
         ({"embedding": "pooled"}, "pooled"),
         ({"num_members": 0}, "num_members has to be at least 1"),
         ({"embedding": "poled"}, "embedding has to be one of logits, pooled, not 'poled'"),
-        ({"refresh": "nevr"}, "refresh has to be one of always, never, moved, not 'nevr'"),
-        ({"refresh": "moved", "gallery": tmp_path}, "refresh moved needs index"),
         ({"num_members": 3}, "member 3 of 3 is missing"),
         ({"device": "gpu"}, "^device 'gpu'"),
-    ):
-        with pytest.raises(InputError, match=message):
-            Searcher(small_run, **options)
+    ],
+)
+def test_what_cannot_be_searched(small_run, options, message):
+    with pytest.raises(InputError, match=message):
+        Searcher(small_run, **options)
+
+
+def test_what_cannot_be_asked(small_run, photos, tmp_path):
+    searcher = Searcher(small_run, device="cpu")
     with pytest.raises(InputError, match=r"find_many takes a list of queries, not '/': use find"):
-        Searcher(small_run, device="cpu").find_many("/")  # which would be the whole disk
-    for options, message in (({"top": 0}, "top has to be"), ({"threshold": float("nan")}, "threshold has to be")):
-        with pytest.raises(InputError, match=message):
-            Searcher(small_run, device="cpu").find(0, **options)
-    (tmp_path / "empty").mkdir()
+        searcher.find_many("/")  # which would be the whole disk
+    with pytest.raises(InputError, match="top has to be at least 1, not 0"):
+        searcher.find(0, top=0)
+    photos.mkdir()
     with pytest.raises(InputError, match="no images below it"):
-        Searcher(small_run, tmp_path / "empty", device="cpu").find(0)
+        searcher_of(small_run, photos).find(0)
     run = copy_run(small_run, tmp_path / "run")
     (run / "test.csv").write_text((run / "test.csv").read_text().splitlines()[0] + "\n")
     with pytest.raises(InputError, match="its data set has no test images to search: name a gallery"):
