@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from dreml.cli import DEVICE_HELP, MANY, InputError, Parser, check_ranges, run_main
-from dreml.figures import MAX_ROWS, NoPictures, Thumbnails, check_matplotlib, draw_neighbours
+from dreml.figures import MAX_ROWS, NoPictures, check_matplotlib, draw_neighbours
 from dreml.files import atomic_open, writable, write_csv
 from dreml.index import is_installed
 from dreml.runs import SUFFIXES
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
         if draws:
             title = f"similarity: cosine, mean of the ensemble (size {searcher.run.num_members})"
             title += "; wrong first neighbours, the most similar first" if args.worst else ""
-            draw(answers, Thumbnails(searcher.run, searcher.data_path), title, path, args.data_path is not None)
+            draw(answers, searcher, title, path, args.data_path is not None)
     refuse("--query", problems, len(answers))  # now that the others are answered
 
 
@@ -202,14 +202,14 @@ def threshold_text(threshold: Threshold, answers: list[Answer]) -> str:
     return f"{text}; {share} in {threshold.gallery:,} images, and more do in larger galleries (docs/SEARCH.md)"
 
 
-def draw(answers: list[Answer], thumbnails: Thumbnails, title: str, path: Path, required: bool) -> None:
+def draw(answers: list[Answer], searcher: Searcher, title: str, path: Path, required: bool) -> None:
     """Draw the first queries and their neighbours beside the CSV, and print the name of the picture.
 
     Unless it is `required`, a line says where the images are gone: a search needs only the saved embeddings.
     """
     try:
         with writable(path.parent, "--output"):
-            draw_neighbours(answers[:MAX_ROWS], thumbnails, title, path.parent, path.stem)
+            draw_neighbours(answers[:MAX_ROWS], searcher, title, path.parent, path.stem)
     except NoPictures as error:
         if required:
             raise
