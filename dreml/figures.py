@@ -215,20 +215,17 @@ def thumbnail(searcher: Searcher, item: Item | Neighbour) -> np.ndarray:
 
     A test image whose file is gone comes from the run's cache. Raises NoPictures where there is no image.
     """
-    run = searcher.run
-    name = run.settings.data_name
-    spec = ImageSpec(round(TILE * DPI), run.settings.resize)
+    spec = ImageSpec(round(TILE * DPI), searcher.run.settings.resize)
+    name = searcher.run.settings.data_name
     try:
         if item.row is None or item.file.exists():
             return read_pixels(item.file, spec)
         if not (searcher.data_path / name).is_dir():
-            raise NoPictures(f"no picture: the images of {name} are not in {searcher.data_path}/ (see --data_path)")
-        cached = run.read_cache(searcher.data_path).array("test_images")[item.row]
-    except BadImage as error:
+            raise InputError(f"the images of {name} are not in {searcher.data_path}/ (see --data_path)")
+        images = searcher.run.read_cache(searcher.data_path).array("test_images")
+    except (BadImage, InputError) as error:
         raise NoPictures(f"no picture: {error}") from None
-    except InputError as error:
-        raise NoPictures(f"no picture: {item.file} is missing (see --data_path), and {error}") from None
-    return resize_test(Image.fromarray(cached), spec)
+    return resize_test(Image.fromarray(images[item.row]), spec)
 
 
 def draw_neighbours(answers: list[Answer], searcher: Searcher, title: str, folder: Path, name: str) -> None:

@@ -300,7 +300,7 @@ def test_test_images_come_from_the_cache_where_the_files_are_gone(tiny_run, tiny
     (data / "tiny" / "cache_32" / "meta.json").unlink()
     table.unlink()
     message = refused(capsys, retrieve, *arguments)
-    assert f"no picture: {data / 'tiny' / test[20]} is missing (see --data_path), and no cache" in message
+    assert f"no picture: no cache: {data / 'tiny' / 'cache_32' / 'meta.json'} is missing" in message
     assert table.exists()
     meta = read_record(tiny_data / "tiny" / "cache_32" / "meta.json")
     write_record(data / "tiny" / "cache_32" / "meta.json", meta | {"mean": [0.5, 0.5, 0.5]})
