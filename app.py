@@ -13,24 +13,24 @@ import importlib.util
 import os
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageOps
 
 from dreml.cli import DEVICE_HELP, MANY, InputError, Parser, check_ranges, run_main
-from dreml.learned import GREEN, GREY, RED, Learned, map_methods
+from dreml.confusions import class_table
+from dreml.figures import FRAMES, MARKS
+from dreml.learned import MAP_METHODS, Learned
 from dreml.search import Query, Searcher
 from dreml.settings import EMBEDDINGS
 from dreml.thresholds import threshold_at
 
-FRAMES = {True: GREEN, False: RED, None: GREY}
-MARKS = {True: "✓", False: "✗", None: ""}
 NO_QUERY = "Drop a photo, or pick a test image."
+MAX_UPLOAD = "20mb"
 STYLE = """
 .caption-label { white-space: normal !important; max-width: 100% !important; }
 #grid .thumbnail-lg { aspect-ratio: 19 / 23; }
-.two .thumbnail-lg { aspect-ratio: 37 / 21; }
-.four .thumbnail-lg { aspect-ratio: 74 / 21; }
 """
 # Browsers ask no other host.
 POLICY = """<meta http-equiv="Content-Security-Policy"
@@ -51,13 +51,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("the server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     group.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
-    upload_help = "largest photo that can be dropped, in megabytes (default: 20)"
-    group.add_argument("--max_upload", type=int, default=20, metavar="MB", help=upload_help)
     group.add_argument("--device", default="auto", help=DEVICE_HELP)
     data_help = "folder of data sets, for pictures of the test images (default: as in training)"
     group.add_argument("--data_path", type=Path, metavar="DIR", help=data_help)
     args = parser.parse_args(argv)
-    check_ranges(args, num_members=(1, MANY), port=(1, 65535), max_upload=(1, 1000))
+    check_ranges(args, num_members=(1, MANY), port=(1, 65535))
     return args
 
 
@@ -67,8 +65,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def framed(image: Image.Image, color: str, faded: bool) -> Image.Image:
     """A thumbnail with a frame. A faded one has no colours and little contrast."""
     if faded:
-        image = Image.blend(ImageEnhance.Color(image).enhance(0), Image.new("RGB", image.size, "white"), 0.6)
-    image = ImageOps.expand(image, 5, GREY if faded else color)
+        image = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "white"), 0.6)
+    image = ImageOps.expand(image, 5, "lightgrey" if faded else color)
     return ImageOps.expand(image, (0, 0, 0, 40), "white")  # where the caption will be
 
 
@@ -85,8 +83,8 @@ def find(searcher: Searcher, learned: Learned, query: Query | None, top: int, fa
     for neighbour in answer:
         mark = MARKS[neighbour.right] if neighbour.found else "not found:"
         caption = f"{mark} {neighbour.similarity:.3f} {neighbour.class_name or neighbour.file.name}"
-        image = framed(learned.photo(neighbour), FRAMES[neighbour.right], not neighbour.found)
-        pictures.append((image, caption.strip()))
+        color = FRAMES[neighbour.right]["edgecolor"]
+        pictures.append((framed(learned.photo(neighbour), color, not neighbour.found), caption))
     text = f"Class of the query: {answer.query.class_name}. " if answer.query.class_name else ""
     if threshold is None:
         text += f"The run has too few test images for a threshold at {far:g} %."
@@ -107,8 +105,8 @@ def build_page(searcher: Searcher, learned: Learned, title: str):
         gr.Markdown(f"### {title}")
         with gr.Tab("Search"):
             fill_search_tab(searcher, learned)
-        with gr.Tab("What the run has learned") as tab:
-            fill_learned_tab(learned, tab)
+        with gr.Tab("What the run has learned"):
+            fill_learned_tab(searcher, learned)
     return page
 
 
@@ -117,31 +115,13 @@ def fill_search_tab(searcher: Searcher, learned: Learned) -> None:
     import gradio as gr
 
     last = len(searcher.test) - 1
-
-    def search(query: Query | None, top: int, far: float):
-        return find(searcher, learned, query, top, far)
-
-    def dropped(path: str | None, top: int, far: float):
-        query = Path(path) if path else None
-        return query, *search(query, top, far)
-
-    def picked(row: float | None, top: int, far: float):
-        if row is None or not 0 <= row <= last:
-            return None, None, [], f"The test images have the numbers 0 to {last}.", []
-        photo = learned.photo(searcher.item(searcher.test, int(row)))
-        return photo, int(row), *search(int(row), top, far)
-
-    def clicked(neighbours: list, top: int, far: float, event: gr.SelectData):
-        neighbour = neighbours[event.index]
-        query = neighbour.file if neighbour.row is None else neighbour.row
-        return learned.photo(neighbour), query, *search(query, top, far)
-
     query = gr.State()
     neighbours = gr.State([])
     with gr.Row():
         with gr.Column(scale=1, min_width=240):
             photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=260, elem_id="photo")
-            row = gr.Number(label=f"or the number of a test image, 0 to {last}", precision=0, elem_id="row")
+            row_label = f"or the number of a test image, 0 to {last}"
+            row = gr.Number(label=row_label, minimum=0, maximum=last, precision=0, elem_id="row")
             top = gr.Slider(1, 48, value=12, step=1, label="neighbours", elem_id="top")
             far_label = "false-accept rate (%): below its threshold, neighbours are not found"
             far = gr.Slider(0.1, 20, value=10, step=0.1, label=far_label, elem_id="far")
@@ -150,72 +130,68 @@ def fill_search_tab(searcher: Searcher, learned: Learned) -> None:
             grid = gr.Gallery(
                 format="jpeg", show_label=False, columns=6, allow_preview=False, elem_id="grid", buttons=[]
             )
-    photo.preprocess = lambda payload: payload and uploaded(payload.path, photo.GRADIO_CACHE)  # not read by Gradio
-    options = [top, far]
-    answer = [grid, text, neighbours]
-    photo.input(dropped, [photo, *options], [query, *answer])
-    row.submit(picked, [row, *options], [photo, query, *answer])
-    grid.select(clicked, [neighbours, *options], [photo, query, *answer])
-    for slider in options:
-        slider.release(search, [query, *options], answer)
+
+    def dropped(path: str | None):
+        # Gradio itself looks only at what calls itself a file: a request may name any path.
+        if path and os.path.isfile(path) and Path(path).resolve().is_relative_to(Path(photo.GRADIO_CACHE).resolve()):
+            return Path(path)
+        return None
+
+    def picked(number: int | None):
+        return None if number is None else learned.test_photo(number), number
+
+    def clicked(neighbours: list, event: gr.SelectData):
+        neighbour = neighbours[event.index]
+        return learned.photo(neighbour), neighbour.file if neighbour.row is None else neighbour.row
+
+    def search(query: Query | None, top: int, far: float):
+        return find(searcher, learned, query, top, far)
+
+    photo.preprocess = lambda payload: payload and payload.path  # Gradio would open the photo, and refuse some
+    photo.input(dropped, photo, query)
+    row.submit(picked, row, [photo, query])
+    grid.select(clicked, neighbours, [photo, query])
+    gr.on([query.change, top.release, far.release], search, [query, top, far], [grid, text, neighbours])
 
 
-def fill_learned_tab(learned: Learned, tab) -> None:
-    """Figures, pairs of photos, the map and tables. They are made when `tab`, a `gradio.Tab`, is opened first."""
+def fill_learned_tab(searcher: Searcher, learned: Learned) -> None:
+    """Figures, pairs of photos, the map and tables."""
     import gradio as gr
 
-    def pictures(title: str, columns: int, name: str):
-        gr.Markdown(title)
-        shape = "four" if name == "confusions" else "two"
-        return gr.Gallery(show_label=False, columns=columns, height=320, elem_classes=shape, elem_id=name, buttons=[])
-
+    pictures = functools.partial(gr.Gallery, columns=4, height=320, interactive=False, object_fit="contain", buttons=[])
     with gr.Row():
-        made = {"histograms": gr.Plot(show_label=False, elem_id="histograms")}
-        made["recalls"] = gr.LinePlot(
-            elem_id="recalls", x="ensemble_size", y="recall (%)", color="K", title="Recall against ensemble size"
-        )
-    title = "**The most confident errors**: a query and its first neighbour, of another class"
-    made["confident_errors"] = pictures(title, 4, "errors")
-    title = "**Classes that are most often taken for each other**: two photos of each"
-    made["confusions"] = pictures(title, 3, "confusions")
-    made["copies"] = pictures(
-        "**Test images that look the same and have two class names** (none if empty)", 4, "copies"
-    )
-    method = gr.Radio(map_methods(), value="PCA", label="Map of the test images: a click shows the photo")
+        gr.Plot(learned.histograms(), show_label=False, elem_id="histograms")
+        title = "Recall against ensemble size"
+        gr.LinePlot(learned.recalls(), "ensemble_size", "recall (%)", color="K", title=title, elem_id="recalls")
+    label = "The most confident errors: a query and its first neighbour, of another class"
+    pictures(learned.pairs(searcher.confident_errors), label=label, elem_id="errors")
+    label = "Classes that are most often taken for another one: two photos of both"
+    pictures(learned.confusions(), label=label, elem_id="confusions")
+    label = "Test images that look the same and have two class names (none if empty)"
+    pictures(learned.copies(), label=label, elem_id="copies")
+    method = gr.Radio(MAP_METHODS, value="PCA", label="Map of the test images: a click shows the photo")
     with gr.Row():
-        plane = gr.Image(show_label=False, interactive=False, buttons=[], elem_id="map")
+        plane = gr.Image(learned.map("PCA"), show_label=False, interactive=False, buttons=[], elem_id="map")
         with gr.Column():
             point = gr.Image(show_label=False, height=300, buttons=[], elem_id="point")
             caption = gr.Markdown(elem_id="point_text")
     with gr.Row():
-        made["classes"] = gr.Dataframe(label="R@1 of each class, worst first", max_height=400)
-        made["settings"] = gr.Dataframe(label="Settings", max_height=400)
-    for name, component in made.items():
-        tab.select(functools.cache(getattr(learned, name)), None, component)
+        classes = class_table(searcher.test_queries).round(2)
+        gr.Dataframe(classes, label="R@1 of each class in percent, worst first", max_height=400)
+        settings = [[name, str(value)] for name, value in asdict(searcher.run.settings).items()]
+        gr.Dataframe(settings, headers=["setting", "value"], label="Settings", max_height=400)
 
     def on_map(method: str, event: gr.SelectData):
         return learned.at(method, *event.index)
 
-    tab.select(learned.map, method, plane)
     method.change(learned.map, method, plane)
     plane.select(on_map, method, [point, caption])
 
 
-def uploaded(path: str | None, folder: str) -> str | None:
-    """The file of a dropped photo; None where it is not one that was uploaded.
-
-    Gradio itself looks only at what calls itself a file: a request may name any path.
-    """
-    if not path or not os.path.isfile(path) or not Path(path).resolve().is_relative_to(Path(folder).resolve()):
-        return None
-    return path
-
-
-def serve(page, host: str, port: int, max_upload: int) -> None:
+def serve(page, host: str, port: int) -> None:
     """Start the server and return. Only Gradio's own files and the pictures it was given are served."""
     import gradio as gr
 
-    page.queue(default_concurrency_limit=8)
     try:
         page.launch(
             server_name=host,
@@ -223,13 +199,12 @@ def serve(page, host: str, port: int, max_upload: int) -> None:
             share=False,
             quiet=True,
             prevent_thread_lock=True,
-            max_file_size=max_upload * 10**6,
+            max_file_size=MAX_UPLOAD,
             footer_links=[],
             css=STYLE,
             run_history=False,
             theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
             head=POLICY,
-            app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
         )
     except OSError as error:
         raise InputError(f"cannot listen on {host}:{port} ({error}); --port takes another port") from None
@@ -260,7 +235,7 @@ def run(args: argparse.Namespace) -> None:
     run = searcher.run
     title = f"{run.name}: ensemble size {run.num_members}, {args.embedding}, {args.gallery or 'test images'}"
     page = build_page(searcher, learned, title)
-    serve(page, args.host, args.port, args.max_upload)
+    serve(page, args.host, args.port)
     print(f"the page is at http://{args.host}:{args.port}; Ctrl-C ends it")
     try:
         threading.Event().wait()

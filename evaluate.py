@@ -16,7 +16,6 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,27 +34,15 @@ from dreml.cli import (
     recall_list,
     run_main,
 )
+from dreml.confusions import class_table, confident_errors, confusion_table, first_neighbour_table
 from dreml.datasets import default_recalls
-from dreml.figures import (
-    check_matplotlib,
-    draw_found,
-    draw_recall,
-    draw_training,
-    drawing,
-    save_figure,
-)
+from dreml.figures import check_matplotlib, draw_found, draw_recall, draw_training, drawing, save_figure
 from dreml.files import writable, write_csv
 from dreml.run_writer import scored
 from dreml.runs import SUFFIXES, Run, TestSplit, read_run, run_lock
 from dreml.settings import EMBEDDINGS
-from dreml.thresholds import FARS, FEWEST_ABOVE, threshold_table
-from utils import (
-    best_similarities,
-    first_neighbours,
-    map_at_r,
-    recall_at_k,
-    unmatched_queries,
-)
+from dreml.thresholds import FARS, threshold_table
+from utils import best_similarities, map_at_r, recall_at_k, unmatched_queries
 
 # ------------------------------------------------------------------------------------------------ options
 
@@ -84,22 +71,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------ scores
 
 
-class Scores(NamedTuple):
-    """Tables of one run. Scores are in percent."""
-
-    evaluation: pd.DataFrame  # a row for each ensemble size
-    members: pd.DataFrame  # a row for each member alone
-    thresholds: pd.DataFrame  # rows for each ensemble size, see `threshold_table`
-    classes: pd.DataFrame  # a row for each class of the queries
-    confusions: pd.DataFrame  # a row for each class and another one that it was taken for
-    found: pd.DataFrame  # as thresholds, for many false-accept rates and few ensemble sizes; for the figure
-
-
 WRITTEN = ("evaluation", "members", "thresholds", "classes", "confusions")  # each as a CSV
 
 
-def score_run(run: Run, ks: list[int], embedding: str, device: torch.device) -> Scores:
-    """Compute all tables of a run from its saved embeddings."""
+def score_run(run: Run, ks: list[int], embedding: str, device: torch.device) -> dict[str, pd.DataFrame]:
+    """Compute all tables of a run from its saved embeddings: those of WRITTEN, and "found" for `draw_found`."""
     split = run.split
     members = run.embeddings(embedding, device)
     num_unmatched = int(unmatched_queries(*split).sum())
@@ -109,82 +85,48 @@ def score_run(run: Run, ks: list[int], embedding: str, device: torch.device) -> 
             "out of mAP@R and R-Precision)"
         )
     sizes = score(members, split, ks)
+    sizes.insert(0, "ensemble_size", range(1, len(members) + 1))
     bar = progress_bar(members, f"{run.folder.name}: each member alone", len(members), " members")
-    alone = np.concatenate([score([member], split, ks) for member in bar])
-    thresholds, found = score_thresholds(members, split)
-    classes, confusions = score_classes(members, run.test)
-    return Scores(
-        evaluation=score_table("ensemble_size", sizes, ks),
-        members=score_table("member", alone, ks),
-        thresholds=thresholds,
-        classes=classes,
-        confusions=confusions,
-        found=found,
-    )
-
-
-def score(members: Sequence[torch.Tensor], split: TestSplit, ks: list[int]) -> np.ndarray:
-    """Recall@K, mAP@R, R-Precision in percent, `(L, len(ks) + 2) float64`; row l-1 is of the first l members."""
-    recalls = scored(recall_at_k, members, split, ks=ks)
-    precisions = torch.stack(scored(map_at_r, members, split), dim=1)
-    return 100 * torch.cat([recalls, precisions], dim=1).numpy()
-
-
-def score_table(index: str, values: np.ndarray, ks: list[int]) -> pd.DataFrame:
-    """Rows of `score` with names, counted from 1 in the column `index`."""
-    table = pd.DataFrame(values, columns=[*(f"R@{k}" for k in ks), "mAP@R", "R-Precision"])
-    table.insert(0, index, range(1, len(values) + 1))
-    return table
-
-
-def score_thresholds(members: Sequence[torch.Tensor], split: TestSplit) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Tables `thresholds` and `found` of Scores."""
+    alone = pd.concat([score([member], split, ks) for member in bar], ignore_index=True)
+    alone.insert(0, "member", range(1, len(members) + 1))
     others, own = scored(best_similarities, members, split)
     num_gallery = int(split.is_gallery.sum())
-    size = len(members)
-    table = threshold_table(others, own, FARS, num_gallery)
-    few = sorted({1, max(1, size // 4), max(1, size // 2), size})
-    rows = [number - 1 for number in few]
-    curves = threshold_table(others[rows], own[rows], tuple(np.logspace(-4, 0, 81)), num_gallery)
-    curves.ensemble_size = [few[number - 1] for number in curves.ensemble_size]
-    return table, curves
+    queries = first_neighbour_table(members, run.test)
+    return {
+        "evaluation": sizes,
+        "members": alone,
+        "thresholds": threshold_table(others, own, FARS, num_gallery),
+        "classes": class_table(queries),
+        "confusions": confusion_table(confident_errors(queries), run.test),
+        "found": found_curves(others, own, num_gallery),
+    }
 
 
-def score_classes(members: Sequence[torch.Tensor], test: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Tables `classes` and `confusions` of Scores, for the whole ensemble.
+def score(members: Sequence[torch.Tensor], split: TestSplit, ks: list[int]) -> pd.DataFrame:
+    """Recall@K, mAP@R and R-Precision in percent; row l-1 is of the first l members."""
+    recalls = scored(recall_at_k, members, split, ks=ks)
+    precisions = torch.stack(scored(map_at_r, members, split), dim=1)
+    values = 100 * torch.cat([recalls, precisions], dim=1).numpy()
+    return pd.DataFrame(values, columns=[*(f"R@{k}" for k in ks), "mAP@R", "R-Precision"])
 
-    Queries that have no other image of their class in the gallery count as misses, but as no confusion. The example of
-    a confusion is the query that is most similar to its neighbour.
-    """
-    split = TestSplit.from_arrays(test.label, test.is_query, test.is_gallery)
-    rows, similarities = (values.numpy() for values in scored(first_neighbours, members, split))
-    queries = test[test.is_query].reset_index(drop=True)
-    neighbours = test.iloc[rows].reset_index(drop=True)  # any image for -1: such a query is unmatched
-    unmatched = unmatched_queries(*split)[split.is_query].numpy()
-    is_right = (queries.label == neighbours.label) & ~unmatched
-    of_class = is_right.groupby(queries.class_name)
-    classes = pd.DataFrame({"queries": of_class.size(), "R@1": 100 * of_class.mean()}).reset_index()
-    classes = classes.sort_values(["R@1", "queries", "class_name"], ascending=[True, False, True])
 
-    pairs = pd.DataFrame({"class_name": queries.class_name, "neighbour_class": neighbours.class_name})
-    pairs["query_path"] = queries.path
-    pairs["neighbour_path"] = neighbours.path
-    pairs["similarity"] = similarities
-    pairs = pairs[~is_right & ~unmatched].sort_values("similarity", ascending=False, kind="stable")
-    of_pair = pairs.groupby(["class_name", "neighbour_class"], sort=False)
-    confusions = of_pair[["query_path", "neighbour_path"]].first().reset_index()
-    confusions.insert(2, "times", of_pair.size().to_numpy())
-    return classes, confusions.sort_values("times", ascending=False, kind="stable")
+def found_curves(others: torch.Tensor, own: torch.Tensor, num_gallery: int) -> pd.DataFrame:
+    """As `threshold_table`, for many false-accept rates and at most four ensemble sizes."""
+    most = len(others)
+    fars = tuple(np.logspace(-4, 0, 81))
+    tables = []
+    for size in sorted({1, max(1, most // 4), max(1, most // 2), most}):
+        table = threshold_table(others[size - 1 : size], own[size - 1 : size], fars, num_gallery)
+        tables.append(table.assign(ensemble_size=size))
+    return pd.concat(tables)
 
 
 def threshold_text(table: pd.DataFrame, run: Run) -> str:
-    """Thresholds of the whole ensemble, and which false-accept rates have none, for people."""
+    """Thresholds of the whole ensemble, for people."""
     rows = table[table.ensemble_size == run.num_members]
     parts = [f"FAR {100 * row.far:g} %: {row.threshold:.4f} (found {row.found:.2f} %)" for row in rows.itertuples()]
-    missing = [f"{100 * far:g} %" for far in FARS if far not in set(table.far)]
-    if missing:
-        few = f"under {FEWEST_ABOVE} of {int(run.test.is_query.sum()):,} queries would be above it"
-        parts.append(f"none for {', '.join(missing)}: {few}")
+    if len(parts) < len(FARS):
+        parts.append(f"none for lower rates: {int(run.test.is_query.sum()):,} queries are too few")
     return f"thresholds of {counted(run.num_members, 'member')}: {'; '.join(parts)}"
 
 
@@ -193,38 +135,30 @@ def threshold_text(table: pd.DataFrame, run: Run) -> str:
 
 def group_by_settings(runs: list[Run]) -> list[list[Run]]:
     """Put runs together that differ only in their seed. Raises InputError for a run that is given twice."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, dict[int, Run]] = {}
     for run in runs:
-        group, seed = groups.setdefault(repr(run.without_seed()), []), run.settings.seed
-        for other in group:
-            if other.settings.seed == seed:
-                raise InputError(f"{other.folder} and {run.folder} are the same run, seed {seed}: give one")
-        group.append(run)
-    return list(groups.values())
-
-
-def group_name(group: list[Run]) -> str:
-    """Name of the run folder; for several runs, with s* in place of the seeds."""
-    if len(group) == 1:
-        return group[0].name
-    names = (re.sub(rf"_s{run.settings.seed}(?=_|$)", "_s*", run.name) for run in group)
-    return ", ".join(dict.fromkeys(names))
+        group = groups.setdefault(repr(run.without_seed()), {})
+        other = group.setdefault(run.settings.seed, run)
+        if other is not run:
+            raise InputError(f"{other.folder} and {run.folder} are the same run, seed {run.settings.seed}: give one")
+    return [list(group.values()) for group in groups.values()]
 
 
 def compare(groups: list[list[Run]], tables: dict[Path, pd.DataFrame]) -> pd.DataFrame:
     """Table of several runs, by mAP@R, best first: a row for each group of seeds, and below it one for each seed.
 
-    `tables`: run folder -> `Scores.evaluation`. A row is of all members; in a group, of as many as all its runs have.
+    `tables`: run folder -> table "evaluation". A row is of all members; in a group, of as many as all its runs have.
     Columns: run, seeds, n, ensemble_size, then each score and score_std (sample standard deviation, NaN where n is 1).
     """
 
     def row_of(runs: list[Run], size: int) -> dict:
         values = pd.DataFrame([tables[run.folder].iloc[size - 1, 1:] for run in runs])
-        seeds = " ".join(str(run.settings.seed) for run in runs)
-        row = {"run": group_name(runs), "seeds": seeds, "n": len(runs), "ensemble_size": size}
-        for name in values:
-            row[name] = values[name].mean()
-            row[f"{name}_std"] = values[name].std(ddof=1)
+        seeds = [str(run.settings.seed) for run in runs]
+        name = runs[0].name if len(runs) == 1 else re.sub(rf"_s{seeds[0]}(?=_|$)", "_s*", runs[0].name)
+        row = {"run": name, "seeds": " ".join(seeds), "n": len(runs), "ensemble_size": size}
+        for score_name in values:
+            row[score_name] = values[score_name].mean()
+            row[f"{score_name}_std"] = values[score_name].std()
         return row
 
     def by_map(row: dict) -> float:
@@ -259,24 +193,29 @@ def run(args: argparse.Namespace) -> None:
     runs = [read_run(folder, args.num_members) for folder in args.folders]
     groups = group_by_settings(runs)
     targets = output_folders(runs, args.output)
-    ks = args.recalls or common_recalls(runs)
+    data_names = {one.settings.data_name for one in runs}
+    ks = args.recalls or default_recalls(data_names.pop() if len(data_names) == 1 else "")
     for one in runs:
         one.require(args.embedding)
-        check_recalls(ks, one)
+        size = int(one.test.is_gallery.sum())
+        if not len(one.test):
+            raise InputError(f"{one.folder}: its data set has no test images: there is nothing to score")
+        if max(ks) >= size:
+            raise InputError(f"--recalls: {max(ks)} is not below the number of gallery images of {one.folder}, {size}")
 
     # 2. Each run
     tables = {}
     suffix = SUFFIXES[args.embedding]
     for one, target in zip(runs, targets, strict=True):
         scores = score_run(one, ks, args.embedding, device)
-        sizes = scores.evaluation
+        sizes = scores["evaluation"]
         tables[one.folder] = sizes
         first = sizes.columns[1]
         print(f"{one.folder}: {args.embedding}, percent")
         print_baseline(one.folder, sizes, args.embedding, one.settings.weights)
-        print(sizes.assign(alone=scores.members[first]).round(2).to_string(index=False))
+        print(sizes.assign(alone=scores["members"][first]).round(2).to_string(index=False))
         print(f"(alone: {first} of the last member of the row by itself)")
-        print(threshold_text(scores.thresholds, one))
+        print(threshold_text(scores["thresholds"], one))
         write_scores(one, scores, target, suffix, args.plot)
         written = ", ".join(f"{name}{suffix}.csv" for name in WRITTEN)
         print(f"{target}/: {written}{', figures' if args.plot else ''}\n")
@@ -308,38 +247,21 @@ def output_folders(runs: list[Run], output: Path | None) -> list[Path]:
     return folders
 
 
-def common_recalls(runs: list[Run]) -> list[int]:
-    """Default of --recalls: the data set's own, if all runs are of one that has any."""
-    names = {run.settings.data_name for run in runs}
-    return default_recalls(names.pop() if len(names) == 1 else "")
-
-
-def check_recalls(ks: list[int], run: Run) -> None:
-    """Raise InputError for a K that all images of the gallery would reach, and for a run without test images."""
-    num_gallery = int(run.test.is_gallery.sum())
-    if not len(run.test):
-        raise InputError(f"{run.folder}: its data set has no test images: there is nothing to score")
-    if max(ks) >= num_gallery:
-        raise InputError(
-            f"--recalls: {max(ks)} is not below the number of gallery images of {run.folder}, {num_gallery}"
-        )
-
-
-def write_scores(run: Run, scores: Scores, folder: Path, suffix: str, plot: bool) -> None:
+def write_scores(run: Run, scores: dict[str, pd.DataFrame], folder: Path, suffix: str, plot: bool) -> None:
     """Write the tables; with `plot`, evaluation.png, thresholds.png and training.png and all as SVG."""
     own_folder = run.folder.resolve()
     is_own = folder.resolve() == own_folder  # there, train.py removes half-written files while it holds the lock
     with writable(folder, "--output"), run_lock(own_folder) if is_own else contextlib.nullcontext():
         for name in WRITTEN:
             float_format = "%.6f" if name == "thresholds" else "%.4f"
-            write_csv(folder / f"{name}{suffix}.csv", getattr(scores, name), float_format=float_format)
+            write_csv(folder / f"{name}{suffix}.csv", scores[name], float_format=float_format)
         if not plot:
             return
+        records = [run.members.records[member] for member in range(1, run.num_members + 1)]
         with drawing():
-            records = [run.members.records[member] for member in range(1, run.num_members + 1)]
-            baseline = read_baseline(run.folder)
-            save_figure(draw_recall(scores.evaluation, scores.members, baseline), folder, f"evaluation{suffix}")
-            save_figure(draw_found(scores.found), folder, f"thresholds{suffix}")
+            recall = draw_recall(scores["evaluation"], scores["members"], read_baseline(run.folder))
+            save_figure(recall, folder, f"evaluation{suffix}")
+            save_figure(draw_found(scores["found"]), folder, f"thresholds{suffix}")
             save_figure(draw_training(records), folder, "training")
 
 

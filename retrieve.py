@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from dreml.cli import DEVICE_HELP, MANY, InputError, Parser, check_ranges, run_main
-from dreml.figures import MAX_ROWS, NoPictures, Thumbnails, check_matplotlib, draw_neighbours
+from dreml.figures import MAX_ROWS, NoPictures, check_matplotlib, draw_neighbours
 from dreml.files import atomic_open, writable, write_csv
 from dreml.runs import SUFFIXES
 from dreml.search import Answer, Searcher, refuse
@@ -122,10 +122,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{path}{' (an earlier one was replaced; --output names another folder)' if replaces else ''}")
     if answers and draws:
         title = f"similarity: cosine, mean of the ensemble (size {searcher.run.num_members})"
-        thumbnails = Thumbnails(searcher.run, searcher.data_path)
         try:
             with writable(output, "--output"):
-                draw_neighbours(answers[:MAX_ROWS], thumbnails, title, output, path.stem)
+                draw_neighbours(answers[:MAX_ROWS], searcher, title, output, path.stem)
             rest = f", the first {MAX_ROWS} of {len(answers)} queries" if len(answers) > MAX_ROWS else ""
             print(f"{path.with_suffix('.png')}{rest}")
         except NoPictures as error:  # a search needs only the saved embeddings

@@ -1,18 +1,15 @@
-"""Figures: curves of a run, runs compared, and queries with their neighbours.
+"""Figures: curves of a run, and queries with their neighbours.
 
 They look the same whatever the user's matplotlib is set to. Call the draw_ functions that return a figure inside
 `drawing()`. matplotlib is imported only where something is drawn.
 """
 
 import contextlib
-import functools
 import importlib.util
-import itertools
 import os
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,23 +17,24 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from dreml.cache import Cache
-from dreml.cli import InputError
+from dreml.cli import InputError, counted
 from dreml.files import atomic_open
 from dreml.images import BadImage, ImageSpec, read_pixels, resize_test
-from dreml.runs import MemberRecord, Run
-from dreml.search import Answer, Item, Neighbour
+from dreml.runs import MemberRecord
+from dreml.search import Answer, Item, Neighbour, Searcher
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
 
 COLUMN_WIDTH = 3.4  # inches: one of two columns of a page
 # Told apart by the colour-blind, and by line and marker without any colour.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
-LINES = ["-", "--", "-.", ":"]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+CURVES = {
+    "color": COLORS * 4,
+    "linestyle": ["-", "--", "-.", ":"] * 7,
+    "marker": ["o", "s", "^", "D", "v", "P", "X"] * 4,
+}
 GREY = "#666666"
 LEGEND = {"handlelength": 2.6, "columnspacing": 1.2}
 STYLE = {
@@ -52,24 +50,11 @@ STYLE = {
     "legend.fontsize": 7,
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
-    "figure.dpi": 300,
-    "savefig.dpi": 300,
     "text.parse_math": False,  # a "$" in a name is a dollar
     "svg.hashsalt": "dreml",  # the same file each time
 }
-# For characters that DejaVu Sans, matplotlib's own font, lacks: those that are installed, in this order.
-WIDE_FONTS = (
-    "Noto Sans",
-    "Noto Sans CJK JP",
-    "Noto Sans CJK SC",
-    "Noto Emoji",
-    "WenQuanYi Zen Hei",
-    "Droid Sans Fallback",
-    "Unifont",
-    "Arial Unicode MS",  # macOS
-    "Microsoft YaHei",  # Windows
-    "Segoe UI Emoji",
-)
+# Other fonts that are tried for characters that DejaVu Sans, matplotlib's own font, lacks.
+WIDE_FONTS = ("Noto Sans CJK JP", "WenQuanYi Zen Hei", "Unifont", "Arial Unicode MS", "Microsoft YaHei")
 
 # ------------------------------------------------------------------------------------------------ matplotlib
 
@@ -81,7 +66,7 @@ def check_matplotlib() -> None:
 
 
 @contextlib.contextmanager
-def drawing(style: dict | None = None) -> Iterator[None]:
+def drawing() -> Iterator[None]:
     """Use our settings of matplotlib, not the user's, while a figure is made and saved.
 
     A character that no font has becomes a box, and matplotlib warns of it once.
@@ -97,22 +82,17 @@ def drawing(style: dict | None = None) -> Iterator[None]:
     families = ["DejaVu Sans", *(name for name in WIDE_FONTS if name in installed)]
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()  # it may have been imported before, with the user's settings
-        matplotlib.rcParams.update({"font.family": families, **STYLE, **(style or {})})
+        matplotlib.rcParams.update({"font.family": families, **STYLE})
         warnings.filterwarnings("module", "Glyph .* missing from")  # measuring a text and drawing it both warn
         yield
 
 
-def printable(text: str) -> str:
-    """Name with boxes in place of its line breaks and other control characters."""
-    return "".join(character if character.isprintable() else "□" for character in text)
-
-
-def new_figure(width: float, height: float, layout: str | None = "constrained") -> "Figure":
+def new_figure(width: float, height: float, dpi: int = 300, layout: str | None = "constrained") -> "Figure":
     """Empty figure, in inches. Its layout keeps texts apart."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and picks a window system
 
-    figure = Figure((width, height), layout=layout)
+    figure = Figure((width, height), dpi=dpi, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
@@ -134,23 +114,28 @@ def draw_recall(sizes: pd.DataFrame, alone: pd.DataFrame, baseline: pd.DataFrame
     """
     figure = new_figure(COLUMN_WIDTH, 2.9)
     axes = figure.subplots()
+    axes.set_prop_cycle(**CURVES)
+    size = len(sizes)
     names = [name for name in sizes if name.startswith("R@")]
     first = names[0]
     curves = []
-    for number, name in enumerate(names):
-        curves += axes.plot(sizes.ensemble_size, sizes[name], label=name, **line_style(number, len(sizes)))
+    for name in names:
+        curves += axes.plot(sizes.ensemble_size, sizes[name], label=name, markevery=-(-size // 12))
     dots = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": GREY, "zorder": 4}
     dots["markersize"] = 5.5 if len(alone) <= 16 else 3
     others = axes.plot(alone.member, alone[first], linestyle="", label=f"each member alone, {first}", **dots)
     levels = [("their mean", alone[first].mean(), (0, (1, 1)))]
     if baseline is not None and first in baseline:
-        for row, line in zip(baseline.to_dict("records"), itertools.cycle(["--", "-."]), strict=False):
+        for row, line in zip(baseline.to_dict("records"), ("--", "-."), strict=False):
             levels.append((row["baseline"], row[first], line))
     for label, value, line in levels:
         label = f"{label}, {first} {value:.1f} %"
         others.append(axes.axhline(value, label=label, color=GREY, linestyle=line, linewidth=1))
+    axes.set_xlabel("ensemble size (members)")
     axes.set_ylabel("Recall@K (%)")
-    set_size_axis(axes, len(sizes))
+    step = -(-size // 10)
+    axes.set_xticks(sorted({1, *range(step, size + 1, step)}))
+    axes.set_xlim(0.8 - 0.03 * size, 0.2 + 1.03 * size)
     figure.legend(handles=curves, loc="outside upper center", ncols=min(len(names), 4), **LEGEND)
     figure.legend(handles=others, loc="outside lower center", **LEGEND)
     return figure
@@ -163,9 +148,9 @@ def draw_found(curves: pd.DataFrame) -> "Figure":
     """
     figure = new_figure(COLUMN_WIDTH, 2.9)
     axes = figure.subplots()
-    for number, (size, rows) in enumerate(curves.groupby("ensemble_size")):
-        label = f"{size} members" if size > 1 else "1 member"
-        axes.plot(100 * rows.far, rows.found, label=label, **line_style(number, len(rows)))
+    axes.set_prop_cycle(**CURVES)
+    for size, rows in curves.groupby("ensemble_size"):
+        axes.plot(100 * rows.far, rows.found, label=counted(size, "member"), markevery=-(-len(rows) // 12))
     axes.set_xscale("log")
     axes.set_xlabel("queries whose class is absent that are accepted (%)")
     axes.set_ylabel("queries that are found, and right (%)")
@@ -176,53 +161,28 @@ def draw_found(curves: pd.DataFrame) -> "Figure":
 
 
 def draw_training(records: list[MemberRecord]) -> "Figure":
-    """Loss and accuracy of every epoch: all members and their mean."""
+    """Loss and accuracy of every epoch: all members, the epoch that each of them keeps, and their mean."""
     figure = new_figure(COLUMN_WIDTH, 3.6)
     panels = figure.subplots(2, sharex=True)
-    draw_histories(panels[0], records, "loss")
-    draw_histories(panels[1], records, "accuracy")
-    panels[0].set_ylabel("training loss (nats)")
-    panels[1].set_ylabel("training accuracy (%)")
-    panels[1].set_xlabel("epoch")
-    panels[1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, **LEGEND)
-    figure.align_ylabels()
-    return figure
-
-
-def draw_histories(axes: "Axes", records: list[MemberRecord], name: str) -> None:
-    """Draw a column of the members' histories, the epoch that each member keeps, and the mean."""
     histories = [pd.DataFrame(record.history) for record in records]
     thin = {"color": COLORS[0], "linewidth": 0.7, "alpha": max(0.25, 1 / len(records) ** 0.5)}
     dot = {"color": COLORS[0], "marker": "o", "markersize": 3 if len(records) <= 16 else 2, "linestyle": ""}
-    for record, history in zip(records, histories, strict=True):
-        best = history.iloc[record.best_epoch]
-        (line,) = axes.plot(history.epoch, history[name], **thin)
-        (kept,) = axes.plot(best.epoch, best[name], **dot)
-    line.set_label("a member")
-    kept.set_label("epoch that is kept")
-    if len(records) > 1:
-        mean = pd.concat(histories).groupby("epoch")[name].mean()
-        axes.plot(mean.index, mean, color=COLORS[1], linestyle="--", linewidth=1.5, label=f"mean of {len(records)}")
-
-
-def line_style(number: int, num_points: int) -> dict:
-    """Colour, line and marker of the curve with this number; about ten markers on a long curve."""
-    return {
-        "color": COLORS[number % len(COLORS)],
-        "linestyle": LINES[number % len(LINES)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "markevery": max(1, -(-num_points // 12)),
-    }
-
-
-def set_size_axis(axes: "Axes", size: int) -> None:
-    """Set the horizontal axis for the ensemble sizes 1 to `size`."""
-    step = -(-size // 10)
-    axes.set_xlabel("ensemble size (members)")
-    axes.set_xticks(sorted({1, *range(step, size + 1, step)}))
-    axes.set_xlim(0.8 - 0.03 * size, 0.2 + 1.03 * size)
+    for axes, name, unit in zip(panels, ("loss", "accuracy"), ("nats", "%"), strict=True):
+        for record, history in zip(records, histories, strict=True):
+            best = history.iloc[record.best_epoch]
+            (line,) = axes.plot(history.epoch, history[name], **thin)
+            (kept,) = axes.plot(best.epoch, best[name], **dot)
+        line.set_label("a member")
+        kept.set_label("epoch that is kept")
+        if len(records) > 1:
+            mean = pd.concat(histories).groupby("epoch")[name].mean()
+            axes.plot(mean.index, mean, color=COLORS[1], linestyle="--", linewidth=1.5, label=f"mean of {len(records)}")
+        axes.set_ylabel(f"training {name} ({unit})")
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, **LEGEND)
+    figure.align_ylabels()
+    return figure
 
 
 # ------------------------------------------------------------------------------------------------ neighbours
@@ -230,10 +190,10 @@ def set_size_axis(axes: "Axes", size: int) -> None:
 MAX_ROWS = 40  # queries in the picture; the CSV has all
 DPI = 150
 TILE = 1.0  # inches: side of an image
-QUERY_GAP = 0.2  # more space after the query
 PITCH = (TILE + 0.2, TILE + 0.42)  # from one image to the next, right and down
 MARGIN = 0.12
-PICTURE_STYLE = {"font.size": 6.5, "figure.dpi": DPI, "savefig.dpi": DPI}
+QUERY_GAP = 0.2  # more space after the query
+FONT_SIZE = 6.5
 QUERY_FRAME = {"edgecolor": "black", "linewidth": 0.8}
 # Whether a neighbour is of the query's class; None where that is not known.
 MARKS = {True: "✓", False: "✗", None: "–"}
@@ -242,109 +202,80 @@ FRAMES = {
     False: {"edgecolor": "#d7191c", "linewidth": 2.6, "linestyle": (0, (2.2, 1.1))},
     None: {"edgecolor": "#999999", "linewidth": 1.2},
 }
-MEANINGS = {True: "green ✓: the query's class", False: "dashed red ✗: another class", None: "grey: class not known"}
 NOT_FOUND = {"edgecolor": "#999999", "linewidth": 1.2, "linestyle": (0, (1, 1.5))}  # below the threshold
+MEANINGS = "green ✓: the query's class, dashed red ✗: another class, grey –: class not known"
 
 
 class NoPictures(InputError):
-    """The test images are not there: neither their files nor the cache of this run."""
+    """The images are not there: neither their files nor the cache of this run."""
 
 
-@dataclass
-class Thumbnails:
-    """Small pictures as the network sees them. A test image whose file is gone comes from the run's cache."""
+def thumbnail(searcher: Searcher, item: Item | Neighbour) -> np.ndarray:
+    """An image as the network sees it, `(S, S, 3) uint8`, S pixels for a tile.
 
-    run: Run
-    data_path: Path
-
-    @functools.cached_property
-    def cache(self) -> Cache:
-        """The cache of this very run. Raises InputError if it is not there."""
-        return self.run.read_cache(self.data_path)
-
-    def pixels(self, item: Item | Neighbour) -> np.ndarray:
-        """`(S, S, 3) uint8`, S pixels for a tile. Raises InputError for a bad image, NoPictures if there is none."""
-        spec = ImageSpec(round(TILE * DPI), self.run.settings.resize)
-        if item.file.exists() or item.row is None:
-            try:
-                return read_pixels(item.file, spec)
-            except BadImage as error:
-                gone = not item.file.exists()  # with refresh never, the photos need not be there
-                raise (NoPictures if gone else InputError)(f"no picture: {error}") from None
-        name = self.run.settings.data_name
-        if not (self.data_path / name).is_dir():
-            raise NoPictures(f"no picture: the images of {name} are not in {self.data_path}/ (see --data_path)")
-        try:
-            image = Image.fromarray(self.cache.array("test_images")[item.row])
-        except InputError as error:
-            raise NoPictures(f"no picture: {item.file} is missing (see --data_path), and {error}") from None
-        return resize_test(image, spec)
+    A test image whose file is gone comes from the run's cache. Raises NoPictures where there is no image.
+    """
+    spec = ImageSpec(round(TILE * DPI), searcher.run.settings.resize)
+    name = searcher.run.settings.data_name
+    try:
+        if item.row is None or item.file.exists():
+            return read_pixels(item.file, spec)
+        if not (searcher.data_path / name).is_dir():
+            raise InputError(f"the images of {name} are not in {searcher.data_path}/ (see --data_path)")
+        images = searcher.run.read_cache(searcher.data_path).array("test_images")
+    except (BadImage, InputError) as error:
+        raise NoPictures(f"no picture: {error}") from None
+    return resize_test(Image.fromarray(images[item.row]), spec)
 
 
-def draw_neighbours(found: list[Answer], thumbnails: Thumbnails, title: str, folder: Path, name: str) -> None:
-    """Write NAME.png: each row a query and its neighbours."""
-    with drawing(PICTURE_STYLE):
-        save_figure(neighbours_figure(found, thumbnails, title), folder, name, ["png"])
+def draw_neighbours(answers: list[Answer], searcher: Searcher, title: str, folder: Path, name: str) -> None:
+    """Write NAME.png: rows of a query and its neighbours, with frames and captions, and what the frames mean."""
+    width = tile_corner(0, 1 + max(len(answer.neighbours) for answer in answers))[0]
+    threshold = answers[0].threshold
+    below = "" if threshold is None else f", dotted grey: not found, below {threshold:.3f}"
+    legend = textwrap.fill(f"{MEANINGS}{below}; {title}", round(19 * width))
+    height = PITCH[1] * len(answers) + 0.13 * (legend.count("\n") + 1) + 2 * MARGIN
+    with drawing():
+        figure = new_figure(width, height, DPI, layout=None)
+        axes = figure.add_axes((0, 0, 1, 1))  # its coordinates are inches from the top left corner
+        axes.set_axis_off()
+        axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+        for row, answer in enumerate(answers):
+            query = answer.query
+            text = f"{short(query.caption)}\n{short(query.class_name or '')}"
+            draw_tile(axes, tile_corner(row, 0), thumbnail(searcher, query), QUERY_FRAME, text)
+            for rank, neighbour in enumerate(answer, 1):
+                frame = FRAMES[neighbour.right] if neighbour.found else NOT_FOUND
+                mark = MARKS[neighbour.right] if neighbour.found else "not found"
+                caption = short(neighbour.class_name or neighbour.file.name)
+                text = f"{rank}   {mark}   {neighbour.similarity:.3f}\n{caption}"
+                draw_tile(axes, tile_corner(row, rank), thumbnail(searcher, neighbour), frame, text)
+        axes.text(MARGIN, height - MARGIN, legend, va="bottom", color="#555555", fontsize=FONT_SIZE)
+        save_figure(figure, folder, name, ["png"])
 
 
-def neighbours_figure(found: list[Answer], thumbnails: Thumbnails, title: str) -> "Figure":
-    """Rows of images with frames and captions, and below them a line that says what the frames mean."""
-    last_left, last_top = tile_corner(len(found) - 1, max(len(each.neighbours) for each in found))
-    width = last_left + TILE + MARGIN
-    legend = textwrap.fill(f"{legend_text(found)}; {title}", round(19 * width))
-    height = last_top + PITCH[1] + 0.13 * (legend.count("\n") + 1) + MARGIN
-    figure = new_figure(width, height, layout=None)
-    axes = figure.add_axes((0, 0, 1, 1))  # its coordinates are inches from the top left corner
-    axes.set_axis_off()
-    axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
-    for row, each in enumerate(found):
-        captions = [each.query.caption, each.query.class_name or ""]
-        draw_tile(axes, tile_corner(row, 0), thumbnails.pixels(each.query), QUERY_FRAME, captions)
-        for rank, neighbour in enumerate(each, 1):
-            frame = FRAMES[neighbour.right] if neighbour.found else NOT_FOUND
-            mark = MARKS[neighbour.right] if neighbour.found else "not found"
-            captions = [f"{rank}   {mark}   {neighbour.similarity:.3f}", neighbour.class_name or neighbour.file.name]
-            draw_tile(axes, tile_corner(row, rank), thumbnails.pixels(neighbour), frame, captions)
-    axes.text(MARGIN, height - MARGIN, legend, va="bottom", color="#555555")
-    return figure
-
-
-def draw_tile(
-    axes: "Axes", corner: tuple[float, float], pixels: np.ndarray, frame: dict, captions: Sequence[str]
-) -> None:
-    """Draw an image `(S, S, 3) uint8` in its frame, with a line below it for each caption. NOT_FOUND fades it."""
+def draw_tile(axes: "Axes", corner: tuple[float, float], pixels: np.ndarray, frame: dict, text: str) -> None:
+    """Draw an image `(S, S, 3) uint8` in its frame, and a text below it. NOT_FOUND fades both."""
     from matplotlib.patches import Rectangle
 
     left, top = corner
-    faded = frame is NOT_FOUND
-    axes.imshow(pixels, extent=(left, left + TILE, top + TILE, top), alpha=0.35 if faded else 1)
+    is_faded = frame is NOT_FOUND
+    axes.imshow(pixels, extent=(left, left + TILE, top + TILE, top), alpha=0.35 if is_faded else 1)
     edge = frame["linewidth"] / 72 / 2  # the frame lies around the image: gaps in a dashed one are white
     axes.add_patch(Rectangle((left - edge, top - edge), TILE + 2 * edge, TILE + 2 * edge, fill=False, **frame))
-    for line, caption in enumerate(captions):
-        place = (left + TILE / 2, top + TILE + 0.15 + 0.13 * line)
-        text = axes.text(*place, printable(caption), ha="center", color="#999999" if faded else "black")
-        shorten(text, PITCH[0] - 0.08)
+    color = "#999999" if is_faded else "black"
+    axes.text(left + TILE / 2, top + TILE + 0.06, text, ha="center", va="top", color=color, fontsize=FONT_SIZE)
 
 
 def tile_corner(row: int, column: int) -> tuple[float, float]:
-    """(left, top) of an image in inches; column 0 is the query."""
-    left = MARGIN + column * PITCH[0] + (QUERY_GAP if column else 0)
-    return left, MARGIN + row * PITCH[1]
+    """(left, top) of an image in inches; column 0 is the query, which stands apart."""
+    return MARGIN + column * PITCH[0] + QUERY_GAP * (column > 0), MARGIN + row * PITCH[1]
 
 
-def legend_text(found: list[Answer]) -> str:
-    """What the frames that occur mean."""
-    pairs = [(neighbour.right, neighbour.found) for each in found for neighbour in each]
-    texts = [meaning for right, meaning in MEANINGS.items() if (right, True) in pairs]
-    if not all(is_found for _, is_found in pairs):
-        texts.append(f"dotted grey: not found, below {found[0].threshold:.3f}")
-    return ", ".join(texts)
-
-
-def shorten(text: "Text", width: float) -> None:
-    """Cut out the middle of a text in a figure until it is at most `width` inches wide."""
-    whole = text.get_text()
-    kept = min(len(whole), 99)
-    while kept and text.get_window_extent().width > width * text.figure.dpi:
-        kept -= 1
-        text.set_text(f"{whole[: -(-kept // 2)]}…{whole[len(whole) - kept // 2 :]}")
+def short(name: str) -> str:
+    """A name that fits below its image: boxes for control characters, an ellipsis in the middle of a long one."""
+    name = "".join(character if character.isprintable() else "□" for character in name)
+    most = 18 if name.isascii() else 12  # letters of other scripts may be twice as wide
+    if len(name) <= most:
+        return name
+    return f"{name[: most // 2]}…{name[-(most // 2) :]}"

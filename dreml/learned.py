@@ -2,35 +2,32 @@
 
 import functools
 import importlib.util
-from collections.abc import Iterable
-from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from dreml.cli import InputError
-from dreml.figures import Thumbnails, drawing, new_figure
+from dreml.confusions import confusion_table
+from dreml.figures import drawing, new_figure, thumbnail
 from dreml.runs import SUFFIXES
 from dreml.search import Item, Neighbour, Searcher
 from dreml.thresholds import FARS, threshold_at
 from utils import best_similarities
 
 SIDE = 150  # pixels of a thumbnail
-GREEN = "#1a9641"
-RED = "#d7191c"
-GREY = "#bbbbbb"
 NUM_SHOWN = 24  # pairs of each kind
-NUM_COMPARED = 500  # confident errors among which near copies are looked for
+NUM_COMPARED = 200  # confident errors among which near copies are looked for
 COPY_DIFFERENCE = 6  # mean difference of near copies at 16 x 16 pixels, in 0..255
 MAX_POINTS = 2000  # of the map
 MAP_SIZE = 700  # pixels
-Pictures = list[tuple[Image.Image, str]]  # each with its caption
+MAP_METHODS = ["PCA", "t-SNE"] if importlib.util.find_spec("sklearn") else ["PCA"]
+Picture = tuple[Image.Image, str]  # with its caption
 
 
 class Learned:
-    """What the embedding of the test images says. Its methods run when the page is looked at first."""
+    """What the embedding of the test images says."""
 
     def __init__(self, searcher: Searcher):
         self.searcher = searcher
@@ -40,78 +37,64 @@ class Learned:
         others, own = best_similarities(searcher.saved, split.labels, **masks)
         self.others = others[-1]  # (queries,), similarity to the nearest image of another class
         self.own = own[-1]  # and of the own class
-        self.thumbnails = Thumbnails(self.run, searcher.data_path)
 
     @functools.lru_cache(4096)  # noqa: B019 - there is one, for as long as the page runs
     def photo(self, item: Item | Neighbour) -> Image.Image:
         """An image as a small square. Grey if it cannot be read."""
         try:
-            return Image.fromarray(self.thumbnails.pixels(item))
+            return Image.fromarray(thumbnail(self.searcher, item))
         except InputError:
-            return Image.new("RGB", (SIDE, SIDE), GREY)
+            return Image.new("RGB", (SIDE, SIDE), "lightgrey")
 
-    def side_by_side(self, rows: Iterable[int]) -> Image.Image:
-        """Test images in a row, and below them a place for the caption."""
-        photos = [self.photo(self.searcher.item(self.searcher.test, row)) for row in rows]
-        picture = Image.new("RGB", (len(photos) * (SIDE + 4), SIDE + 28), "white")
-        for place, photo in enumerate(photos):
-            picture.paste(photo, (place * (SIDE + 4), 0))
-        return picture
+    def test_photo(self, row: int) -> Image.Image:
+        """A test image as a small square."""
+        return self.photo(self.searcher.item(self.searcher.test, int(row)))
 
-    def pairs(self, errors: pd.DataFrame) -> Pictures:
-        """Some of the searcher's errors: each query and its neighbour."""
+    def side_by_side(self, rows: list[int], caption: str) -> Picture:
+        """Test images, two in a row, and below them a place for the caption."""
+        picture = Image.new("RGB", (2 * (SIDE + 4), len(rows) // 2 * (SIDE + 4) + 60), "white")
+        for place, row in enumerate(rows):
+            picture.paste(self.test_photo(row), (place % 2 * (SIDE + 4), place // 2 * (SIDE + 4)))
+        return picture, caption
+
+    def pairs(self, errors: pd.DataFrame) -> list[Picture]:
+        """The first of some errors: each query and its neighbour."""
         return [
-            (
-                self.side_by_side([each.row, each.neighbour]),
-                f"{each.class_name} | {each.neighbour_class}   {each.similarity:.3f}",
+            self.side_by_side(
+                [error.row, error.neighbour], f"{error.class_name} | {error.neighbour_class}   {error.similarity:.3f}"
             )
-            for each in errors.itertuples()
+            for error in errors.head(NUM_SHOWN).itertuples()
         ]
 
-    def confident_errors(self) -> Pictures:
-        """The errors that are most similar to their neighbours."""
-        return self.pairs(self.searcher.confident_errors.head(NUM_SHOWN))
-
-    def classes(self) -> pd.DataFrame:
-        """R@1 of each class in percent, worst first."""
-        table = self.searcher.test_queries.groupby("class_name").right.agg(["mean", "size"]).reset_index()
-        table["mean"] = (100 * table["mean"]).round(2)
-        table.columns = ["class", "R@1 (%)", "queries"]
-        return table.sort_values(["R@1 (%)", "class"])
-
-    def confusions(self) -> Pictures:
-        """The pairs of classes that are most often taken for each other, with two pictures of each class."""
-        names = self.searcher.confident_errors[["class_name", "neighbour_class"]]
-        pairs = pd.Series([tuple(sorted(pair)) for pair in names.to_numpy()], dtype=object)
+    def confusions(self) -> list[Picture]:
+        """The classes that are most often taken for another one, and two pictures of both."""
+        test = self.run.test
         pictures = []
-        for (first, second), times in pairs.value_counts().head(NUM_SHOWN).items():
-            rows = [row for name in (first, second) for row in np.flatnonzero(self.run.test.class_name == name)[:2]]
-            pictures.append((self.side_by_side(rows), f"{first} | {second}   {times} times"))
+        for each in confusion_table(self.searcher.confident_errors, test).head(NUM_SHOWN).itertuples():
+            names = [each.class_name, each.neighbour_class]
+            rows = [row for name in names for row in np.resize(np.flatnonzero(test.class_name == name), 2)]
+            pictures.append(self.side_by_side(rows, f"{names[0]} → {names[1]}   {each.times} times"))
         return pictures
 
-    def copies(self) -> Pictures:
+    def copies(self) -> list[Picture]:
         """Errors of which both images look the same: near copies under two class names, each pair once."""
         errors = self.searcher.confident_errors.head(NUM_COMPARED)
-        pairs = [tuple(sorted(pair)) for pair in errors[["row", "neighbour"]].to_numpy()]
-        errors = errors[~pd.Series(pairs, index=errors.index, dtype=object).duplicated()]
-
-        def look_the_same(error: pd.Series) -> bool:
-            items = [self.searcher.item(self.searcher.test, row) for row in (error.row, error.neighbour)]
-            small = [self.photo(item).resize((16, 16), Image.Resampling.BOX) for item in items]
-            first, second = (np.asarray(image, np.float32) for image in small)
-            return bool(np.abs(first - second).mean() <= COPY_DIFFERENCE)
-
-        are_copies = [look_the_same(error) for error in errors.itertuples()]
-        return self.pairs(errors[are_copies].head(NUM_SHOWN))
+        pairs = pd.DataFrame(np.sort(errors[["row", "neighbour"]], axis=1), errors.index)
+        errors = errors[~pairs.duplicated()]
+        look_the_same = []
+        for error in errors.itertuples():
+            photos = [self.test_photo(row) for row in (error.row, error.neighbour)]
+            first, second = (np.asarray(photo.resize((16, 16), Image.Resampling.BOX), np.float32) for photo in photos)
+            look_the_same.append(abs(first - second).mean() <= COPY_DIFFERENCE)
+        return self.pairs(errors[look_the_same])
 
     def histograms(self):
         """A figure of the similarities to the own class and to others, with the thresholds."""
         with drawing():
-            figure = new_figure(7, 3.5)
-            figure.dpi = 100
+            figure = new_figure(7, 3.5, dpi=100)
             axes = figure.subplots()
-            for values, color, name in ((self.own, GREEN, "its own class"), (self.others, RED, "another class")):
-                axes.hist(values[torch.isfinite(values)].numpy(), 60, alpha=0.55, color=color, label=f"of {name}")
+            for values, name in ((self.own, "its own class"), (self.others, "another class")):
+                axes.hist(values[torch.isfinite(values)].numpy(), 60, alpha=0.55, label=f"of {name}")
             for far, line in zip(FARS, (":", "--", "-"), strict=True):
                 threshold = threshold_at(self.others, far)
                 if threshold is not None:
@@ -126,14 +109,9 @@ class Learned:
         table = pd.read_csv(path) if path.exists() else pd.DataFrame({"ensemble_size": []})
         return table.melt("ensemble_size", list(table.filter(like="R@")), "K", "recall (%)")
 
-    def settings(self) -> pd.DataFrame:
-        """The run's settings, and its ensemble size."""
-        values = asdict(self.run.settings) | {"ensemble_size": self.run.num_members}
-        return pd.DataFrame({"setting": list(values), "value": [str(value) for value in values.values()]})
-
     @functools.lru_cache(2)  # noqa: B019 - as above
     def map_points(self, method: str) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of test.csv `(P,)` and their places `(P, 2)` on the map in pixels, by "PCA" or "t-SNE"."""
+        """Rows of test.csv `(P,)` and their places `(P, 2)` on the map in pixels, by one of MAP_METHODS."""
         saved = self.searcher.saved.cpu()
         chosen = np.unique(np.linspace(0, len(saved) - 1, MAX_POINTS).astype(int))
         rows = saved[torch.from_numpy(chosen)]
@@ -150,25 +128,15 @@ class Learned:
 
     def map(self, method: str) -> Image.Image:
         """The test images in two dimensions, coloured by class."""
+        image = Image.new("RGB", (MAP_SIZE, MAP_SIZE), "white")
+        pen = ImageDraw.Draw(image)
+        for row, (x, y) in zip(*self.map_points(method), strict=True):
+            hue = self.run.test.label[row] * 222.5 % 360  # neighbours in number differ in colour
+            pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=f"hsv({hue:.0f}, 80%, 85%)", outline="white")
+        return image
+
+    def at(self, method: str, x: float, y: float) -> Picture:
+        """The photo that lies nearest to a place on the map."""
         chosen, places = self.map_points(method)
-        colors = (self.run.test.label.to_numpy()[chosen] * 0.618034) % 1  # neighbours in number differ in colour
-        with drawing():
-            figure = new_figure(MAP_SIZE / 100, MAP_SIZE / 100, layout=None)
-            figure.dpi = 100
-            axes = figure.add_axes((0, 0, 1, 1), xlim=(0, MAP_SIZE), ylim=(MAP_SIZE, 0))
-            axes.set_axis_off()
-            axes.scatter(places[:, 0], places[:, 1], s=14, c=colors, cmap="hsv", alpha=0.8, linewidths=0)
-            figure.canvas.draw()
-        return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-
-    def at(self, method: str, x: float, y: float) -> tuple[Image.Image, str]:
-        """The photo that lies nearest to a place on the map, and its caption."""
-        chosen, places = self.map_points(method)
-        row = int(chosen[np.argmin(((places - (x, y)) ** 2).sum(1))])
-        item = self.searcher.item(self.searcher.test, row)
-        return self.photo(item), f"test image {row}: {item.class_name}"
-
-
-def map_methods() -> list[str]:
-    """How the map can be made here."""
-    return ["PCA", "t-SNE"] if importlib.util.find_spec("sklearn") else ["PCA"]
+        row = chosen[np.argmin(((places - (x, y)) ** 2).sum(1))]
+        return self.test_photo(row), f"test image {row}: {self.run.test.class_name[row]}"

@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 
 from dreml.cli import InputError, RunError, format_problems, is_utf8, pick_device, with_less_memory
+from dreml.confusions import confident_errors, first_neighbour_table
 from dreml.images import read_pixels, resize_test, to_rgb
 from dreml.index import PhotoIndex, class_of, default_place, embed_images, list_photos, model_checksum
 from dreml.runs import read_run
 from dreml.settings import EMBEDDINGS
 from dreml.thresholds import read_threshold
 from model import Ensemble, load_ensemble, unit_rows
-from utils import first_neighbours, full_float32, unmatched_queries
+from utils import full_float32
 
 Query = str | Path | int | Image.Image | np.ndarray  # a file, a row of test.csv (or "test:17"), (H, W, 3) uint8
 
@@ -318,28 +319,13 @@ class Searcher:
 
     @functools.cached_property
     def test_queries(self) -> pd.DataFrame:
-        """The queries of the test split and their first neighbours.
-
-        Columns: row and neighbour (rows of test.csv), similarity, class_name, neighbour_class, right, and counted:
-        whether there is anything right to find.
-        """
-        split = self.run.split
-        masks = {"is_query": split.is_query, "is_gallery": split.is_gallery}
-        neighbours, similarities = first_neighbours(self.saved, split.labels, **masks)
-        names = self.test.class_name.to_numpy()
-        table = pd.DataFrame({"row": np.flatnonzero(split.is_query), "neighbour": neighbours.numpy()})
-        table["similarity"] = similarities.numpy()
-        table["class_name"] = names[table.row]
-        table["neighbour_class"] = names[table.neighbour]
-        table["counted"] = ~unmatched_queries(*split)[split.is_query].numpy()
-        table["right"] = (split.labels[split.is_query] == split.labels[neighbours]).numpy() & table.counted
-        return table
+        """The queries of the test split and their first neighbours, see `first_neighbour_table`."""
+        return first_neighbour_table([self.saved], self.test)
 
     @functools.cached_property
     def confident_errors(self) -> pd.DataFrame:
         """The rows of `test_queries` with a wrong neighbour, the most similar first."""
-        wrong = self.test_queries[~self.test_queries.right & self.test_queries.counted]
-        return wrong.sort_values("similarity", ascending=False, kind="stable")
+        return confident_errors(self.test_queries)
 
 
 def refuse(name: str, problems: list[str], num_answered: int = 0) -> None:

@@ -186,7 +186,9 @@ def test_thresholds_are_those_of_the_definition(tiny_run, tmp_path, capsys):
         assert eleventh < row.threshold < eleventh + 3e-6
         assert row.found == pytest.approx(100 * ((own > others) & (own >= row.threshold - 1e-6)).mean(), abs=1e-5)
     out = capsys.readouterr().out
-    assert f"FAR 10 %: {row.threshold:.4f} (found {row.found:.2f} %); none for 1 %, 0.1 %: under 10 of 100" in out
+    assert (
+        f"FAR 10 %: {row.threshold:.4f} (found {row.found:.2f} %); none for lower rates: 100 queries are too few" in out
+    )
 
 
 def test_a_test_split_that_is_too_small_has_no_threshold(tiny_run, tmp_path):
@@ -260,7 +262,6 @@ def test_runs_of_one_setting_and_data_set_are_a_group(tiny_run, tmp_path):
     ]
     groups = evaluate.group_by_settings(runs)
     assert [[run.name for run in group] for group in groups] == [["0_s0", "1_s1"], ["2_s0"], ["3_s0"]]
-    assert [evaluate.group_name(group) for group in groups] == ["0_s*, 1_s*", "2_s0", "3_s0"]
     data = dataclasses.replace(runs[0].record.data, fingerprint="0123456789")
     runs[1].record = dataclasses.replace(runs[1].record, data=data)
     assert [len(group) for group in evaluate.group_by_settings(runs[:2])] == [1, 1]  # other data

@@ -3,11 +3,11 @@
 import dataclasses
 import io
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -21,16 +21,15 @@ from dreml import figures
 from dreml.cache import read_cache
 from dreml.figures import (
     DPI,
-    PICTURE_STYLE,
     PITCH,
-    Thumbnails,
     draw_found,
     draw_neighbours,
     draw_recall,
     draw_training,
     drawing,
-    neighbours_figure,
-    shorten,
+    save_figure,
+    short,
+    thumbnail,
     tile_corner,
 )
 from dreml.files import read_record, write_record
@@ -61,21 +60,8 @@ def drawn(text: str) -> np.ndarray:
     return np.asarray(Image.open(buffer).convert("L"))
 
 
-def glyph_warnings(recwarn) -> list[str]:
-    return [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
-
-
-def test_characters_without_a_font_are_named_and_drawn_as_boxes(monkeypatch, recwarn):
-    """DejaVu Sans has no Chinese; a "$" is no formula, and a line break is a box."""
-    monkeypatch.setattr("matplotlib.font_manager.fontManager.ttflist", fonts("DejaVu Sans"))
-    text = figures.printable("a\n\x00 $\\frac{$ é")
-    assert text == "a□□ $\\frac{$ é" and (drawn(text) < 128).any() and not glyph_warnings(recwarn)
-    with pytest.warns(UserWarning, match="missing from"):
-        assert (drawn("猫") < 128).any()
-
-
-def test_another_font_is_used_for_what_dejavu_lacks(monkeypatch, recwarn):
-    """STIX stands for a font with many characters."""
+def test_characters_that_dejavu_lacks(monkeypatch, recwarn):
+    """They come from another font, here STIX, or are boxes and named once; a "$" is no formula."""
     from matplotlib import font_manager
 
     dejavu, stix = (
@@ -83,7 +69,10 @@ def test_another_font_is_used_for_what_dejavu_lacks(monkeypatch, recwarn):
     )
     character = next(chr(code) for code in sorted(stix - dejavu) if chr(code).isprintable())
     monkeypatch.setattr(figures, "WIDE_FONTS", ("No Such Font", "STIXGeneral"))
-    assert (drawn(character) < 128).any() and not glyph_warnings(recwarn)
+    assert (drawn(f"$\\frac{{$ é {character}") < 128).any() and not recwarn
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts("DejaVu Sans"))
+    with pytest.warns(UserWarning, match="missing from"):
+        assert (drawn("猫") < 128).any()
 
 
 SAVE_A_FIGURE = """
@@ -211,99 +200,89 @@ def answer(query: Item, items: list[Item], similarities: list[float], threshold:
     return Answer(query, neighbours, threshold)
 
 
-def items_of(run, folder: Path) -> list[Item]:
-    columns = zip(run.test.path, run.test.class_name, strict=True)
-    return [Item(path, path, class_name, folder / path, row) for row, (path, class_name) in enumerate(columns)]
-
-
 @pytest.fixture
-def colored_run(tiny_run, tmp_path):
-    """A run whose test images have a colour each."""
-    return read_run(write_colored_run(tmp_path, tiny_run, random_embeddings(3)))
+def colored(tiny_run, tmp_path, monkeypatch) -> SimpleNamespace:
+    """A run whose test images have a colour each: `items`, and `draw`, which returns a picture and its texts."""
+    run = read_run(write_colored_run(tmp_path, tiny_run, random_embeddings(3)))
+    folder = tmp_path / "data" / "colors"
+    columns = zip(run.test.path, run.test.class_name, strict=True)
+    items = [Item(path, path, class_name, folder / path, row) for row, (path, class_name) in enumerate(columns)]
+    texts = []
+
+    def save(figure, *arguments):
+        texts.extend(text.get_text() for text in figure.axes[0].texts)
+        save_figure(figure, *arguments)
+
+    def draw(*answers: Answer) -> tuple[np.ndarray, list[str]]:
+        draw_neighbours(list(answers), SimpleNamespace(run=run, data_path=tmp_path / "data"), "cosine", tmp_path, "x")
+        return read(tmp_path / "x.png"), texts
+
+    monkeypatch.setattr(figures, "save_figure", save)
+    return SimpleNamespace(items=items, draw=draw)
 
 
-def test_the_picture(colored_run, tmp_path):
+def test_the_picture(colored):
     """Two queries: the images in their places, a whole green frame for right ones, a dashed red one for wrong ones."""
-    items = items_of(colored_run, tmp_path / "data" / "colors")
-    found = [
-        answer(items[query], [items[row] for row in rows], [0.5] * 5)
-        for query, rows in ((0, [1, 7, 2, 9, 3]), (7, [8, 0, 1, 9, 11]))
-    ]
-    draw_neighbours(found, Thumbnails(colored_run, tmp_path / "data"), "similarity: cosine", tmp_path, "picture")
-    picture, seen = read(tmp_path / "picture.png"), set()
-    for row, each in enumerate(found):
+    rows = [[0, 1, 7, 2, 9, 3], [7, 8, 0, 1, 9, 11]]
+    answers = [answer(colored.items[query], [colored.items[row] for row in near], [0.5] * 5) for query, *near in rows]
+    picture, _ = colored.draw(*answers)
+    for row, each in enumerate(answers):
         np.testing.assert_allclose(inside(picture, row, 0), IMAGE_COLORS[each.query.row], atol=3)
+        assert {neighbour.right for neighbour in each} == {True, False}
         for column, neighbour in enumerate(each, 1):
             np.testing.assert_allclose(inside(picture, row, column), IMAGE_COLORS[neighbour.row], atol=3)
             pixels = frame(picture, row, column)
-            seen.add(neighbour.right)
             if neighbour.right:
                 assert share(pixels, GREEN) > 0.98
             else:
                 assert 0.5 < share(pixels, RED) < 0.8 and 0.15 < share(pixels, WHITE) < 0.45
-    assert seen == {True, False}
 
 
-def test_below_the_threshold_a_neighbour_is_faded_and_grey(colored_run, tmp_path):
-    """Whether it is right or wrong; the legend says so, and only what occurs."""
-    items = items_of(colored_run, tmp_path / "data" / "colors")
-    found = [answer(items[0], [items[row] for row in (1, 2, 7)], [0.5, 0.4, 0.3], 0.5)]
-    with drawing(PICTURE_STYLE):
-        figure = neighbours_figure(found, Thumbnails(colored_run, tmp_path / "data"), "cosine")
-    figure.savefig(tmp_path / "picture.png")
-    picture, texts = read(tmp_path / "picture.png"), figure.axes[0].texts
+def test_below_the_threshold_a_neighbour_is_faded_and_grey(colored):
+    """Whether it is right or wrong; a line says so."""
+    picture, texts = colored.draw(
+        answer(colored.items[0], [colored.items[row] for row in (1, 2, 7)], [0.5, 0.4, 0.3], 0.5)
+    )
     assert share(frame(picture, 0, 1), GREEN) > 0.98
     np.testing.assert_allclose(inside(picture, 0, 1), IMAGE_COLORS[1], atol=3)
     for column, row in ((2, 2), (3, 7)):
         pixels = frame(picture, 0, column)
         assert share(pixels, GREEN) == share(pixels, RED) == 0 and share(pixels, WHITE) > 0.3
         np.testing.assert_allclose(inside(picture, 0, column), 255 - 0.35 * (255.0 - IMAGE_COLORS[row]), atol=3)
-    words = [text.get_text() for text in texts[2:-1:2]]
-    assert words == ["1   ✓   0.500", "2   not found   0.400", "3   not found   0.300"]
-    assert [text.get_color() for text in texts[2:-1]] == ["black"] * 2 + [GREY] * 4
-    legend = texts[-1].get_text().replace("\n", " ")
-    assert legend == "green ✓: the query's class, dotted grey: not found, below 0.500; cosine"
+    lines = [text.split("\n")[0] for text in texts[1:-1]]
+    assert lines == ["1   ✓   0.500", "2   not found   0.400", "3   not found   0.300"]
+    assert texts[-1].replace("\n", " ").endswith(", dotted grey: not found, below 0.500; cosine")
 
 
-def test_captions_and_a_class_that_is_not_known():
-    """Rank, mark and similarity, then the class, or the file where there is none; nothing wider than its image."""
-    item = Item("test:3", "a.png", "x" * 99 + "end", Path("a.png"), 3)
-    others = [item._replace(class_name=name) for name in (item.class_name, "o\nther", None)]
-    found = [answer(item, others, [0.9876, 0.5, -0.25])]
-
-    class BlackThumbnails:
-        def pixels(self, item):
-            return np.zeros((2, 2, 3), np.uint8)
-
-    with drawing(PICTURE_STYLE):
-        figure = neighbours_figure(found, BlackThumbnails(), "similarity: cosine")
-        texts = figure.axes[0].texts
-        widths = [text.get_window_extent().width / figure.dpi for text in texts[:-1]]
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-    words = [text.get_text() for text in texts]
-    assert words[2::2][:3] == ["1   ✓   0.988", "2   ✗   0.500", "3   –   -0.250"]
-    assert words[0] == "test:3" and words[5] == "o□ther" and words[7] == "a.png"
-    assert re.fullmatch("x+…x+end", words[1]) and words[1] == words[3]
-    assert max(widths) < PITCH[0] and max(widths) > 0.9
-    assert words[-1].replace("\n", " ") == (
-        "green ✓: the query's class, dashed red ✗: another class, grey: class not known; similarity: cosine"
+def test_captions_and_a_class_that_is_not_known(colored):
+    """Rank, mark and similarity, then the class, or the file where there is none."""
+    names = ("ant", "bee", None)
+    others = [colored.items[row]._replace(class_name=name) for row, name in enumerate(names)]
+    query = colored.items[3]._replace(name="test:3", class_name="ant")
+    picture, texts = colored.draw(answer(query, others, [0.9876, 0.5, -0.25]))
+    assert texts[:-1] == ["test:3\nant", "1   ✓   0.988\nant", "2   ✗   0.500\nbee", "3   –   -0.250\n2.png"]
+    assert texts[-1].replace("\n", " ") == (
+        "green ✓: the query's class, dashed red ✗: another class, grey –: class not known; cosine"
     )
-    pixels = frame(read(buffer), 0, 3)
+    pixels = frame(picture, 0, 3)
     assert share(pixels, GREEN) == share(pixels, RED) == 0 and share(pixels, GREY) > 0.3
 
 
-@pytest.mark.parametrize(
-    ("whole", "width", "expected"),
-    [("short", 5, "short"), ("abcdefgh", 5, "ab…gh"), ("abcdefgh", 4, "ab…h"), ("ab", 1, "…"), ("abcd", 2, "a…")],
-)
-def test_a_caption_is_cut_in_its_middle(whole, width, expected, monkeypatch):
-    """Here with characters of one inch."""
+def test_a_long_name_is_cut_in_its_middle():
+    """So that it is about as wide as its image; control characters are boxes."""
+    names = {
+        "x" * 18: "x" * 18,
+        "o\nther\x00": "o□ther□",
+        "a" * 30 + "é": "aaaaaa…aaaaaé",
+        "ab" * 20: "ababababa…babababab",
+    }
+    assert {name: short(name) for name in names} == names
     with drawing():
-        text = figures.new_figure(1, 1).text(0, 0, whole)
-        monkeypatch.setattr(text, "get_window_extent", lambda: Image.new("L", (len(text.get_text()) * 300, 1)))
-        shorten(text, width)
-    assert text.get_text() == expected
+        figure = figures.new_figure(2, 1, DPI, layout=None)
+        widths = [
+            figure.text(0, 0, short(name * 20), fontsize=6.5).get_window_extent().width for name in ("class_", "Ünï")
+        ]
+    assert max(widths) < PITCH[0] * DPI and min(widths) > 0.5 * DPI
 
 
 def test_test_images_come_from_the_cache_where_the_files_are_gone(tiny_run, tiny_data, tmp_path, capsys):
@@ -321,7 +300,7 @@ def test_test_images_come_from_the_cache_where_the_files_are_gone(tiny_run, tiny
     (data / "tiny" / "cache_32" / "meta.json").unlink()
     table.unlink()
     message = refused(capsys, retrieve, *arguments)
-    assert f"no picture: {data / 'tiny' / test[20]} is missing (see --data_path), and no cache" in message
+    assert f"no picture: no cache: {data / 'tiny' / 'cache_32' / 'meta.json'} is missing" in message
     assert table.exists()
     meta = read_record(tiny_data / "tiny" / "cache_32" / "meta.json")
     write_record(data / "tiny" / "cache_32" / "meta.json", meta | {"mean": [0.5, 0.5, 0.5]})
@@ -337,5 +316,5 @@ def test_the_picture_shows_what_the_network_sees(tiny_run, tiny_data, tmp_path):
     item, run = Item("", "", None, photo), read_run(tiny_run)
     for resize, expected in (("crop", 255), ("squash", 85)):
         run.record.settings = dataclasses.replace(run.settings, resize=resize)
-        pixels = Thumbnails(run, tiny_data).pixels(item)
+        pixels = thumbnail(SimpleNamespace(run=run, data_path=tiny_data), item)
         assert pixels.shape == (150, 150, 3) and pixels.mean() == pytest.approx(expected, abs=2)

@@ -1,11 +1,14 @@
 """What a run has learned: errors, classes, confusions and near copies by hand; the map."""
 
+import collections
+
 import numpy as np
 import pytest
 import torch
 from builders import random_embeddings, random_image, write_run
 
 from dreml import learned
+from dreml.confusions import class_table
 from dreml.learned import Learned
 from dreml.runs import read_run
 from dreml.search import Searcher
@@ -28,18 +31,15 @@ def test_errors_classes_and_confusions_by_hand(small_run, tmp_path):
     assert searcher.confident_errors.neighbour.tolist() == first[wrong].tolist()
     names = run.test.class_name.to_numpy()
     shares = {name: 100 * np.mean(labels[first[names == name]] == labels[names == name]) for name in set(names)}
-    table = found.classes()
-    assert dict(zip(table["class"], table["R@1 (%)"], strict=True)) == pytest.approx(shares, abs=0.01)
-    assert table["R@1 (%)"].is_monotonic_increasing and table["queries"].sum() == len(rows)
-    times = {}
-    for row in wrong:
-        pair = " | ".join(sorted((names[row], names[first[row]])))
-        times[pair] = times.get(pair, 0) + 1
-    captions = [caption for _, caption in found.confusions()]
-    assert dict(caption.removesuffix(" times").rsplit("   ", 1) for caption in captions) == {
-        pair: str(number) for pair, number in times.items()
-    }
-    assert captions[0].endswith(f" {max(times.values())} times")
+    table = class_table(searcher.test_queries)
+    assert dict(zip(table.class_name, table["R@1"], strict=True)) == pytest.approx(shares)
+    assert table["R@1"].is_monotonic_increasing and table.queries.sum() == len(rows)
+    times = collections.Counter(f"{names[row]} → {names[first[row]]}" for row in wrong)
+    captions = [caption.removesuffix(" times").split("   ") for _, caption in found.confusions()]
+    assert {names: int(number) for names, number in captions} == times
+    assert int(captions[0][1]) == max(times.values())
+    picture = found.pairs(searcher.confident_errors)[0]
+    assert picture[1] == f"{names[wrong[0]]} | {names[first[wrong[0]]]}   {similarities[wrong[0]].max():.3f}"
 
 
 def test_near_copies_under_two_names_are_found(small_run, tmp_path):
@@ -62,7 +62,7 @@ def test_a_click_on_the_map_finds_the_nearest_point(small_run, tiny_data):
     searcher = Searcher(small_run, device="cpu")
     searcher.data_path = tiny_data
     found = Learned(searcher)
-    for method in learned.map_methods():
+    for method in learned.MAP_METHODS:
         rows, places = found.map_points(method)
         assert places.min() >= 0 and places.max() <= learned.MAP_SIZE and len(rows) == len(searcher.test)
         image, caption = found.at(method, *(places[7] + 0.1))
