@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 
 from dreml.baseline import print_baseline, read_baseline
+from dreml.cache import default_recalls
 from dreml.cli import (
     DEVICE_HELP,
     MANY,
@@ -35,7 +36,6 @@ from dreml.cli import (
     recall_list,
     run_main,
 )
-from dreml.datasets import default_recalls
 from dreml.figures import (
     check_matplotlib,
     draw_found,
