@@ -18,16 +18,31 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dreml.cache import Cache, Holdout, cache_folder, cache_options, holdout_of, make_command, read_cache, verify_cache
+from dreml.cache import (
+    Cache,
+    Holdout,
+    cache_folder,
+    cache_options,
+    default_recalls,
+    holdout_of,
+    make_command,
+    read_cache,
+    verify_cache,
+)
 from dreml.cache_writer import build_cache, require_writable
 from dreml.cli import MANY, InputError, Parser, RunError, check_ranges, counted, data_set_name, num_cores, run_main
-from dreml.datasets import ALL_LAYOUTS, UnknownLayout, default_recalls
+from dreml.datasets import OTHER_LAYOUT, PUBLISHED
 from dreml.demo import draw_demo
+from dreml.folders import subfolders
 from dreml.images import RESIZES, ImageSpec, load_rgb, resize_test
-from dreml.lists import subfolders
+from dreml.lists import UnknownLayout
 from dreml.settings import Settings
 
 __all__ = ["ImageSpec", "load_rgb", "main", "resize_test"]  # the images: for embedding one of your own (README)
+
+LAYOUTS = {name: published.layout for name, published in PUBLISHED.items()} | {"NAME": OTHER_LAYOUT}
+ALL_LAYOUTS = "\n".join(f"  data/{name}/  {layout}" for name, layout in LAYOUTS.items())
+ALL_LAYOUTS += "\nThe README says where to get them. Without any: python data_utils.py --data_name demo"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -71,9 +86,7 @@ def run(args: argparse.Namespace) -> None:
 
     # 2. One after the other. A bad one does not stop the others
     rows = []
-    refused = []
-    others = []  # folders that hold no data set
-    failed = False
+    errors = []
     for name in dict.fromkeys(names):
         start = time.perf_counter()
         try:
@@ -86,31 +99,27 @@ def run(args: argparse.Namespace) -> None:
             rows.append((cache, time.perf_counter() - start))
         except UnknownLayout as error:
             if args.data_name:
-                refused.append(str(error))
+                errors.append(error)
             else:
-                others.append(str(error))
+                print(f"passed over: {error}")
         except InputError as error:
-            refused.append(str(error))
+            errors.append(error)
         except (RunError, OSError) as error:
-            refused.append(f"{name}: {error}")
-            failed = True
+            errors.append(RunError(f"{name}: {error}"))
 
     # 3. The summary, and what to run next
     if rows:
         print_summary(rows)
-        for text in others:
-            print(f"passed over: {text}")
         if not args.verify:
             print(f"\n{training_text(data_path, rows[0][0])}")
-    else:
-        refused += others
-        if not refused and args.verify:
-            wanted = cache_folder(data_path, "", spec).name
-            refused = [f"no {wanted} found in {data_path}/; --image_size and --resize name another one"]
-        elif not refused:
-            refused = [f"no data set found in {data_path}/; expected is one of\n{ALL_LAYOUTS}"]
-    if refused:
-        raise (RunError if failed else InputError)("\n".join(refused))
+    elif not errors and args.verify:
+        wanted = cache_folder(data_path, "", spec).name
+        raise InputError(f"no {wanted} found in {data_path}/; --image_size and --resize name another one")
+    elif not errors:
+        raise InputError(f"no data set found in {data_path}/; expected is one of\n{ALL_LAYOUTS}")
+    if errors:
+        kind = InputError if all(isinstance(error, InputError) for error in errors) else RunError
+        raise kind("\n".join(map(str, errors)))
 
 
 def found_names(data_path: Path, spec: ImageSpec, cached: bool) -> list[str]:

@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 
 from dreml.baseline import print_baseline, read_baseline
+from dreml.cache import default_recalls
 from dreml.cli import (
     DEVICE_HELP,
     MANY,
@@ -35,7 +36,6 @@ from dreml.cli import (
     run_main,
 )
 from dreml.confusions import class_table, confident_errors, confusion_table, first_neighbour_table
-from dreml.datasets import default_recalls
 from dreml.figures import check_matplotlib, draw_found, draw_recall, draw_training, drawing, save_figure
 from dreml.files import writable, write_csv
 from dreml.run_writer import scored

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import shlex
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from dreml.cli import InputError, RunError, one_line
 from dreml.files import crc32, read_record, sha256
 from dreml.images import ImageSpec
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 ARRAYS = ["train_pixels", "train_offsets", "train_sizes", "train_labels", "train_paths"]
 ARRAYS += ["test_images", "test_labels", "test_is_query", "test_is_gallery", "test_paths"]
 
@@ -160,6 +159,11 @@ def cache_options(data_path: Path, name: str, spec: ImageSpec) -> str:
     return options if spec.resize == "crop" else f"{options} --resize {spec.resize}"
 
 
+def default_recalls(data_name: str) -> list[int]:
+    """The K of Recall@K that the papers on a data set report."""
+    return [1, 10, 20, 30] if data_name == "isc" else [1, 2, 4, 8]
+
+
 def make_command(data_path: Path, name: str, spec: ImageSpec) -> str:
     """The command that makes a cache."""
     origin, holdout = holdout_of(data_path, name) or (name, None)
@@ -208,10 +212,8 @@ def check_unchanged(cache: Cache) -> None:
 
 def verify_cache(cache: Cache) -> None:
     """Read every array and compare its checksum. Raises InputError, which names those that changed."""
-    checksums = cache.meta.arrays
-    with ThreadPoolExecutor(2) as threads:
-        found = threads.map(crc32, [cache.folder / f"{name}.npy" for name in checksums])
-        changed = [name for name, checksum in zip(checksums, found, strict=True) if checksum != checksums[name]]
+    arrays = cache.meta.arrays.items()
+    changed = [name for name, checksum in arrays if crc32(cache.folder / f"{name}.npy") != checksum]
     if changed:
         remedy = make_command(cache.folder.parents[1], cache.name, cache.spec)
         raise InputError(f"{cache.folder}: damaged: {', '.join(changed)}; make it again with: {remedy} --force")

@@ -1,7 +1,6 @@
 """Raw data set -> cache: every image is decoded and resized once, and its pixels are appended to one file a split."""
 
 import collections
-import contextlib
 import multiprocessing
 import os
 import shutil
@@ -20,16 +19,15 @@ import pandas as pd
 from tqdm import tqdm
 
 from dreml.cache import ARRAYS, CACHE_VERSION, Cache, CacheMeta, Holdout, cache_folder, read_cache
+from dreml.changes import LISTED, list_files, warn_of_changes
 from dreml.cli import InputError, RunError, counted, format_problems, progress_bar
-from dreml.datasets import LISTED, PUBLISHED, count_images, hashes, hold_out, list_data_set, warn_of_changes
-from dreml.files import crc32, flush_to_disk, replace_folder, take_lock, temporary_name, write_record
-from dreml.images import BadImage, ImageSpec, read_pixels, read_resized
+from dreml.datasets import PUBLISHED, count_images, hold_out, list_data_set
+from dreml.files import crc32, file_id, flush_to_disk, replace_folder, take_lock, temporary_name, write_record
+from dreml.images import ImageSpec, bad_image, load_rgb, resize_test, resized
 from dreml.lists import Listing
 
 CHUNK_IMAGES = 32  # that a worker is given at a time
-JUDGED_AFTER = 1000  # images: from their size, that of the whole cache is estimated
-# Of an image: its size in the cache, 0 of a bad one; size of its file and time of change; the same number for any path
-FACTS = ("height", "width", "bytes", "mtime", "file_id")
+FACTS = ("height", "width", "file_id")  # of an image: its size in the cache, 0 of a bad one; the same for any path
 SKIPPED = "skipped.txt"  # in a cache: what is wrong with the bad images
 SECONDS_FOR_A_LOCK = 10  # the workers of a run that was just killed hold it until they notice
 
@@ -63,7 +61,8 @@ def build_cache(
             print(f"{cache_name}: {cache.folder} is there already (--force makes it again)")
             warn_of_changes(cache)
             return cache
-    data_set = list_data_set(name, data_path / name)
+    source = data_path / name
+    data_set = list_data_set(name, source)
     if holdout is not None:
         hold_out(data_set, holdout)
     require_writable(target.parent if target.parent.exists() else data_path)
@@ -77,12 +76,14 @@ def build_cache(
         new = temporary_name(target, "new")
         try:
             new.mkdir()
-            skipped = write_cache(new, data_set, data_path / name, spec, num_workers, skip_bad)
+            list_files(source).tofile(new / LISTED)
+            share = holdout.share if holdout is not None else None
+            num_bad = write_cache(new, data_set, source, spec, num_workers, skip_bad, share)
             replace_folder(new, target)
         finally:
             shutil.rmtree(new, ignore_errors=True)
-    if skipped:
-        print(f"{counted(skipped, 'bad image')} left out, listed in {target / SKIPPED}", file=sys.stderr)
+    if num_bad:
+        print(f"{counted(num_bad, 'bad image')} left out, listed in {target / SKIPPED}", file=sys.stderr)
     return read_cache(data_path, cache_name, spec)
 
 
@@ -94,11 +95,21 @@ def require_writable(folder: Path) -> None:
 
 
 def write_cache(
-    folder: Path, data_set: Listing, source: Path, spec: ImageSpec, num_workers: int, skip_bad: bool
+    folder: Path,
+    data_set: Listing,
+    source: Path,
+    spec: ImageSpec,
+    num_workers: int,
+    skip_bad: bool,
+    share: float | None,
 ) -> int:
-    """Fill `folder` with a whole cache of the images in `source`. Returns how many bad ones are left out."""
+    """Fill `folder` with a whole cache of the images in `source`. Returns how many bad ones are left out.
+
+    `share`: of the training classes, where they were divided (`hold_out`).
+    """
     name = source.name
-    listed = count_images(data_set.images)
+    images = data_set.images
+    listed = count_images(images)
     for part, (num_classes, num_images) in listed.items():
         counts = f"{counted(num_classes, 'class')}, {counted(num_images, 'image')}"
         print(f"{name}: {part} lists {counts}", flush=True)
@@ -106,12 +117,13 @@ def write_cache(
         print(f"{name}: warning: {warning}", file=sys.stderr)
     refuse(name, data_set.problems)
 
+    require_room(folder, images, spec)
+
     try:
-        images, bad, histogram = store_pixels(folder, data_set.images, source, spec, num_workers)
+        images, bad, histogram = store_pixels(folder, images, source, spec, num_workers)
     except BrokenProcessPool:
         time.sleep(0.1)  # a SIGTERM to the whole group reaches this process at about the same time
         raise RunError("a worker process was killed, for lack of memory perhaps; try fewer --num_workers") from None
-    hashes(images, data_set.holdout is not None).tofile(folder / LISTED)
     images = images[images["height"] > 0]
     warn_of_leaks(name, images)
     if bad and not skip_bad:
@@ -131,9 +143,7 @@ def write_cache(
         with open(path, "r+b") as file:
             flush_to_disk(file)
         arrays[array_name] = crc32(path)
-    meta = CacheMeta(
-        CACHE_VERSION, spec.size, spec.resize, mean, std, **splits, arrays=arrays, holdout=data_set.holdout
-    )
+    meta = CacheMeta(CACHE_VERSION, spec.size, spec.resize, mean, std, **splits, arrays=arrays, holdout=share)
     write_record(folder / "meta.json", meta)
     return len(bad)
 
@@ -177,29 +187,17 @@ def store_pixels(
 ) -> tuple[pd.DataFrame, list[str], np.ndarray]:
     """Write the pixels of all images, in their order. Worker processes decode them, this process joins their files.
 
-    Returns the table with the columns FACTS, int64, what is wrong with the bad images, and a histogram
-    `(3, 256) int64`: how often a channel of the training images has each value.
+    Returns the table with the columns FACTS, what is wrong with the bad images, and a histogram `(3, 256) int64`: how
+    often a channel of the training images has each value.
     """
-    paths = images["path"].tolist()
-    num_train = int((images["split"] == "train").sum())
-    starts = [*range(0, num_train, CHUNK_IMAGES), *range(num_train, len(paths), CHUNK_IMAGES)]
-    stops = [*starts[1:], len(paths)]
-    num_workers = max(1, min(num_workers, len(starts), 61))  # 61: the most that Windows can wait for
-    facts = np.zeros((len(paths), len(FACTS)), np.int64)
+    tasks = []
+    for split in ("train", "test"):
+        paths = images["path"][images["split"] == split].tolist()
+        tasks += [(split, paths[start : start + CHUNK_IMAGES]) for start in range(0, len(paths), CHUNK_IMAGES)]
+    num_workers = min(num_workers, len(tasks), 61)  # 61: the most that Windows can wait for
+    facts = []
     bad = []
     histogram = np.zeros((3, 256), np.int64)
-
-    def decoded(pool: ProcessPoolExecutor) -> Iterator[tuple[int, Path, Future]]:
-        """Yield the chunks in order; no more are asked for than the workers need."""
-        waiting = collections.deque()
-        for start, stop in zip(starts, stops, strict=True):
-            file = folder / f"chunk_{start}"
-            future = pool.submit(decode_chunk, source, paths[start:stop], spec, start < num_train, file)
-            waiting.append((start, file, future))
-            if len(waiting) > 2 * num_workers:
-                yield waiting.popleft()
-        yield from waiting
-
     with (
         open(folder / "train_pixels.npy", "wb") as train_file,
         open(folder / "test_images.npy", "wb") as test_file,
@@ -207,36 +205,47 @@ def store_pixels(
     ):
         write_header(train_file, (0,))
         write_header(test_file, (0, spec.size, spec.size, 3))
-        for start, file, future in progress_bar(
-            decoded(pool), f"{source.name}: pixels", len(starts), f" x {CHUNK_IMAGES} images"
-        ):
-            chunk_facts, chunk_bad, chunk_histogram = future.result()
-            facts[start : start + len(chunk_facts)] = chunk_facts
+        chunks = (
+            pool.submit(decode_chunk, source, paths, spec, split, folder / f"chunk_{number}")
+            for number, (split, paths) in enumerate(tasks)
+        )
+        decoded = progress_bar(
+            ahead(chunks, 2 * num_workers), f"{source.name}: pixels", len(tasks), f" x {CHUNK_IMAGES} images"
+        )
+        for (split, _), chunk in zip(tasks, decoded, strict=True):
+            file, chunk_facts, chunk_bad, chunk_histogram = chunk.result()
+            with open(file, "rb") as pixels:
+                shutil.copyfileobj(pixels, train_file if split == "train" else test_file)
+            file.unlink()
+            facts.append(chunk_facts)
             bad += chunk_bad
             histogram += chunk_histogram
-            with open(file, "rb") as pixels:
-                shutil.copyfileobj(pixels, train_file if start < num_train else test_file)
-            file.unlink()
-            done = start + len(chunk_facts)
-            if start < JUDGED_AFTER <= done:
-                written = train_file.tell() + test_file.tell()
-                test_bytes = 3 * spec.size**2 * (len(paths) - num_train)
-                check_room(folder, written, written / done * num_train + test_bytes)
-        num_values = 3 * facts[:, 0] * facts[:, 1]
+        images = images.assign(**dict(zip(FACTS, np.concatenate(facts).T, strict=True)))
+        num_test = int((images["height"][images["split"] == "test"] > 0).sum())
         train_file.seek(0)
-        write_header(train_file, (int(num_values[:num_train].sum()),))
+        write_header(train_file, (int(histogram.sum()),))
         test_file.seek(0)
-        write_header(test_file, (int(np.count_nonzero(num_values[num_train:])), spec.size, spec.size, 3))
-    return images.assign(**dict(zip(FACTS, facts.T, strict=True))), bad, histogram
+        write_header(test_file, (num_test, spec.size, spec.size, 3))
+    return images, bad, histogram
+
+
+def ahead(futures: Iterator[Future], number: int) -> Iterator[Future]:
+    """Yield futures in order, while as many as `number` more are at work."""
+    waiting = collections.deque()
+    for future in futures:
+        waiting.append(future)
+        if len(waiting) > number:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def decode_chunk(
-    source: Path, paths: list[str], spec: ImageSpec, is_train: bool, file: Path
-) -> tuple[np.ndarray, list[str], np.ndarray]:
+    source: Path, paths: list[str], spec: ImageSpec, split: str, file: Path
+) -> tuple[Path, np.ndarray, list[str], np.ndarray]:
     """Decode some images, in a worker process, and write their pixels to a file.
 
-    Returns FACTS `(N, 5) int64`, and the rest as `store_pixels` does. Pixels go to a file: a worker that is killed
-    while it sends much through a pipe would block its parent.
+    Returns the file, and FACTS, problems and the histogram as `store_pixels` does. Pixels go to a file: a worker that
+    is killed while it sends much through a pipe would block its parent.
     """
     facts = np.zeros((len(paths), len(FACTS)), np.int64)
     bad = []
@@ -244,27 +253,28 @@ def decode_chunk(
     with open(file, "wb") as output:
         for fact, path in zip(facts, paths, strict=True):
             try:
-                if is_train:
-                    image = read_resized(source / path, spec, spec.train_size)
+                image = load_rgb(source / path)
+                if split == "train":
+                    image = resized(image, spec, spec.train_size, source / path)
                     histogram += image.histogram()
                     pixels = np.asarray(image)
                 else:
-                    pixels = read_pixels(source / path, spec)
+                    pixels = resize_test(image, spec, source / path)
+            except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
+                bad.append(str(bad_image(source / path, error)))
+            else:
                 output.write(pixels.tobytes())
-                fact[:2] = pixels.shape[:2]
-            except BadImage as error:
-                bad.append(str(error))
-            with contextlib.suppress(OSError, ValueError):  # a missing file, or a path that cannot be one
-                found = os.stat(source / path)
-                fact[2:] = found.st_size, int(found.st_mtime), hash((found.st_dev, found.st_ino))
-    return facts, bad, histogram.reshape(3, 256)
+                fact[:] = *pixels.shape[:2], hash(file_id(source / path))
+    return file, facts, bad, histogram.reshape(3, 256)
 
 
-def check_room(folder: Path, written: int, needed: float) -> None:
-    """Raise InputError if the disk is too small for the bytes that a cache needs, of which some are written."""
-    free = written + shutil.disk_usage(folder).free
+def require_room(folder: Path, images: pd.DataFrame, spec: ImageSpec) -> None:
+    """Raise InputError if the disk is too small even for square images. Most are larger, so it may still fill up."""
+    num_train = int((images["split"] == "train").sum())
+    needed = 3 * (spec.train_size**2 * num_train + spec.size**2 * (len(images) - num_train))
+    free = shutil.disk_usage(folder).free
     if needed > free:
-        sizes = f"about {tqdm.format_sizeof(needed, 'B')}, only {tqdm.format_sizeof(free, 'B')} are free"
+        sizes = f"at least {tqdm.format_sizeof(needed, 'B')}, only {tqdm.format_sizeof(free, 'B')} are free"
         raise InputError(f"{folder.parent}: the cache needs {sizes}")
 
 
@@ -285,7 +295,8 @@ def write_split(folder: Path, split: str, images: pd.DataFrame, data_set: Listin
     else:
         np.save(folder / "test_is_query.npy", images["is_query"].to_numpy())
         np.save(folder / "test_is_gallery.npy", images["is_gallery"].to_numpy())
-    return {"classes": [data_set.class_name(label) for label in labels.cat.categories], "images": len(images)}
+    classes = [data_set.class_names.get(label, str(label)) for label in labels.cat.categories]
+    return {"classes": classes, "images": len(images)}
 
 
 def channel_statistics(histogram: np.ndarray, data_set: str) -> tuple[list[float], list[float]]:

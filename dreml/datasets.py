@@ -3,8 +3,6 @@
 A new one is a function that lists its images and one entry of PUBLISHED.
 """
 
-import os
-import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,38 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from pandas.util import hash_array, hash_pandas_object
 
-from dreml.cache import Cache, Holdout, holdout_of, make_command
+from dreml.cache import Holdout
 from dreml.cli import InputError, counted, one_line
-from dreml.lists import (
-    Listing,
-    list_csv,
-    list_image_folder,
-    some,
-    sort_images,
-    subfolders,
-    text_rows,
-    what_was_meant,
+from dreml.lists import Listing, UnknownLayout, list_csv, list_image_folder, sort_images, subfolders, text_rows
+
+OTHER_LAYOUT = (
+    "train/ and test/, with a folder of images for each class, or images.csv with the columns path,label,split"
 )
-
-LAYOUTS = {
-    "car": "cars_annos.mat and car_ims/, or the devkit: cars_train/, cars_test/, devkit/cars_train_annos.mat and "
-    "cars_test_annos_withlabels.mat",
-    "cub": "images.txt, image_class_labels.txt and images/ (CUB-200-2011)",
-    "sop": "Ebay_train.txt, Ebay_test.txt and *_final/ (Stanford Online Products)",
-    "isc": "list_eval_partition.txt and img/ (In-Shop Clothes Retrieval of DeepFashion)",
-    "NAME": "train/ and test/, with a folder of images for each class, or images.csv with the columns path,label,split",
-}
-ALL_LAYOUTS = "\n".join(f"  data/{name}/  {layout}" for name, layout in LAYOUTS.items())
-ALL_LAYOUTS += "\nThe README says where to get them. Without any: python data_utils.py --data_name demo"
-
-LISTED = "listed.bin"  # in a cache: the `hashes` of all images that were listed when it was made
-MAX_COMPARED = 100_000  # images whose files are looked at before each training, in half a second
-
-
-class UnknownLayout(InputError):
-    """A folder that holds no data set in a layout that is known for its name."""
 
 
 def list_car(root: Path) -> Listing | None:
@@ -160,17 +134,21 @@ class Published(NamedTuple):
     """What is known of a data set: how its lists are read, its class ids, counts and channel statistics."""
 
     list_images: Callable[[Path], Listing | None]
+    layout: str  # the files that it takes
     last_train_class: int | None  # classes 1..this train, the others test; None: the lists say
     num_classes: int | None  # class ids are 1..this; None: they are names
     counts: dict[str, tuple[int, int]]  # split, or part of the test split -> classes, images
     mean: tuple[float, float, float]  # docs/METHOD.md
     std: tuple[float, float, float]
-    recalls: tuple[int, ...] = (1, 2, 4, 8)  # the K of Recall@K that the papers on it report
 
 
 PUBLISHED = {
     "car": Published(
         list_car,
+        (
+            "cars_annos.mat and car_ims/, or the devkit: cars_train/, cars_test/, devkit/cars_train_annos.mat and "
+            "cars_test_annos_withlabels.mat"
+        ),
         last_train_class=98,
         num_classes=196,
         counts={"train": (98, 8054), "test": (98, 8131)},
@@ -179,6 +157,7 @@ PUBLISHED = {
     ),
     "cub": Published(
         list_cub,
+        "images.txt, image_class_labels.txt and images/ (CUB-200-2011)",
         last_train_class=100,
         num_classes=200,
         counts={"train": (100, 5864), "test": (100, 5924)},
@@ -187,6 +166,7 @@ PUBLISHED = {
     ),
     "sop": Published(
         list_sop,
+        "Ebay_train.txt, Ebay_test.txt and *_final/ (Stanford Online Products)",
         last_train_class=None,
         num_classes=22634,
         counts={"train": (11318, 59551), "test": (11316, 60502)},
@@ -195,26 +175,21 @@ PUBLISHED = {
     ),
     "isc": Published(
         list_isc,
+        "list_eval_partition.txt and img/ (In-Shop Clothes Retrieval of DeepFashion)",
         last_train_class=None,
         num_classes=None,
         counts={"train": (3997, 25882), "test": (3985, 26830), "query": (3985, 14218), "gallery": (3985, 12612)},
         mean=(0.8324, 0.8109, 0.8041),
         std=(0.2206, 0.2378, 0.2444),
-        recalls=(1, 10, 20, 30),
     ),
 }
-
-
-def default_recalls(data_name: str) -> list[int]:
-    """The K of Recall@K that the papers on a data set report."""
-    return list(PUBLISHED[data_name].recalls if data_name in PUBLISHED else (1, 2, 4, 8))
 
 
 def list_data_set(name: str, folder: Path) -> Listing:
     """List the raw data set in `folder` (data/NAME). `images` is its table, training images first, sorted by class.
 
-    Raises UnknownLayout if the folder has not the layout that its name asks for, InputError if it nearly has. Problems
-    with single lines and paths are collected; that the images exist is checked when they are opened.
+    Raises UnknownLayout if the folder has not the layout that its name asks for. Problems with single lines and paths
+    are collected; that the images exist is checked when they are opened.
     """
     roots = [folder]
     readers = [list_csv, list_image_folder]  # images.csv counts: beside it, train/ may just be where images lie
@@ -230,10 +205,11 @@ def list_data_set(name: str, folder: Path) -> Listing:
                     listing.images["path"] = f"{root.name}/" + listing.images["path"]
                 check_whole(listing, name)
                 return listing
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
     if name not in PUBLISHED:
-        raise UnknownLayout(f"{folder}: {what_was_meant(folder)}")
+        raise UnknownLayout(f"{folder}: expected is {OTHER_LAYOUT}; found: {found}")
     hint = "; for images of your own, choose another name" if (folder / "train").is_dir() else ""
-    raise UnknownLayout(f"{folder} holds no {name}; expected is {LAYOUTS[name]}{hint}")
+    raise UnknownLayout(f"{folder} holds no {name}: expected is {PUBLISHED[name].layout}; found: {found}{hint}")
 
 
 def hold_out(data_set: Listing, holdout: Holdout) -> None:
@@ -244,33 +220,33 @@ def hold_out(data_set: Listing, holdout: Holdout) -> None:
     images = data_set.images[data_set.images["split"] == "train"].copy()
     labels = images["label"].cat.remove_unused_categories().cat.categories  # in order
     num_held_out = round(holdout.share * len(labels))
-    if num_held_out < 2 or len(labels) - num_held_out < 2:
+    num_left = len(labels) - num_held_out
+    if num_held_out < 2 or num_left < 2:
         raise InputError(
-            f"--holdout {holdout.share:g} of {len(labels)} training classes leaves {len(labels) - num_held_out} to "
-            f"train on and {num_held_out} to test on; it takes at least two of each"
+            f"--holdout {holdout.share:g} of {len(labels)} training classes leaves {num_left} to train on and "
+            f"{num_held_out} to test on; it takes at least two of each"
         )
     order = np.random.default_rng((holdout.seed, zlib.crc32(b"holdout"))).permutation(len(labels))
     held_out = images["label"].isin(labels[order[:num_held_out]])
     images.loc[held_out, "split"] = "test"
     data_set.images = sort_images(images)
-    data_set.holdout = holdout.share
 
 
 def check_whole(data_set: Listing, name: str) -> None:
     """Add the problems and warnings that only the whole list of a data set shows."""
     images = data_set.images
     problems = data_set.problems
-    labels = []
+    labels = {}
     for split, reports in (("train", data_set.warnings), ("test", problems)):  # a test image would find itself
         of_split = images[images["split"] == split]
         repeated = of_split["path"][of_split["path"].duplicated()].unique()
         if len(repeated):
             reports.append(f"{counted(len(repeated), f'{split} image')} listed more than once, such as {repeated[0]}")
-        labels.append(set(of_split["label"]))
-    both = sorted(labels[0] & labels[1])
+        labels[split] = set(of_split["label"])
+    both = labels["train"] & labels["test"]
     if both:
         what = "Recall@K is meant for classes that were not trained on"
-        data_set.warnings.append(f"classes in both train and test: {len(both):,} ({some(both, 3)}); {what}")
+        data_set.warnings.append(f"classes in both train and test: {len(both):,}, such as {min(both)!r}; {what}")
     published = PUBLISHED[name].counts if name in PUBLISHED else {}
     for part, found in count_images(images).items():
         if found[1] == 0 and not problems:
@@ -291,62 +267,3 @@ def count_images(images: pd.DataFrame) -> dict[str, tuple[int, int]]:
         parts["query"] = is_test & images["is_query"]
         parts["gallery"] = is_test & images["is_gallery"]
     return {part: (images["label"][rows].nunique(), int(rows.sum())) for part, rows in parts.items()}
-
-
-def hashes(images: pd.DataFrame, is_holdout: bool) -> np.ndarray:
-    """Hashes of the images of a table, `(N, 4) uint64`: of the path; also the class; also the size; also the time.
-
-    `images` has the columns `bytes` and `mtime`, too. Classes are those of a split, but a holdout divides one split.
-    """
-    pieces = np.array_split(images["path"].to_numpy(), 100)  # of a million at once it would take 100 MB
-    paths = np.concatenate([hash_array(piece, categorize=False) for piece in pieces])
-    table = images[["label", "split", "bytes", "mtime"]].assign(path=paths)
-    columns = ["path", "label"] if is_holdout else ["path", "label", "split"]
-    parts = (["path"], columns, [*columns, "bytes"], [*columns, "bytes", "mtime"])
-    return np.stack([hash_pandas_object(table[names], index=False) for names in parts], axis=1)
-
-
-def warn_of_changes(cache: Cache) -> None:
-    """Say how many raw images are new, changed or gone since a cache was made, if any, and how to make it again.
-
-    An image has changed if its class or split is another one; among at most MAX_COMPARED images, also if its file's
-    size or time of change is. Where the time of every file is another one, the folder was copied: it does not count.
-    """
-    data_path = cache.folder.parents[1]
-    name, holdout = holdout_of(data_path, cache.name) or (cache.name, None)
-    try:
-        known = np.fromfile(cache.folder / LISTED, np.uint64).reshape(-1, 4)
-        images = list_data_set(name, data_path / name).images
-    except (InputError, OSError, ValueError):  # no raw images, or a damaged file
-        return
-    if holdout:
-        images = images[images["split"] == "train"]
-    images = images.assign(bytes=0, mtime=0)
-    are_compared = len(images) <= MAX_COMPARED
-    if are_compared:
-        facts = [size_and_time(f"{data_path}/{name}/{path}") for path in images["path"]]
-        images[["bytes", "mtime"]] = np.array(facts, np.int64).reshape(-1, 2)
-    found = hashes(images, holdout is not None)
-    new = np.isin(found[:, 0], known[:, 0], invert=True).sum()
-    if are_compared:  # a file that is missing, and was not then, is gone
-        found = found[(images["bytes"] > 0) | np.isin(found[:, 2], known[:, 2])]
-    is_gone = np.isin(known[:, 0], found[:, 0], invert=True)
-    column = 3 if are_compared else 1
-    is_changed = np.isin(known[:, column], found[:, column], invert=True)
-    if are_compared and is_changed.all():
-        is_changed = np.isin(known[:, 2], found[:, 2], invert=True)
-    changed = (is_changed & ~is_gone).sum()
-    if is_gone.all() or new + changed + is_gone.sum() == 0:
-        return
-    changes = f"{counted(new, 'image')} {'is' if new == 1 else 'are'} new, {changed:,} changed, {is_gone.sum():,} gone"
-    command = f"{make_command(data_path, cache.name, cache.spec)} --force"
-    print(f"warning: {changes} since {cache.folder} was made: {command}", file=sys.stderr)
-
-
-def size_and_time(path: str) -> tuple[int, int]:
-    """The bytes of a file and its time of change in seconds; 0 and 0 if it is missing."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a path that cannot be one
-        return 0, 0
-    return found.st_size, int(found.st_mtime)

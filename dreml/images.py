@@ -62,18 +62,18 @@ def load_rgb(path: str | Path) -> Image.Image:
 
 def open_image(path: str | Path) -> Image.Image:
     """Open an image file and read its header. HEIC needs pillow-heif."""
-    is_path = not hasattr(path, "read")  # or else an open file
-    if is_path:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):  # opening a named pipe would wait without end
-            raise BadImage(f"{path}: unreadable (not a regular file)")
-        if found.st_size == 0:
-            raise BadImage(f"{path}: unreadable (an empty file)")
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):  # opening a named pipe would wait without end
+        raise BadImage(f"{path}: unreadable (not a regular file)")
+    if found.st_size == 0:
+        raise BadImage(f"{path}: unreadable (an empty file)")
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: editors store much beside an image
     try:
         image = Image.open(path, formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
-        if not is_path or not is_heif(path):
+        with open(path, "rb") as file:
+            is_heif = file.read(8)[4:] == b"ftyp"  # whatever its name
+        if not is_heif:
             raise
         try:
             import pillow_heif  # here, since it takes time
@@ -85,12 +85,6 @@ def open_image(path: str | Path) -> Image.Image:
         image.close()
         raise Image.DecompressionBombError(f"over {MAX_PIXELS:,} pixels")
     return image
-
-
-def is_heif(path: str | Path) -> bool:
-    """Whether a file begins as HEIC does, whatever its name."""
-    with open(path, "rb") as file:
-        return file.read(8)[4:] == b"ftyp"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -152,28 +146,19 @@ def resized(image: Image.Image, spec: ImageSpec, shorter: int, name: str | Path 
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def centre(image: Image.Image, size: int) -> np.ndarray:
-    """The centre of a resized image: `(size, size, 3) uint8`."""
-    left, top = (round((side - size) / 2) for side in image.size)  # torchvision's rounding
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def resize_test(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+def resize_test(image: Image.Image, spec: ImageSpec, name: str | Path = "image") -> np.ndarray:
     """A test image as the network sees it: `(size, size, 3) uint8`, the centre of the resized image."""
-    return centre(resized(image, spec, spec.size), spec.size)
-
-
-def read_resized(path: str | Path, spec: ImageSpec, shorter: int) -> Image.Image:
-    """An image file as RGB, `resized`. Raises BadImage."""
-    try:
-        return resized(load_rgb(path), spec, shorter, path)
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
-        raise bad_image(path, error) from None
+    image = resized(image, spec, spec.size, name)
+    left, top = (round((side - spec.size) / 2) for side in image.size)  # torchvision's rounding
+    return np.asarray(image.crop((left, top, left + spec.size, top + spec.size)))
 
 
 def read_pixels(path: str | Path, spec: ImageSpec) -> np.ndarray:
     """An image file as the network sees it: `resize_test` of `load_rgb`, `(size, size, 3) uint8`. Raises BadImage."""
-    return centre(read_resized(path, spec, spec.size), spec.size)
+    try:
+        return resize_test(load_rgb(path), spec, path)
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
+        raise bad_image(path, error) from None
 
 
 def bad_image(path: str | Path, error: Exception) -> BadImage:

@@ -1,6 +1,5 @@
-"""Which images a data set holds: its text and CSV lists, and folders of images. No image is opened here."""
+"""Which images a data set holds: its text and CSV lists, or folders of images. No image is opened here."""
 
-import collections
 import csv
 import os
 import posixpath
@@ -11,13 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from dreml.cli import InputError, is_utf8, one_line
-from dreml.images import HEIF_REMEDY, HEIF_SUFFIXES, image_suffixes
+from dreml.cli import InputError, one_line
+from dreml.folders import LeftOut, class_folders, subfolders
 
 COLUMNS = ("path", "label", "split", "is_query", "is_gallery")  # path: relative, with forward slashes
+
+
+class UnknownLayout(InputError):
+    """A folder that holds no data set in a layout that is known for its name."""
 
 
 @dataclass
@@ -30,11 +32,6 @@ class Listing:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     images: pd.DataFrame | None = None  # see `make_table`
-    holdout: float | None = None  # the share of the training classes that became the test split
-
-    def class_name(self, label: int | str) -> str:
-        """The name of a class."""
-        return self.class_names.get(label, str(label))
 
     def extend(
         self, paths: list[str], label: int | str, split: str, is_query: bool = True, is_gallery: bool = True
@@ -54,24 +51,12 @@ class Listing:
         self.extend([path if path.isascii() else as_on_disk(self.root, path)], *image)
 
     def make_table(self) -> None:
-        """Turn `columns` into `images`, one a row, sorted (`sort_images`). label and split are categories.
-
-        `path` holds Python's texts: pandas' own kind would copy them, and a million take 100 MB.
-        """
-        path, label, split, is_query, is_gallery = self.columns.values()
+        """Turn `columns` into `images`, one a row, sorted (`sort_images`). label and split are categories."""
+        table = pd.DataFrame(self.columns, dtype=object)  # pandas' own kind of text would copy a million paths
         self.columns = {}
-        table = pd.DataFrame({"path": pd.Series(path, dtype=object)})
-        table["label"] = categorical(label, sorted(set(label)))
-        table["split"] = categorical(split, ["train", "test"])
-        table["is_query"] = np.array(is_query, bool)
-        table["is_gallery"] = np.array(is_gallery, bool)
-        self.images = sort_images(table)
-
-
-def categorical(values: list, categories: list) -> pd.Categorical:
-    """Values as categories; pandas' own way takes 100 MB more for a million."""
-    numbers = {category: number for number, category in enumerate(categories)}
-    return pd.Categorical.from_codes(np.fromiter(map(numbers.get, values), np.int32, len(values)), categories)
+        for name, categories in (("label", sorted(set(table["label"]))), ("split", ["train", "test"])):
+            table[name] = table[name].astype(pd.CategoricalDtype(categories))
+        self.images = sort_images(table.astype({"is_query": bool, "is_gallery": bool}))
 
 
 def sort_images(table: pd.DataFrame) -> pd.DataFrame:
@@ -120,10 +105,9 @@ def csv_rows(path: Path, listing: Listing) -> Iterator[tuple[str, dict[str, str]
         separator = max(",;\t", key=file.readline().count)
         file.seek(0)
         rows = csv.DictReader(file, restval="", delimiter=separator, strict=True)
-        header = [name.strip().lower() for name in rows.fieldnames or []]
-        rows.fieldnames = header
-        if not {"path", "label", "split"} <= set(header) or len(set(header)) < len(header):
-            listing.problems.append(f"{path}: the first line has to name path, label and split, once: {header}"[:300])
+        rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
+        if not {"path", "label", "split"} <= set(rows.fieldnames):
+            listing.problems.append(f"{path}: the first line has to name path, label and split: {rows.fieldnames}")
             return
         for row in rows:
             where = f"{path}, line {rows.line_num}"
@@ -171,128 +155,27 @@ def list_csv(root: Path) -> Listing | None:
     return listing
 
 
-OTHER_NAMES = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
-
-
 def list_image_folder(root: Path) -> Listing | None:
     """List a data set in `train/` and `test/`: every folder that holds images is a class, named by its path.
 
-    Returns None if neither is there. Raises InputError where one of them seems to be there under another name.
+    Returns None if there is no `train/`. Without `test/`, there are no test images.
     """
-    folders = {folder.name.lower(): folder.name for folder in subfolders(root)}
-    for split, names in OTHER_NAMES.items():
-        other = next((folders[name] for name in names if name in folders), split)
-        if not (root / split).is_dir() and other != split:
-            raise InputError(f"{root}: found {other}/: rename it to {split}/")
-    splits = [split for split in ("train", "test") if (root / split).is_dir()]
-    if not splits:
+    folders = [folder.name for folder in subfolders(root) if not folder.name.startswith("cache_")]
+    if "train" not in folders:
         return None
     listing = Listing(root)
-    unused = [folders[name] for name in OTHER_NAMES["test"][1:] if name in folders]
+    unused = [repr(name) for name in folders if name not in ("train", "test")]
     if unused:
-        listing.warnings.append(f"{root}: left alone: {some(unused)}; only train/ and test/ are read")
-    for split in splits:
+        listing.warnings.append(f"{root}: left alone: {', '.join(unused[:10])}; only train/ and test/ are read")
+    for split in [name for name in ("train", "test") if name in folders]:
         left_out = LeftOut()
-        is_empty = True
         for class_name, files in class_folders(root / split, listing.problems, left_out):
             if class_name:
                 listing.extend([f"{split}/{class_name}/{file}" for file in files], class_name, split)
-                is_empty = False
             else:
                 left_out["outside any class folder"] = len(files)
         if left_out:
             listing.warnings.append(f"{root / split}: {left_out}")
-        if is_empty and not listing.problems:  # one that is missing was meant so
-            listing.problems.append(f"the {split} split has no images: {root / split}")
+    if "test" in folders and "test" not in listing.columns["split"]:
+        listing.problems.append(f"the test split has no images: {root / 'test'}")
     return listing
-
-
-def what_was_meant(root: Path) -> str:
-    """Say what a folder without a data set holds, and what to do so that it becomes one."""
-    for folder in subfolders(root):
-        for name in ("images.csv", "train", "test"):
-            if (folder / name).exists():
-                return f"found {folder.name}/{name}: move what is in {folder.name}/ one folder up"
-    left_out = LeftOut()
-    folders = [name or "." for name, _ in class_folders(root, [], left_out)]
-    found = f"no images ({left_out})" if left_out else "no images"
-    if folders:
-        found = f"found images in {some(folders, 3)}, without train/ and test/"
-    return f"{found}: put them into train/CLASS/ and test/CLASS/, or list them in images.csv"
-
-
-NEVER_IMAGES = {"images.csv", "Thumbs.db", "desktop.ini"}  # the last two are what Windows leaves in folders
-# Thumbnails, deleted files and earlier versions, which a NAS, Samba, Windows and macOS keep among photos. In lower case
-PROGRAM_FOLDERS = {"@eadir", "#recycle", "@recycle", "$recycle.bin", "#snapshot", "@recently-snapshot"}
-PROGRAM_FOLDERS |= {"system volume information", "lost+found", "__macosx"}
-OF_PROGRAMS = "of programs (folders such as @eaDir, results of this one)"
-OWN_RECORDS = {"args.json", "index.json", "train_pixels.npy"}  # of a run, an index, a cache
-OWN_PICTURE = re.compile(r"(neighbours|worst|evaluation|thresholds)(_pooled)?\.png")  # beside a CSV of the same name
-
-
-class LeftOut(collections.Counter):
-    """What lies where images are looked for and is none: the suffix of files, or in words -> number."""
-
-    def __str__(self) -> str:
-        """Say all of it on one line, the most frequent first."""
-        return "left out: " + ", ".join(f"{number:,} {kind}" for kind, number in self.most_common(10))
-
-
-def class_folders(root: Path, problems: list[str], left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
-    """Yield (name, image files) of every folder that holds images, sorted, at any depth. `root` itself is called "".
-
-    What cannot be read is added to `problems`. Passed over: hidden files, folders of other programs, pictures, runs,
-    indexes and caches of this one, links back to a folder above.
-    """
-    suffixes = image_suffixes()
-    above: dict[str, list[str]] = {}  # folder -> the real paths of itself and of those above
-
-    def report(error: OSError) -> None:
-        problems.append(f"{error.filename}: unreadable folder ({one_line(error)})")
-
-    def is_shown(folder: str, item: str) -> bool:
-        if not is_utf8(item):
-            problems.append(f"{os.path.join(folder, item)!a}: the name is not valid UTF-8: rename it")
-            return False
-        return not item.startswith(".") and item not in NEVER_IMAGES
-
-    for folder, folders, files in os.walk(root, onerror=report, followlinks=True):
-        if folder != str(root) and not OWN_RECORDS.isdisjoint(files):
-            left_out[OF_PROGRAMS] += 1
-            folders.clear()
-            continue
-        images = []
-        for file in sorted(files):
-            suffix = os.path.splitext(file)[1].lower()
-            if not is_shown(folder, file):
-                continue
-            if OWN_PICTURE.fullmatch(file) and f"{file[:-4]}.csv" in files:
-                left_out[OF_PROGRAMS] += 1
-            elif suffix in suffixes:
-                images.append(file)
-            elif suffix in HEIF_SUFFIXES:
-                left_out[f"{suffix} ({HEIF_REMEDY})"] += 1
-            else:
-                left_out[suffix or "without a suffix"] += 1
-        above[folder] = [*above.get(os.path.dirname(folder), []), os.path.realpath(folder)]
-        visited = []
-        for child in sorted(folders):
-            if child.lower() in PROGRAM_FOLDERS:
-                left_out[OF_PROGRAMS] += 1
-            elif is_shown(folder, child) and os.path.realpath(os.path.join(folder, child)) not in above[folder]:
-                visited.append(child)
-        folders[:] = visited
-        if images:
-            yield os.path.relpath(folder, root).replace(os.sep, "/").removeprefix("."), images
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted, without hidden ones and PROGRAM_FOLDERS."""
-    folders = [path for path in folder.iterdir() if path.is_dir() and path.name.lower() not in PROGRAM_FOLDERS]
-    return sorted(path for path in folders if not path.name.startswith("."))
-
-
-def some(names: list[str], shown: int = 10) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
-    return ", ".join(map(repr, names[:shown])) + more

@@ -19,14 +19,13 @@ from builders import (
     odd_images,
     put,
     rewrite,
-    save_image,
     tree,
     write_csv,
     write_image_folder,
 )
 
 import data_utils
-from dreml import cache_writer, datasets
+from dreml import cache_writer
 from dreml.cache import Holdout, read_cache
 from dreml.cli import InputError, RunError
 from dreml.images import ImageSpec, load_rgb
@@ -265,126 +264,13 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
     parent.communicate(timeout=30)  # the worker writes to the same pipe, which is closed when both have ended
 
 
-# ------------------------------------------------------------------------------------------------ changed photos
-
-
-def text(path: str, content: str):
-    """A change: writes a text file."""
-    return lambda root: (root / path).write_text(content)
-
-
-CHANGES = {  # -> what is changed, and the counts that are said: new, changed, gone
-    "none": (lambda root: None, None),
-    "other programs": (lambda root: save_image(root / "train/@eaDir/0.png"), None),
-    "new": (lambda root: save_image(root / "train/new/0.png"), "1 image is new, 0 changed, 0"),
-    "gone": (lambda root: (root / "test/test_0/0.png").unlink(), "0 images are new, 0 changed, 1"),
-    "renamed": (lambda root: (root / "train/train_0").rename(root / "train/x"), "2 images are new, 0 changed, 2"),
-    "another size": (
-        lambda root: save_image(root / "train/train_0/0.png", 9, width=50),
-        "0 images are new, 1 changed, 0",
-    ),
-    "another time": (lambda root: os.utime(root / "train/train_0/0.png", (0, 0)), "0 images are new, 1 changed, 0"),
-    "a bad one, mended": (lambda root: save_image(root / "train/train_1/bad.png"), "0 images are new, 1 changed, 0"),
-    "another split": (
-        lambda root: shutil.move(root / "test/test_0/0.png", root / "train/train_0/new.png"),
-        "1 image is new, 0 changed, 1",
-    ),
-    "a copy": (lambda root: [os.utime(path, (9, 9)) for path in root.glob("t*/*/*")], None),
-    "list": (text("images.csv", "path,label,split\ntrain/train_0/0.png,a,train\n"), "0 images are new, 1 changed, 8"),
-    "a damaged record": (text("cache_32/listed.bin", "x"), None),
-    "empty folders": (lambda root: [path.unlink() for path in root.glob("t*/*/*")], None),
-    "no raw images": (lambda root: [shutil.rmtree(root / split) for split in ("train", "test")], None),
-}
-
-
-@pytest.mark.parametrize("kind", CHANGES)
-def test_what_changed_since_a_cache_was_made_is_counted(tmp_path, capsys, kind):
-    """With --force, nothing has changed any more."""
-    change, expected = CHANGES[kind]
-    root = tmp_path / "mine"
-    write_image_folder(root)
-    (root / "train/train_1/bad.png").write_bytes(b"no image")
-    cache = build(tmp_path, "mine", skip_bad=True)
-    change(root)
-    capsys.readouterr()
-    build(tmp_path, "mine")
-    command = f"python data_utils.py --data_name mine --data_path {tmp_path} --image_size 32 --force"
-    line = f"warning: {expected} gone since {cache.folder} was made: {command}\n" if expected else ""
-    assert capsys.readouterr().err == line
-    if kind not in ("no raw images", "empty folders", "list"):
-        build(tmp_path, "mine", skip_bad=True, force=True)
-        capsys.readouterr()
-        build(tmp_path, "mine")
-        assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("largest", [1000, 3])  # of larger data sets, sizes are not looked at
-@pytest.mark.parametrize(("old", "new"), [("zebra,", "ant,"), ("cat,test,1,1", "cat,train,1,1")])
-def test_a_label_or_split_that_changed_in_a_list_is_a_change(tmp_path, capsys, monkeypatch, largest, old, new):
-    """A link to nowhere that was left out from the start has not changed."""
-    monkeypatch.setattr(datasets, "MAX_COMPARED", largest)
-    write_csv(tmp_path / "csv")
-    (tmp_path / "csv" / "photos/2.png").unlink()
-    (tmp_path / "csv" / "photos/2.png").symlink_to("nowhere")
-    build(tmp_path, "csv", skip_bad=True)
-    capsys.readouterr()
-    build(tmp_path, "csv")
-    assert capsys.readouterr().err == ""
-    rewrite("images.csv", old, new)(tmp_path / "csv")
-    build(tmp_path, "csv")
-    assert capsys.readouterr().err.startswith("warning: 0 images are new, 1 changed, 0 gone since ")
-
-
-def test_a_file_that_is_listed_but_missing_is_gone(tmp_path, capsys):
-    """Nothing is said where all are: whoever has the cache may delete the photos."""
-    write_csv(tmp_path / "csv")
-    build(tmp_path, "csv")
-    photos = sorted((tmp_path / "csv/photos").iterdir())
-    photos[0].unlink()
-    capsys.readouterr()
-    build(tmp_path, "csv")
-    assert capsys.readouterr().err.startswith("warning: 0 images are new, 0 changed, 1 gone since ")
-    for photo in photos[1:]:
-        photo.unlink()
-    build(tmp_path, "csv")
-    assert capsys.readouterr().err == ""
-
-
-def test_changes_of_a_holdout_are_those_of_the_training_images(tmp_path, capsys, monkeypatch):
-    holdout = Holdout(0.4, 2)
-    write_image_folder(tmp_path / "mine", classes=5)
-    build(tmp_path, "mine", holdout=holdout)
-    save_image(tmp_path / "mine/test/new/0.png")
-    capsys.readouterr()
-    build(tmp_path, "mine", holdout=holdout)
-    assert capsys.readouterr().err == ""
-    save_image(tmp_path / "mine/train/new/0.png")
-    save_image(tmp_path / "mine/train/train_0/0.png", 5, width=50)
-    build(tmp_path, "mine", holdout=holdout)
-    error = capsys.readouterr().err
-    assert error.startswith("warning: 1 image is new, 1 changed, 0 gone since ")
-    assert error.endswith(" --image_size 32 --holdout 0.4 --holdout_seed 2 --force\n")
-    monkeypatch.setattr(datasets, "MAX_COMPARED", 3)
-    build(tmp_path, "mine", holdout=holdout)
-    assert capsys.readouterr().err.startswith("warning: 1 image is new, 0 changed, 0 gone since ")
-    rows = [f"train/train_{k}/{n}.png,bird {k},train" for k in range(5) for n in (0, 1)]
-    text("images.csv", "\n".join(["path,label,split", *rows]))(tmp_path / "mine")
-    build(tmp_path, "mine", holdout=holdout)
-    assert capsys.readouterr().err.startswith("warning: 0 images are new, 10 changed, 0 gone since ")
-
-
-def test_a_disk_that_is_too_small_is_found_early(tmp_path, threads, monkeypatch):
-    """From the sizes of the first images; those that are written already stand where there was room."""
+def test_a_disk_that_is_too_small_is_found_before_an_image_is_opened(tmp_path, threads, monkeypatch):
     write_image_folder(tmp_path / "mine", images=4)
-    # 8 training images of 38 x 35, 8 test images of 32 x 32, and headers of 128 bytes; 3 bytes a pixel
-    needed = 8 * 3 * (38 * 35 + 32 * 32) + 128 * 8 // 3
-    monkeypatch.setattr(cache_writer, "CHUNK_IMAGES", 1)
-    monkeypatch.setattr(cache_writer, "JUDGED_AFTER", 3)
-    for short in (2000, -2000):
-        usage = shutil.disk_usage(tmp_path)._replace(free=needed - 3 * 3 * 38 * 35 - short)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
-        if short > 0:
-            with pytest.raises(InputError, match=r"mine: the cache needs about 5\d\.\dkB, only 5\d\.\dkB are free"):
-                build(tmp_path, "mine")
-            assert not list((tmp_path / "mine").glob("*cache_32"))
+    needed = 3 * 8 * (35 * 35 + 32 * 32)  # 8 images of each split
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(InputError, match=r"mine: the cache needs at least 54\.0kB, only 54\.0kB are free"):
+        build(tmp_path, "mine")
+    assert not list((tmp_path / "mine").glob("*cache_32"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
     assert build(tmp_path, "mine").counts["test"] == (2, 8)

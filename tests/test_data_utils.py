@@ -39,7 +39,7 @@ def test_one_bad_set_does_not_stop_the_others(tmp_path, capsys):
     (tmp_path / "papers").mkdir()
     assert call(tmp_path) == 2
     output = capsys.readouterr()
-    assert f"\npassed over: {tmp_path / 'papers'}: no images: put them into train/CLASS/ and" in output.out
+    assert f"\npassed over: {tmp_path / 'papers'}: expected is train/ and test/, with a folder" in output.out
     assert "data_utils.py: cub: 1 problem, nothing written; --skip_bad" in output.err
     assert re.search(r"\nsop +2 classes 4 images +2 classes 4 images +[\d.]+kB +\d", output.out)
     assert f"\ntrain on it with: python train.py --data_name sop --data_path {tmp_path} --image_size 32 " in output.out
@@ -70,59 +70,27 @@ def test_no_data_set_at_all(tmp_path, capsys):
         assert "no data set found" in message and "python data_utils.py --data_name demo" in message
 
 
-def images_in(*folders: str):
-    """Writes a data set with two images in each of these folders."""
-
-    def write(root: Path) -> None:
-        root.mkdir()
-        for number, folder in enumerate(folders):
-            for name in ("0.png", "1.png"):
-                save_image(root / folder / name, number)
-
-    return write
-
-
 def test_named_set_that_is_not_there(tmp_path, capsys):
     (tmp_path / "car").mkdir()
     for name in ("isc", "mine"):
-        images_in("train/a", "train/b")(tmp_path / name)
+        write_image_folder(tmp_path / name)
     assert call(tmp_path, "--data_name", "mine", "cub", "car", "isc") == 2
     message = capsys.readouterr().err
     assert f"{tmp_path / 'cub'}: no such folder" in message
-    assert f"{tmp_path / 'car'} holds no car; expected is cars_annos.mat" in message
-    assert message.endswith("of DeepFashion); for images of your own, choose another name\n")
+    assert f"{tmp_path / 'car'} holds no car: expected is cars_annos.mat" in message
+    assert message.endswith("of DeepFashion); found: test, train; for images of your own, choose another name\n")
 
 
-LAYOUTS = {  # -> how it is written, and what is said of it
-    "capitals": (images_in("Train/a", "Train/b", "Test/c"), "found Train/: rename it to train/"),
-    "other words": (images_in("train/a", "validation/c", "testing/c"), "found testing/: rename it to test/"),
-    "no split": (
-        images_in("ant", "bee/deep", "cat", "dog"),
-        "found images in 'ant', 'bee/deep', 'cat' and 1 more, without train/ and test/: put them into train/CLASS/",
-    ),
-    "no class": (images_in(""), "found images in '.', without train/ and test/: put them into train/CLASS/ and"),
-    "deeper": (images_in("mine/train/a", "mine/train/b"), "found mine/train: move what is in mine/ one folder up"),
-    "deeper list": (
-        lambda root: [(root / "in").mkdir(parents=True), (root / "in/images.csv").touch()],
-        "found in/images.csv: move what is in in/ one folder up",
-    ),
-    "other types": (
-        lambda root: [root.mkdir(), (root / "a.mov").touch()],
-        "no images (left out: 1 .mov): put them into",
-    ),
-    "nothing": (images_in(), "no images: put them into train/CLASS/ and test/CLASS/, or list them in images.csv"),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_that_is_nearly_right_is_named_in_one_line(tmp_path, capsys, layout):
-    """Both where the data set is named and where all are looked at; and no list of other data sets."""
-    write, message = LAYOUTS[layout]
-    write(tmp_path / "mine")
-    for options in (["--data_name", "mine"], []):
-        assert call(tmp_path, *options) == 2
-        error = capsys.readouterr().err
-        assert error.startswith(f"data_utils.py: {tmp_path / 'mine'}: {message}") and error.count("\n") == 1
+@pytest.mark.parametrize("found", ["", "Train/a", "mine/train/a", "ant/deep"])
+def test_a_layout_that_is_not_known_is_refused_in_one_line(tmp_path, capsys, found):
+    """It says what is there; no list of other data sets."""
+    (tmp_path / "mine" / found).mkdir(parents=True)
+    assert call(tmp_path, "--data_name", "mine") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"data_utils.py: {tmp_path / 'mine'}: expected is train/ and test/, with a folder of images"
+    )
+    assert error.endswith(f"; found: {found.split('/')[0] or 'nothing'}\n") and error.count("\n") == 1
 
 
 CSV_LINES = ["path,label,split"] + [
@@ -133,7 +101,6 @@ CSV_LINES = ["path,label,split"] + [
 @pytest.mark.parametrize("change", [(",", ";"), (",", "\t"), ("/", "\\"), (",val", ",Validation")])
 def test_a_list_as_other_programs_write_it_is_read(tmp_path, monkeypatch, change):
     """With "val" for the test split; with semicolons or tabs, as Windows writes paths."""
-    images_in("photos")(tmp_path / "mine")
     for number in range(6):
         save_image(tmp_path / "mine" / "photos" / f"{number}.png", number)
     (tmp_path / "mine" / "images.csv").write_text("\n".join(CSV_LINES).replace(*change))
@@ -145,7 +112,7 @@ def test_a_list_as_other_programs_write_it_is_read(tmp_path, monkeypatch, change
 
 @pytest.mark.parametrize("path", ["", "/home/me/1.png", r"C:\me\1.png", "../1.png", r"a\..\1.png"])
 def test_a_path_that_cannot_be_used_is_named_with_the_remedy(tmp_path, capsys, path):
-    images_in("photos")(tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
     lines = ["path,label,split", "photos/0.png,a,train", f"{path},a,train", "photos/1.png,b,train"]
     (tmp_path / "mine" / "images.csv").write_text("\n".join(lines))
     assert call(tmp_path) == 2
@@ -225,7 +192,7 @@ def test_photos_that_were_added_are_named_before_training(tmp_path, capsys, monk
     for number in range(12):
         save_image(tmp_path / "mine/train/new" / f"{number}.png")
     options = ["--data_name", "mine", "--data_path", str(tmp_path), "--image_size", "32"]
-    said = f"warning: 12 images are new, 0 changed, 0 gone since {tmp_path / 'mine/cache_32'} was made: "
+    said = f"warning: 12 files are new, 0 changed, 0 gone since {tmp_path / 'mine/cache_32'} was made: "
     command = f"python data_utils.py {' '.join(options)} --force"
     monkeypatch.setattr(train, "update_baseline", lambda *_: sys.exit(7))  # before the first step
     here = ["--meta_class_size", "2", "--recalls", "1", "--weights", "none", "--results_path", str(tmp_path / "runs")]

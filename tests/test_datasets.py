@@ -104,7 +104,7 @@ def test_a_class_in_both_splits_is_a_warning(tmp_path, capsys):
     for path in ("train/a/1.png", "train/b/1.png", "test/a/1.png"):
         save_image(tmp_path / "mine" / path)
     build(tmp_path, "mine")
-    assert "classes in both train and test: 1 ('a'); Recall@K is meant" in capsys.readouterr().err
+    assert "classes in both train and test: 1, such as 'a'; Recall@K is meant" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -161,7 +161,7 @@ DAMAGES = {
     "missing folder": (
         "car",
         lambda root: shutil.rmtree(root / "car_ims"),
-        "car holds no car; expected is cars_annos.mat and car_ims/",
+        "car holds no car: expected is cars_annos.mat and car_ims/",
     ),
     "empty .mat": ("car", put("cars_annos.mat", b""), "cars_annos.mat: not a readable Cars196 annotation file"),
     "HDF .mat": ("car", put("cars_annos.mat", b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM"), "not a readable Cars196"),

@@ -1,6 +1,5 @@
 """Opening and resizing images, and what is said of those that cannot be used."""
 
-import io
 import os
 import struct
 import sys
@@ -45,7 +44,7 @@ ODD_EXIF = {
 
 
 @pytest.mark.parametrize("kind", ODD_EXIF)
-def test_a_photo_is_turned_whatever_else_its_exif_holds(kind):
+def test_a_photo_is_turned_whatever_else_its_exif_holds(tmp_path, kind):
     """Also where Pillow could not write that EXIF again."""
     offset = 8 + 2 + 12 * (1 + len(ODD_EXIF[kind])) + 4
     entries = b""
@@ -57,11 +56,10 @@ def test_a_photo_is_turned_whatever_else_its_exif_holds(kind):
             value = start
         entries += struct.pack("<HHI", tag, number_type, count) + value.ljust(4, b"\0")
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1 + len(ODD_EXIF[kind])) + entries + bytes(4) + rest
-    files = [io.BytesIO(), io.BytesIO()]
-    random_image(0, 50, 30).save(files[0], "JPEG", exif=exif)
-    random_image(0, 50, 30).save(files[1], "JPEG")
-    upright = np.asarray(Image.open(files[1]))
-    np.testing.assert_array_equal(np.asarray(load_rgb(files[0])), np.rot90(upright, -1))
+    random_image(0, 50, 30).save(tmp_path / "turned.jpg", exif=exif)
+    random_image(0, 50, 30).save(tmp_path / "upright.jpg")
+    upright = np.asarray(Image.open(tmp_path / "upright.jpg"))
+    np.testing.assert_array_equal(np.asarray(load_rgb(tmp_path / "turned.jpg")), np.rot90(upright, -1))
 
 
 @pytest.mark.parametrize("turn", [2, 3, 6])
@@ -100,14 +98,14 @@ ODD_FILES = {
 
 
 @pytest.mark.parametrize("kind", ODD_FILES)
-def test_what_lies_beside_the_pixels_does_not_matter(kind):
+def test_what_lies_beside_the_pixels_does_not_matter(tmp_path, kind):
     image_format, options = ODD_FILES[kind]
-    file = io.BytesIO()
+    file = tmp_path / "image"
     random_image().save(file, image_format, **options)
     np.testing.assert_array_equal(np.asarray(load_rgb(file)), np.asarray(random_image()))
 
 
-def grey_tiff(values: list[int], bits: int, number_type: int = 1, black: int = 1) -> io.BytesIO:
+def write_grey(path: Path, values: list[int], bits: int, number_type: int = 1, black: int = 1) -> Path:
     """A TIFF file of one row. `black` 0: the value 0 is white."""
     digits = "".join(f"{value & (2**bits - 1):0{bits}b}" for value in values)
     packed = int(digits, 2).to_bytes(len(digits) // 8, "big")
@@ -116,20 +114,29 @@ def grey_tiff(values: list[int], bits: int, number_type: int = 1, black: int = 1
     entries = [(256, len(values)), (257, 1), (258, bits), (259, 1), (262, black), (273, 8), (277, 1), (278, 1)]
     entries += [(279, len(packed)), (339, number_type)]
     table = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", tag, 4, 1, n) for tag, n in entries)
-    return io.BytesIO(b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + table + bytes(4))
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + table + bytes(4))
+    return path
 
 
-def test_grey_values_are_scaled_as_a_viewer_does():
-    """16 bits, 12 bits, and 0 as white; but not where nothing says what is white."""
-    values = [0, 257, 25700, 65535]
-    assert np.asarray(load_rgb(grey_tiff(values, 16)))[0, :, 0].tolist() == [0, 1, 100, 255]
-    assert np.asarray(load_rgb(grey_tiff(values, 16, black=0)))[0, :, 0].tolist() == [255, 254, 155, 0]
-    assert np.asarray(load_rgb(grey_tiff([0, 1606, 2048, 4095], 12)))[0, :, 0].tolist() == [0, 100, 128, 255]
-    with_floats = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).random((40, 36), np.float32)).save(with_floats, "TIFF")
-    for file in (with_floats, grey_tiff([0, 2**31], 32), grey_tiff([-5, 500], 16, number_type=2)):
-        with pytest.raises(BadImage, match="grey values have no defined black and white; save it as 8 or 16 bits"):
-            load_rgb(file)
+WHITE_IS_LARGE = ([0, 257, 25700, 65535], 16)
+GREY = {  # -> values, bits and more of a TIFF file, and what they become
+    "16 bits": (WHITE_IS_LARGE, [0, 1, 100, 255]),
+    "0 is white": ((*WHITE_IS_LARGE, 1, 0), [255, 254, 155, 0]),
+    "12 bits": (([0, 1606, 2048, 4095], 12), [0, 100, 128, 255]),
+    "32 bits": (([0, 2**31], 32), None),  # nothing says what is white
+    "signed": (([-5, 500], 16, 2), None),
+}
+
+
+@pytest.mark.parametrize("kind", GREY)
+def test_grey_values_are_scaled_as_a_viewer_does(tmp_path, kind):
+    options, expected = GREY[kind]
+    path = write_grey(tmp_path / "grey.tif", *options)
+    if expected is not None:
+        assert np.asarray(load_rgb(path))[0, :, 0].tolist() == expected
+    else:
+        with pytest.raises(BadImage, match=r"grey\.tif: .* grey values have no defined black and white; save it as 8"):
+            load_rgb(path)
 
 
 @pytest.mark.parametrize("suffix", [".avif", ".jfif", ".jpe", ".heic", ".HEIF"])
@@ -224,6 +231,10 @@ BAD_IMAGES = {
     "200 megapixels": (
         lambda path: Image.new("1", (20000, 10000)).save(path, "PNG"),
         "over 89 megapixels: save it smaller",
+    ),
+    "floats": (
+        lambda path: Image.new("F", (40, 36)).save(path, "TIFF"),
+        "floating-point grey values have no defined black and white; save it as 8 or 16 bits",
     ),
     "thin": (
         lambda path: random_image(0, 1, 16_000).save(path),
