@@ -242,16 +242,16 @@ def load_ensemble(
     embedding: str = "logits",
     num_members: int | None = None,
 ) -> Ensemble:
-    """Load the first finished members of a run folder (`results/...`), ready to embed images in float32.
+    """Load the first members of a run folder (`results/...`), ready to embed images in float32.
 
-    `num_members` None: all of them. Raises InputError if the folder is no run, has too few finished members, or a file
-    does not match its checksum.
+    `num_members` None: up to the first that is missing, as in every score. Raises InputError if the folder is no run,
+    has too few finished members, or a file does not match its checksum.
     """
     if embedding not in EMBEDDINGS:
         raise ValueError(f"embedding has to be one of {', '.join(EMBEDDINGS)}, not {embedding!r}")
     run_folder = Path(run_folder)
     record = read_run_record(run_folder)
-    finished = member_numbers(run_folder)
+    finished = [member for place, member in enumerate(member_numbers(run_folder), 1) if member == place]
     if len(finished) < (num_members or 1):
         raise InputError(f"{run_folder} has {counted(len(finished), 'finished member')}, not {num_members or 1}")
     members = Members(run_folder, record.settings_hash, needed=(WEIGHTS,))

@@ -46,8 +46,8 @@ class Progress:
     def end_of_epoch(self, state: dict) -> None:
         """Write the state if it is time to. If the disk is full, warn and keep the earlier file."""
         started = time.monotonic()
-        is_new = started - self.last_write < max(self.interval, 20 * self.write_seconds)
-        if is_new and self.interval > 0:
+        is_recent = started - self.last_write < max(self.interval, 20 * self.write_seconds)
+        if is_recent and self.interval > 0:
             return
         buffer = io.BytesIO()  # torch.save would report a full disk as a RuntimeError
         torch.save({"owner": self.owner, **state}, buffer)

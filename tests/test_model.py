@@ -17,7 +17,7 @@ from dreml.cache import read_cache
 from dreml.cli import InputError
 from dreml.files import read_record
 from dreml.images import ImageSpec
-from dreml.runs import MemberRecord, read_run_record
+from dreml.runs import MemberRecord, read_run, read_run_record
 from model import (
     Compute,
     Ensemble,
@@ -197,6 +197,14 @@ def test_folders_without_the_members_asked_for_are_refused(tiny_run, tmp_path):
         load_ensemble(tmp_path)
     with pytest.raises(ValueError, match="one of logits, pooled, not 'Pooled'"):
         load_ensemble(tiny_run, embedding="Pooled")
+
+
+def test_members_after_one_that_is_missing_are_not_loaded(tiny_run, tmp_path):
+    """Scores are of the same members."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    shutil.copy(tmp_path / "run" / "member_002.json", tmp_path / "run" / "member_003.json")
+    (tmp_path / "run" / "member_002.json").unlink()
+    assert len(load_ensemble(tmp_path / "run").members) == read_run(tmp_path / "run").num_members == 1
 
 
 def test_a_damaged_member_is_named(tiny_run, tmp_path):
