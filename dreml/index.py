@@ -160,7 +160,7 @@ class PhotoIndex:
         """Wait until no other process changes the index, and keep others from it."""
         lock = take_lock(self.place / ".lock", timeout=0)
         if lock is None:
-            print(f"another process works on {self.place}: waiting for it (it can be searched as it is)")
+            print(f"another process works on {self.place}: waiting for it (a search without refresh does not wait)")
             lock = take_lock(self.place / ".lock")
         return lock
 

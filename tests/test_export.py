@@ -17,7 +17,6 @@ from torch import nn
 
 import export
 import model
-from dreml.cache import read_cache
 from dreml.cli import RunError
 from dreml.images import ImageSpec, read_pixels
 from dreml.index import model_checksum
@@ -176,23 +175,16 @@ def test_an_export_embeds_photos_as_the_run_did(exported, small_run, tiny_data):
     """Executed from model.json, as a program does that has nothing of ours."""
     saved = [np.load(small_run / f"member_00{member}.npy") for member in (1, 2)]
     expected = np.hstack([rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in saved]) / 2**0.5
-    names = {}
-    exec(json.loads((exported / "model.json").read_text())["code"], names)
-    files = [tiny_data / "tiny" / path for path in read_run(small_run).test.path[:5]]
-    images = np.stack([names["preprocess"](file) for file in files])
-    members = names["load"](exported)
-    np.testing.assert_allclose(names["embed"](members, images), expected[:5], atol=1e-5)
-    images = read_cache(tiny_data, "tiny", ImageSpec(32)).array("test_images")
-    np.testing.assert_allclose(names["embed"](members, images), expected, atol=1e-5)
-    assert sorted(path.name for path in exported.iterdir()) == ["member_001.onnx", "member_002.onnx", "model.json"]
-
-
-def test_its_description(exported, small_run):
     found = json.loads((exported / "model.json").read_text())
+    names = {}
+    exec(found["code"], names)
+    files = [tiny_data / "tiny" / path for path in read_run(small_run).test.path]
+    images = np.stack([names["preprocess"](file) for file in files])
+    np.testing.assert_allclose(names["embed"](names["load"](exported), images), expected, atol=1e-5)
+    assert sorted(path.name for path in exported.iterdir()) == ["member_001.onnx", "member_002.onnx", "model.json"]
     assert found["model"] == model_checksum(read_run(small_run), "logits")
     assert found["source"] == f"{small_run.name}, 2 members, logits"
     assert (found["image_size"], found["resize"], found["members"], found["d"]) == (32, "crop", 2, 6)
-    assert found["code"] == export.python_code(ImageSpec(32), 2)
     recall = float((small_run / "recall.csv").read_text().splitlines()[2].split(",")[1])
     checked = found["checked"]
     assert checked["images"] == "18 test images" and 0 <= checked["1 - cosine"] < 1e-6
@@ -221,14 +213,13 @@ def test_fewer_members_pooled_and_without_the_data(networks, small_pooled_run, t
     target = tmp_path / "a" / "model"
     options = ["--num_members", "1", "--embedding", "pooled", "--data_path", tmp_path]
     call(small_pooled_run, *options, "--output", target)
-    images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
+    images = torch.from_numpy(random_images(2))
     expected = load_ensemble(small_pooled_run, embedding="pooled", num_members=1)(images)
     assert torch.equal(networks[0](images), expected) and (target / "member_001.onnx").read_text() == "32"
-    found, output = json.loads((target / "model.json").read_text()), capsys.readouterr().out
+    found = json.loads((target / "model.json").read_text())
     assert found["d"] == 16 and found["source"].endswith(", 1 members, pooled")
     assert found["checked"] == {"images": "32 drawn images", "1 - cosine": pytest.approx(0, abs=1e-9)}
-    assert re.search("^note: compared on drawn images, not on test images: .*tiny: no such folder", output)
-    assert f"{target}/: member_001.onnx … model.json (0.0 MB); 16 numbers an image\n" in output
+    assert "note: compared on drawn images, not on test images: " in capsys.readouterr().out
 
 
 def test_where_an_export_goes_and_what_it_replaces(
@@ -236,26 +227,24 @@ def test_where_an_export_goes_and_what_it_replaces(
 ):
     """A folder of its own for each embedding and size; it appears when all is done, and replaces an export only."""
     run = shutil.copytree(small_pooled_run, tmp_path / "run")
-    for options, name in (([], "export_L2"), (["--embedding", "pooled", "--num_members", "1"], "export_L1_pooled")):
-        for _ in range(2):
-            networks.clear()
-            call(run, "--data_path", tiny_data, *options)
-            assert (run / name / "model.json").exists()
+    for options in ([], ["--embedding", "pooled", "--num_members", "1"], []):
+        networks.clear()
+        call(run, "--data_path", tiny_data, *options)
     before = (run / "export_L2" / "model.json").read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(export, "check", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            call(run, "--data_path", tiny_data)
+    monkeypatch.setattr(export, "check", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(run, "--data_path", tiny_data)
     assert sorted(path.name for path in run.glob("*export*")) == ["export_L1_pooled", "export_L2"]
     assert (run / "export_L2" / "model.json").read_bytes() == before
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("mine")
-    line = refused(capsys, export, run, "--data_path", tiny_data, "--output", tmp_path / "mine" / "notes.txt" / "new")
+    file = tmp_path / "mine" / "notes.txt"
+    file.write_text("mine")
+    line = refused(capsys, export, run, "--output", file / "new")
     assert "; --output names another folder" in line
-    for other in (tmp_path / "mine", tmp_path / "mine" / "notes.txt"):
-        line = refused(capsys, export, run, "--data_path", tiny_data, "--output", other)
+    for other in (tmp_path / "mine", file):
+        line = refused(capsys, export, run, "--output", other)
         assert f"{other} is there and is no export: --output names another folder" in line
-    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    assert file.read_text() == "mine"
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -8,7 +8,7 @@ import time
 
 import pandas as pd
 import pytest
-from builders import PHOTO_NAMES, ColorEnsemble, embed_files, index_rows, refused, save_colors, save_image
+from builders import PHOTO_NAMES, embed_files, index_rows, refused, save_colors, save_image
 from faults import check_index_kills
 from PIL import Image
 from reference import mean_cosines
@@ -38,8 +38,7 @@ def test_a_folder_is_embedded_once(indexed, capsys):
     assert indexed.ensemble.batches == [10, 10, 10, 10, 8]
     indexed.check()
     assert "48 of 48 photos embedded, 0 removed" in capsys.readouterr().out
-    indexed.index().refresh(lambda images: pytest.fail("nothing is to be embedded"), ImageSpec(8))
-    assert "0 of 48 photos embedded, 0 removed" in capsys.readouterr().out
+    assert indexed.refresh() == 0 and len(indexed.ensemble.batches) == 5
 
 
 def test_only_new_and_changed_photos_are_embedded(indexed, capsys):
@@ -88,66 +87,41 @@ def test_bad_files_are_skipped_and_named(indexed, capsys):
     assert indexed.refresh() == 0 and not {"ant/00.png", "bee/00.png"} & index_rows(indexed.place).keys()
 
 
-def test_a_photo_that_changes_while_it_is_read_is_embedded_again(indexed, monkeypatch):
-    read, target = index_module.read_pixels, indexed.photos / PHOTO_NAMES[5]
-
-    def changing(file, spec):
-        pixels = read(file, spec)
-        if file == target:
-            save_image(target, 9)
-        return pixels
-
-    monkeypatch.setattr(index_module, "read_pixels", changing)
-    indexed.refresh()
-    monkeypatch.setattr(index_module, "read_pixels", read)
-    assert indexed.refresh() == 1
-    indexed.check()
-
-
 def test_a_refresh_that_is_cut_off_goes_on(indexed, monkeypatch):
-    """After every number of batches; bad, changed and removed photos among them. The stored ones are not made again."""
-    (indexed.photos / "ant" / "bad.jpg").write_text("no image")
-    indexed.refresh()
+    """The index can be searched as it is. The stored batches are not made again."""
     store = PhotoIndex.store
-    for kept in range(3):
-        names = [f"{place}/{kept}new{number}.png" for place in ("ant", "dog") for number in range(9)]
-        save_colors(indexed.photos, names, seed=3 * kept + 1)
-        save_colors(indexed.photos, ["bee/00.png", "bee/01.png"], seed=3 * kept + 2)
-        (indexed.photos / "cat" / f"0{kept}.png").unlink()
-        calls = []
+    calls = []
 
-        def cut(self, *arguments, calls=calls, kept=kept):
-            calls.append(1)
-            if len(calls) > kept:
-                raise KeyboardInterrupt
-            store(self, *arguments)
+    def store_twice(self, *arguments):
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        store(self, *arguments)
 
-        monkeypatch.setattr(PhotoIndex, "store", cut)
+    with monkeypatch.context() as patch:
+        patch.setattr(PhotoIndex, "store", store_twice)
         with pytest.raises(KeyboardInterrupt):
             indexed.refresh()
-        monkeypatch.setattr(PhotoIndex, "store", store)
-        paths, _ = indexed.index().read()  # searchable as it is, each photo once
-        assert len(paths) == len(set(paths))
-        assert indexed.refresh() == 20 - max(0, 10 * kept - 1)
-        indexed.check()
+    assert len(indexed.index().read()[0]) == 20
+    assert indexed.refresh() == 28
+    indexed.check()
 
 
 def test_two_at_once_share_the_index(indexed, capsys):
     """The second one waits, and finds everything done."""
-    ensembles, started = [ColorEnsemble(), ColorEnsemble()], threading.Event()
+    started = threading.Event()
 
     def embed_slowly(images):
         started.set()
         time.sleep(0.1)
-        return ensembles[0](images)
+        return indexed.ensemble(images)
 
     first = threading.Thread(target=lambda: indexed.index().refresh(embed_slowly, ImageSpec(8)))
     first.start()
     assert started.wait(10)
-    indexed.index().refresh(ensembles[1], ImageSpec(8))
+    assert indexed.refresh() == 0
     first.join()
-    assert [ensemble.num_embedded for ensemble in ensembles] == [48, 0]
-    assert "another process works on" in capsys.readouterr().out
+    assert sum(indexed.ensemble.batches) == 48 and "another process works on" in capsys.readouterr().out
     indexed.check()
 
 
@@ -255,18 +229,15 @@ def test_a_table_of_another_program_is_refused_and_not_to_be_deleted(indexed):
 def test_the_model_is_all_that_an_embedding_hangs_on(small_run, small_pooled_run, tmp_path, monkeypatch):
     """The run, its weights, how many members, which embedding, how pixels are read. Each has an index of its own."""
     run = read_run(small_run)
-    checksums = [
-        model_checksum(run, "logits"),
-        model_checksum(run, "pooled"),
-        model_checksum(read_run(small_run, 1), "logits"),
-    ]
+    checksums = [model_checksum(run, "logits"), model_checksum(run, "pooled")]
+    checksums.append(model_checksum(read_run(small_run, 1), "logits"))
     assert model_checksum(read_run(small_pooled_run), "logits") == checksums[0]
     (tmp_path / "photos").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "photos")
-    options = [{}, {"num_members": 1}, {"embedding": "pooled"}]
-    places = [Searcher(small_pooled_run, tmp_path / "photos", device="cpu", **each).index.place for each in options]
-    assert len(set(places)) == 3 and all(place.parent == small_pooled_run / "index" for place in places)
-    assert Searcher(small_pooled_run, tmp_path / "link", device="cpu").index.place == places[0]
+    searchers = [Searcher(small_pooled_run, tmp_path / name, device="cpu") for name in ("photos", "link")]
+    searchers.append(Searcher(small_pooled_run, tmp_path / "photos", device="cpu", embedding="pooled"))
+    places = [searcher.index.place for searcher in searchers]
+    assert places[0] == places[1] != places[2] and places[2].parent == small_pooled_run / "index"
     monkeypatch.setattr(index_module, "IMAGE_VERSION", 99)
     checksums.append(model_checksum(run, "logits"))
     run.members.records[2].sha256["member_002.safetensors"] = "0" * 64
@@ -319,30 +290,23 @@ def test_folders_without_photos(indexed):
 
 
 def test_the_command_line(small_run, tmp_path, capsys):
-    """Bad photos are named; the index alone is searched when the folder is gone."""
+    """The index alone is searched when the folder is gone."""
     photos, out = tmp_path / "photos", tmp_path / "out"
     for number in range(6):
         save_image(photos / "abc"[number % 3] / f"{number}.png", number)
-    (photos / "bad.png").write_text("no image")
-    query = [str(small_run), "--query", str(photos / "a" / "0.png"), "--top", "3", "--no_picture", "--output", str(out)]
-    kept = ["--gallery", str(photos), "--index", str(tmp_path / "index")]
-    assert retrieve.main([*query, *kept, "--export"]) == 0
-    printed = capsys.readouterr()
-    assert "6 of 7 photos embedded, 0 removed" in printed.out and "bad.png: unreadable" in printed.err
-    assert pd.read_csv(out / "embedding_gallery.csv").path.tolist() == [
-        str(path) for path in sorted(photos.rglob("[0-9]*"))
-    ]
-    (photos / "bad.png").unlink()
-    shutil.rmtree(photos / "a")
-    assert "missing image" in refused(capsys, retrieve, *query, *kept)
-    query[2] = "test:0"
-    assert retrieve.main([*query, *kept]) == 0
-    assert "0 of 4 photos embedded, 2 removed" in capsys.readouterr().out
+    query = [small_run, "--query", "test:0", "--top", "3", "--no_picture", "--output", out]
+    query = [*map(str, query), "--gallery", str(photos), "--index", str(tmp_path / "index")]
+    assert retrieve.main([*query, "--export"]) == 0
+    assert "6 of 6 photos embedded, 0 removed" in capsys.readouterr().out
+    files = [str(path) for path in sorted(photos.rglob("*.png"))]
+    assert pd.read_csv(out / "embedding_gallery.csv").path.tolist() == files
+    expected = (out / "neighbours.csv").read_text()
+    assert set(pd.read_csv(out / "neighbours.csv").path) < set(files)
     shutil.rmtree(photos)
-    never = [*query, *kept, "--refresh", "never"]
-    assert retrieve.main(never) == 0
-    assert len(pd.read_csv(out / "neighbours.csv")) == 3 and "embedded" not in capsys.readouterr().out
-    assert retrieve.main([*never, "--ann"]) == 0
+    assert "no such folder" in refused(capsys, retrieve, *query)
+    for options in (["--refresh", "never"], ["--refresh", "never", "--ann"]):
+        assert retrieve.main([*query, *options]) == 0
+        assert (out / "neighbours.csv").read_text() == expected and "embedded" not in capsys.readouterr().out
 
 
 def test_a_photo_from_the_year_2300(tmp_path):

@@ -1,7 +1,6 @@
 """search.py: the searcher, its queries and galleries, nearest neighbours."""
 
 import dataclasses
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -173,55 +172,43 @@ def test_which_neighbours_are_right(small_run, tiny_data, photos):
     """Classes are named by their folders' paths. A folder that is no class of the run says nothing of a test image."""
     test = pd.read_csv(small_run / "test.csv")
     name = test.class_name[0]
-    for number, folder in enumerate([name, f"{name}/more", "other/a", "other/b", "."]):
-        save_image(photos / folder / f"{number}.png", number)
+    folders = {"0.png": name, "1.png": f"{name}/more", "2.png": "other/a", "3.png": "other/b", "4.png": None}
+    for number, (file, folder) in enumerate(folders.items()):
+        save_image(photos / (folder or ".") / file, number)
     searcher = searcher_of(small_run, photos, data_path=tiny_data)
+    assert {each.file.name: each.class_name for each in searcher.find(0)} == folders
     queries = [0, photos / "other" / "a" / "2.png", tiny_data / "tiny" / test.path[20]]
-    right = [{os.path.basename(each.path): each.right for each in answer} for answer in searcher.find_many(queries)]
+    right = [{each.file.name: each.right for each in answer} for answer in searcher.find_many(queries)]
     assert right[0] == {"0.png": True, "1.png": None, "2.png": None, "3.png": None, "4.png": None}
     assert right[1] == {"0.png": False, "1.png": False, "3.png": False, "4.png": None}
     assert right[2] == {"0.png": False, "1.png": None, "2.png": None, "3.png": None, "4.png": None}
-    names = {os.path.basename(each.path): each.class_name for each in searcher.find(0)}
-    assert names == {"0.png": name, "1.png": f"{name}/more", "2.png": "other/a", "3.png": "other/b", "4.png": None}
     answers = Searcher(small_run, device="cpu").find_many([photos], top=36)
-    assert {os.path.basename(answer.query.name): {each.right for each in answer} for answer in answers} == {
-        "0.png": {True, False},
-        **{f"{number}.png": {None} for number in (1, 2, 3, 4)},
-    }
+    right = {answer.query.file.name: {each.right for each in answer} for answer in answers}
+    assert right == {file: {True, False} if file == "0.png" else {None} for file in folders}
 
 
-def test_a_query_from_a_part_of_the_gallery_has_the_class_that_it_has_there(small_run, photos):
-    """A folder of queries may lie higher or lower than the gallery: its folders' names are others."""
-    for number, folder in enumerate(["animals/cat", "animals/cat", "animals/dog"]):
-        save_image(photos / folder / f"{number}.png", number)
-    answers = searcher_of(small_run, photos).find_many([photos / "animals"], top=1)
-    assert [answer.query.class_name for answer in answers] == ["animals/cat", "animals/cat", "animals/dog"]
-    for answer, cats in zip(answers, (["1.png"], ["0.png"], []), strict=True):
-        for each in answer:
-            assert each.right == (each.file.name in cats)
-
-
-def test_a_query_folder_that_is_no_class_of_the_gallery_says_nothing(small_run, photos, tmp_path):
-    """Whether it is right is not known; one of the same name is a class."""
-    for number, path in enumerate(["photos/cat", "photos/dog", "new/2024", "new/cat"]):
+def test_the_class_of_a_query_from_a_folder(small_run, photos, tmp_path):
+    """A part of the gallery: the class that it has there. Else the folder, where that is a class of the gallery."""
+    for number, path in enumerate(["photos/pet/cat", "photos/pet/cat", "photos/dog", "new/2024", "new/dog"]):
         save_image(tmp_path / path / f"{number}.png", number)
-    answers = searcher_of(small_run, photos).find_many([tmp_path / "new"])
+    searcher = searcher_of(small_run, photos)
+    answers = searcher.find_many([photos / "pet", tmp_path / "new"])
+    assert [answer.query.class_name for answer in answers] == ["pet/cat", "pet/cat", "2024", "dog"]
     right = [{each.class_name: each.right for each in answer} for answer in answers]
-    assert right == [{"cat": None, "dog": None}, {"cat": True, "dog": False}]
+    assert right == 2 * [{"pet/cat": True, "dog": False}] + [
+        {"pet/cat": None, "dog": None},
+        {"pet/cat": False, "dog": True},
+    ]
 
 
-def test_below_the_threshold_nothing_is_found(small_run, tmp_path):
-    """The threshold itself passes; --far reads what evaluate.py wrote."""
+def test_below_the_threshold_nothing_is_found(small_run):
+    """The threshold itself passes; `far` reads what evaluate.py wrote."""
     searcher = Searcher(small_run, device="cpu")
     similarity = searcher.find(0, top=4).neighbours[2].similarity
     answer = searcher.find(0, top=4, threshold=similarity)
     assert [each.found for each in answer][2:] == [True, False] and answer.threshold == similarity
     with pytest.raises(InputError, match=r"far needs .*thresholds\.csv, which is missing"):
         searcher.find(0, far=0.1)
-    run = copy_run(small_run, tmp_path / "run")
-    columns = "ensemble_size,far,threshold,found,queries,gallery\n"
-    (run / "thresholds.csv").write_text(f"{columns}1,0.1,-0.5,9,36,36\n2,0.1,{similarity},9,36,36\n")
-    assert found(Searcher(run, device="cpu").find(0, top=4, far=0.1)) == found(answer)
 
 
 @pytest.mark.parametrize(

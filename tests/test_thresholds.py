@@ -29,16 +29,12 @@ def test_a_threshold_lets_its_share_through(far, tied):
 
 
 def test_no_threshold_where_fewer_than_ten_are_expected_above_it():
-    """Queries without an image of another class are none."""
+    """Queries without an image of another class are none. Of equal similarities, none passes."""
     values = torch.linspace(0, 1, 1000)
     assert threshold_at(values, 0.01) is not None and threshold_at(values[1:], 0.01) is None
     values[:1] = -torch.inf
     assert threshold_at(values, 0.01) is None
     assert threshold_at(torch.full((1000,), -torch.inf), 1.0) is None
-
-
-def test_of_equal_similarities_none_passes():
-    """A collapsed embedding finds nothing at any rate."""
     assert threshold_at(torch.ones(1000), 0.1) == pytest.approx(1.000001)
 
 
