@@ -48,8 +48,7 @@ def site(_small_runs, tiny_data, tmp_path_factory):
         searcher = Searcher(run, gallery=folder / "photos", device="cpu")
         searcher.data_path = tiny_data
         found = learned.Learned(searcher)
-        page = app.build_page(searcher, found, "tiny")
-        app.serve(page, "127.0.0.1", port)
+        page = app.open_page(searcher, found, "tiny", "127.0.0.1", port)
         yield SimpleNamespace(url=f"http://127.0.0.1:{port}", folder=folder, searcher=searcher, learned=found)
         page.close(verbose=False)
 
