@@ -97,8 +97,8 @@ def find(searcher: Searcher, learned: Learned, query: Query | None, top: int, fa
 # ------------------------------------------------------------------------------------------------ the page
 
 
-def build_page(searcher: Searcher, learned: Learned, title: str):
-    """The page, a `gradio.Blocks`."""
+def open_page(searcher: Searcher, learned: Learned, title: str, host: str, port: int):
+    """Start to serve the page, a `gradio.Blocks`: only Gradio's own files, and the pictures that it was given."""
     import gradio as gr
 
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -107,6 +107,22 @@ def build_page(searcher: Searcher, learned: Learned, title: str):
             fill_search_tab(searcher, learned)
         with gr.Tab("What the run has learned"):
             fill_learned_tab(searcher, learned)
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_file_size=MAX_UPLOAD,
+            footer_links=[],
+            css=STYLE,
+            run_history=False,
+            theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
+            head=POLICY,
+        )
+    except OSError as error:
+        raise InputError(f"cannot listen on {host}:{port} ({error}); --port takes another port") from None
     return page
 
 
@@ -188,28 +204,6 @@ def fill_learned_tab(searcher: Searcher, learned: Learned) -> None:
     plane.select(on_map, method, [point, caption])
 
 
-def serve(page, host: str, port: int) -> None:
-    """Start the server and return. Only Gradio's own files and the pictures it was given are served."""
-    import gradio as gr
-
-    try:
-        page.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            max_file_size=MAX_UPLOAD,
-            footer_links=[],
-            css=STYLE,
-            run_history=False,
-            theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
-            head=POLICY,
-        )
-    except OSError as error:
-        raise InputError(f"cannot listen on {host}:{port} ({error}); --port takes another port") from None
-
-
 def run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise InputError("the page needs: pip install gradio")
@@ -234,8 +228,7 @@ def run(args: argparse.Namespace) -> None:
     # 2. The page, until Ctrl-C
     run = searcher.run
     title = f"{run.name}: ensemble size {run.num_members}, {args.embedding}, {args.gallery or 'test images'}"
-    page = build_page(searcher, learned, title)
-    serve(page, args.host, args.port)
+    page = open_page(searcher, learned, title, args.host, args.port)
     print(f"the page is at http://{args.host}:{args.port}; Ctrl-C ends it")
     try:
         threading.Event().wait()

@@ -192,7 +192,11 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     runs = [read_run(folder, args.num_members) for folder in args.folders]
     groups = group_by_settings(runs)
-    targets = output_folders(runs, args.output)
+    targets = [args.output or one.folder for one in runs]
+    if args.output and len(runs) > 1:
+        targets = [args.output / one.name for one in runs]
+        if len(set(targets)) < len(targets):
+            raise InputError("two run folders have the same name: --output would mix their files; rename one")
     data_names = {one.settings.data_name for one in runs}
     ks = args.recalls or default_recalls(data_names.pop() if len(data_names) == 1 else "")
     for one in runs:
@@ -233,18 +237,6 @@ def run(args: argparse.Namespace) -> None:
     with writable(args.output, "--output"):
         write_csv(args.output / f"comparison{suffix}.csv", table, float_format="%.4f")
     print(f"{args.output}/: comparison{suffix}.csv")
-
-
-def output_folders(runs: list[Run], output: Path | None) -> list[Path]:
-    """Folder for each run's files: its own, or `output`, or, for several runs, its subfolder of `output`."""
-    if output is None:
-        return [run.folder for run in runs]
-    if len(runs) == 1:
-        return [output]
-    folders = [output / run.name for run in runs]
-    if len(set(folders)) < len(folders):
-        raise InputError("two run folders have the same name: --output would mix their files; rename one")
-    return folders
 
 
 def write_scores(run: Run, scores: dict[str, pd.DataFrame], folder: Path, suffix: str, plot: bool) -> None:

@@ -1,6 +1,5 @@
 """app.py: the page in a real browser, what its server gives away, several people at once."""
 
-import functools
 import importlib.util
 import json
 import os
@@ -36,12 +35,15 @@ def free_port() -> int:
 def site(_small_runs, tiny_data, tmp_path_factory):
     """The page of `small_run` with a gallery of the tiny test photos, whose folder has a link out of it."""
     pytest.importorskip("lancedb", reason="LanceDB is an extra: pip install lancedb")
+    import httpx
+
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(tiny_data / "tiny" / "test", folder / "photos")
     save_image(folder / "secret.png", 77)
     (folder / "secret.txt").write_text("the secret")
     (folder / "photos" / "link.txt").symlink_to(folder / "secret.txt")
     port = free_port()
+    url = f"http://127.0.0.1:{port}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "build_model", build_small_model)
         patch.setattr(thresholds, "FEWEST_ABOVE", 1)
@@ -49,28 +51,19 @@ def site(_small_runs, tiny_data, tmp_path_factory):
         searcher = Searcher(run, gallery=folder / "photos", device="cpu")
         searcher.data_path = tiny_data
         found = learned.Learned(searcher)
-        page = app.build_page(searcher, found, "tiny")
-        app.serve(page, "127.0.0.1", port)
-        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", folder=folder, searcher=searcher, learned=found)
+        page = app.open_page(searcher, found, "tiny", "127.0.0.1", port)
+        client = httpx.Client(base_url=url, timeout=60)
+        functions = {each["api_name"]: each["id"] for each in client.get("/config").json()["dependencies"]}
+        page_parts = {"searcher": searcher, "learned": found, "folder": folder}
+        yield SimpleNamespace(url=url, client=client, functions=functions, **page_parts)
         page.close(verbose=False)
 
 
-@functools.cache
-def config(url: str) -> dict:
-    """What the page consists of."""
-    import httpx
-
-    return httpx.get(f"{url}/config").json()
-
-
-def call_function(url: str, name: str, data: list, session: str = "somebody", event: dict | None = None) -> dict:
+def call_function(site, name: str, data: list, session: str = "somebody", event: dict | None = None) -> dict:
     """What the page does when somebody acts: asks for a function, and waits for its last message."""
-    import httpx
-
-    (number,) = (each["id"] for each in config(url)["dependencies"] if each["api_name"] == name)
-    body = {"data": data, "fn_index": number, "session_hash": session, "event_data": event}
-    assert httpx.post(f"{url}/gradio_api/queue/join", json=body, timeout=60).status_code == 200
-    with httpx.stream("GET", f"{url}/gradio_api/queue/data?session_hash={session}", timeout=60) as lines:
+    body = {"data": data, "fn_index": site.functions[name], "session_hash": session, "event_data": event}
+    assert site.client.post("/gradio_api/queue/join", json=body).status_code == 200
+    with site.client.stream("GET", f"/gradio_api/queue/data?session_hash={session}") as lines:
         for line in lines.iter_lines():
             message = json.loads(line.removeprefix("data:")) if line else {}
             if message.get("msg") == "process_completed":
@@ -78,26 +71,24 @@ def call_function(url: str, name: str, data: list, session: str = "somebody", ev
     raise AssertionError("no answer")
 
 
-def upload(url: str, file: Path):
-    import httpx
-
-    return httpx.post(f"{url}/gradio_api/upload", files={"files": (file.name, file.read_bytes())}, timeout=60)
+def upload(site, file: Path):
+    return site.client.post("/gradio_api/upload", files={"files": (file.name, file.read_bytes())})
 
 
-def drop(url: str, photo: dict) -> tuple[list[str], str]:
+def drop(site, photo: dict) -> tuple[list[str], str]:
     """The captions and the sentence for a photo that is dropped, which is then the query."""
     session = f"session{np.random.default_rng().integers(10**9)}"
-    call_function(url, "dropped", [photo], session)
-    message = call_function(url, "search", [None, 4, 1], session)
+    call_function(site, "dropped", [photo], session)
+    message = call_function(site, "search", [None, 4, 1], session)
     assert message["success"], message
     grid, text, _ = message["output"]["data"]
     return [each["caption"] for each in grid], text
 
 
-def drop_file(url: str, file: Path) -> tuple[list[str], str]:
+def drop_file(site, file: Path) -> tuple[list[str], str]:
     """As `drop`, for a photo that is uploaded first."""
-    (path,) = upload(url, file).json()
-    return drop(url, {"path": path, "orig_name": file.name, "meta": {"_type": "gradio.FileData"}})
+    (path,) = upload(site, file).json()
+    return drop(site, {"path": path, "orig_name": file.name, "meta": {"_type": "gradio.FileData"}})
 
 
 @needs_gradio
@@ -108,7 +99,7 @@ def test_eight_people_at_once_get_their_own_answers(site, tmp_path):
         save_image(file, 100 + number)
     expected = [[each.similarity for each in site.searcher.find(file, top=4)] for file in files]
     with ThreadPoolExecutor(8) as people:
-        answers = list(people.map(lambda file: drop_file(site.url, file), files * 2))
+        answers = list(people.map(lambda file: drop_file(site, file), files * 2))
     for (captions, _), similarities in zip(answers, expected * 2, strict=True):
         assert [float(caption.split()[-2]) for caption in captions] == pytest.approx(similarities, abs=6e-4)
 
@@ -118,19 +109,16 @@ def test_bad_photos_are_answered_with_one_sentence(site, tmp_path):
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
     (tmp_path / "words.png").write_text("no picture")
     for name in ("torn.jpg", "words.png"):
-        captions, text = drop_file(site.url, tmp_path / name)
+        captions, text = drop_file(site, tmp_path / name)
         assert captions == [] and "the photo: unreadable" in text and "\n" not in text and "/" not in text
-    assert not call_function(site.url, "picked", [36])["success"]
+    assert not call_function(site, "picked", [36])["success"]
     (tmp_path / "large.png").write_bytes(bytes(21_000_000))
-    assert upload(site.url, tmp_path / "large.png").status_code == 413
+    assert upload(site, tmp_path / "large.png").status_code == 413
 
 
 @needs_gradio
 def test_no_other_file_is_served(site):
     """By its path in any spelling, as the query of a forged call, or as a neighbour that was never shown."""
-    import httpx
-
-    client = httpx.Client(timeout=60)
     asked = 0
     inside = site.folder / "photos"
     for secret in (site.folder / "secret.txt", inside / "link.txt", site.folder / "secret.png", Path("/etc/passwd")):
@@ -146,7 +134,7 @@ def test_no_other_file_is_served(site):
         ]
         for way in ways:
             for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/"):
-                answer = client.get(site.url + route + way)
+                answer = site.client.get(site.url + route + way)
                 assert content not in answer.content, answer.url
                 asked += 1
     assert asked >= 50
@@ -155,11 +143,11 @@ def test_no_other_file_is_served(site):
     forged += [{"path": path} for path in (secret, str(site.folder), "/", "test:3")]  # without saying: it is a file
     forged += [{"path": None, "url": f"file://{secret}", "meta": {"_type": "gradio.FileData"}}]
     for photo in forged:
-        assert drop(site.url, photo) == ([], app.NO_QUERY)
+        assert drop(site, photo) == ([], app.NO_QUERY)
     event = {"index": 0, "value": None, "_data": {"index": 0, "value": None}}
-    assert not call_function(site.url, "clicked", [[secret]], event=event)["success"]
-    call_function(site.url, "search", [secret, 4, 1], "thief")
-    assert call_function(site.url, "search", [secret, 4, 1], "thief")["output"]["data"][1] == app.NO_QUERY
+    assert not call_function(site, "clicked", [[secret]], event=event)["success"]
+    call_function(site, "search", [secret, 4, 1], "thief")
+    assert call_function(site, "search", [secret, 4, 1], "thief")["output"]["data"][1] == app.NO_QUERY
 
 
 @needs_gradio
@@ -217,7 +205,7 @@ def test_the_page_in_a_browser(site, tmp_path):
         playwright.expect(page.locator("#point_text")).to_contain_text("test image 7:")
         if os.environ.get("SCREENSHOTS"):
             page.screenshot(path=os.environ["SCREENSHOTS"] + "/app_test.png", full_page=True)
-        assert elsewhere and all(url.startswith((site.url, "data:", "blob:")) for url in elsewhere)
+        assert elsewhere and all(each.startswith((site.url, "data:", "blob:")) for each in elsewhere)
         with page.expect_event("requestfailed") as refusal:
             page.evaluate("document.body.append(Object.assign(new Image(), {src: 'http://localhost:1/image.png'}))")
         assert refusal.value.failure == "csp"

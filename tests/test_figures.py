@@ -37,7 +37,7 @@ from dreml.images import ImageSpec
 from dreml.runs import read_run
 from dreml.search import Answer, Item, Neighbour
 
-GREEN, RED, GREY, WHITE = "#1a9641", "#d7191c", "#999999", "#ffffff"
+GREEN, RED, GREY, WHITE = (26, 150, 65), (215, 25, 28), (153, 153, 153), (255, 255, 255)
 
 # ------------------------------------------------------------------------------------------------ matplotlib
 
@@ -177,95 +177,53 @@ def inside(picture: np.ndarray, row: int, column: int) -> np.ndarray:
     return picture[top + 5 : top + 145, left + 5 : left + 145].mean((0, 1))
 
 
-def frame(picture: np.ndarray, row: int, column: int) -> np.ndarray:
-    """The pixels just around an image in the picture, `(n, 3)`."""
-    left, top = (round(DPI * inches) for inches in tile_corner(row, column))
+def frame_shares(picture: np.ndarray, column: int) -> list[float]:
+    """How many of the pixels around an image of the first row are green, red, grey, white, each 0 to 1."""
+    left, top = (round(DPI * inches) for inches in tile_corner(0, column))
     sides = [picture[y, left : left + 150] for y in (top - 3, top + 152)]
     sides += [picture[top : top + 150, x] for x in (left - 3, left + 152)]
-    return np.concatenate(sides).astype(int)
+    pixels = np.concatenate(sides).astype(int)
+    return [float((abs(pixels - color).max(1) < 60).mean()) for color in (GREEN, RED, GREY, WHITE)]
 
 
-def share(pixels: np.ndarray, color: str) -> float:
-    """How many of the pixels have about this colour."""
-    wanted = [int(color[place : place + 2], 16) for place in (1, 3, 5)]
-    return float((abs(pixels - wanted).max(1) < 60).mean())
-
-
-def answer(query: Item, items: list[Item], similarities: list[float], threshold: float | None = None) -> Answer:
-    """The answer that these items are, right where they are of the query's class."""
-    neighbours = []
-    for item, similarity in zip(items, similarities, strict=True):
-        right = None if None in (query.class_name, item.class_name) else query.class_name == item.class_name
-        neighbours.append(Neighbour(*item[1:5], similarity, right, threshold is None or similarity >= threshold))
-    return Answer(query, neighbours, threshold)
-
-
-@pytest.fixture
-def colored(tiny_run, tmp_path, monkeypatch) -> SimpleNamespace:
-    """A run whose test images have a colour each: `items`, and `draw`, which returns a picture and its texts."""
+def test_the_picture(tiny_run, tmp_path, monkeypatch):
+    """Images, frames and captions: right, wrong, of a class that is not known, not found. A second query below."""
     run = read_run(write_colored_run(tmp_path, tiny_run, random_embeddings(3)))
     folder = tmp_path / "data" / "colors"
-    columns = zip(run.test.path, run.test.class_name, strict=True)
-    items = [Item(path, path, class_name, folder / path, row) for row, (path, class_name) in enumerate(columns)]
+
+    def found(row: int, name: str | None, similarity: float, right: bool | None) -> Neighbour:
+        return Neighbour(f"{row}.png", name, folder / f"{row}.png", row, similarity, right, similarity >= 0.4)
+
+    neighbours = [found(1, "ant", 0.9876, True), found(7, "bee", 0.5, False), found(2, None, 0.45, None)]
+    neighbours += [found(3, "ant", 0.3, True), found(9, "bee", -0.25, False)]
+    queries = [Item("test:0", "0.png", "ant", folder / "0.png", 0), Item("x/8.png", "8.png", None, folder / "8.png")]
+    answers = [Answer(queries[0], neighbours, 0.4), Answer(queries[1], neighbours[:1], 0.4)]
     texts = []
 
     def save(figure, *arguments):
         texts.extend(text.get_text() for text in figure.axes[0].texts)
         save_figure(figure, *arguments)
 
-    def draw(*answers: Answer) -> tuple[np.ndarray, list[str]]:
-        draw_neighbours(list(answers), SimpleNamespace(run=run, data_path=tmp_path / "data"), "cosine", tmp_path, "x")
-        return read(tmp_path / "x.png"), texts
-
     monkeypatch.setattr(figures, "save_figure", save)
-    return SimpleNamespace(items=items, draw=draw)
-
-
-def test_the_picture(colored):
-    """Two queries: the images in their places, a whole green frame for right ones, a dashed red one for wrong ones."""
-    rows = [[0, 1, 7, 2, 9, 3], [7, 8, 0, 1, 9, 11]]
-    answers = [answer(colored.items[query], [colored.items[row] for row in near], [0.5] * 5) for query, *near in rows]
-    picture, _ = colored.draw(*answers)
-    for row, each in enumerate(answers):
-        np.testing.assert_allclose(inside(picture, row, 0), IMAGE_COLORS[each.query.row], atol=3)
-        assert {neighbour.right for neighbour in each} == {True, False}
-        for column, neighbour in enumerate(each, 1):
-            np.testing.assert_allclose(inside(picture, row, column), IMAGE_COLORS[neighbour.row], atol=3)
-            pixels = frame(picture, row, column)
-            if neighbour.right:
-                assert share(pixels, GREEN) > 0.98
-            else:
-                assert 0.5 < share(pixels, RED) < 0.8 and 0.15 < share(pixels, WHITE) < 0.45
-
-
-def test_below_the_threshold_a_neighbour_is_faded_and_grey(colored):
-    """Whether it is right or wrong; a line says so."""
-    picture, texts = colored.draw(
-        answer(colored.items[0], [colored.items[row] for row in (1, 2, 7)], [0.5, 0.4, 0.3], 0.5)
+    draw_neighbours(answers, SimpleNamespace(run=run, data_path=tmp_path / "data"), "cosine", tmp_path, "x")
+    picture = read(tmp_path / "x.png")
+    for place, row in (((0, 0), 0), ((0, 1), 1), ((0, 2), 7), ((0, 3), 2), ((1, 0), 8), ((1, 1), 1)):
+        np.testing.assert_allclose(inside(picture, *place), IMAGE_COLORS[row], atol=3)
+    for place, row in (((0, 4), 3), ((0, 5), 9)):  # faded
+        np.testing.assert_allclose(inside(picture, *place), 255 - 0.35 * (255.0 - IMAGE_COLORS[row]), atol=3)
+    assert frame_shares(picture, 1)[0] > 0.98
+    _, red, _, white = frame_shares(picture, 2)
+    assert 0.5 < red < 0.8 and 0.15 < white < 0.45  # dashed
+    for column in (3, 4, 5):
+        green, red, grey, white = frame_shares(picture, column)
+        assert green == red == 0 and grey > 0.2 and (white > 0.3) == (column > 3)  # not found: dotted
+    lines = ["1   ✓   0.988\nant", "2   ✗   0.500\nbee", "3   –   0.450\n2.png"]
+    lines += ["4   not found   0.300\nant", "5   not found   -0.250\nbee", "8.png\n", "1   ✓   0.988\nant"]
+    assert texts[:-1] == ["test:0\nant", *lines]
+    meanings = (
+        "green ✓: the query's class, dashed red ✗: another class, grey –: class not known, dotted grey: not found"
     )
-    assert share(frame(picture, 0, 1), GREEN) > 0.98
-    np.testing.assert_allclose(inside(picture, 0, 1), IMAGE_COLORS[1], atol=3)
-    for column, row in ((2, 2), (3, 7)):
-        pixels = frame(picture, 0, column)
-        assert share(pixels, GREEN) == share(pixels, RED) == 0 and share(pixels, WHITE) > 0.3
-        np.testing.assert_allclose(inside(picture, 0, column), 255 - 0.35 * (255.0 - IMAGE_COLORS[row]), atol=3)
-    lines = [text.split("\n")[0] for text in texts[1:-1]]
-    assert lines == ["1   ✓   0.500", "2   not found   0.400", "3   not found   0.300"]
-    assert texts[-1].replace("\n", " ").endswith(", dotted grey: not found, below 0.500; cosine")
-
-
-def test_captions_and_a_class_that_is_not_known(colored):
-    """Rank, mark and similarity, then the class, or the file where there is none."""
-    names = ("ant", "bee", None)
-    others = [colored.items[row]._replace(class_name=name) for row, name in enumerate(names)]
-    query = colored.items[3]._replace(name="test:3", class_name="ant")
-    picture, texts = colored.draw(answer(query, others, [0.9876, 0.5, -0.25]))
-    assert texts[:-1] == ["test:3\nant", "1   ✓   0.988\nant", "2   ✗   0.500\nbee", "3   –   -0.250\n2.png"]
-    assert texts[-1].replace("\n", " ") == (
-        "green ✓: the query's class, dashed red ✗: another class, grey –: class not known; cosine"
-    )
-    pixels = frame(picture, 0, 3)
-    assert share(pixels, GREEN) == share(pixels, RED) == 0 and share(pixels, GREY) > 0.3
+    assert texts[-1].replace("\n", " ") == f"{meanings}, below 0.400; cosine"
 
 
 def test_a_long_name_is_cut_in_its_middle():

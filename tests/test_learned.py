@@ -1,45 +1,28 @@
-"""What a run has learned: errors, classes, confusions and near copies by hand; the map."""
-
-import collections
+"""What a run has learned: captions of errors and confusions, near copies, the map."""
 
 import numpy as np
-import pytest
 import torch
 from builders import random_embeddings, random_image, write_run
 
 from dreml import learned
-from dreml.confusions import class_table
+from dreml.confusions import confusion_table
 from dreml.learned import Learned
-from dreml.runs import read_run
 from dreml.search import Searcher
 
 
-def test_errors_classes_and_confusions_by_hand(small_run, tmp_path):
-    """Against every similarity of the test images, one by one."""
-    run = read_run(write_run(tmp_path / "run", small_run, random_embeddings(3)))
-    members = [rows / rows.norm(dim=1, keepdim=True) for rows in run.embeddings("logits", torch.device("cpu"))]
-    rows = torch.cat(members, 1) / 2**0.5
-    searcher = Searcher(run.folder, device="cpu")
+def test_captions_of_errors_and_confusions(small_run, tmp_path):
+    """They are those of the tables, which test_confusions.py compares with the similarities."""
+    searcher = Searcher(write_run(tmp_path / "run", small_run, random_embeddings(3)), device="cpu")
     found = Learned(searcher)
-    labels = run.test.label.to_numpy()
-    similarities = (rows @ rows.T).numpy()
-    np.fill_diagonal(similarities, -2)
-    first = similarities.argmax(1)
-    wrong = [row for row in range(len(rows)) if labels[row] != labels[first[row]]]
-    wrong.sort(key=lambda row: -similarities[row, first[row]])
-    assert searcher.confident_errors.row.tolist() == wrong
-    assert searcher.confident_errors.neighbour.tolist() == first[wrong].tolist()
-    names = run.test.class_name.to_numpy()
-    shares = {name: 100 * np.mean(labels[first[names == name]] == labels[names == name]) for name in set(names)}
-    table = class_table(searcher.test_queries)
-    assert dict(zip(table.class_name, table["R@1"], strict=True)) == pytest.approx(shares)
-    assert table["R@1"].is_monotonic_increasing and table.queries.sum() == len(rows)
-    times = collections.Counter(f"{names[row]} → {names[first[row]]}" for row in wrong)
-    captions = [caption.removesuffix(" times").split("   ") for _, caption in found.confusions()]
-    assert {names: int(number) for names, number in captions} == times
-    assert int(captions[0][1]) == max(times.values())
-    picture = found.pairs(searcher.confident_errors)[0]
-    assert picture[1] == f"{names[wrong[0]]} | {names[first[wrong[0]]]}   {similarities[wrong[0]].max():.3f}"
+    worst = searcher.confident_errors.iloc[0]
+    picture, caption = found.pairs(searcher.confident_errors)[0]
+    assert caption == f"{worst.class_name} | {worst.neighbour_class}   {worst.similarity:.3f}"
+    table = confusion_table(searcher.confident_errors, searcher.test)
+    captions = [caption for _, caption in found.confusions()]
+    assert captions == [
+        f"{each.class_name} → {each.neighbour_class}   {each.times} times" for each in table.itertuples()
+    ]
+    assert picture.size[1] < found.confusions()[0][0].size[1]  # one row of photos, and two
 
 
 def test_near_copies_under_two_names_are_found(small_run, tmp_path):

@@ -19,8 +19,13 @@ BENCHMARKS = [
     if '__name__ == "__main__"' in path.read_text("utf-8")
 ]
 MODULES = {name: importlib.import_module(name.removesuffix(".py").removeprefix("-m ")) for name in SCRIPTS + BENCHMARKS}
-README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")),
+]
+TEXTS = {page: (ROOT / page).read_text("utf-8") for page in PAGES}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -39,7 +44,7 @@ def test_help_fits_a_screen_and_explains_every_option(name, monkeypatch):
 
 
 def code_lines(text: str) -> list[str]:
-    """Lines of a page's code blocks, and its pieces of code between backticks."""
+    """Lines of a text's code blocks and its indented lines, and its pieces of code between backticks."""
     block = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
     lines = [line for content in block.findall(text) for line in content.splitlines()]
     text = block.sub("", text)
@@ -48,43 +53,38 @@ def code_lines(text: str) -> list[str]:
 
 
 def commands(lines: list[str]) -> list[tuple[str, list[str]]]:
-    """(script, options) of each command that calls a script of ours."""
+    """(script, options) of each command that calls a script of ours. An explanation follows after two spaces."""
     found = []
     for part in (part for line in lines for part in line.split(" && ")):
         command = re.match(r"(?:python|torchrun) (?:--\S+ )*(\w+\.py|-m benchmarks\.\w+)(?= |$)(.*)", part)
         if command:
-            found.append((command[1], shlex.split(command[2].removesuffix("..."), comments=True)))
+            options = command[2].split("  ")[0].removesuffix("...")
+            found.append((command[1], shlex.split(options, comments=True)))
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_command_of_a_page_is_accepted(page):
+@pytest.mark.parametrize("name", [*TEXTS, *MODULES])
+def test_every_command_is_accepted(name):
     """Option names and values; most commands take too long to run here."""
-    found = commands(code_lines(page.read_text("utf-8")))
+    found = commands(code_lines(TEXTS[name] if name in TEXTS else MODULES[name].__doc__))
     for script, options in found:
         if "timm:" in " ".join(options) and importlib.util.find_spec("timm") is None:  # an extra
             continue
         if options != ["--help"]:
             MODULES[script].parse_args(options)
-    if page == README:
-        assert {"data_utils.py", "train.py", "evaluate.py", "retrieve.py"} <= {script for script, _ in found}
-    if page.parent.name == "benchmarks":
-        assert {script for script, _ in found} >= set(BENCHMARKS)
+    scripts = {script for script, _ in found}
+    if name == "README.md":
+        assert {"data_utils.py", "train.py", "evaluate.py", "retrieve.py"} <= scripts
+    if name == "benchmarks/README.md":
+        assert scripts >= set(BENCHMARKS)
+    if name in MODULES:
+        assert scripts
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_every_command_of_a_docstring_is_accepted(name):
-    """Its explanation follows after two spaces."""
-    lines = re.findall(r"^ {4}(python \S+(?: \S+)*)", MODULES[name].__doc__, re.MULTILINE)
-    found = commands(lines)
-    assert len(found) == len(lines) > 0
-    for script, options in found:
-        MODULES[script].parse_args(options)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_of_a_page_leads_somewhere(page):
-    text = page.read_text("utf-8")
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_link_of_a_page_leads_somewhere(name):
+    page = ROOT / name
+    text = TEXTS[name]
     links = re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", text)
     links += [(source, "") for source in re.findall(r'src="(.*?)"', text)]
     for path, anchor in links:
@@ -100,7 +100,7 @@ def anchors(page: Path) -> list[str]:
 
 
 def test_the_python_of_the_readme(small_run, tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", TEXTS["README.md"], re.DOTALL)
     save_image(tmp_path / "photo.jpg")
     code, number = re.subn(r'"results/\w+[^"]*"', repr(str(small_run)), code)
     code = code.replace('"photo.jpg"', repr(str(tmp_path / "photo.jpg")))
