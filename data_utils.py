@@ -25,7 +25,6 @@ from dreml.cache import (
     cache_options,
     default_recalls,
     holdout_of,
-    make_command,
     read_cache,
     verify_cache,
 )
@@ -39,10 +38,6 @@ from dreml.lists import UnknownLayout
 from dreml.settings import Settings
 
 __all__ = ["ImageSpec", "load_rgb", "main", "resize_test"]  # the images: for embedding one of your own (README)
-
-LAYOUTS = {name: published.layout for name, published in PUBLISHED.items()} | {"NAME": OTHER_LAYOUT}
-ALL_LAYOUTS = "\n".join(f"  data/{name}/  {layout}" for name, layout in LAYOUTS.items())
-ALL_LAYOUTS += "\nThe README says where to get them. Without any: python data_utils.py --data_name demo"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -78,7 +73,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    # 1. The data sets: those that are named, or all that are found
+    # 1. The data sets: those that are named, or all folders that may be some
     data_path = args.data_path
     spec = ImageSpec(args.image_size, args.resize)
     holdout = Holdout(args.holdout, args.holdout_seed or 0) if args.holdout else None
@@ -94,7 +89,9 @@ def run(args: argparse.Namespace) -> None:
                 cache = read_cache(data_path, name, spec)
                 verify_cache(cache)
             else:
-                require_raw(data_path, name, spec)
+                if name == "demo" and not (data_path / name).exists():
+                    require_writable(data_path)
+                    draw_demo(data_path / name)
                 cache = build_cache(data_path, name, spec, args.num_workers, args.force, args.skip_bad, holdout)
             rows.append((cache, time.perf_counter() - start))
         except UnknownLayout as error:
@@ -113,10 +110,14 @@ def run(args: argparse.Namespace) -> None:
         if not args.verify:
             print(f"\n{training_text(data_path, rows[0][0])}")
     elif not errors and args.verify:
-        wanted = cache_folder(data_path, "", spec).name
-        raise InputError(f"no {wanted} found in {data_path}/; --image_size and --resize name another one")
+        raise InputError(
+            f"no {cache_folder(data_path, 'NAME', spec)} found; --image_size and --resize name another one"
+        )
     elif not errors:
-        raise InputError(f"no data set found in {data_path}/; expected is one of\n{ALL_LAYOUTS}")
+        layouts = [f"  data/{name}/  {published.layout}" for name, published in PUBLISHED.items()]
+        layouts.append(f"  data/NAME/  {OTHER_LAYOUT}")
+        layouts.append("The README says where to get them. Without any: python data_utils.py --data_name demo")
+        raise InputError("\n".join([f"no data set found in {data_path}/; expected is one of", *layouts]))
     if errors:
         kind = InputError if all(isinstance(error, InputError) for error in errors) else RunError
         raise kind("\n".join(map(str, errors)))
@@ -130,25 +131,12 @@ def found_names(data_path: Path, spec: ImageSpec, cached: bool) -> list[str]:
     return [name for name in names if holdout_of(data_path, name) is None]  # of which there are no raw images
 
 
-def require_raw(data_path: Path, name: str, spec: ImageSpec) -> None:
-    """Raise UnknownLayout if the folder of a raw data set is missing. The demo is drawn instead."""
-    folder = data_path / name
-    if holdout_of(data_path, name) is not None and not cache_folder(data_path, name, spec).exists():
-        command = make_command(data_path, name, spec)
-        raise UnknownLayout(f"{folder} has no raw images of its own; make its cache with: {command}")
-    if name == "demo" and not folder.exists():
-        require_writable(data_path)
-        draw_demo(folder)
-    if not folder.is_dir():
-        raise UnknownLayout(f"{folder}: no such folder; expected is one of\n{ALL_LAYOUTS}")
-
-
 def print_summary(rows: list[tuple[Cache, float]]) -> None:
     """Print a table of caches and the seconds that each took."""
     print(f"\n{'data set':<12}{'train':>26}{'test':>26}{'on disk':>10}{'seconds':>9}")
     for cache, seconds in rows:
         train, test = (f"{counted(c, 'class')} {counted(n, 'image')}" for c, n in cache.counts.values())
-        on_disk = tqdm.format_sizeof(cache.num_bytes, "B")
+        on_disk = tqdm.format_sizeof(sum(path.stat().st_size for path in cache.folder.iterdir()), "B")
         print(f"{cache.name:<12}{train:>26}{test:>26}{on_disk:>10}{seconds:>9.1f}")
 
 

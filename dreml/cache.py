@@ -69,11 +69,6 @@ class Cache:
         splits = {"train": self.meta.train, "test": self.meta.test}
         return {name: (len(split["classes"]), split["images"]) for name, split in splits.items()}
 
-    @property
-    def num_bytes(self) -> int:
-        """Size on disk."""
-        return sum(path.stat().st_size for path in self.folder.iterdir())
-
     def paths(self, split: str) -> list[str]:
         """The paths of the images of a split, relative to data/NAME."""
         return [path.decode() for path in self.array(f"{split}_paths").tolist()]
@@ -122,14 +117,13 @@ def cache_folder(data_path: Path, name: str, spec: ImageSpec) -> Path:
 
 
 class Holdout(NamedTuple):
-    """A random share of the training classes, which data/NAME_holdout tests on in place of the true test classes."""
+    """A random share of the training classes, which data/NAME_holdout tests on in place of the true test classes.
+
+    With seed 1, that is data/NAME_holdout1.
+    """
 
     share: float = 0.2  # between 0 and 1
     seed: int = 0
-
-    def name_of(self, name: str) -> str:
-        """The name of the data set: NAME_holdout, or NAME_holdout1 for seed 1."""
-        return f"{name}_holdout{self.seed or ''}"
 
 
 def holdout_of(data_path: Path, name: str) -> tuple[str, Holdout] | None:

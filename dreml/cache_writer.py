@@ -47,7 +47,7 @@ def build_cache(
     temporary name and renamed when it is whole; until then an earlier one stays as it was. Raises UnknownLayout if
     there is no data set, InputError with all problems found in it.
     """
-    cache_name = name if holdout is None else holdout.name_of(name)
+    cache_name = name if holdout is None else f"{name}_holdout{holdout.seed or ''}"
     target = cache_folder(data_path, cache_name, spec)
     if not force and (target / "meta.json").exists():
         try:

@@ -1,5 +1,6 @@
 """Raw files that are new, changed or gone since a cache was made from them."""
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -20,13 +21,20 @@ def list_files(folder: Path) -> np.ndarray:
 
     Of more than MAX_COMPARED files, size and time are 0.
     """
-    paths = [f"{name}/{file}" for name, files in class_folders(folder, [], LeftOut()) for file in files]
-    if (folder / "images.csv").exists():
-        paths.append("images.csv")
-    listed = np.zeros((len(paths), 3), np.int64)
-    listed[:, 0] = hash_array(np.array(paths, object), categorize=False).view(np.int64)
-    if len(paths) <= MAX_COMPARED:
-        listed[:, 1:] = np.reshape([size_and_time(folder / path.lstrip("/")) for path in paths], (-1, 2))
+    pieces = [np.zeros((0, 3), np.int64)]
+    num_files = 0
+    lists = [("", ["images.csv"])] if (folder / "images.csv").is_file() else []
+    for name, files in itertools.chain(class_folders(folder, [], LeftOut()), lists):
+        paths = np.array([f"{name}/{file}" for file in files], object)
+        piece = np.zeros((len(files), 3), np.int64)
+        piece[:, 0] = hash_array(paths, categorize=False).view(np.int64)
+        num_files += len(files)
+        if num_files <= MAX_COMPARED:
+            piece[:, 1:] = [size_and_time(folder / name / file) for file in files]
+        pieces.append(piece)
+    listed = np.concatenate(pieces)
+    if num_files > MAX_COMPARED:
+        listed[:, 1:] = 0
     return listed[listed[:, 1] >= 0]
 
 

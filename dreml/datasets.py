@@ -13,11 +13,10 @@ import pandas as pd
 
 from dreml.cache import Holdout
 from dreml.cli import InputError, counted, one_line
-from dreml.lists import Listing, UnknownLayout, list_csv, list_image_folder, sort_images, subfolders, text_rows
+from dreml.folders import subfolders
+from dreml.lists import Listing, UnknownLayout, list_csv, list_image_folder, sort_images, text_rows
 
-OTHER_LAYOUT = (
-    "train/ and test/, with a folder of images for each class, or images.csv with the columns path,label,split"
-)
+OTHER_LAYOUT = "train/ and test/ with a folder of images for each class, or images.csv with columns path,label,split"
 
 
 def list_car(root: Path) -> Listing | None:
@@ -145,10 +144,8 @@ class Published(NamedTuple):
 PUBLISHED = {
     "car": Published(
         list_car,
-        (
-            "cars_annos.mat and car_ims/, or the devkit: cars_train/, cars_test/, devkit/cars_train_annos.mat and "
-            "cars_test_annos_withlabels.mat"
-        ),
+        "cars_annos.mat and car_ims/, or the devkit: cars_train/, cars_test/, devkit/cars_train_annos.mat and "
+        "cars_test_annos_withlabels.mat",
         last_train_class=98,
         num_classes=196,
         counts={"train": (98, 8054), "test": (98, 8131)},
@@ -191,9 +188,13 @@ def list_data_set(name: str, folder: Path) -> Listing:
     Raises UnknownLayout if the folder has not the layout that its name asks for. Problems with single lines and paths
     are collected; that the images exist is checked when they are opened.
     """
+    is_known = name in PUBLISHED
+    layout = PUBLISHED[name].layout if is_known else OTHER_LAYOUT
+    if not folder.is_dir():
+        raise UnknownLayout(f"{folder}: no such folder; expected is {layout}")
     roots = [folder]
     readers = [list_csv, list_image_folder]  # images.csv counts: beside it, train/ may just be where images lie
-    if name in PUBLISHED:
+    if is_known:
         roots += subfolders(folder)  # archives unpack one deeper
         readers = [PUBLISHED[name].list_images]
     for root in roots:
@@ -206,10 +207,8 @@ def list_data_set(name: str, folder: Path) -> Listing:
                 check_whole(listing, name)
                 return listing
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
-    if name not in PUBLISHED:
-        raise UnknownLayout(f"{folder}: expected is {OTHER_LAYOUT}; found: {found}")
-    hint = "; for images of your own, choose another name" if (folder / "train").is_dir() else ""
-    raise UnknownLayout(f"{folder} holds no {name}: expected is {PUBLISHED[name].layout}; found: {found}{hint}")
+    hint = "; for images of your own, choose another name" if is_known and (folder / "train").is_dir() else ""
+    raise UnknownLayout(f"{folder} holds no {name}: expected is {layout}; found: {found}{hint}")
 
 
 def hold_out(data_set: Listing, holdout: Holdout) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from dreml.cli import InputError, one_line
@@ -52,11 +53,15 @@ class Listing:
 
     def make_table(self) -> None:
         """Turn `columns` into `images`, one a row, sorted (`sort_images`). label and split are categories."""
-        table = pd.DataFrame(self.columns, dtype=object)  # pandas' own kind of text would copy a million paths
+        path, label, split, is_query, is_gallery = self.columns.values()
         self.columns = {}
-        for name, categories in (("label", sorted(set(table["label"]))), ("split", ["train", "test"])):
-            table[name] = table[name].astype(pd.CategoricalDtype(categories))
-        self.images = sort_images(table.astype({"is_query": bool, "is_gallery": bool}))
+        table = pd.DataFrame({"path": pd.Series(path, dtype=object)})  # pandas' own kind of text would copy a million
+        for name, values, categories in (("label", label, sorted(set(label))), ("split", split, ["train", "test"])):
+            codes = {category: code for code, category in enumerate(categories)}
+            table[name] = pd.Categorical.from_codes([codes[value] for value in values], categories)
+        table["is_query"] = np.array(is_query, bool)
+        table["is_gallery"] = np.array(is_gallery, bool)
+        self.images = sort_images(table)
 
 
 def sort_images(table: pd.DataFrame) -> pd.DataFrame:

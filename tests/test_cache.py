@@ -31,7 +31,7 @@ def test_crops_are_windows_of_the_cached_image(tiny_data):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="such names are not allowed there")
-def test_paths_of_all_kinds(tmp_path):
+def test_paths_of_all_kinds(tmp_path, threads):
     write_image_folder(tmp_path / "mine")
     names = [' "1", 2;.png', "a\nb.png", "c\rd.png", "ü 1.png", "жук.png"]
     for name in names:
@@ -63,7 +63,7 @@ def test_the_rows_of_windows_are_asked_for_ahead(tiny_data, monkeypatch):
         assert advice == os.POSIX_FADV_WILLNEED
 
 
-def test_both_caches_of_a_data_set_lie_beside_each_other(tmp_path):
+def test_both_caches_of_a_data_set_lie_beside_each_other(tmp_path, threads):
     """And the refusals speak of the one that is asked for."""
     write_image_folder(tmp_path / "mine")
     random_image(0, 1, 14_000).save(tmp_path / "mine/train/train_0/0.png")  # too large for the crop
@@ -89,7 +89,7 @@ def test_both_caches_of_a_data_set_lie_beside_each_other(tmp_path):
         read_cache(tmp_path, "mine", SQUASH)
 
 
-def test_a_cache_that_has_been_made_anew_is_noticed(tmp_path):
+def test_a_cache_that_has_been_made_anew_is_noticed(tmp_path, threads):
     write_image_folder(tmp_path / "mine")
     cache = build(tmp_path, "mine")
     check_unchanged(build(tmp_path, "mine", force=True))

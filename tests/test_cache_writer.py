@@ -72,7 +72,7 @@ def test_statistics_of_other_sets_come_from_the_cached_training_pixels(tiny_data
 # ------------------------------------------------------------------------------------------------ bad images
 
 
-def test_all_problems_are_counted_and_the_first_20_listed(tmp_path):
+def test_all_problems_are_counted_and_the_first_20_listed(tmp_path, threads):
     write_image_folder(tmp_path / "mine", classes=2, images=15)
     for path in sorted((tmp_path / "mine" / "train").rglob("*.png"))[:25]:
         path.write_bytes(b"")
@@ -109,11 +109,8 @@ def test_skip_bad_leaves_them_out_and_lists_them(tmp_path, capsys):
     assert [line.split(": ")[0] for line in listed] == [str(tmp_path / "mine" / path) for path in bad]
     differing = dict(tree(mine).items() ^ tree(clean).items()).keys()
     assert differing == {"skipped.txt", "listed.bin"}
-
-
-def test_skip_bad_does_not_excuse_a_data_set_without_queries(tmp_path):
     write_csv(tmp_path / "csv")
-    for number in (3, 6):
+    for number in (3, 6):  # its queries
         (tmp_path / "csv" / "photos" / f"{number}.png").write_bytes(b"")
     with pytest.raises(InputError, match="no image is left in query"):
         build(tmp_path, "csv", skip_bad=True)
@@ -128,7 +125,7 @@ SAME_FILE = {  # -> how training image 1 becomes a test image, too, and the path
 
 
 @pytest.mark.parametrize("kind", SAME_FILE)
-def test_an_image_in_both_splits_is_a_warning(tmp_path, capsys, kind):
+def test_an_image_in_both_splits_is_a_warning(tmp_path, capsys, threads, kind):
     write_csv(tmp_path / "csv")
     build(tmp_path, "csv")
     assert "both train and test" not in capsys.readouterr().err
@@ -144,7 +141,7 @@ def test_an_image_in_both_splits_is_a_warning(tmp_path, capsys, kind):
 # ------------------------------------------------------------------------------------------------ failures
 
 
-def test_a_read_only_folder_is_refused_with_a_way_on(tmp_path, monkeypatch):
+def test_a_read_only_folder_is_refused_with_a_way_on(tmp_path, threads, monkeypatch):
     """Before any image is opened. A cache that is there can be used."""
     write_image_folder(tmp_path / "mine", classes=5)
     build(tmp_path, "mine")
@@ -158,7 +155,7 @@ def test_a_read_only_folder_is_refused_with_a_way_on(tmp_path, monkeypatch):
     assert data_utils.main(["--data_path", str(tmp_path), "--data_name", "demo"]) == 2
 
 
-def test_a_cache_that_cannot_be_flushed_is_not_published(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_flushed_is_not_published(tmp_path, threads, monkeypatch):
     write_image_folder(tmp_path / "mine")
 
     def fail(file):
@@ -193,7 +190,7 @@ def test_a_cache_in_the_making_is_not_disturbed(tmp_path, monkeypatch):
         build(tmp_path, "mine")
 
 
-def test_the_old_cache_returns_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+def test_the_old_cache_returns_when_the_new_one_cannot_take_its_place(tmp_path, threads, monkeypatch):
     write_image_folder(tmp_path / "mine")
     build(tmp_path, "mine")
     before, rename = tree(tmp_path / "mine" / "cache_32"), os.rename
@@ -214,34 +211,23 @@ def test_the_old_cache_returns_when_the_new_one_cannot_take_its_place(tmp_path, 
 
 
 def test_a_good_cache_is_kept_and_force_makes_it_again(tmp_path, capsys):
+    """The same bits, whatever the number of workers. What a killed run left goes."""
     write_image_folder(tmp_path / "mine")
     cache = build(tmp_path, "mine", num_workers=2).folder
-    first = cache.stat().st_ino, tree(cache)
-    build(tmp_path, "mine")
-    assert f"mine: {cache} is there already (--force makes it again)\n" in capsys.readouterr().out
-    assert cache.stat().st_ino == first[0]
-    build(tmp_path, "mine", force=True)
-    assert cache.stat().st_ino != first[0]
-    assert tree(cache) == first[1]  # whatever the number of workers
-    assert sorted(path.name for path in cache.parent.iterdir()) == [".cache_32.lock", "cache_32", "test", "train"]
-
-
-def test_a_damaged_cache_is_made_again(tmp_path, capsys):
-    write_image_folder(tmp_path / "mine")
-    cache = build(tmp_path, "mine").folder
+    number = cache.stat().st_ino
     before = tree(cache)
-    (cache / "test_labels.npy").unlink()
-    build(tmp_path, "mine")
-    assert re.search(r"mine: making the cache again: .*test_labels\.npy is missing", capsys.readouterr().err)
-    assert tree(cache) == before
-
-
-def test_leftovers_of_a_killed_run_go(tmp_path):
-    write_image_folder(tmp_path / "mine")
     (tmp_path / "mine" / ".cache_32.new-123").mkdir()
     (tmp_path / "mine" / ".cache_32.new-123" / "train_pixels.npy").write_bytes(b"half")
     build(tmp_path, "mine")
-    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"train", "test", "cache_32", ".cache_32.lock"}
+    assert f"mine: {cache} is there already (--force makes it again)\n" in capsys.readouterr().out
+    assert cache.stat().st_ino == number
+    build(tmp_path, "mine", force=True)
+    assert cache.stat().st_ino != number and tree(cache) == before
+    assert sorted(path.name for path in cache.parent.iterdir()) == [".cache_32.lock", "cache_32", "test", "train"]
+    (cache / "test_labels.npy").unlink()  # a damaged one
+    build(tmp_path, "mine")
+    assert re.search(r"mine: making the cache again: .*test_labels\.npy is missing", capsys.readouterr().err)
+    assert tree(cache) == before
 
 
 BUSY = """

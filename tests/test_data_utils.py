@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from builders import SPEC, build, flip_a_bit, save_image, tree, write_cub, write_image_folder, write_sop
+from builders import SPEC, build, flip_a_bit, refused, save_image, tree, write_cub, write_image_folder, write_sop
 
 import data_utils
 import train
@@ -19,8 +19,12 @@ from dreml.demo import draw_demo
 from dreml.images import ImageSpec
 
 
+def here(data: Path) -> list[str]:
+    return ["--data_path", str(data), "--image_size", "32", "--num_workers", "1"]
+
+
 def call(data: Path, *options: str) -> int:
-    return data_utils.main(["--data_path", str(data), "--image_size", "32", "--num_workers", "1", *options])
+    return data_utils.main([*here(data), *options])
 
 
 def test_it_starts_without_torch_and_scipy_and_says_nothing_of_pillows_own():
@@ -32,14 +36,14 @@ def test_it_starts_without_torch_and_scipy_and_says_nothing_of_pillows_own():
     assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
-def test_one_bad_set_does_not_stop_the_others(tmp_path, capsys):
+def test_one_bad_set_does_not_stop_the_others(tmp_path, capsys, threads):
     write_cub(tmp_path / "cub")
     write_sop(tmp_path / "sop")
     (tmp_path / "cub" / "images/001.Bird_1/Bird_0001.jpg").unlink()
     (tmp_path / "papers").mkdir()
     assert call(tmp_path) == 2
     output = capsys.readouterr()
-    assert f"\npassed over: {tmp_path / 'papers'}: expected is train/ and test/, with a folder" in output.out
+    assert f"\npassed over: {tmp_path / 'papers'} holds no papers: expected is train/ and" in output.out
     assert "data_utils.py: cub: 1 problem, nothing written; --skip_bad" in output.err
     assert re.search(r"\nsop +2 classes 4 images +2 classes 4 images +[\d.]+kB +\d", output.out)
     assert f"\ntrain on it with: python train.py --data_name sop --data_path {tmp_path} --image_size 32 " in output.out
@@ -47,7 +51,7 @@ def test_one_bad_set_does_not_stop_the_others(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RunError("a worker process was killed")])
-def test_a_set_that_fails_while_running_does_not_stop_the_others(tmp_path, capsys, monkeypatch, error):
+def test_a_set_that_fails_while_running_does_not_stop_the_others(tmp_path, capsys, threads, monkeypatch, error):
     for name in ("first", "second"):
         write_image_folder(tmp_path / name)
     original = data_utils.build_cache
@@ -70,57 +74,22 @@ def test_no_data_set_at_all(tmp_path, capsys):
         assert "no data set found" in message and "python data_utils.py --data_name demo" in message
 
 
-def test_named_set_that_is_not_there(tmp_path, capsys):
-    (tmp_path / "car").mkdir()
-    for name in ("isc", "mine"):
-        write_image_folder(tmp_path / name)
-    assert call(tmp_path, "--data_name", "mine", "cub", "car", "isc") == 2
-    message = capsys.readouterr().err
-    assert f"{tmp_path / 'cub'}: no such folder" in message
-    assert f"{tmp_path / 'car'} holds no car: expected is cars_annos.mat" in message
-    assert message.endswith("of DeepFashion); found: test, train; for images of your own, choose another name\n")
-
-
-@pytest.mark.parametrize("found", ["", "Train/a", "mine/train/a", "ant/deep"])
-def test_a_layout_that_is_not_known_is_refused_in_one_line(tmp_path, capsys, found):
-    """It says what is there; no list of other data sets."""
-    (tmp_path / "mine" / found).mkdir(parents=True)
-    assert call(tmp_path, "--data_name", "mine") == 2
+@pytest.mark.parametrize(
+    ("name", "found", "message"),
+    [
+        ("cub", None, ": no such folder; expected is images.txt, image_class_labels.txt and images/"),
+        ("car", "", " holds no car: expected is cars_annos.mat and car_ims/, or the devkit"),
+        ("isc", "train/a", "; found: train; for images of your own, choose another name\n"),
+        ("mine", "Train/a", " holds no mine: expected is train/ and test/ with a folder of images for each class"),
+        ("mine", "inner/train/a", "; found: inner\n"),
+    ],
+)
+def test_a_layout_that_is_not_known_is_refused_in_one_line(tmp_path, capsys, name, found, message):
+    if found is not None:
+        (tmp_path / name / found).mkdir(parents=True)
+    assert call(tmp_path, "--data_name", name) == 2
     error = capsys.readouterr().err
-    assert error.startswith(
-        f"data_utils.py: {tmp_path / 'mine'}: expected is train/ and test/, with a folder of images"
-    )
-    assert error.endswith(f"; found: {found.split('/')[0] or 'nothing'}\n") and error.count("\n") == 1
-
-
-CSV_LINES = ["path,label,split"] + [
-    f"photos/{n}.png,{name},{'train' if n < 4 else 'val'}" for n, name in enumerate("aabbcc")
-]
-
-
-@pytest.mark.parametrize("change", [(",", ";"), (",", "\t"), ("/", "\\"), (",val", ",Validation")])
-def test_a_list_as_other_programs_write_it_is_read(tmp_path, monkeypatch, change):
-    """With "val" for the test split; with semicolons or tabs, as Windows writes paths."""
-    for number in range(6):
-        save_image(tmp_path / "mine" / "photos" / f"{number}.png", number)
-    (tmp_path / "mine" / "images.csv").write_text("\n".join(CSV_LINES).replace(*change))
-    assert call(tmp_path) == 0
-    cache = read_cache(tmp_path, "mine", SPEC)
-    assert cache.paths("train") == [f"photos/{number}.png" for number in range(4)]
-    assert cache.counts == {"train": (2, 4), "test": (1, 2)} and cache.meta.test["classes"] == ["c"]
-
-
-@pytest.mark.parametrize("path", ["", "/home/me/1.png", r"C:\me\1.png", "../1.png", r"a\..\1.png"])
-def test_a_path_that_cannot_be_used_is_named_with_the_remedy(tmp_path, capsys, path):
-    (tmp_path / "mine").mkdir()
-    lines = ["path,label,split", "photos/0.png,a,train", f"{path},a,train", "photos/1.png,b,train"]
-    (tmp_path / "mine" / "images.csv").write_text("\n".join(lines))
-    assert call(tmp_path) == 2
-    shown = path.replace("\\", "/")
-    problem = f"unusable path {shown!r}: name an image by its path in the data set's folder"
-    error = capsys.readouterr().err
-    assert f"1 problem, nothing written:\n  {tmp_path}/mine/images.csv, line 3: {problem} (a link to it is" in error
-    assert "no test images" not in error  # which images there are is not known
+    assert error.startswith(f"data_utils.py: {tmp_path / name}") and message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -129,9 +98,10 @@ def test_a_path_that_cannot_be_used_is_named_with_the_remedy(tmp_path, capsys, p
         (["--data_name", "../x"], "'../x' is not the name of a folder"),
         (["--image_size", "0"], "--image_size 0 has to be at least 1 and at most 2,048"),
         (["--verify", "--force"], "--verify only reads"),
-        (["--a\nb"], "unrecognized arguments: --a b"),
-        (["--num_workers", "many"], "--num_workers: invalid int value: 'many'"),
-        (["--resize", "pad"], "argument --resize: invalid choice: 'pad'"),
+        (["--verify", "--data_name", "x", "--holdout", "0.6"], "--verify only reads"),
+        (["--holdout", "0.4"], "--holdout needs --data_name"),
+        (["--data_name", "mine", "--holdout_seed", "1"], "--holdout_seed goes with --holdout"),
+        (["--data_name", "mine", "--holdout", "1.5"], "--holdout 1.5 has to be above 0 and at most 1"),
     ],
 )
 def test_wrong_options(tmp_path, capsys, options, message):
@@ -140,7 +110,7 @@ def test_wrong_options(tmp_path, capsys, options, message):
     assert message in error and error.count("\n") == 1
 
 
-def test_all_options_reach_the_cache(tmp_path, capsys):
+def test_all_options_reach_the_cache(tmp_path, capsys, threads):
     write_image_folder(tmp_path / "mine")
     (tmp_path / "mine/train/train_0/0.png").write_bytes(b"")
     assert call(tmp_path, "--resize", "squash") == 2
@@ -179,14 +149,14 @@ def test_the_suggested_command_fits_the_data_and_runs(
 
 
 @pytest.mark.parametrize("taken", ["train/train_1", "test/test_1"])
-def test_no_command_is_suggested_for_what_cannot_be_trained_on(tmp_path, capsys, taken):
+def test_no_command_is_suggested_for_what_cannot_be_trained_on(tmp_path, capsys, threads, taken):
     write_image_folder(tmp_path / "mine", images=1)
     shutil.rmtree(tmp_path / "mine" / taken)
     assert call(tmp_path) == 0
     assert "\nmine cannot be trained on: that takes two training classes, and two test" in capsys.readouterr().out
 
 
-def test_photos_that_were_added_are_named_before_training(tmp_path, capsys, monkeypatch):
+def test_photos_that_were_added_are_named_before_training(tmp_path, capsys, threads, monkeypatch):
     write_image_folder(tmp_path / "mine")
     assert call(tmp_path) == 0
     for number in range(12):
@@ -206,22 +176,21 @@ def test_photos_that_were_added_are_named_before_training(tmp_path, capsys, monk
     assert capsys.readouterr().err == ""
 
 
-def test_verify_finds_a_flipped_bit(tmp_path, capsys):
+def test_verify_finds_a_flipped_bit(tmp_path, capsys, threads):
     write_image_folder(tmp_path / "mine")
     build(tmp_path, "mine")
     assert call(tmp_path, "--verify", "--data_name", "mine") == 0
     (tmp_path / "papers").mkdir()
     assert call(tmp_path, "--verify") == 0  # looks at what has a cache
-    for option, wanted in ((["--image_size", "64"], "cache_64"), (["--resize", "squash"], "cache_32_squash")):
-        assert call(tmp_path, "--verify", *option) == 2
-        assert f"no {wanted} found in {tmp_path}/" in capsys.readouterr().err
+    assert call(tmp_path, "--verify", "--resize", "squash") == 2
+    assert f"no {tmp_path}/NAME/cache_32_squash found; --image_size and" in capsys.readouterr().err
     flip_a_bit(tmp_path / "mine" / "cache_32" / "test_images.npy")
     assert call(tmp_path) == 0  # sizes alone do not show it
     assert call(tmp_path, "--verify", "--data_name", "mine") == 2
     assert "damaged: test_images; make it again with: python data_utils.py --data_name mine" in capsys.readouterr().err
 
 
-def test_demo_is_drawn_once_and_never_over_another(tmp_path, capsys, monkeypatch):
+def test_demo_is_drawn_once_and_never_over_another(tmp_path, capsys, threads, monkeypatch):
     tiny = {"num_classes": 4, "images_per_class": 3, "image_side": 40}
     monkeypatch.setattr(data_utils, "draw_demo", lambda folder: draw_demo(folder, **tiny))
     assert call(tmp_path / "data" / "not yet", "--data_name", "demo") == 0
@@ -246,14 +215,15 @@ def classes_of(cache, split: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["mine", "cub"])
-def test_a_share_of_the_training_classes_becomes_the_test_split(tmp_path, capsys, name):
+def test_a_share_of_the_training_classes_becomes_the_test_split(tmp_path, capsys, threads, name):
     """By whole classes; the true test split is left out; another seed divides otherwise; the pixels are the same."""
     if name == "cub":
         write_cub(tmp_path / "cub", classes=(*range(1, 11), 101, 200))
     else:
         write_image_folder(tmp_path / "mine", classes=10)
-    whole, divided = build(tmp_path, name), []
-    for options, folder in (([], "holdout"), (["--holdout_seed", "3"], "holdout3")):
+    whole = build(tmp_path, name)
+    divided = []
+    for options, folder in (([], "holdout"), (["--force"], "holdout"), (["--holdout_seed", "3"], "holdout3")):
         assert call(tmp_path, "--data_name", name, "--holdout", "0.3", *options) == 0
         out = capsys.readouterr().out
         assert f"train on it with: python train.py --data_name {name}_{folder} --data_path" in out
@@ -267,62 +237,41 @@ def test_a_share_of_the_training_classes_becomes_the_test_split(tmp_path, capsys
         pixels = cache.array("train_pixels")[: cache.array("train_offsets")[1]]
         assert np.array_equal(pixels, whole.array("train_pixels")[start:stop])
         assert (cache.meta.mean == whole.meta.mean) == (name == "cub")  # published, or those of fewer images
-    assert divided[0] != divided[1]
-    assert call(tmp_path, "--data_name", name, "--holdout", "0.3", "--force") == 0
-    assert classes_of(read_cache(tmp_path, f"{name}_holdout", SPEC), "test") == divided[0]
+    assert divided[0] == divided[1] != divided[2]
 
 
-def test_what_a_holdout_refuses_and_passes_over(tmp_path, capsys):
+def test_what_a_holdout_refuses_and_passes_over(tmp_path, capsys, threads):
+    """A data set of its own may be called NAME_holdout, too."""
     write_image_folder(tmp_path / "mine", classes=5)
+    write_image_folder(tmp_path / "other_holdout")
     assert call(tmp_path, "--data_name", "mine", "--holdout", "0.4") == 0
     capsys.readouterr()
     for options, message in (
-        (["--data_name", "mine", "--holdout", "0.6"], "was made with --holdout 0.4, not 0.6; --force makes it again"),
-        (["--data_name", "mine", "--holdout", "0.6", "--holdout_seed", "1", "--verify"], "--verify only reads"),
-        (["--data_name", "mine", "--holdout", "0.9", "--force"], "--holdout 0.9 of 5 training classes leaves 1 to"),
-        (["--data_name", "mine", "--holdout", "0.1", "--force"], "and 0 to test on; it takes at least two of each"),
-        (["--holdout", "0.4"], "--holdout needs --data_name"),
-        (["--data_name", "mine", "--holdout_seed", "1"], "--holdout_seed goes with --holdout"),
-        (["--data_name", "mine", "--holdout", "1.5"], "--holdout 1.5 has to be above 0 and at most 1"),
+        (["--holdout", "0.6"], "was made with --holdout 0.4, not 0.6; --force makes it again"),
+        (["--holdout", "0.9", "--force"], "--holdout 0.9 of 5 training classes leaves 1 to train on and 4 to test on"),
+        (["--holdout", "0.1", "--force"], "and 0 to test on; it takes at least two of each"),
     ):
-        assert call(tmp_path, *options) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
+        assert message in refused(capsys, data_utils, *here(tmp_path), "--data_name", "mine", *options)
     assert call(tmp_path) == 0  # all data sets: mine_holdout has no images of its own
     output = capsys.readouterr()
-    assert "mine_holdout" not in output.out + output.err
+    assert "mine_holdout" not in output.out + output.err and "\nother_holdout " in output.out
     assert call(tmp_path, "--verify", "--data_name", "mine_holdout") == 0
 
 
-@pytest.mark.parametrize("damage", ["other size", "damaged", "never made"])
-def test_the_command_that_makes_a_holdout_is_named_and_works(tmp_path, capsys, damage):
+@pytest.mark.parametrize(("state", "share"), [("other size", "0.35"), ("damaged", "0.35"), ("never made", "0.2")])
+def test_the_command_that_makes_a_holdout_is_named_and_works(tmp_path, capsys, threads, state, share):
     """With the share of a cache that is there; without any, it is not known."""
-    write_image_folder(tmp_path / "mine", classes=7)
-    size, share = ("64" if damage == "other size" else "32"), "0.35"
-    if damage == "never made":
+    write_image_folder(tmp_path / "mine", classes=10)
+    size = "64" if state == "other size" else "32"
+    if state == "never made":
         (tmp_path / "mine_holdout3").mkdir()
-        share = "0.2"
     else:
         assert call(tmp_path, "--data_name", "mine", "--holdout", share, "--holdout_seed", "3") == 0
-    if damage == "damaged":
+    if state == "damaged":
         (tmp_path / "mine_holdout3/cache_32/test_labels.npy").write_bytes(b"x")
-    capsys.readouterr()
     options = ["--data_name", "mine_holdout3", "--data_path", str(tmp_path), "--image_size", size]
-    assert train.main(options) == 2
     command = f"--data_name mine --data_path {tmp_path} --image_size {size} --holdout {share} --holdout_seed 3"
-    error = capsys.readouterr().err
-    assert error.endswith(f"make it with: python data_utils.py {command}\n")
-    if damage != "never made":  # 0.2 of 7 classes is too few
-        assert data_utils.main(command.split()) == 0
-        assert read_cache(tmp_path, "mine_holdout3", ImageSpec(int(size))).counts == {"train": (5, 10), "test": (2, 4)}
-
-
-def test_a_data_set_of_its_own_may_be_called_holdout(tmp_path, capsys):
-    """It is cached like any other; the remedy of a true one names the data set that it was divided from."""
-    write_image_folder(tmp_path / "mine", classes=5)
-    write_image_folder(tmp_path / "mine_holdout")
-    assert call(tmp_path) == 0
-    assert re.search(r"\nmine_holdout +2 classes", capsys.readouterr().out)
-    shutil.rmtree(tmp_path / "mine_holdout")
-    assert call(tmp_path, "--data_name", "mine_holdout") == 2
-    assert f"--data_name mine --data_path {tmp_path} --image_size 32 --holdout 0.2" in capsys.readouterr().err
+    assert refused(capsys, train, *options).endswith(f"make it with: python data_utils.py {command}\n")
+    assert data_utils.main(command.split()) == 0
+    counts = read_cache(tmp_path, "mine_holdout3", ImageSpec(int(size))).counts
+    assert counts["test"] == ((4, 8) if share == "0.35" else (2, 4))

@@ -41,7 +41,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("deeper", ["", "as_unpacked"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_raw_layouts(tmp_path, capsys, layout, deeper):
+def test_raw_layouts(tmp_path, capsys, threads, layout, deeper):
     """Four images of two classes in each split, wherever they lie, cached in order of class."""
     name, write, folder = LAYOUTS[layout]
     write(tmp_path / name / deeper)
@@ -71,7 +71,7 @@ def test_raw_layouts(tmp_path, capsys, layout, deeper):
     assert (cache.meta.train["classes"], cache.meta.test["classes"]) == classes
 
 
-def test_in_shop_has_queries_and_a_gallery(tmp_path, capsys):
+def test_in_shop_has_queries_and_a_gallery(tmp_path, capsys, threads):
     write_isc(tmp_path / "isc")
     cache, output = build(tmp_path, "isc"), capsys.readouterr()
     assert cache.array("test_is_query").tolist() == [True, False] * 2
@@ -100,7 +100,7 @@ def test_in_shop_in_its_published_size_has_no_warning(tmp_path):
 # ------------------------------------------------------------------------------------------------ whole lists
 
 
-def test_a_class_in_both_splits_is_a_warning(tmp_path, capsys):
+def test_a_class_in_both_splits_is_a_warning(tmp_path, capsys, threads):
     for path in ("train/a/1.png", "train/b/1.png", "test/a/1.png"):
         save_image(tmp_path / "mine" / path)
     build(tmp_path, "mine")
@@ -108,7 +108,7 @@ def test_a_class_in_both_splits_is_a_warning(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_images_listed_twice(tmp_path, capsys, split):
+def test_images_listed_twice(tmp_path, capsys, threads, split):
     """By whatever path. A test image would find itself: a certain hit."""
     write_sop(tmp_path / "sop")
     path = tmp_path / "sop" / f"Ebay_{split}.txt"
@@ -123,7 +123,7 @@ def test_images_listed_twice(tmp_path, capsys, split):
             build(tmp_path, "sop")
 
 
-def test_lists_with_windows_line_ends_a_byte_order_mark_and_spaces(tmp_path):
+def test_lists_with_windows_line_ends_a_byte_order_mark_and_spaces(tmp_path, threads):
     write_cub(tmp_path / "cub")
     old, new = "101.Bird_101/Bird_0005.jpg", "101.Bird_101/Vögel am See.jpg"
     (tmp_path / "cub" / "images" / old).rename(tmp_path / "cub" / "images" / new)
@@ -185,7 +185,7 @@ WRITERS = {"car": write_car, "cub": write_cub, "sop": write_sop, "isc": write_is
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_bad_input_is_named_and_an_earlier_cache_stays(tmp_path, damage):
+def test_bad_input_is_named_and_an_earlier_cache_stays(tmp_path, threads, damage):
     name, apply, message = DAMAGES[damage]
     check_refused(tmp_path, name, WRITERS[name], apply, message)
 

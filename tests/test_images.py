@@ -193,25 +193,6 @@ def test_squash_keeps_both_ends_of_a_wide_image_and_crop_does_not():
     assert not (resize_test(stripes, SPEC)[..., [0, 2]] > 0).any()
 
 
-@pytest.mark.filterwarnings("ignore:Saving I mode:DeprecationWarning")
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".bmp", ".gif", ".webp"])
-def test_images_of_any_size_and_mode(tmp_path, suffix):
-    """Read, or refused in one line, as floating-point numbers are."""
-    path = tmp_path / f"image{suffix}"
-    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "YCbCr"):
-        for size in ((1, 1), (1, 40), (300, 2)):
-            try:
-                Image.new(mode, size).save(path)
-            except (OSError, ValueError):  # the format does not know the mode
-                continue
-            try:
-                assert read_pixels(path, SPEC).shape == (32, 32, 3)
-            except BadImage as error:
-                assert (
-                    mode not in ("L", "RGB", "RGBA") and str(error).startswith(f"{path}: ") and "\n" not in str(error)
-                )
-
-
 BAD_IMAGES = {
     "missing": (lambda path: None, "missing image"),
     "HTML": (lambda path: path.write_bytes(b"<html>"), r"unreadable \(not an image of a known format\)"),

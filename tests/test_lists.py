@@ -5,36 +5,14 @@ import shutil
 import sys
 import unicodedata
 
-import numpy as np
 import pytest
 from builders import build, check_refused, put, rewrite, save_image, write_csv, write_cub, write_image_folder
 
-from dreml.datasets import count_images
 from dreml.folders import LeftOut, class_folders, subfolders
-from dreml.lists import Listing, list_csv, list_image_folder
+from dreml.lists import list_csv, list_image_folder
 
 
-@pytest.mark.parametrize("key", [int, str])
-def test_a_table_is_sorted_by_split_and_class_and_else_stays_as_it_came(tmp_path, key):
-    """As a plain list of tuples would be."""
-    generator = np.random.default_rng(0)
-    listing = Listing(tmp_path)
-    expected = []
-    for number, class_id in enumerate(generator.integers(0, 12, 200).tolist()):
-        split = "train" if generator.random() < 0.4 else "test"
-        roles = (generator.random(2) < 0.5).tolist() if split == "test" else [True, True]
-        expected.append((f"ü/{number}.png", key(class_id), split, *roles))
-        listing.extend([expected[-1][0]], *expected[-1][1:])
-    listing.make_table()
-    expected.sort(key=lambda image: (image[2] != "train", image[1]))
-    assert list(listing.images.itertuples(index=False, name=None)) == expected
-    parts = {split: [image[1] for image in expected if image[2] == split] for split in ("train", "test")}
-    parts["query"] = [image[1] for image in expected if image[2] == "test" and image[3]]
-    parts["gallery"] = [image[1] for image in expected if image[2] == "test" and image[4]]
-    assert count_images(listing.images) == {part: (len(set(labels)), len(labels)) for part, labels in parts.items()}
-
-
-def test_csv_data_set(tmp_path, capsys):
+def test_csv_data_set(tmp_path, capsys, threads):
     """As spreadsheets write it; train/ and test/ beside it, with other images, are not looked at."""
     write_image_folder(tmp_path / "listed")
     write_csv(tmp_path / "listed")
@@ -75,30 +53,36 @@ def test_csv_line_ends_and_fields_over_two_lines(tmp_path, line_end):
     ]
 
 
-@pytest.mark.parametrize(
-    ("lines", "is_query"),
-    [
-        (["label,path,split", "x,a.png,train", "y,b.png,test", "y,c.png,test"], [True, True, True]),
-        (["label,path,split,is_query", "x,a.png,train,", "y,b.png,test,TRUE", "y,c.png,test,0"], [True, True, False]),
-        (
-            ["Path,label,SPLIT,is_query", "a.png,x,Train,", "b.png,y,validation,1.0", "c.png,y,validation,0.0"],
-            [True, True, False],
-        ),
-    ],
-)
-def test_csv_as_people_and_other_libraries_write_it(tmp_path, lines, is_query):
-    (tmp_path / "images.csv").write_text("\n".join(lines))
+@pytest.mark.parametrize("change", [(",", ";"), (",", "\t"), ("/", "\\"), ("validation", "Val"), ("1.0", "TRUE")])
+def test_csv_as_people_and_other_libraries_write_it(tmp_path, change):
+    """With "validation" for the test split, as pandas writes numbers; with semicolons or tabs; with Windows' paths."""
+    lines = ["label,Path,SPLIT,is_query", "x,a/1.png,Train,", "y,a/2.png,validation,1.0", "y,a/3.png,validation,0.0"]
+    (tmp_path / "images.csv").write_text("\n".join(lines).replace(*change))
     listing = list_csv(tmp_path)
     assert not listing.problems
-    assert listing.columns["split"] == ["train", "test", "test"]
-    assert listing.columns["is_query"] == is_query and all(listing.columns["is_gallery"])
+    assert list(listing.columns.values()) == [
+        ["a/1.png", "a/2.png", "a/3.png"],
+        ["x", "y", "y"],
+        ["train", "test", "test"],
+        [True, True, False],
+        [True, True, True],
+    ]
+
+
+def test_a_path_that_cannot_be_used_is_named_with_the_remedy(tmp_path):
+    paths = ["", "/home/me/1.png", r"C:\me\1.png", "../1.png", r"a\..\1.png"]
+    (tmp_path / "images.csv").write_text("\n".join(["path,label,split", *(f"{path},a,train" for path in paths)]))
+    listing = list_csv(tmp_path)
+    assert not listing.columns["path"] and len(listing.problems) == len(paths)
+    remedy = "unusable path '/home/me/1.png': name an image by its path in the data set's folder (a link to it is fine)"
+    assert listing.problems[1] == f"{tmp_path}/images.csv, line 3: {remedy}"
 
 
 @pytest.mark.parametrize(
     ("listed", "on_disk"), [("NFC NFC", "NFD NFD"), ("NFD NFD", "NFC NFC"), ("NFC NFC", "NFC NFD")]
 )
 @pytest.mark.parametrize("kind", ["images.csv", "cub"])
-def test_a_list_in_another_unicode_form_than_the_files_finds_them(tmp_path, kind, listed, on_disk):
+def test_a_list_in_another_unicode_form_than_the_files_finds_them(tmp_path, threads, kind, listed, on_disk):
     """As where a list was made on a Mac, or the files came from one."""
     paths = []
     for forms in (listed, on_disk):
@@ -115,7 +99,7 @@ def test_a_list_in_another_unicode_form_than_the_files_finds_them(tmp_path, kind
     assert paths[1] in build(tmp_path, kind).paths("train")
 
 
-def test_image_folder(tmp_path, capsys, monkeypatch):
+def test_image_folder(tmp_path, capsys, monkeypatch, threads):
     """Classes at any depth, links to folders, files of other types, names of all kinds."""
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     root = tmp_path / "mine"
@@ -180,18 +164,18 @@ DAMAGES = {
         lambda root: [rewrite("images.csv", f"test,{old}", "test,1,0")(root) for old in ("0,1", "0,1", "1,1")],
         "the gallery split has no images",
     ),
-    "no train folder": (lambda root: shutil.rmtree(root / "train"), "expected is train/ and test/, .*; found: .*test"),
+    "no train folder": (lambda root: shutil.rmtree(root / "train"), "expected is train/ and test/ .*; found: .*test"),
     "empty split": (lambda root: [path.unlink() for path in root.glob("test/*/*")], "the test split has no images"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_bad_input_is_named_and_an_earlier_cache_stays(tmp_path, damage):
+def test_bad_input_is_named_and_an_earlier_cache_stays(tmp_path, threads, damage):
     write = write_csv if damage.startswith("csv") else write_image_folder
     check_refused(tmp_path, "mine", write, *DAMAGES[damage])
 
 
-def test_folders_of_programs_are_no_classes(tmp_path, capsys):
+def test_folders_of_programs_are_no_classes(tmp_path, capsys, threads):
     """Thumbnails of a NAS, deleted photos, what macOS packs, results of this program: anywhere, and counted."""
     root = tmp_path / "mine"
     write_image_folder(root)
