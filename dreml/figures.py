@@ -264,7 +264,7 @@ def draw_tile(axes: "Axes", corner: tuple[float, float], pixels: np.ndarray, fra
     edge = frame["linewidth"] / 72 / 2  # the frame lies around the image: gaps in a dashed one are white
     axes.add_patch(Rectangle((left - edge, top - edge), TILE + 2 * edge, TILE + 2 * edge, fill=False, **frame))
     color = "#999999" if is_faded else "black"
-    axes.text(left + TILE / 2, top + TILE + 0.06, text, ha="center", va="top", color=color, fontsize=FONT_SIZE)
+    axes.text(left + TILE / 2, top + TILE + 0.08, text, ha="center", va="top", color=color, fontsize=FONT_SIZE)
 
 
 def tile_corner(row: int, column: int) -> tuple[float, float]:
@@ -275,7 +275,7 @@ def tile_corner(row: int, column: int) -> tuple[float, float]:
 def short(name: str) -> str:
     """A name that fits below its image: boxes for control characters, an ellipsis in the middle of a long one."""
     name = "".join(character if character.isprintable() else "□" for character in name)
-    most = 18 if name.isascii() else 12  # letters of other scripts may be twice as wide
-    if len(name) <= most:
+    kept = 9 if name.isascii() else 5  # at both ends; letters of other scripts may be twice as wide
+    if len(name) <= 2 * kept + 2:
         return name
-    return f"{name[: most // 2]}…{name[-(most // 2) :]}"
+    return f"{name[:kept]}…{name[-kept:]}"

@@ -24,13 +24,16 @@ def test_tables_are_those_of_the_similarities():
     np.fill_diagonal(similarities, -2)
     similarities[:, ~is_gallery] = -2
     first = similarities.argmax(1)
-    queries = first_neighbour_table([torch.from_numpy(member) for member in members], test)
+    members = [torch.from_numpy(member) for member in members]
+    queries = first_neighbour_table(members, test)
     assert queries.row.tolist() == np.flatnonzero(is_query).tolist()
     assert queries.neighbour.tolist() == first[is_query].tolist()
     np.testing.assert_allclose(queries.similarity, similarities.max(1)[is_query], atol=1e-6)
     right = names == names[first]
     assert queries.right.tolist() == right[is_query].tolist() and 0 < queries.right.sum()
     assert queries.row[~queries.counted].tolist() == [7]
+    only = np.arange(60) == 59
+    assert not first_neighbour_table(members, test.assign(is_query=only, is_gallery=only)).right.any()
 
     wrong = [row for row in queries.row if not right[row] and row != 7]
     wrong.sort(key=lambda row: -similarities[row, first[row]])
