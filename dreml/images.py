@@ -62,18 +62,16 @@ def load_rgb(path: str | Path) -> Image.Image:
 
 def open_image(path: str | Path) -> Image.Image:
     """Open an image file and read its header. HEIC needs pillow-heif."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):  # opening a named pipe would wait without end
+    is_path = not hasattr(path, "read")  # or else an open file
+    if is_path and not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait without end
         raise BadImage(f"{path}: unreadable (not a regular file)")
-    if found.st_size == 0:
+    if is_path and os.path.getsize(path) == 0:
         raise BadImage(f"{path}: unreadable (an empty file)")
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: editors store much beside an image
     try:
         image = Image.open(path, formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
-        with open(path, "rb") as file:
-            is_heif = file.read(8)[4:] == b"ftyp"  # whatever its name
-        if not is_heif:
+        if not is_path or Path(path).read_bytes()[4:8] != b"ftyp":  # HEIC begins so, whatever its name
             raise
         try:
             import pillow_heif  # here, since it takes time

@@ -40,19 +40,6 @@ def test_csv_data_set(tmp_path, capsys, threads):
     assert output.err == ""
 
 
-@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
-def test_csv_line_ends_and_fields_over_two_lines(tmp_path, line_end):
-    """The line of a problem is where its row ends; a row without any field is a blank line."""
-    lines = ["path,label,split,note", 'a.png,x,train,"two', 'lines"', ",,,", "b.png,x,toast,", "c.png,y,test,1,2"]
-    (tmp_path / "images.csv").write_bytes(line_end.join(lines).encode())
-    listing = list_csv(tmp_path)
-    assert listing.columns["path"] == ["a.png"]
-    assert [problem.split(f"{tmp_path}/")[1] for problem in listing.problems] == [
-        "images.csv, line 5: the split 'toast' is neither train nor test",
-        "images.csv, line 6: more fields than the header has",
-    ]
-
-
 @pytest.mark.parametrize("change", [(",", ";"), (",", "\t"), ("/", "\\"), ("validation", "Val"), ("1.0", "TRUE")])
 def test_csv_as_people_and_other_libraries_write_it(tmp_path, change):
     """With "validation" for the test split, as pandas writes numbers; with semicolons or tabs; with Windows' paths."""
@@ -66,6 +53,18 @@ def test_csv_as_people_and_other_libraries_write_it(tmp_path, change):
         ["train", "test", "test"],
         [True, True, False],
         [True, True, True],
+    ]
+
+
+def test_csv_line_ends_and_fields_over_two_lines(tmp_path):
+    """The line of a problem is where its row ends; a row without any field is a blank line."""
+    lines = ["path,label,split,note", 'a.png,x,train,"two', 'lines"', ",,,", "b.png,x,toast,", "c.png,y,test,1,2"]
+    (tmp_path / "images.csv").write_bytes("\r\n".join(lines).encode())
+    listing = list_csv(tmp_path)
+    assert listing.columns["path"] == ["a.png"]
+    assert listing.problems == [
+        f"{tmp_path}/images.csv, line 5: the split 'toast' is neither train nor test",
+        f"{tmp_path}/images.csv, line 6: more fields than the header has",
     ]
 
 
@@ -152,13 +151,11 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_listed(tmp_path, monkeypat
 
 DAMAGES = {
     "csv column": (rewrite("images.csv", "label", "class"), "the first line has to name path, label and split: "),
-    "csv separator": (put("images.csv", b"path|label|split\n"), "the first line has to name .*: .'path.label"),
     "csv split": (rewrite("images.csv", "zebra,train", "zebra,"), "line 2: the split '' is neither train nor"),
     "csv label": (rewrite("images.csv", "zebra", " "), "line 2: the label is empty"),
     "csv quote": (rewrite("images.csv", "zebra,", '"zebra,'), "images.csv: not valid CSV in UTF-8"),
     "csv bytes": (put("images.csv", b"path,label,split\n\n\xff"), "images.csv: not valid CSV in UTF-8"),
     "csv truth": (rewrite("images.csv", "test,1", "test,yes"), "line 4: is_query and is_gallery have to be 0 or 1"),
-    "csv neither": (rewrite("images.csv", "test,1,0", "test,0,0"), "line 4: is_query and .*, and one of them 1"),
     "csv both": (rewrite("images.csv", "test", "val"), "both test and validation images: take the lines of one"),
     "csv gallery": (
         lambda root: [rewrite("images.csv", f"test,{old}", "test,1,0")(root) for old in ("0,1", "0,1", "1,1")],
