@@ -201,16 +201,6 @@ def test_the_class_of_a_query_from_a_folder(small_run, photos, tmp_path):
     ]
 
 
-def test_below_the_threshold_nothing_is_found(small_run):
-    """The threshold itself passes; `far` reads what evaluate.py wrote."""
-    searcher = Searcher(small_run, device="cpu")
-    similarity = searcher.find(0, top=4).neighbours[2].similarity
-    answer = searcher.find(0, top=4, threshold=similarity)
-    assert [each.found for each in answer][2:] == [True, False] and answer.threshold == similarity
-    with pytest.raises(InputError, match=r"far needs .*thresholds\.csv, which is missing"):
-        searcher.find(0, far=0.1)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
