@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from builders import CLASS_NAMES, LABELS, copy_run, random_embeddings, refused, write_pooled, write_run
 from PIL import Image
 from reference import slow_best_similarities, slow_map, slow_recall
 
 import evaluate
 from dreml.runs import read_run, run_lock
+from dreml.thresholds import threshold_table
 
 
 def scores_in(folder: Path, name: str = "evaluation") -> np.ndarray:
@@ -152,6 +154,15 @@ def test_thresholds_are_those_of_the_definition(tiny_run, tmp_path, capsys):
     assert (
         f"FAR 10 %: {row.threshold:.4f} (found {row.found:.2f} %); none for lower rates: 100 queries are too few" in out
     )
+
+
+def test_the_curves_are_of_a_few_ensemble_sizes():
+    others, own = torch.rand((2, 8, 200), generator=torch.Generator().manual_seed(0))
+    curves = evaluate.found_curves(others, own, 10)
+    at_a_tenth = curves[np.isclose(curves.far, 0.1)]
+    table = threshold_table(others, own, (0.1,), 10).iloc[[0, 1, 3, 7]]
+    assert at_a_tenth.ensemble_size.tolist() == [1, 2, 4, 8]
+    np.testing.assert_allclose(at_a_tenth[["threshold", "found"]], table[["threshold", "found"]])
 
 
 def test_a_test_split_that_is_too_small_has_no_threshold(tiny_run, tmp_path):
