@@ -179,8 +179,9 @@ def run(args: argparse.Namespace) -> None:
         cache = None
         print(f"note: compared on drawn images, not on test images: {error}")
     output = args.output or trained.folder / f"export_L{number}{SUFFIXES[args.embedding]}"
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / "model.json").exists()):
-        raise InputError(f"{output} is there and is no export: --output names another folder")
+    others = [path.name for path in output.glob("*") if not path.name.startswith(("member_", "model.json"))]
+    if others or output.is_file():
+        raise InputError(f"{output} is no export, or holds other files: --output names another folder")
 
     # 2. The graphs, which appear when all checks have passed
     with writable(output.parent, "--output"), tempfile.TemporaryDirectory(dir=output.parent, prefix=".export") as made:

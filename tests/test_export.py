@@ -241,9 +241,10 @@ def test_where_an_export_goes_and_what_it_replaces(
     file.write_text("mine")
     line = refused(capsys, export, run, "--output", file / "new")
     assert "; --output names another folder" in line
-    for other in (tmp_path / "mine", file):
+    (run / "export_L2" / "notes.txt").write_text("of an export that is there")
+    for other in (tmp_path / "mine", file, run / "export_L2"):
         line = refused(capsys, export, run, "--output", other)
-        assert f"{other} is there and is no export: --output names another folder" in line
+        assert f"{other} is no export, or holds other files: --output names another folder" in line
     assert file.read_text() == "mine"
 
 
