@@ -82,8 +82,8 @@ def test_default_recalls(tiny_run, tmp_path, capsys):
 
 def test_all_runs_are_checked_before_any_is_scored(tiny_run, tmp_path, capsys):
     few = write_run(tmp_path / "few", tiny_run, [np.eye(3, dtype=np.float32)], np.zeros(3, int), seed=5)
-    message = refused(capsys, evaluate, tiny_run, few, "--output", tmp_path / "out")
-    assert f"--recalls: 8 is not below the number of gallery images of {few}, 3" in message
+    message = refused(capsys, evaluate, tiny_run, few, "--recalls", "1,3", "--output", tmp_path / "out")
+    assert f"--recalls: 3 is not below the number of gallery images of {few}, 3" in message
     assert not (tmp_path / "out").exists()
 
 
