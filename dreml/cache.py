@@ -162,9 +162,11 @@ def make_command(data_path: Path, name: str, spec: ImageSpec) -> str:
     """The command that makes a cache."""
     origin, holdout = holdout_of(data_path, name) or (name, None)
     command = f"python data_utils.py {cache_options(data_path, origin, spec)}"
-    if holdout is None:
-        return command
-    return f"{command} --holdout {holdout.share}" + (f" --holdout_seed {holdout.seed}" if holdout.seed else "")
+    if holdout is not None:
+        command += f" --holdout {holdout.share}"
+        if holdout.seed:
+            command += f" --holdout_seed {holdout.seed}"
+    return command
 
 
 def read_cache(data_path: Path, name: str, spec: ImageSpec) -> Cache:

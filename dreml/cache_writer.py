@@ -77,8 +77,7 @@ def build_cache(
         try:
             new.mkdir()
             list_files(source).tofile(new / LISTED)
-            share = holdout.share if holdout is not None else None
-            num_bad = write_cache(new, data_set, source, spec, num_workers, skip_bad, share)
+            num_bad = write_cache(new, data_set, source, spec, num_workers, skip_bad)
             replace_folder(new, target)
         finally:
             shutil.rmtree(new, ignore_errors=True)
@@ -95,18 +94,9 @@ def require_writable(folder: Path) -> None:
 
 
 def write_cache(
-    folder: Path,
-    data_set: Listing,
-    source: Path,
-    spec: ImageSpec,
-    num_workers: int,
-    skip_bad: bool,
-    share: float | None,
+    folder: Path, data_set: Listing, source: Path, spec: ImageSpec, num_workers: int, skip_bad: bool
 ) -> int:
-    """Fill `folder` with a whole cache of the images in `source`. Returns how many bad ones are left out.
-
-    `share`: of the training classes, where they were divided (`hold_out`).
-    """
+    """Fill `folder` with a whole cache of the images in `source`. Returns how many bad ones are left out."""
     name = source.name
     images = data_set.images
     listed = count_images(images)
@@ -143,6 +133,7 @@ def write_cache(
         with open(path, "r+b") as file:
             flush_to_disk(file)
         arrays[array_name] = crc32(path)
+    share = data_set.holdout
     meta = CacheMeta(CACHE_VERSION, spec.size, spec.resize, mean, std, **splits, arrays=arrays, holdout=share)
     write_record(folder / "meta.json", meta)
     return len(bad)

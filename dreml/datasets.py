@@ -229,6 +229,7 @@ def hold_out(data_set: Listing, holdout: Holdout) -> None:
     held_out = images["label"].isin(labels[order[:num_held_out]])
     images.loc[held_out, "split"] = "test"
     data_set.images = sort_images(images)
+    data_set.holdout = holdout.share
 
 
 def check_whole(data_set: Listing, name: str) -> None:

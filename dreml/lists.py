@@ -33,6 +33,7 @@ class Listing:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     images: pd.DataFrame | None = None  # see `make_table`
+    holdout: float | None = None  # the share of the training classes that became the test split
 
     def extend(
         self, paths: list[str], label: int | str, split: str, is_query: bool = True, is_gallery: bool = True
