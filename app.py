@@ -120,6 +120,7 @@ def open_page(searcher: Searcher, learned: Learned, title: str, host: str, port:
             run_history=False,
             theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
             head=POLICY,
+            app_kwargs={"openapi_url": None},
         )
     except OSError as error:
         raise InputError(f"cannot listen on {host}:{port} ({error}); --port takes another port") from None
