@@ -247,12 +247,20 @@ def fitting_weights(backbone: str, weights: str, state: dict[str, torch.Tensor])
     state = {name: value for name, value in state.items() if not name.startswith(left_out)}
     problems = [f"{name} is missing" for name in expected if name not in state and not name.endswith("_tracked")]
     problems += [f"{name} is unknown" for name in state if name not in expected]
-    for name, value in expected.items():
-        if name in state and state[name].shape != value.shape:
-            problems.append(f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}")
-        elif name in state and not torch.isfinite(state[name].float()).all():
-            problems.append(f"{name} is not finite")
+    wrong = {name: what_is_wrong(state[name], value) for name, value in expected.items() if name in state}
+    problems += [f"{name} is {problem}" for name, problem in wrong.items() if problem]
     if problems:
         more = f" and {counted(len(problems) - 1, 'more difference')}" if len(problems) > 1 else ""
         raise InputError(f"--weights {weights} does not fit {backbone}: {problems[0]}{more}")
     return state
+
+
+def what_is_wrong(value: torch.Tensor, expected: torch.Tensor) -> str:
+    """Say why a tensor of a file cannot take the place of the network's own; "" if it can."""
+    if value.shape != expected.shape:
+        return f"{tuple(value.shape)}, not {tuple(expected.shape)}"
+    if value.layout != torch.strided:
+        return "sparse"
+    if expected.is_floating_point() and not value.is_floating_point():
+        return f"{str(value.dtype).removeprefix('torch.')}, not floating point"
+    return "" if torch.isfinite(value.float()).all() else "not finite"

@@ -284,6 +284,8 @@ REFUSED = {  # a change of a state dict, another object, or the bytes of a file 
     "unknown": ({"extra": CONV}, r"extra is unknown$"),
     "shape": ({"conv1.weight": CONV[:, :1]}, r"conv1.weight is \(64, 1, 7, 7\), not \(64, 3, 7, 7\)$"),
     "NaN": ({"layer2.0.conv1.weight": torch.full((128, 64, 3, 3), torch.nan)}, r"layer2.0.conv1.weight is not finite$"),
+    "int8": ({"conv1.weight": CONV.to(torch.int8)}, r"conv1.weight is int8, not floating point$"),
+    "sparse": ({"conv1.weight": CONV.to_sparse()}, r"conv1.weight is sparse$"),
     "other network": (torchvision.models.resnet34, r"does not fit resnet18: .* and \d+ more differences$"),
     "nothing inside": ({"state_dict": {}, "conv1.weight": 3}, "holds no state dict"),
     "two inside": ([{"a": {"x": CONV}, "b": {"x": CONV}}], r"holds several state dicts \('a', 'b'\): save one$"),
