@@ -13,6 +13,7 @@ pip install onnx onnxscript onnxruntime
 import argparse
 import importlib.util
 import inspect
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -179,7 +180,7 @@ def run(args: argparse.Namespace) -> None:
         cache = None
         print(f"note: compared on drawn images, not on test images: {error}")
     output = args.output or trained.folder / f"export_L{number}{SUFFIXES[args.embedding]}"
-    others = [path.name for path in output.glob("*") if not path.name.startswith(("member_", "model.json"))]
+    others = [path.name for path in output.glob("*") if not re.fullmatch(r"member_.*|model\.json", path.name)]
     if others or output.is_file():
         raise InputError(f"{output} is no export, or holds other files: --output names another folder")
 

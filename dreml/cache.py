@@ -14,7 +14,7 @@ from dreml.cli import InputError, RunError, one_line
 from dreml.files import crc32, read_record, sha256
 from dreml.images import ImageSpec
 
-CACHE_VERSION = 5
+CACHE_VERSION = 4
 ARRAYS = ["train_pixels", "train_offsets", "train_sizes", "train_labels", "train_paths"]
 ARRAYS += ["test_images", "test_labels", "test_is_query", "test_is_gallery", "test_paths"]
 

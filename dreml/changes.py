@@ -12,7 +12,7 @@ from dreml.cache import Cache, holdout_of, make_command
 from dreml.cli import counted
 from dreml.folders import LeftOut, class_folders
 
-LISTED = "listed.bin"  # in a cache: `list_files` of when it was made
+LISTED = "files.bin"  # in a cache: `list_files` of when it was made
 MAX_COMPARED = 100_000  # files whose size and time are looked at before each training, in half a second
 
 

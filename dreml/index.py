@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dreml.batches import spans
-from dreml.cli import InputError, format_problems, num_cores, one_line, progress_bar
+from dreml.cli import InputError, format_problems, is_utf8, num_cores, one_line, progress_bar
 from dreml.files import json_sha256, read_record, sha256, take_lock, writable, write_record
 from dreml.folders import LeftOut, class_folders
 from dreml.images import IMAGE_VERSION, BadImage, ImageSpec, bad_image, read_pixels
@@ -56,6 +56,8 @@ def list_photos(folder: Path, problems: list[str]) -> list[Photo]:
     """
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
+    if not is_utf8(str(folder)):
+        raise InputError(f"{str(folder)!a}: the name is not valid UTF-8")
     photos = []
     left_out = LeftOut()
     for class_name, files in class_folders(folder, problems, left_out):

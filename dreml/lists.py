@@ -112,8 +112,9 @@ def csv_rows(path: Path, listing: Listing) -> Iterator[tuple[str, dict[str, str]
         file.seek(0)
         rows = csv.DictReader(file, restval="", delimiter=separator, strict=True)
         rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
-        if not {"path", "label", "split"} <= set(rows.fieldnames):
-            listing.problems.append(f"{path}: the first line has to name path, label and split: {rows.fieldnames}")
+        header = rows.fieldnames
+        if not {"path", "label", "split"} <= set(header) or len(set(header)) < len(header):
+            listing.problems.append(f"{path}: the first line has to name path, label and split, once: {header}"[:300])
             return
         for row in rows:
             where = f"{path}, line {rows.line_num}"
@@ -170,6 +171,9 @@ def list_image_folder(root: Path) -> Listing | None:
     if "train" not in folders:
         return None
     listing = Listing(root)
+    other = [name for name in folders if name.lower() in ("test", "testing", "val", "valid", "validation")]
+    if other and "test" not in folders:
+        raise InputError(f"{root}: found {other[0]}/: rename it to test/")
     unused = [repr(name) for name in folders if name not in ("train", "test")]
     if unused:
         listing.warnings.append(f"{root}: left alone: {', '.join(unused[:10])}; only train/ and test/ are read")

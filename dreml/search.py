@@ -1,6 +1,7 @@
 """Search with a trained run: a gallery, the images nearest to a query, and whether they are near enough."""
 
 import functools
+import math
 import os
 import re
 import threading
@@ -16,6 +17,7 @@ from PIL import Image
 
 from dreml.cli import InputError, RunError, format_problems, is_utf8, pick_device, with_less_memory
 from dreml.confusions import confident_errors, first_neighbour_table
+from dreml.files import file_id
 from dreml.images import read_pixels, resize_test, to_rgb
 from dreml.index import PhotoIndex, class_of, default_place, embed_images, list_photos, model_checksum
 from dreml.runs import read_run
@@ -90,7 +92,12 @@ def find_path(file: str | Path | None, folder: Path, paths: dict[str, int]) -> i
         path = resolve(file).removeprefix(resolve(folder) + os.sep).replace(os.sep, "/")  # outside: an absolute path
         if path in paths:
             return paths[path]
-    return None
+    found = file_id(file) if file else None
+    if found is None:
+        return None
+    names = {os.path.basename(file), os.path.basename(os.path.realpath(file))}  # asking for all files takes long
+    same = (path for path in paths if path.rpartition("/")[2] in names and file_id(folder / path) == found)
+    return paths.get(next(same, ""))
 
 
 @torch.inference_mode()
@@ -235,8 +242,10 @@ class Searcher:
         """
         if isinstance(queries, str | Path):  # "/a.jpg" would be a list of letters, and "/" the whole disk
             raise InputError(f"find_many takes a list of queries, not {str(queries)!r}: use find")
-        if top < 1:
-            raise InputError(f"top has to be at least 1, not {top}")
+        if not isinstance(top, int | np.integer) or top < 1:
+            raise InputError(f"top has to be a whole number, at least 1, not {top!r}")
+        if threshold is not None and not math.isfinite(threshold):
+            raise InputError(f"threshold has to be a number, not {threshold}")
         if far is not None:
             threshold = read_threshold(self.run, self.embedding, far)
         bad: list[str] = []
@@ -268,7 +277,7 @@ class Searcher:
             if not re.fullmatch("[0-9]{1,9}", number) or int(number) >= len(self.test):
                 raise InputError(f"{name}: the test split has {len(self.test):,} images, the first is test:0")
             return [self.item(self.test, int(number), name)]
-        if not is_utf8(name):
+        if not is_utf8(name) or "\0" in name:
             raise InputError(f"{name!a}: the name is not valid UTF-8")
         if not os.path.isdir(name):  # unlike Path.is_dir, also for a text that is too long for a name
             return [self.file_item(name)]

@@ -166,7 +166,7 @@ def damage(path: Path, draw: random.Random) -> None:
 def check_damages(finished: Path, folder: Path, read_errors: Callable[[], str], seed: int) -> int:
     """Damages every file, each in its turn: that is noticed and mended by the command that is named, or harmless.
 
-    But for listed.bin: without it, changed photos are not counted.
+    But for files.bin: without it, changed photos are not counted.
 
     `read_errors` returns what was printed to stderr since it was last called. Returns the number of damaged files.
     """

@@ -108,7 +108,7 @@ def test_skip_bad_leaves_them_out_and_lists_them(tmp_path, capsys):
     listed = (mine / "skipped.txt").read_text().splitlines()
     assert [line.split(": ")[0] for line in listed] == [str(tmp_path / "mine" / path) for path in bad]
     differing = dict(tree(mine).items() ^ tree(clean).items()).keys()
-    assert differing == {"skipped.txt", "listed.bin"}
+    assert differing == {"skipped.txt", "files.bin"}
     write_csv(tmp_path / "csv")
     for number in (3, 6):  # its queries
         (tmp_path / "csv" / "photos" / f"{number}.png").write_bytes(b"")

@@ -23,7 +23,7 @@ CHANGES = {  # -> what is changed, and what is said
     "a bad one, mended": (lambda root: save_image(root / "train/train_1/bad.png"), "0 files are new, 1 changed, 0"),
     "a copy": (lambda root: [os.utime(path, (9, 9)) for path in root.glob("t*/*/*.png") if path.exists()], None),
     "a list": (lambda root: write_csv(root), "7 files are new, 0 changed, 0"),
-    "a damaged record": (lambda root: (root / "cache_32/listed.bin").write_text("x"), None),
+    "a damaged record": (lambda root: (root / "cache_32/files.bin").write_text("x"), None),
     "no raw images": (lambda root: [shutil.rmtree(root / split) for split in ("train", "test")], None),
 }
 

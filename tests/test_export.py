@@ -242,7 +242,9 @@ def test_where_an_export_goes_and_what_it_replaces(
     line = refused(capsys, export, run, "--output", file / "new")
     assert "; --output names another folder" in line
     (run / "export_L2" / "notes.txt").write_text("of an export that is there")
-    for other in (tmp_path / "mine", file, run / "export_L2"):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model.json.bak").write_text("of its user")
+    for other in (tmp_path / "mine", file, run / "export_L2", tmp_path / "export"):
         line = refused(capsys, export, run, "--output", other)
         assert f"{other} is no export, or holds other files: --output names another folder" in line
     assert file.read_text() == "mine"

@@ -8,6 +8,7 @@ import unicodedata
 import pytest
 from builders import build, check_refused, put, rewrite, save_image, write_csv, write_cub, write_image_folder
 
+from dreml.cli import InputError
 from dreml.folders import LeftOut, class_folders, subfolders
 from dreml.lists import list_csv, list_image_folder
 
@@ -150,7 +151,11 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_listed(tmp_path, monkeypat
 
 
 DAMAGES = {
-    "csv column": (rewrite("images.csv", "label", "class"), "the first line has to name path, label and split: "),
+    "csv column": (rewrite("images.csv", "label", "class"), "has to name path, label and split, once: "),
+    "csv twice": (
+        rewrite("images.csv", "is_query", "Label"),
+        "the first line has to name path, label and split, once: ",
+    ),
     "csv split": (rewrite("images.csv", "zebra,train", "zebra,"), "line 2: the split '' is neither train nor"),
     "csv label": (rewrite("images.csv", "zebra", " "), "line 2: the label is empty"),
     "csv quote": (rewrite("images.csv", "zebra,", '"zebra,'), "images.csv: not valid CSV in UTF-8"),
@@ -191,3 +196,11 @@ def test_folders_of_programs_are_no_classes(tmp_path, capsys, threads):
         assert f"{root / split}: left out: {number} of programs (folders such as @eaDir, results of this one)" in error
     assert list(class_folders(root / "test", [], LeftOut())) == [(f"test_{n}", ["0.png", "1.png"]) for n in (0, 1)]
     assert [folder.name for folder in subfolders(root)] == ["cache_32", "test", "train"]
+
+
+@pytest.mark.parametrize("name", ["val", "Test", "validation"])
+def test_a_test_split_of_another_name_is_not_left_out(tmp_path, name):
+    save_image(tmp_path / "mine/train/a/1.png")
+    save_image(tmp_path / "mine" / name / "b/1.png")
+    with pytest.raises(InputError, match=f"found {name}/: rename it to test/$"):
+        build(tmp_path, "mine")

@@ -108,7 +108,7 @@ def test_what_is_no_query(small_run, tmp_path):
 
 
 def test_a_file_is_known_by_any_path_that_leads_to_it(tmp_path, monkeypatch):
-    """Through links of the query, of its folder, of the listed folder and within it; but not by its name alone."""
+    """Through links of the query, its folder, the listed folder, within it and into it; but not by its name alone."""
     paths = ["a/1.png", "a/2.png", "b/1.png", "b/link.png", "linked/3.png"]
     for path in ("data/a/1.png", "data/a/2.png", "data/b/1.png", "1.png", "elsewhere/3.png"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def test_a_file_is_known_by_any_path_that_leads_to_it(tmp_path, monkeypatch):
         (tmp_path / link).symlink_to(tmp_path / target)
     monkeypatch.chdir(tmp_path / "data")
     names = {"1.png": None, "gone.png": None, "data/b/link.png": 3, "data/linked/3.png": 4, "view/b/1.png": 2}
-    names |= {"photo.png": 1, "data/b/../a/1.png": 0}
+    names |= {"photo.png": 1, "data/b/../a/1.png": 0, "elsewhere/3.png": 4}
     files = {tmp_path / name: number for name, number in names.items()} | {"a/2.png": 1, None: None}
     numbers = {path: number for number, path in enumerate(paths)}
     for folder in (tmp_path / "data", Path("."), Path("../view/../data")):
@@ -221,8 +221,13 @@ def test_what_cannot_be_asked(small_run, photos, tmp_path):
     searcher = Searcher(small_run, device="cpu")
     with pytest.raises(InputError, match=r"find_many takes a list of queries, not '/': use find"):
         searcher.find_many("/")  # which would be the whole disk
-    with pytest.raises(InputError, match="top has to be at least 1, not 0"):
-        searcher.find(0, top=0)
+    for top in (0, 2.5):
+        with pytest.raises(InputError, match=f"top has to be a whole number, at least 1, not {top}"):
+            searcher.find(0, top=top)
+    with pytest.raises(InputError, match="threshold has to be a number, not nan"):
+        searcher.find(0, threshold=float("nan"))
+    with pytest.raises(InputError, match="the name is not valid"):
+        searcher.find("a\0b")
     photos.mkdir()
     with pytest.raises(InputError, match="no images below it"):
         searcher_of(small_run, photos).find(0)
