@@ -354,10 +354,10 @@ def run(args: argparse.Namespace) -> None:
         members = writer.open_members(folder, earlier, record)
         missing = members.missing(wanted)
         weights = read_weights(settings.backbone, args.weights) if missing else None
+        if members.missing(wanted, args.embedding):  # then pixels are read
+            verify_cache(cache)
         with writable(args.results_path, "--results_path"):
             writer.write_run_record(members, record, cache)
-    if members.missing(wanted, args.embedding):  # then pixels are read
-        verify_cache(cache)
     finished = args.ensemble_size - len(members.missing(whole))
     where = f"device {here['device']}, {settings.precision}"
     print(f"{folder}: {finished} of {cli.counted(args.ensemble_size, 'member')} finished; {where}")
