@@ -38,8 +38,7 @@ from dreml.cli import (
 from dreml.confusions import class_table, confident_errors, confusion_table, first_neighbour_table
 from dreml.figures import check_matplotlib, draw_found, draw_recall, draw_training, drawing, save_figure
 from dreml.files import writable, write_csv
-from dreml.run_writer import scored
-from dreml.runs import SUFFIXES, Run, TestSplit, read_run, run_lock
+from dreml.runs import SUFFIXES, Run, TestSplit, read_run, run_lock, scored
 from dreml.settings import EMBEDDINGS
 from dreml.thresholds import FARS, threshold_table
 from utils import best_similarities, map_at_r, recall_at_k, unmatched_queries

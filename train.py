@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from dreml import cli
-from dreml import run_writer as writer
+from dreml import cli, runs
 from dreml.backbones import check_backbone, read_weights, weights_tag
 from dreml.baseline import map_percent, print_baseline, print_near_copies, update_baseline
 from dreml.batches import Targets, epoch_batches, input_memory, prepare
@@ -294,10 +293,11 @@ def make_member(experiment: Experiment, members: Members, member: int, embedding
         message = f"training accuracy {accuracy:.2f} % in epoch {record.best_epoch}"
         members.refresh()
     if embedding == "pooled" and member in members.records:
-        remove_leftovers(members.folder, pooled_path(members.folder, member, "*").name)
+        for leftovers in (pooled_path(members.folder, member), member_path(members.folder, member, "json")):
+            remove_leftovers(members.folder, leftovers.name)
         model = load_member(member_path(members.folder, member, WEIGHTS)).to(experiment.compute.device)
         pooled = embed_test_images(experiment, model, member, "pooled")
-        writer.save_pooled(members.folder, members.records[member], pooled)
+        runs.save_pooled(members.folder, members.records[member], pooled)
     return message
 
 
@@ -316,7 +316,7 @@ def finish_member(experiment: Experiment, members: Members, member: int, title: 
     logits = embed_test_images(experiment, model, member, "logits")
     metadata = {"settings": asdict(experiment.settings), "partition": record.partition}
     metadata |= {"mean": meta.mean, "std": meta.std}
-    writer.save_member(folder, record, model, logits, metadata)
+    runs.save_member(folder, record, model, logits, metadata)
     remove_progress(folder, member)
     return record
 
@@ -336,7 +336,7 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     device = cli.pick_device(args.device)
     cli.set_up_device(device, args.deterministic)
-    here = writer.environment(device) | {"deterministic": args.deterministic}
+    here = cli.environment(device) | {"deterministic": args.deterministic}
 
     # 2. The run folder and what it holds
     settings = replace(settings, weights=weights_tag(settings.backbone, args.weights))
@@ -350,14 +350,14 @@ def run(args: argparse.Namespace) -> None:
         if settings.precision == "auto":  # a resumed run keeps its precision
             precision = earlier.settings.precision if earlier else pick_precision(device, settings.backbone)
             settings = replace(settings, precision=precision)
-        record = writer.make_run_record(settings, cache, vars(args), here)
-        members = writer.open_members(folder, earlier, record)
+        record = runs.make_run_record(settings, cache, vars(args), here)
+        members = runs.open_members(folder, earlier, record)
         missing = members.missing(wanted)
         weights = read_weights(settings.backbone, args.weights) if missing else None
         if members.missing(wanted, args.embedding):  # then pixels are read
             verify_cache(cache)
         with writable(args.results_path, "--results_path"):
-            writer.write_run_record(members, record, cache)
+            runs.write_run_record(members, record, cache)
     finished = args.ensemble_size - len(members.missing(whole))
     where = f"device {here['device']}, {settings.precision}"
     print(f"{folder}: {finished} of {cli.counted(args.ensemble_size, 'member')} finished; {where}")
@@ -367,7 +367,7 @@ def run(args: argparse.Namespace) -> None:
     compute = Compute(device, settings.precision)
     experiment = Experiment(cache, settings, weights, compute, here, args.progress_seconds, len(missing))
     if members.records:
-        writer.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
+        runs.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
     if len(split.labels):
         update_baseline(folder, settings, args.weights, cache, split, args.recalls, device)
     while (locked := members.lock_next_missing(wanted, args.embedding)) is not None:
@@ -377,14 +377,14 @@ def run(args: argparse.Namespace) -> None:
         with lock:
             message = make_member(experiment, members, member, args.embedding, title)
         print(f"{title}: {message}, {time.perf_counter() - start:.1f} s")
-        writer.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
+        runs.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
         members.refresh(args.embedding)
         if members.missing([member], args.embedding):
             raise RunError(f"member {member} was finished, but its files read back otherwise: is the disk sound?")
         experiment = replace(experiment, num_ahead=0)
 
     # 4. The final recall: the last process to finish computes it
-    table, embeddings = writer.update_logs(members, args.ensemble_size, split, args.recalls, args.embedding, device)
+    table, embeddings = runs.update_logs(members, args.ensemble_size, split, args.recalls, args.embedding, device)
     absent = members.missing(whole, args.embedding)
     if absent:
         numbers = ", ".join(map(str, absent))
@@ -393,7 +393,7 @@ def run(args: argparse.Namespace) -> None:
     if not len(split.labels):
         print(f"{cli.counted(len(embeddings), 'member')} finished in {folder}; there are no test images, so no recall")
         return
-    alone = [writer.recall_percent([embedding], split, args.recalls[:1]).item() for embedding in embeddings]
+    alone = [runs.recall_percent([embedding], split, args.recalls[:1]).item() for embedding in embeddings]
     final = table.tail(1).assign(**map_percent(embeddings, split))
     print_baseline(folder, final, args.embedding, settings.weights)
     if missing:  # only after training: it reads all test images
@@ -403,7 +403,7 @@ def run(args: argparse.Namespace) -> None:
     scores = ", ".join(f"{name} {value:.2f}" for name, value in final.iloc[0, 1:].items())
     dimensions = sum(embedding.shape[1] for embedding in embeddings)
     size = cli.counted(len(table), "member")
-    print(f"{size}: {scores} ({dimensions:,} numbers an image) in {folder}/recall{writer.SUFFIXES[args.embedding]}.csv")
+    print(f"{size}: {scores} ({dimensions:,} numbers an image) in {folder}/recall{runs.SUFFIXES[args.embedding]}.csv")
 
 
 def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSplit) -> None:

@@ -11,8 +11,7 @@ from dreml.backbones import own_scaling, read_weights
 from dreml.cache import Cache
 from dreml.cli import InputError, one_line
 from dreml.files import read_record, write_csv, write_record
-from dreml.run_writer import recall_percent, scored
-from dreml.runs import TestSplit, run_lock
+from dreml.runs import TestSplit, recall_percent, run_lock, scored
 from dreml.settings import Settings
 from model import channel_statistics, extract_features, initial_model, unit_rows
 from utils import first_neighbours, map_at_r

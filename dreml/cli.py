@@ -6,11 +6,14 @@ import errno
 import functools
 import io
 import os
+import platform
 import re
 import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
@@ -80,8 +83,8 @@ def run_main(script: str, run: Callable[[], None], save_memory: str, resumable: 
     code = 0
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
-            with signals_as_exceptions():
-                run()
+            raise_on_signals()
+            run()
         except InputError as error:
             code = ended(2, error)
         except (RuntimeError, MemoryError) as error:
@@ -130,21 +133,15 @@ class Output:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # Python flushes the rest at exit
 
 
-@contextlib.contextmanager
-def signals_as_exceptions() -> Iterator[None]:
-    """Raise KeyboardInterrupt on Ctrl-C, and Terminated on SIGTERM, inside the block."""
+def raise_on_signals() -> None:
+    """From now on, Ctrl-C raises KeyboardInterrupt, and SIGTERM Terminated."""
 
     def terminate(signum: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it twice
         raise Terminated
 
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
-    earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, terminate)
 
 
 def progress_bar(items: Iterable[T], title: str, total: int, unit: str = " images") -> Iterator[T]:
@@ -259,6 +256,29 @@ def set_up_device(device: "torch.device", deterministic: bool) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and changes no result
     if device.index is not None:
         torch.cuda.set_device(device)
+
+
+def environment(device: "torch.device") -> dict[str, str | int | None]:
+    """Describe what results depend on beside the options: versions, hardware, and the commit of this code."""
+    import numpy
+    import torch
+    import torchvision
+
+    commit = ""
+    with contextlib.suppress(OSError):  # no git on this machine
+        command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+        here = Path(__file__).resolve().parent
+        commit = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        "commit": commit or None,
+    }
 
 
 # Messages that mean out of memory: from PyTorch's allocators, then from cuBLAS and cuDNN if they lack workspace.

@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dreml.run_writer import scored
-from dreml.runs import TestSplit
+from dreml.runs import TestSplit, scored
 from utils import first_neighbours, unmatched_queries
 
 

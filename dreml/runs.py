@@ -1,30 +1,46 @@
-"""Reading a run folder: its record, its members (finished, missing, or being trained elsewhere), its test split."""
+"""A run folder: its record, its members (finished, missing, or being trained elsewhere), its test split, its logs."""
 
-import contextlib
 import itertools
+import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
+import safetensors.torch
 import torch
+from torch import nn
 
 from dreml.cache import Cache, read_cache
-from dreml.cli import InputError, one_line, out_of_memory
-from dreml.files import json_sha256, read_record, sha256, take_lock
+from dreml.checkpoint import remove_progress
+from dreml.cli import InputError, one_line, out_of_memory, with_less_memory
+from dreml.files import (
+    atomic_open,
+    json_sha256,
+    read_record,
+    remove_leftovers,
+    sha256,
+    take_lock,
+    write_csv,
+    write_record,
+)
 from dreml.settings import Settings
+from utils import recall_at_k, similarity_memory
 
+T = TypeVar("T")
 FORMAT = 3  # of a run folder; folders of another format are refused
 WEIGHTS = "safetensors"  # suffix of the files of weights
 METADATA = "dreml"  # key in their header; its value is JSON: settings, partition, mean and std
 SUFFIXES = {"logits": "", "pooled": "_pooled"}  # end of the names of tables made from an embedding
 TEST_COLUMNS = {"path": str, "label": np.int64, "is_query": bool, "is_gallery": bool, "class_name": str}  # test.csv
 HISTORY_COLUMNS = ("epoch", "loss", "accuracy", "lr", "seconds", "images_per_second")  # train.csv
+DIGITS = {"loss": 6, "accuracy": 4, "seconds": 3, "images_per_second": 1}  # decimals in train.csv
 
 # ------------------------------------------------------------------------------------------------ records
 
@@ -76,7 +92,7 @@ class MemberRecord:
     history: list[dict]  # for each epoch, HISTORY_COLUMNS and more
     partition: list[int]  # the meta-class of each training class
     environment: dict
-    sha256: dict[str, str]  # file name -> checksum
+    sha256: dict[str, str]  # file name -> checksum; of pooled features, too, where they were made
 
 
 def read_run_record(folder: Path) -> RunRecord:
@@ -102,25 +118,15 @@ def member_path(folder: Path, member: int, suffix: str) -> Path:
     return folder / f"member_{member:03d}.{suffix}"
 
 
-def pooled_path(folder: Path, member: int, suffix: str) -> Path:
-    """Path of a file of a member's pooled features: folder/pooled_007.npy or .json."""
-    return folder / f"pooled_{member:03d}.{suffix}"
+def pooled_path(folder: Path, member: int) -> Path:
+    """Path of a member's pooled features: folder/pooled_007.npy."""
+    return folder / f"pooled_{member:03d}.npy"
 
 
 def member_numbers(folder: Path) -> list[int]:
     """List the members that have a record in a run folder, damaged or not, in order."""
     matches = (re.fullmatch(r"member_([0-9]{3,})\.json", path.name) for path in folder.glob("member_*.json"))
     return sorted(int(match[1]) for match in matches if match)
-
-
-def pooled_record(folder: Path, record: MemberRecord) -> dict[str, str | int]:
-    """Make the content of `pooled_007.json`: the checksums of a member's weights and of its pooled features.
-
-    Raises OSError if there are no pooled features.
-    """
-    weights = record.sha256[member_path(folder, record.member, WEIGHTS).name]
-    checksum = sha256(pooled_path(folder, record.member, "npy"))
-    return {"member": record.member, "settings_hash": record.settings_hash, "weights": weights, "sha256": checksum}
 
 
 @dataclass
@@ -143,17 +149,13 @@ class Members:
             else:
                 self.records[member] = record
         for member in self.missing(self.records, "pooled") if embedding == "pooled" else []:
-            path = pooled_path(self.folder, member, "json")
-            if not path.exists():
-                continue
-            try:
-                if read_record(path) == pooled_record(self.folder, self.records[member]):
-                    self.pooled.add(member)
-                    continue
-                problem = "another run, member, weights or .npy"
-            except (ValueError, OSError) as error:
-                problem = one_line(error)
-            self.warn(f"{path.name} is damaged ({problem})")
+            path = pooled_path(self.folder, member)
+            self.records[member] = read_record(member_path(self.folder, member, "json"), MemberRecord)
+            checksum = self.records[member].sha256.get(path.name)
+            if checksum and path.exists() and sha256(path) == checksum:
+                self.pooled.add(member)
+            elif checksum:
+                self.warn(f"{path.name} is missing or damaged")
 
     def warn(self, problem: str) -> None:
         """Print a warning, once per problem."""
@@ -179,9 +181,7 @@ class Members:
         finished = self.pooled if embedding == "pooled" else self.records
         return [member for member in wanted if member not in finished]
 
-    def lock_next_missing(
-        self, wanted: Iterable[int], embedding: str
-    ) -> tuple[int, contextlib.AbstractContextManager] | None:
+    def lock_next_missing(self, wanted: Iterable[int], embedding: str) -> tuple[int, AbstractContextManager] | None:
         """Lock the first wanted member that is missing and not locked elsewhere. Returns it and its lock, or None."""
         for member in self.missing(wanted, embedding):
             lock = take_lock(self.folder / f".member_{member:03d}.lock", timeout=0)
@@ -203,8 +203,10 @@ class Members:
         self.refresh(embedding)
         missing = self.missing(range(1, num_members + 1), embedding)
         stop = missing[0] if missing else num_members + 1
-        path_of = pooled_path if embedding == "pooled" else member_path
-        arrays = [torch.from_numpy(np.load(path_of(self.folder, member, "npy"))) for member in range(1, stop)]
+        paths = [member_path(self.folder, member, "npy") for member in range(1, stop)]
+        if embedding == "pooled":
+            paths = [pooled_path(self.folder, member) for member in range(1, stop)]
+        arrays = [torch.from_numpy(np.load(path)) for path in paths]
         try:
             on_device = [array.to(device) for array in arrays]
             if device.type != "cpu":
@@ -329,7 +331,7 @@ def read_test(folder: Path) -> pd.DataFrame:
         raise InputError(f"{path} is missing or damaged ({one_line(error)}); train.py writes it again") from None
 
 
-def run_lock(folder: Path) -> contextlib.AbstractContextManager:
+def run_lock(folder: Path) -> AbstractContextManager:
     """Take the lock for the files that the whole run shares, such as its logs. Waits while another process holds it."""
     path = folder.with_name(f".{folder.name}.lock")  # not inside: a refused run makes no folder
     held = take_lock(path, timeout=2)
@@ -337,3 +339,127 @@ def run_lock(folder: Path) -> contextlib.AbstractContextManager:
         print(f"{folder}: waiting for another process of this run", flush=True)
         held = take_lock(path)
     return held
+
+
+# ------------------------------------------------------------------------------------------------ writing a run
+
+
+def make_run_record(settings: Settings, cache: Cache, options: dict[str, object], here: dict) -> RunRecord:
+    """Make the record of a run. `options` are from the command line; `here` is from `environment`.
+
+    Paths are made absolute, so that they do not depend on the current folder.
+    """
+    counts = {split: {"classes": c, "images": n} for split, (c, n) in cache.counts.items()}
+    data = DataRecord(cache.fingerprint, cache.meta.mean, cache.meta.std, counts)
+    options = {name: os.path.abspath(value) if isinstance(value, Path) else value for name, value in options.items()}
+    return RunRecord(settings=settings, data=data, options=options, environment=here)
+
+
+def open_members(folder: Path, earlier: RunRecord | None, record: RunRecord) -> Members:
+    """Find the finished members of a run folder. `earlier` is the record in it, or None.
+
+    Raises InputError if they belong to other settings or data, since they would be overwritten.
+    """
+    remedy = "move it away, or give another --results_path"
+    before = asdict(earlier.settings) if earlier else {}
+    for name, value in before.items():
+        new = getattr(record.settings, name)
+        if new != value:
+            raise InputError(f"{folder} holds members of other settings: {name} {value}, not {new}; {remedy}")
+    if earlier and earlier.data.fingerprint != record.data.fingerprint:
+        raise InputError(f"your photos have changed since the members in {folder} were trained: {remedy}")
+    members = Members(folder, record.settings_hash)
+    members.refresh()
+    if not earlier and members.warnings and not members.records:
+        raise InputError(f"{folder} has no args.json, and no sound member of these settings: {remedy}")
+    return members
+
+
+def write_run_record(members: Members, record: RunRecord, cache: Cache) -> None:
+    """Write `args.json` and `test.csv`, and remove temporary files of killed processes."""
+    folder = members.folder
+    folder.mkdir(exist_ok=True)
+    for name in ("args.json", "baseline.json", "*.csv"):
+        remove_leftovers(folder, name)
+    for member in members.records:
+        remove_progress(folder, member)
+    write_record(folder / "args.json", record)
+    columns = {name: np.asarray(cache.array(f"test_{name}")) for name in ("labels", "is_query", "is_gallery")}
+    class_names = np.array(cache.meta.test["classes"], dtype=object)[columns["labels"]]
+    table = pd.DataFrame({"path": cache.paths("test"), **columns, "class_name": class_names})
+    write_csv(folder / "test.csv", table, header=list(TEST_COLUMNS))
+
+
+def save_member(folder: Path, record: MemberRecord, model: nn.Module, logits: torch.Tensor, metadata: dict) -> None:
+    """Write `member_007.safetensors`, `.npy` and, last, `.json`, which makes the member finished."""
+    weights = member_path(folder, record.member, WEIGHTS)
+    embedding = member_path(folder, record.member, "npy")
+    save_weights(weights, model, metadata)
+    save_array(embedding, logits)
+    record.sha256 = {path.name: sha256(path) for path in (weights, embedding)}
+    write_record(member_path(folder, record.member, "json"), record)
+
+
+def save_pooled(folder: Path, record: MemberRecord, features: torch.Tensor) -> None:
+    """Write `pooled_007.npy` and, last, its checksum into the record of the member."""
+    path = pooled_path(folder, record.member)
+    save_array(path, features)
+    record.sha256[path.name] = sha256(path)
+    write_record(member_path(folder, record.member, "json"), record)
+
+
+def save_weights(path: Path, model: nn.Module, metadata: dict) -> None:
+    """Write the state dict of a network as safetensors, with `metadata` as JSON in its header.
+
+    It is a single entry: safetensors writes several in random order, which would change the checksum each time.
+    """
+    state = model.state_dict()
+    tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    with atomic_open(path, "wb") as file:
+        file.write(safetensors.torch.save(tensors, {METADATA: json.dumps(metadata, sort_keys=True)}))
+
+
+def save_array(path: Path, array: torch.Tensor) -> None:
+    """Write a tensor as .npy."""
+    with atomic_open(path, "wb") as file:
+        np.save(file, array.cpu().numpy(), allow_pickle=False)
+
+
+# ------------------------------------------------------------------------------------------------ logs
+
+
+def update_logs(
+    members: Members, num_members: int, split: TestSplit, ks: list[int], embedding: str, device: torch.device
+) -> tuple[pd.DataFrame, list[torch.Tensor]]:
+    """Write the logs of all finished members, one process at a time.
+
+    Returns, for the first `num_members`, the table of Recall@K, one row per ensemble size, and the embeddings.
+    """
+    with run_lock(members.folder):
+        largest = max([num_members, *member_numbers(members.folder)])  # a smaller ensemble must not shorten a log
+        embeddings = members.embeddings(largest, embedding, device)
+        is_scored = embeddings and len(split.labels)
+        recalls = recall_percent(embeddings, split, ks) if is_scored else np.empty((0, len(ks)))
+        table = pd.DataFrame(recalls, columns=[f"R@{k}" for k in ks])
+        table.insert(0, "ensemble_size", range(1, len(recalls) + 1))
+        write_csv(members.folder / f"recall{SUFFIXES[embedding]}.csv", table, float_format="%.4f")
+        records = sorted(members.records.items())
+        rows = [{"member": member} | epoch for member, record in records for epoch in record.history]
+        log = pd.DataFrame(rows, columns=["member", *HISTORY_COLUMNS]).round(DIGITS)
+        write_csv(members.folder / "train.csv", log)
+    return table.head(num_members), embeddings[:num_members]
+
+
+def recall_percent(embeddings: list[torch.Tensor], split: TestSplit, ks: list[int]) -> np.ndarray:
+    """Compute `recall_at_k` in percent, `(L, len(ks)) float64`."""
+    return 100 * scored(recall_at_k, embeddings, split, ks=ks).numpy()
+
+
+def scored(metric: Callable[..., T], embeddings: list[torch.Tensor], split: TestSplit, **options: object) -> T:
+    """Call a metric of utils.py for the test split. If memory runs out, retry with less."""
+    masks = {"is_query": split.is_query, "is_gallery": split.is_gallery}
+
+    def call(max_bytes: int) -> T:
+        return metric(embeddings, split.labels, **masks, max_bytes=max_bytes, **options)
+
+    return with_less_memory(call, similarity_memory(embeddings[0].device))

@@ -23,7 +23,7 @@ from dreml.cli import InputError
 from dreml.files import read_record, sha256, write_record
 from dreml.images import ImageSpec, load_rgb, resize_test
 from dreml.index import PhotoIndex
-from dreml.runs import WEIGHTS, MemberRecord, member_path, pooled_path, pooled_record, read_run_record
+from dreml.runs import WEIGHTS, MemberRecord, member_path, read_run_record, save_pooled
 from model import Ensemble, Head
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # real data beside the checkout, where there is any
@@ -343,9 +343,8 @@ def write_run(
 def write_pooled(folder: Path, member_embeddings: list[np.ndarray]) -> None:
     """Adds pooled features to what `write_run` wrote."""
     for number, embedding in enumerate(member_embeddings, 1):
-        np.save(pooled_path(folder, number, "npy"), embedding)
         record = read_record(member_path(folder, number, "json"), MemberRecord)
-        write_record(pooled_path(folder, number, "json"), pooled_record(folder, record))
+        save_pooled(folder, record, torch.from_numpy(embedding))
 
 
 def write_colored_run(folder: Path, like: Path, member_embeddings: list[np.ndarray], *arguments) -> Path:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torchvision.models import efficientnet, mnasnet, regnet, vision_transformer
 
 import train
-from dreml import run_writer
+from dreml import runs as run_writer
 from dreml.backbones import (
     check_backbone,
     gains_from_bf16,

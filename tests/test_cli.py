@@ -124,10 +124,8 @@ def test_a_signal_ends_a_run_at_once_in_one_line(capsys, number, code, word):
                 os.kill(os.getpid(), signal.SIGTERM)  # schedulers send it twice
             reached.append("the end of a block")
 
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     assert run_main("script.py", run, "less") == code and reached == ["the end of a block"]
     assert capsys.readouterr().err == f"script.py: {word}; run the same command again to go on\n"
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert run_main("script.py", raising(Terminated()), "less", resumable=False) == 143
     assert capsys.readouterr().err == "script.py: terminated\n"
 
@@ -240,6 +238,16 @@ def test_a_device_is_set_up_for_speed_or_for_the_same_bits(monkeypatch):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_the_environment_says_what_a_number_depends_on(monkeypatch):
+    """Without git, there is no commit."""
+    here = cli.environment(torch.device("cpu"))
+    assert (here["torch"], here["threads"]) == (torch.__version__, 1)
+    assert here["device"].startswith("cpu (")
+    assert here["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", here["commit"])
+    monkeypatch.setenv("PATH", "")
+    assert cli.environment(torch.device("cpu")) == here | {"commit": None}
 
 
 # ------------------------------------------------------------------------------------------------ too little memory

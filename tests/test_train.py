@@ -21,7 +21,7 @@ from torch import nn
 import data_utils
 import train
 from dreml import cli
-from dreml import run_writer as writer
+from dreml import runs as writer
 from dreml.batches import Batch, MixedTargets, epoch_batches, input_memory, prepare
 from dreml.files import read_record
 from dreml.runs import MemberRecord, read_run_record
@@ -516,8 +516,8 @@ def pool(data: Path, results: Path, *options: str) -> int:
 def test_pooled_features_of_the_saved_members(pooled_run, tiny_run, tiny_cache):
     """Against torchvision's own network and transforms with the saved weights; the members stay as they are."""
     names = {path.name for path in pooled_run.iterdir()} - {path.name for path in tiny_run.iterdir()}
-    assert names == {"recall_pooled.csv", *(f"pooled_00{m}.{suffix}" for m in (1, 2) for suffix in ("json", "npy"))}
-    for pattern in ("member_*", "train.csv", "recall.csv"):
+    assert names == {"recall_pooled.csv", "pooled_001.npy", "pooled_002.npy"}
+    for pattern in ("member_*.[ns]*", "train.csv", "recall.csv"):
         assert digests(pooled_run, pattern) == digests(tiny_run, pattern)
     images = torch.from_numpy(np.array(tiny_cache.array("test_images"))).permute(0, 3, 1, 2) / 255
     images = torchvision.transforms.functional.normalize(images, tiny_cache.meta.mean, tiny_cache.meta.std)
@@ -531,11 +531,8 @@ def test_pooled_features_of_the_saved_members(pooled_run, tiny_run, tiny_cache):
         embeddings.append(np.load(pooled_run / f"pooled_00{member}.npy"))
         assert embeddings[-1].dtype == np.float32 and embeddings[-1].shape == (36, 512)
         np.testing.assert_allclose(embeddings[-1], seen[0], rtol=1e-4, atol=1e-4)
-        record = read_record(pooled_run / f"pooled_00{member}.json")
-        hashes = digests(pooled_run, f"*_00{member}.[ns]*")
-        assert record["weights"] == hashes[f"member_00{member}.safetensors"]
-        assert record["sha256"] == hashes[f"pooled_00{member}.npy"] and record["member"] == member
-        assert record["settings_hash"] == read_record(pooled_run / f"member_00{member}.json")["settings_hash"]
+        record = read_record(pooled_run / f"member_00{member}.json")
+        assert record["sha256"] == digests(pooled_run, f"*_00{member}.[ns]*")
     expected = 100 * slow_recall(embeddings, labels, [1, 4])
     lines = (pooled_run / "recall_pooled.csv").read_text().splitlines()
     assert lines == ["ensemble_size,R@1,R@4", *(f"{n},{r1:.4f},{r4:.4f}" for n, (r1, r4) in enumerate(expected, 1))]
