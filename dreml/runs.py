@@ -17,19 +17,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from dreml import files
 from dreml.cache import Cache, read_cache
 from dreml.checkpoint import remove_progress
 from dreml.cli import InputError, one_line, out_of_memory, with_less_memory
-from dreml.files import (
-    atomic_open,
-    json_sha256,
-    read_record,
-    remove_leftovers,
-    sha256,
-    take_lock,
-    write_csv,
-    write_record,
-)
+from dreml.files import read_record, sha256, take_lock, write_csv, write_record
 from dreml.settings import Settings
 from utils import recall_at_k, similarity_memory
 
@@ -79,7 +71,7 @@ class RunRecord:
         """
         plain = asdict(Settings())
         changed = {name: value for name, value in asdict(self.settings).items() if value != plain[name]}
-        return json_sha256({"settings": changed, "fingerprint": self.data.fingerprint})
+        return files.json_sha256({"settings": changed, "fingerprint": self.data.fingerprint})
 
 
 @dataclass
@@ -172,8 +164,8 @@ class Members:
             return None, [f"{path.name}: {one_line(error)}"]
         if (record.member, record.settings_hash) != (member, self.settings_hash):
             return record, [f"{path.name}: from another run or member"]
-        files = [member_path(self.folder, member, suffix) for suffix in self.needed]
-        damaged = [file.name for file in files if not file.exists() or sha256(file) != record.sha256.get(file.name)]
+        paths = [member_path(self.folder, member, suffix) for suffix in self.needed]
+        damaged = [path.name for path in paths if not path.exists() or sha256(path) != record.sha256.get(path.name)]
         return record, damaged
 
     def missing(self, wanted: Iterable[int], embedding: str = "logits") -> list[int]:
@@ -297,11 +289,7 @@ class Run:
 
     def embeddings(self, embedding: str, device: torch.device) -> list[torch.Tensor]:
         """Load the members' embeddings of the test images, `(M, d) float32` each; see `Members.embeddings`."""
-        arrays = self.members.embeddings(self.num_members, embedding, device)
-        for array in arrays:
-            if len(array) != len(self.test):
-                raise InputError(f"{self.folder}: test.csv has {len(self.test)} images, the embeddings {len(array)}")
-        return arrays
+        return self.members.embeddings(self.num_members, embedding, device)
 
 
 def read_run(folder: Path, num_members: int | None = None) -> Run:
@@ -314,8 +302,6 @@ def read_run(folder: Path, num_members: int | None = None) -> Run:
     members = Members(folder, record.settings_hash, needed=("npy",))
     members.refresh()
     finished = next(member for member in itertools.count() if member + 1 not in members.records)
-    if not members.records:
-        raise InputError(f"{folder} has no finished member: train it on, or leave it out")
     if finished < (num_members or 1):
         raise InputError(f"{folder}: member {finished + 1} of {num_members or 1} is missing; train.py makes it")
     return Run(folder, record, members, num_members or finished, read_test(folder))
@@ -341,7 +327,7 @@ def run_lock(folder: Path) -> AbstractContextManager:
     return held
 
 
-# ------------------------------------------------------------------------------------------------ writing a run
+# ------------------------------------------------------------------------------------------------ writing, logs
 
 
 def make_run_record(settings: Settings, cache: Cache, options: dict[str, object], here: dict) -> RunRecord:
@@ -380,7 +366,7 @@ def write_run_record(members: Members, record: RunRecord, cache: Cache) -> None:
     folder = members.folder
     folder.mkdir(exist_ok=True)
     for name in ("args.json", "baseline.json", "*.csv"):
-        remove_leftovers(folder, name)
+        files.remove_leftovers(folder, name)
     for member in members.records:
         remove_progress(folder, member)
     write_record(folder / "args.json", record)
@@ -415,17 +401,14 @@ def save_weights(path: Path, model: nn.Module, metadata: dict) -> None:
     """
     state = model.state_dict()
     tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    with atomic_open(path, "wb") as file:
+    with files.atomic_open(path, "wb") as file:
         file.write(safetensors.torch.save(tensors, {METADATA: json.dumps(metadata, sort_keys=True)}))
 
 
 def save_array(path: Path, array: torch.Tensor) -> None:
     """Write a tensor as .npy."""
-    with atomic_open(path, "wb") as file:
+    with files.atomic_open(path, "wb") as file:
         np.save(file, array.cpu().numpy(), allow_pickle=False)
-
-
-# ------------------------------------------------------------------------------------------------ logs
 
 
 def update_logs(
