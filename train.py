@@ -35,7 +35,7 @@ from dreml.checkpoint import SECONDS_BETWEEN_WRITES, Progress, remove_progress
 from dreml.cli import InputError, RunError
 from dreml.files import remove_leftovers, writable
 from dreml.optimizers import learning_rate, make_optimizer, with_rates
-from dreml.runs import WEIGHTS, MemberRecord, Members, TestSplit, member_path, pooled_path, read_run_record, run_lock
+from dreml.runs import WEIGHTS, MemberRecord, Members, TestSplit, member_path, read_run_record, run_lock
 from dreml.settings import ALL_CLASSES, EMBEDDINGS, Settings, add_settings, settings_of
 from model import Compute, TrainState, channel_statistics, extract_features, initial_model, load_member, pick_precision
 from utils import capped_images, meta_class_partition, rng_for, unmatched_queries
@@ -286,6 +286,7 @@ def embed_test_images(experiment: Experiment, model: nn.Module, member: int, emb
 
 def make_member(experiment: Experiment, members: Members, member: int, embedding: str, title: str) -> str:
     """Train or re-embed one member. The caller holds its lock. Returns a log message."""
+    remove_leftovers(members.folder, f"*_{member:03d}.*")
     message = "pooled features"
     if member not in members.records:
         record = finish_member(experiment, members, member, title)
@@ -293,8 +294,6 @@ def make_member(experiment: Experiment, members: Members, member: int, embedding
         message = f"training accuracy {accuracy:.2f} % in epoch {record.best_epoch}"
         members.refresh()
     if embedding == "pooled" and member in members.records:
-        for leftovers in (pooled_path(members.folder, member), member_path(members.folder, member, "json")):
-            remove_leftovers(members.folder, leftovers.name)
         model = load_member(member_path(members.folder, member, WEIGHTS)).to(experiment.compute.device)
         pooled = embed_test_images(experiment, model, member, "pooled")
         runs.save_pooled(members.folder, members.records[member], pooled)
@@ -305,8 +304,6 @@ def finish_member(experiment: Experiment, members: Members, member: int, title: 
     """Train, embed and save one member. If only its embedding is missing or damaged, do not train it again."""
     folder, meta = members.folder, experiment.cache.meta
     progress = Progress(folder, member, members.settings_hash, experiment.progress_seconds)
-    for leftovers in (member_path(folder, member, "*"), progress.path):
-        remove_leftovers(folder, leftovers.name)
     record, damaged = members.read(member)
     if record and damaged == [member_path(folder, member, "npy").name]:
         model = load_member(member_path(folder, member, WEIGHTS)).to(experiment.compute.device)
