@@ -83,8 +83,8 @@ def run_main(script: str, run: Callable[[], None], save_memory: str, resumable: 
     code = 0
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
-            raise_on_signals()
-            run()
+            with signals_as_exceptions():
+                run()
         except InputError as error:
             code = ended(2, error)
         except (RuntimeError, MemoryError) as error:
@@ -133,15 +133,21 @@ class Output:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # Python flushes the rest at exit
 
 
-def raise_on_signals() -> None:
-    """From now on, Ctrl-C raises KeyboardInterrupt, and SIGTERM Terminated."""
+@contextlib.contextmanager
+def signals_as_exceptions() -> Iterator[None]:
+    """Raise KeyboardInterrupt on Ctrl-C, and Terminated on SIGTERM, inside the block."""
 
     def terminate(signum: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it twice
         raise Terminated
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, terminate)
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def progress_bar(items: Iterable[T], title: str, total: int, unit: str = " images") -> Iterator[T]:

@@ -124,8 +124,10 @@ def test_a_signal_ends_a_run_at_once_in_one_line(capsys, number, code, word):
                 os.kill(os.getpid(), signal.SIGTERM)  # schedulers send it twice
             reached.append("the end of a block")
 
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     assert run_main("script.py", run, "less") == code and reached == ["the end of a block"]
     assert capsys.readouterr().err == f"script.py: {word}; run the same command again to go on\n"
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert run_main("script.py", raising(Terminated()), "less", resumable=False) == 143
     assert capsys.readouterr().err == "script.py: terminated\n"
 
