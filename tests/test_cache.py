@@ -113,7 +113,7 @@ CACHE_DAMAGES = {
     "missing": (shutil.rmtree, "is missing"),
     "no meta.json": (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing"),
     "truncated meta.json": (lambda folder: (folder / "meta.json").write_text('{"version": 1'), "is damaged"),
-    "older version": (damage_meta(lambda meta: [meta.update(version=3), meta.pop("holdout")]), "of another version or"),
+    "older version": (damage_meta(lambda meta: meta.update(version=3)), "of another version or"),
     "other size": (damage_meta(lambda meta: meta.update(image_size=64)), "other settings"),
     "missing array": (lambda folder: (folder / "test_labels.npy").unlink(), "test_labels.npy is missing"),
     "truncated array": (lambda folder: (folder / "test_images.npy").write_bytes(b"x"), "is damaged"),

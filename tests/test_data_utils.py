@@ -1,4 +1,4 @@
-"""The script: its options, its summary, and several data sets of which some are bad."""
+"""The script: its options, its summary, several data sets of which some are bad, holdouts."""
 
 import re
 import shutil
@@ -87,9 +87,8 @@ def test_no_data_set_at_all(tmp_path, capsys):
 def test_a_layout_that_is_not_known_is_refused_in_one_line(tmp_path, capsys, name, found, message):
     if found is not None:
         (tmp_path / name / found).mkdir(parents=True)
-    assert call(tmp_path, "--data_name", name) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"data_utils.py: {tmp_path / name}") and message in error and error.count("\n") == 1
+    error = refused(capsys, data_utils, *here(tmp_path), "--data_name", name)
+    assert error.startswith(f"data_utils.py: {tmp_path / name}") and message in error
 
 
 @pytest.mark.parametrize(
@@ -105,9 +104,7 @@ def test_a_layout_that_is_not_known_is_refused_in_one_line(tmp_path, capsys, nam
     ],
 )
 def test_wrong_options(tmp_path, capsys, options, message):
-    assert data_utils.main(["--data_path", str(tmp_path), *options]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in refused(capsys, data_utils, "--data_path", tmp_path, *options)
 
 
 def test_all_options_reach_the_cache(tmp_path, capsys, threads):
@@ -165,9 +162,9 @@ def test_photos_that_were_added_are_named_before_training(tmp_path, capsys, thre
     said = f"warning: 12 files are new, 0 changed, 0 gone since {tmp_path / 'mine/cache_32'} was made: "
     command = f"python data_utils.py {' '.join(options)} --force"
     monkeypatch.setattr(train, "update_baseline", lambda *_: sys.exit(7))  # before the first step
-    here = ["--meta_class_size", "2", "--recalls", "1", "--weights", "none", "--results_path", str(tmp_path / "runs")]
+    of_training = ["--meta_class_size", "2", "--recalls", "1", "--weights", "none"]
     with pytest.raises(SystemExit):
-        train.main([*options, *here])
+        train.main([*options, *of_training, "--results_path", str(tmp_path / "runs")])
     assert capsys.readouterr().err == f"{said}{command}\n"
     assert call(tmp_path) == 0
     assert capsys.readouterr().err == f"{said}{command}\n"
@@ -182,24 +179,24 @@ def test_verify_finds_a_flipped_bit(tmp_path, capsys, threads):
     assert call(tmp_path, "--verify", "--data_name", "mine") == 0
     (tmp_path / "papers").mkdir()
     assert call(tmp_path, "--verify") == 0  # looks at what has a cache
-    assert call(tmp_path, "--verify", "--resize", "squash") == 2
-    assert f"no {tmp_path}/NAME/cache_32_squash found; --image_size and" in capsys.readouterr().err
+    said = refused(capsys, data_utils, *here(tmp_path), "--verify", "--resize", "squash")
+    assert f"no {tmp_path}/NAME/cache_32_squash found; --image_size and" in said
     flip_a_bit(tmp_path / "mine" / "cache_32" / "test_images.npy")
     assert call(tmp_path) == 0  # sizes alone do not show it
-    assert call(tmp_path, "--verify", "--data_name", "mine") == 2
-    assert "damaged: test_images; make it again with: python data_utils.py --data_name mine" in capsys.readouterr().err
+    said = refused(capsys, data_utils, *here(tmp_path), "--verify", "--data_name", "mine")
+    assert "damaged: test_images; make it again with: python data_utils.py --data_name mine" in said
 
 
 def test_demo_is_drawn_once_and_never_over_another(tmp_path, capsys, threads, monkeypatch):
     tiny = {"num_classes": 4, "images_per_class": 3, "image_side": 40}
     monkeypatch.setattr(data_utils, "draw_demo", lambda folder: draw_demo(folder, **tiny))
-    assert call(tmp_path / "data" / "not yet", "--data_name", "demo") == 0
+    data = tmp_path / "not yet"
+    assert call(data, "--data_name", "demo") == 0
     options = "--image_size 32 --meta_class_size 2 --weights none --no_flip --lr 1e-3"
     assert f" {options}\n" in capsys.readouterr().out
-    assert call(tmp_path / "data" / "not yet", "--data_name", "demo", "--holdout", "0.5") == 0
+    assert call(data, "--data_name", "demo", "--holdout", "0.5") == 0
     assert " --weights none --no_flip --lr 1e-3\n" in capsys.readouterr().out
-    drawn = tree(tmp_path / "data" / "not yet" / "demo" / "train")
-    assert len(drawn) == 12 and read_cache(tmp_path / "data" / "not yet", "demo", SPEC).counts["test"] == (4, 12)
+    assert len(tree(data / "demo" / "train")) == 12 and read_cache(data, "demo", SPEC).counts["test"] == (4, 12)
 
     write_image_folder(tmp_path / "mine" / "demo")
     mine = tree(tmp_path / "mine" / "demo" / "train")
@@ -210,68 +207,77 @@ def test_demo_is_drawn_once_and_never_over_another(tmp_path, capsys, threads, mo
 # ------------------------------------------------------------------------------------------------ holdout
 
 
-def classes_of(cache, split: str) -> set[str]:
-    return {path.split("/")[1] for path in cache.paths(split)}
-
-
 @pytest.mark.parametrize("name", ["mine", "cub"])
 def test_a_share_of_the_training_classes_becomes_the_test_split(tmp_path, capsys, threads, name):
-    """By whole classes; the true test split is left out; another seed divides otherwise; the pixels are the same."""
+    """By whole classes; the true test split is left out; another seed divides otherwise; the pixels are the same.
+
+    The classes are always those that were drawn in the first version, so that results can be compared.
+    """
     if name == "cub":
         write_cub(tmp_path / "cub", classes=(*range(1, 11), 101, 200))
     else:
         write_image_folder(tmp_path / "mine", classes=10)
     whole = build(tmp_path, name)
-    divided = []
+    held_out = []
     for options, folder in (([], "holdout"), (["--force"], "holdout"), (["--holdout_seed", "3"], "holdout3")):
         assert call(tmp_path, "--data_name", name, "--holdout", "0.3", *options) == 0
         out = capsys.readouterr().out
         assert f"train on it with: python train.py --data_name {name}_{folder} --data_path" in out
         cache = read_cache(tmp_path, f"{name}_{folder}", SPEC)
-        assert {split: count[0] for split, count in cache.counts.items()} == {"train": 7, "test": 3}
-        assert not classes_of(cache, "train") & classes_of(cache, "test")
-        assert sorted(cache.paths("train") + cache.paths("test")) == sorted(whole.paths("train"))
-        divided.append(classes_of(cache, "test"))
-        row = whole.paths("train").index(cache.paths("train")[0])
+        classes = whole.meta.train["classes"]
+        assert sorted(cache.meta.train["classes"] + cache.meta.test["classes"]) == sorted(classes)
+        held_out.append([classes.index(name) for name in cache.meta.test["classes"]])
+        paths = cache.paths("train") + cache.paths("test")
+        assert sorted(paths) == sorted(f"{name}/{path}" for path in whole.paths("train"))
+        row = whole.paths("train").index(paths[0].removeprefix(f"{name}/"))
         start, stop = whole.array("train_offsets")[row : row + 2]
         pixels = cache.array("train_pixels")[: cache.array("train_offsets")[1]]
         assert np.array_equal(pixels, whole.array("train_pixels")[start:stop])
-        assert (cache.meta.mean == whole.meta.mean) == (name == "cub")  # published, or those of fewer images
-    assert divided[0] == divided[1] != divided[2]
+    assert held_out == [[1, 6, 7], [1, 6, 7], [0, 6, 7]]
 
 
-def test_what_a_holdout_refuses_and_passes_over(tmp_path, capsys, threads):
-    """A data set of its own may be called NAME_holdout, too."""
+def test_a_holdout_is_a_data_set_as_any_other(tmp_path, capsys, threads):
+    """At another size, with all data sets, when its images change."""
     write_image_folder(tmp_path / "mine", classes=5)
-    write_image_folder(tmp_path / "other_holdout")
     assert call(tmp_path, "--data_name", "mine", "--holdout", "0.4") == 0
-    capsys.readouterr()
-    for options, message in (
-        (["--holdout", "0.6"], "was made with --holdout 0.4, not 0.6; --force makes it again"),
-        (["--holdout", "0.9", "--force"], "--holdout 0.9 of 5 training classes leaves 1 to train on and 4 to test on"),
-        (["--holdout", "0.1", "--force"], "and 0 to test on; it takes at least two of each"),
-    ):
-        assert message in refused(capsys, data_utils, *here(tmp_path), "--data_name", "mine", *options)
-    assert call(tmp_path) == 0  # all data sets: mine_holdout has no images of its own
-    output = capsys.readouterr()
-    assert "mine_holdout" not in output.out + output.err and "\nother_holdout " in output.out
+    first = tree(tmp_path / "mine_holdout")
+    assert data_utils.main([*here(tmp_path), "--image_size", "24"]) == 0
+    assert read_cache(tmp_path, "mine_holdout", ImageSpec(24)).counts == {"train": (3, 6), "test": (2, 4)}
     assert call(tmp_path, "--verify", "--data_name", "mine_holdout") == 0
+    save_image(tmp_path / "mine/train/train_0/0.png", 9, width=50)
+    capsys.readouterr()
+    assert call(tmp_path, "--data_name", "mine", "--holdout", "0.4") == 0
+    command = f"python data_utils.py --data_name mine_holdout --data_path {tmp_path} --image_size 32 --force"
+    said = capsys.readouterr().err
+    assert said.startswith("warning: 0 files are new, 1 changed, 0 gone since ") and said.endswith(f"{command}\n")
+    assert data_utils.main(command.split()[2:]) == 0
+    assert tree(tmp_path / "mine_holdout") != first and capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("state", "share"), [("other size", "0.35"), ("damaged", "0.35"), ("never made", "0.2")])
-def test_the_command_that_makes_a_holdout_is_named_and_works(tmp_path, capsys, threads, state, share):
-    """With the share of a cache that is there; without any, it is not known."""
+def test_what_a_holdout_refuses(tmp_path, capsys, threads):
+    """Too few classes; another share, without --force; a folder that is not of --holdout, also of earlier versions."""
+    write_image_folder(tmp_path / "mine", classes=5)
+    hold_out = [*here(tmp_path), "--data_name", "mine", "--holdout"]
+    assert data_utils.main([*hold_out, "0.4"]) == 0
+    before = tree(tmp_path)
+    for options, message in (
+        (["0.6"], "mine_holdout/images.csv is of another share or of other images: --force makes it again"),
+        (["0.9", "--force"], "--holdout 0.9 of 5 training classes leaves 1 to train on and 4 to test on"),
+        (["0.1", "--force"], "and 0 to test on; it takes at least two of each"),
+    ):
+        assert message in refused(capsys, data_utils, *hold_out, *options)
+    assert tree(tmp_path) == before
+    assert data_utils.main([*hold_out, "0.6", "--force"]) == 0
+    assert read_cache(tmp_path, "mine_holdout", SPEC).counts == {"train": (2, 4), "test": (3, 6)}
+    write_image_folder(tmp_path / "mine_holdout4")
+    said = refused(capsys, data_utils, *hold_out, "0.4", "--holdout_seed", "4", "--force")
+    assert "mine_holdout4 is there already, and was not made by --holdout: remove or rename it" in said
+
+
+def test_the_command_that_makes_a_holdout_is_named_and_works(tmp_path, capsys, threads):
     write_image_folder(tmp_path / "mine", classes=10)
-    size = "64" if state == "other size" else "32"
-    if state == "never made":
-        (tmp_path / "mine_holdout3").mkdir()
-    else:
-        assert call(tmp_path, "--data_name", "mine", "--holdout", share, "--holdout_seed", "3") == 0
-    if state == "damaged":
-        (tmp_path / "mine_holdout3/cache_32/test_labels.npy").write_bytes(b"x")
-    options = ["--data_name", "mine_holdout3", "--data_path", str(tmp_path), "--image_size", size]
-    command = f"--data_name mine --data_path {tmp_path} --image_size {size} --holdout {share} --holdout_seed 3"
+    options = ["--data_name", "mine_holdout", "--data_path", str(tmp_path), "--image_size", "32"]
+    command = f"--data_name mine --data_path {tmp_path} --image_size 32 --holdout 0.2"
     assert refused(capsys, train, *options).endswith(f"make it with: python data_utils.py {command}\n")
     assert data_utils.main(command.split()) == 0
-    counts = read_cache(tmp_path, "mine_holdout3", ImageSpec(int(size))).counts
-    assert counts["test"] == ((4, 8) if share == "0.35" else (2, 4))
+    assert read_cache(tmp_path, "mine_holdout", SPEC).counts == {"train": (8, 16), "test": (2, 4)}

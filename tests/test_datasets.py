@@ -4,7 +4,6 @@ import os
 import shutil
 
 import pytest
-import scipy.io
 from builders import (
     SHARED,
     build,
@@ -22,7 +21,8 @@ from builders import (
 )
 
 from dreml.cli import InputError
-from dreml.datasets import PUBLISHED, count_images, list_data_set, read_car_annotations
+from dreml.datasets import PUBLISHED, add_cars, count_images, list_data_set
+from dreml.lists import Listing
 
 LAYOUTS = {
     "car": ("car", write_car, "car_ims/"),
@@ -61,13 +61,11 @@ def test_raw_layouts(tmp_path, capsys, threads, layout, deeper):
         assert cache.array("test_is_query").all() and cache.array("test_is_gallery").all()
     assert cache.meta.mean == list(PUBLISHED[name].mean) and cache.meta.std == list(PUBLISHED[name].std)
     classes = {
-        "car": (["1", "98"], ["99", "196"]),
+        "car": (["001", "098"], ["099", "196"]),
         "cub": (["001.Bird_1", "100.Bird_100"], ["101.Bird_101", "200.Bird_200"]),
-        "sop": (["1", "2"], ["11319", "11320"]),
+        "sop": (["00001", "00002"], ["11319", "11320"]),
         "isc": (["id_00000002", "id_00000003"], ["id_00000001", "id_00000004"]),
     }[name]
-    if layout.startswith("car devkit"):
-        classes = (["Car 1", "Car 98"], ["Car 99", "Car 196"])
     assert (cache.meta.train["classes"], cache.meta.test["classes"]) == classes
 
 
@@ -84,7 +82,7 @@ def test_in_shop_has_queries_and_a_gallery(tmp_path, capsys, threads):
     assert "train: 2 classes and 4 images, published are 3,997 and 25,882" in output.err
 
 
-def test_in_shop_in_its_published_size_has_no_warning(tmp_path):
+def test_in_shop_in_its_published_size_has_no_warning(tmp_path, capsys):
     """A list of 52,712 rows; the images are not looked at."""
     statuses = ["train"] * 25882 + ["query"] * 14218 + ["gallery"] * 12612
     first = {"train": (0, 3997), "query": (3997, 3985), "gallery": (3997, 3985)}
@@ -93,8 +91,8 @@ def test_in_shop_in_its_published_size_has_no_warning(tmp_path):
         start, items = first[status]
         lines.append(f"img/{number}.jpg  id_{1 + start + number % items:08d}  {status}")
     (tmp_path / "list_eval_partition.txt").write_text("\n".join(lines))
-    listing = list_data_set("isc", tmp_path)
-    assert not listing.problems and not listing.warnings
+    list_data_set("isc", tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 # ------------------------------------------------------------------------------------------------ whole lists
@@ -150,7 +148,11 @@ DAMAGES = {
         rewrite("images.txt", "1 001.Bird_1/", "1\n"),
         "line 1: 2 fields expected: '1'",
     ),
-    "no class id": ("cub", rewrite("image_class_labels.txt", "1 1\n", "1 x\n"), "class id x is not in 1..200"),
+    "no class id": (
+        "cub",
+        rewrite("image_class_labels.txt", "1 1\n", "1 x\n"),
+        "line 1: its class in image_class_labels.txt is x",
+    ),
     "dots": ("cub", rewrite("images.txt", "1 001.Bird_1", "1 a/../../b"), r"line 1: unusable path 'images/a/"),
     "missing folder": (
         "car",
@@ -186,7 +188,7 @@ def test_devkit_without_labels_for_its_test_images(tmp_path):
     with pytest.raises(InputError, match=r"cars_test_annos_withlabels\.mat: missing file$"):
         build(tmp_path, "car")
     shutil.copy(devkit / "cars_test_annos.mat", devkit / "cars_test_annos_withlabels.mat")
-    with pytest.raises(InputError, match=r"has no labels; the file needed is cars_test_annos_withlabels\.mat"):
+    with pytest.raises(InputError, match=r"withlabels\.mat: not a readable .* file with labels \(ValueError: no field"):
         build(tmp_path, "car")
 
 
@@ -196,13 +198,13 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real annotati
 
 
 @needs_shared
-def test_real_cub_lists(tmp_path):
+def test_real_cub_lists(tmp_path, capsys):
     (tmp_path / "cub").mkdir()
     for name in ("images.txt", "image_class_labels.txt"):
         shutil.copy(SHARED / "cub_meta" / name, tmp_path / "cub")
-    listing = list_data_set("cub", tmp_path / "cub")
-    assert not listing.problems and not listing.warnings
-    assert count_images(listing.images) == {"train": (100, 5864), "test": (100, 5924)}
+    images = list_data_set("cub", tmp_path / "cub")
+    assert count_images(images) == {"train": (100, 5864), "test": (100, 5924)}
+    assert capsys.readouterr().err == ""  # as published
     with pytest.raises(InputError) as refusal:
         build(tmp_path, "cub")
     message = str(refusal.value)
@@ -211,11 +213,12 @@ def test_real_cub_lists(tmp_path):
 
 
 @needs_shared
-def test_real_car_annotations():
-    entries = read_car_annotations(SHARED / "car_devkit" / "cars_train_annos.mat")
-    assert len(entries) == 8144 and entries[0] == ("00001.jpg", 14)
-    assert sum(class_id <= 98 for _, class_id in entries) == 4052
-    with pytest.raises(InputError, match=r"has no labels.*cars_test_annos_withlabels\.mat"):
-        read_car_annotations(SHARED / "car_devkit" / "cars_test_annos.mat")
-    names = scipy.io.loadmat(SHARED / "car_devkit" / "cars_meta.mat")["class_names"]
-    assert names.shape == (1, 196)
+def test_real_car_annotations(tmp_path):
+    listing = Listing(tmp_path)
+    add_cars(listing, SHARED / "car_devkit" / "cars_train_annos.mat", "fname", "cars_train/")
+    path, label, split, *_ = listing.columns.values()
+    assert len(path) == 8144 and (path[0], label[0]) == ("cars_train/00001.jpg", "014")
+    assert split.count("train") == 4052 and len(set(label)) == 196
+    assert not listing.problems
+    add_cars(listing, SHARED / "car_devkit" / "cars_test_annos.mat", "fname", "cars_test/")
+    assert len(path) == 8144 and len(listing.problems) == 1
