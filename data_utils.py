@@ -89,13 +89,11 @@ def run(args: argparse.Namespace) -> None:
                     name = hold_out(data_path, name, args.holdout, args.holdout_seed or 0, args.force)
                 cache = build_cache(data_path, name, spec, args.num_workers, args.force, args.skip_bad)
             rows.append((cache, time.perf_counter() - start))
-        except UnknownLayout as error:
-            if args.data_name:
-                errors.append(error)
-            else:
-                print(f"passed over: {error}")
         except InputError as error:
-            errors.append(error)
+            if isinstance(error, UnknownLayout) and not args.data_name:
+                print(f"passed over: {error}")
+            else:
+                errors.append(error)
         except (RunError, OSError) as error:
             errors.append(RunError(f"{name}: {error}"))
 
@@ -105,9 +103,7 @@ def run(args: argparse.Namespace) -> None:
         if not args.verify:
             print(f"\n{training_text(data_path, rows[0][0])}")
     elif not errors and args.verify:
-        raise InputError(
-            f"no {cache_folder(data_path, 'NAME', spec)} found; --image_size and --resize name another one"
-        )
+        raise InputError(f"no {cache_folder(data_path, 'NAME', spec)} found; see --image_size and --resize")
     elif not errors:
         layouts = [f"  data/{name}/  {published.layout}" for name, published in PUBLISHED.items()]
         layouts.append(f"  data/NAME/  {OTHER_LAYOUT}")
@@ -138,11 +134,8 @@ def training_text(data_path: Path, cache: Cache) -> str:
     command = f"python train.py {cache_options(data_path, name, cache.spec)}"
     advice = ""
     if num_classes < Settings().meta_class_size:
-        if num_classes < 4:  # half of them would be one meta-class
-            command += " --meta_class_size all"
-        else:
-            command += f" --meta_class_size {num_classes // 2}"
-            advice = "\n(for one network in place of an ensemble: --meta_class_size all --ensemble_size 1)"
+        command += f" --meta_class_size {num_classes // 2 if num_classes >= 4 else 'all'}"
+        advice = "\n(for one network in place of an ensemble: --meta_class_size all --ensemble_size 1)"
     if num_gallery and recalls != default_recalls(name):
         command += f" --recalls {','.join(map(str, recalls))}"
     if name.split("_holdout")[0] == "demo":  # on a CPU

@@ -17,7 +17,6 @@ from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from dreml.cache import ARRAYS, CACHE_VERSION, Cache, CacheMeta, cache_folder, read_cache
 from dreml.changes import LISTED, list_files, warn_of_changes
@@ -79,9 +78,11 @@ def write_cache(
     name = source.name
     listed = count_images(images)
     for part, (num_classes, num_images) in listed.items():
-        counts = f"{counted(num_classes, 'class')}, {counted(num_images, 'image')}"
-        print(f"{name}: {part} lists {counts}", flush=True)
-    require_room(folder, images, spec)
+        print(f"{name}: {part} lists {counted(num_classes, 'class')}, {counted(num_images, 'image')}", flush=True)
+    needed = 3 * (listed["train"][1] * spec.train_size**2 + listed["test"][1] * spec.size**2)  # if all were square
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(f"{source}: the cache needs at least {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free")
     try:
         images, bad, histogram = store_pixels(folder, images, source, spec, num_workers)
     except BrokenProcessPool:
@@ -212,16 +213,6 @@ def decode_chunk(
                 output.write(pixels.tobytes())
                 fact[:] = *pixels.shape[:2], hash(file_id(source / path))
     return file, facts, bad, histogram.reshape(3, 256)
-
-
-def require_room(folder: Path, images: pd.DataFrame, spec: ImageSpec) -> None:
-    """Raise InputError if the disk is too small even for square images. Most are larger, so it may still fill up."""
-    num_train = int((images["split"] == "train").sum())
-    needed = 3 * (spec.train_size**2 * num_train + spec.size**2 * (len(images) - num_train))
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        sizes = f"at least {tqdm.format_sizeof(needed, 'B')}, only {tqdm.format_sizeof(free, 'B')} are free"
-        raise InputError(f"{folder.parent}: the cache needs {sizes}")
 
 
 def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:

@@ -3,15 +3,7 @@
 import shutil
 
 import pytest
-from builders import (
-    jpeg_bytes,
-    write_car_devkit,
-    write_csv,
-    write_cub,
-    write_image_folder,
-    write_isc,
-    write_sop,
-)
+from builders import jpeg_bytes, write_car_devkit, write_csv, write_cub, write_image_folder, write_isc, write_sop
 
 import data_utils
 
