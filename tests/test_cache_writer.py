@@ -19,10 +19,6 @@ from dreml.cache import read_cache
 from dreml.cli import InputError, RunError
 from dreml.images import ImageSpec, load_rgb
 
-needs_fork = pytest.mark.skipif(
-    multiprocessing.get_start_method() != "fork", reason="the patched function reaches forks only"
-)
-
 
 @pytest.mark.parametrize("resize", ["crop", "squash"])
 @pytest.mark.parametrize("size", [32, 33])
@@ -109,21 +105,21 @@ SAME_FILE = {  # -> how training image 1 becomes a test image, too, and the path
     "hard link": (lambda root: (root / "photos/7.png").hardlink_to(root / "photos/1.png"), "photos/7.png"),
     "link": (lambda root: (root / "photos/7.png").symlink_to(root / "photos/1.png"), "photos/7.png"),
     "link to the folder": (lambda root: (root / "other").symlink_to(root / "photos"), "other/1.png"),
+    "copy": (lambda root: shutil.copy(root / "photos/1.png", root / "photos/7.png"), "photos/7.png"),  # not looked for
 }
 
 
 @pytest.mark.parametrize("kind", SAME_FILE)
 def test_an_image_in_both_splits_is_a_warning(tmp_path, capsys, threads, kind):
     write_csv(tmp_path / "csv")
-    build(tmp_path, "csv")
-    assert "both train and test" not in capsys.readouterr().err
     link, path = SAME_FILE[kind]
     link(tmp_path / "csv")
     with open(tmp_path / "csv" / "images.csv", "a") as file:
         file.write(f"{path},fox,test,1,1\n")
-    build(tmp_path, "csv", force=True)
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if "both" in line)
-    assert line.startswith("csv: warning: 1 image is in both train and test, such as ")
+    build(tmp_path, "csv")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "both" in line]
+    start = "csv: warning: 1 image is in both train and test, such as "
+    assert [line[: len(start)] for line in lines] == ([] if kind == "copy" else [start])
 
 
 # ------------------------------------------------------------------------------------------------ failures
@@ -145,26 +141,20 @@ def test_a_read_only_folder_is_refused_with_a_way_on(tmp_path, threads, monkeypa
 
 
 def test_a_cache_that_cannot_be_flushed_is_not_published(tmp_path, threads, monkeypatch):
-    write_image_folder(tmp_path / "mine")
-
     def fail(file):
-        if file.name.endswith("test_labels.npy"):
-            raise OSError("no such luck")
+        raise OSError("no such luck")
 
+    write_image_folder(tmp_path / "mine")
     monkeypatch.setattr(cache_writer, "flush_to_disk", fail)
     with pytest.raises(OSError, match="no such luck"):
         build(tmp_path, "mine")
     assert not list((tmp_path / "mine").glob("cache_32"))
 
 
-def _die(*_):
-    os._exit(1)
-
-
-@needs_fork
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the patched function reaches forks only")
 def test_a_killed_worker_is_named(tmp_path, monkeypatch):
     write_image_folder(tmp_path / "mine")
-    monkeypatch.setattr(cache_writer, "decode_chunk", _die)
+    monkeypatch.setattr(cache_writer, "load_rgb", lambda path: os._exit(1))
     with pytest.raises(RunError, match="a worker process was killed"):
         build(tmp_path, "mine")
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import builders
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from builders import SPEC, build, flip_a_bit, refused, save_image, tree, write_c
 
 import data_utils
 import train
+from dreml import cache_writer
 from dreml.cache import read_cache
 from dreml.cli import RunError
 from dreml.demo import draw_demo
@@ -54,17 +56,18 @@ def test_one_bad_set_does_not_stop_the_others(tmp_path, capsys, threads):
 def test_a_set_that_fails_while_running_does_not_stop_the_others(tmp_path, capsys, threads, monkeypatch, error):
     for name in ("first", "second"):
         write_image_folder(tmp_path / name)
-    original = data_utils.build_cache
+    original = cache_writer.store_pixels
 
-    def build_cache(data_path, name, *options):
-        if name == "first":
+    def store_pixels(folder, images, source, *options):
+        if source.name == "first":
             raise error
-        return original(data_path, name, *options)
+        return original(folder, images, source, *options)
 
-    monkeypatch.setattr(data_utils, "build_cache", build_cache)
+    monkeypatch.setattr(cache_writer, "store_pixels", store_pixels)
     assert call(tmp_path) == 1
     output = capsys.readouterr()
     assert f"data_utils.py: failed: first: {error}\n" in output.err and re.search(r"\nsecond +2 classes", output.out)
+    assert not list((tmp_path / "first").glob("*cache_32"))
 
 
 def test_no_data_set_at_all(tmp_path, capsys):
@@ -158,19 +161,15 @@ def test_photos_that_were_added_are_named_before_training(tmp_path, capsys, thre
     assert call(tmp_path) == 0
     for number in range(12):
         save_image(tmp_path / "mine/train/new" / f"{number}.png")
-    options = ["--data_name", "mine", "--data_path", str(tmp_path), "--image_size", "32"]
-    said = f"warning: 12 files are new, 0 changed, 0 gone since {tmp_path / 'mine/cache_32'} was made: "
-    command = f"python data_utils.py {' '.join(options)} --force"
+    options = f"--data_name mine --data_path {tmp_path} --image_size 32"
+    command = f"{options} --meta_class_size 2 --recalls 1 --weights none --results_path {tmp_path / 'runs'}"
     monkeypatch.setattr(train, "update_baseline", lambda *_: sys.exit(7))  # before the first step
-    of_training = ["--meta_class_size", "2", "--recalls", "1", "--weights", "none"]
     with pytest.raises(SystemExit):
-        train.main([*options, *of_training, "--results_path", str(tmp_path / "runs")])
-    assert capsys.readouterr().err == f"{said}{command}\n"
-    assert call(tmp_path) == 0
-    assert capsys.readouterr().err == f"{said}{command}\n"
-    assert data_utils.main(command.split()[2:]) == 0
-    assert call(tmp_path) == 0
-    assert capsys.readouterr().err == ""
+        train.main(command.split())
+    said = f"warning: 12 files are new, 0 changed, 0 gone since {tmp_path / 'mine/cache_32'} was made: "
+    assert capsys.readouterr().err == f"{said}python data_utils.py {options} --force\n"
+    assert data_utils.main([*options.split(), "--force"]) == 0
+    assert read_cache(tmp_path, "mine", SPEC).counts["train"] == (3, 16)
 
 
 def test_verify_finds_a_flipped_bit(tmp_path, capsys, threads):
@@ -202,6 +201,47 @@ def test_demo_is_drawn_once_and_never_over_another(tmp_path, capsys, threads, mo
     mine = tree(tmp_path / "mine" / "demo" / "train")
     assert call(tmp_path / "mine", "--data_name", "demo", "--force") == 0
     assert tree(tmp_path / "mine" / "demo" / "train") == mine
+
+
+# ------------------------------------------------------------------------------------------------ bad files
+
+WRITERS = {"car": builders.write_car_devkit, "cub": write_cub, "sop": write_sop, "isc": builders.write_isc}
+WRITERS |= {"folder": write_image_folder, "listed": builders.write_csv}
+CONTENTS = {  # -> what becomes of the bytes of a file; None: it is missing
+    "missing": lambda content: None,
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) * 2 // 3],
+    "a web page": lambda content: b"<!DOCTYPE html>\n<html>Too many requests</html>\n",
+    "an image": lambda content: builders.jpeg_bytes(),
+    "a list": lambda content: b"1 1\n2 2\n",
+    "zeros": lambda content: bytes(len(content)),
+    "in UTF-16": lambda content: content.decode("latin-1").encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_is_not_what_it_should_be(tmp_path, capsys, threads, name):
+    """It is cached, or refused in one line that names it."""
+    WRITERS[name](tmp_path / "good")
+    files = [path.relative_to(tmp_path / "good") for path in sorted((tmp_path / "good").rglob("*")) if path.is_file()]
+    images = [path for path in files if path.suffix.lower() in (".jpg", ".png")]
+    lists = [path for path in files if path not in images]
+    for path in [*lists, images[0], images[-1]]:
+        for kind, change in CONTENTS.items():
+            folder = tmp_path / "data" / name
+            shutil.copytree(tmp_path / "good", folder)
+            content = change((folder / path).read_bytes())
+            (folder / path).unlink()
+            if content is not None:
+                (folder / path).write_bytes(content)
+            code = data_utils.main(["--data_path", str(tmp_path / "data"), "--data_name", name, "--image_size", "16"])
+            errors = capsys.readouterr().err
+            refusals = [line for line in errors.splitlines() if line.startswith("data_utils.py: ")]
+            assert code in (0, 2) and len(refusals) == (code == 2) and "Traceback" not in errors, (path, kind, errors)
+            if path in images and kind not in ("missing", "an image"):
+                assert code == 2 and f"{path}: unreadable (" in errors, (path, kind, errors)
+            assert {item.name for item in tmp_path.iterdir()} == {"good", "data"}
+            shutil.rmtree(folder)
 
 
 # ------------------------------------------------------------------------------------------------ holdout
@@ -240,18 +280,16 @@ def test_a_holdout_is_a_data_set_as_any_other(tmp_path, capsys, threads):
     """At another size, with all data sets, when its images change."""
     write_image_folder(tmp_path / "mine", classes=5)
     assert call(tmp_path, "--data_name", "mine", "--holdout", "0.4") == 0
-    first = tree(tmp_path / "mine_holdout")
     assert data_utils.main([*here(tmp_path), "--image_size", "24"]) == 0
     assert read_cache(tmp_path, "mine_holdout", ImageSpec(24)).counts == {"train": (3, 6), "test": (2, 4)}
     assert call(tmp_path, "--verify", "--data_name", "mine_holdout") == 0
     save_image(tmp_path / "mine/train/train_0/0.png", 9, width=50)
     capsys.readouterr()
     assert call(tmp_path, "--data_name", "mine", "--holdout", "0.4") == 0
-    command = f"python data_utils.py --data_name mine_holdout --data_path {tmp_path} --image_size 32 --force"
     said = capsys.readouterr().err
+    command = f"--data_name mine_holdout --data_path {tmp_path} --image_size 32 --force"
     assert said.startswith("warning: 0 files are new, 1 changed, 0 gone since ") and said.endswith(f"{command}\n")
-    assert data_utils.main(command.split()[2:]) == 0
-    assert tree(tmp_path / "mine_holdout") != first and capsys.readouterr().err == ""
+    assert data_utils.main(command.split()) == 0 and capsys.readouterr().err == ""
 
 
 def test_what_a_holdout_refuses(tmp_path, capsys, threads):
