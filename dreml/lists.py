@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from dreml.cli import InputError, one_line
@@ -33,11 +34,12 @@ class Listing:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def add(self, path: str, label: str, split: str, is_query: bool = True, is_gallery: bool = True) -> None:
-        """Add one image. `path` is relative to `root`, with forward slashes; `split` is "train" or "test"."""
+    def add(self, paths: list[str], label: str, split: str, is_query: bool = True, is_gallery: bool = True) -> None:
+        """Add images of one class. Paths are relative to `root`, with forward slashes; `split` is "train" or "test"."""
+        self.columns["path"] += paths
         label = sys.intern(label)  # one text a class, not one an image
-        for name, value in zip(COLUMNS, (path, label, split, is_query, is_gallery), strict=True):
-            self.columns[name].append(value)
+        for name, value in zip(COLUMNS[1:], (label, split, is_query, is_gallery), strict=True):
+            self.columns[name] += [value] * len(paths)
 
     def add_line(self, where: str, path: str, *image: str | bool) -> None:
         """Add one image of a list, see `add`, or a problem if its path leads out of the data set's folder."""
@@ -46,18 +48,21 @@ class Listing:
             self.problems.append(f"{where}: unusable path {path!r}: {remedy}")
             return
         path = posixpath.normpath(path)
-        self.add(path if path.isascii() else as_on_disk(self.root, path), *image)
+        self.add([path if path.isascii() else as_on_disk(self.root, path)], *image)
 
     def table(self) -> pd.DataFrame:
         """One image a row, with COLUMNS: training images first, then by class, then as they came.
 
         label and split are categories.
         """
-        labels = sorted(set(self.columns["label"]))
-        dtypes = {"label": pd.CategoricalDtype(labels), "split": pd.CategoricalDtype(["train", "test"])}
-        dtypes |= {"is_query": bool, "is_gallery": bool}
-        table = pd.DataFrame(self.columns, dtype=object)  # pandas' own kind of text would copy a million paths
-        return table.astype(dtypes).sort_values(["split", "label"], kind="stable", ignore_index=True)
+        columns = self.columns
+        table = pd.DataFrame({"path": pd.Series(columns["path"], dtype=object)})  # pandas' own text copies a million
+        for name, categories in (("label", sorted(set(columns["label"]))), ("split", ["train", "test"])):
+            codes = {category: code for code, category in enumerate(categories)}
+            table[name] = pd.Categorical.from_codes([codes[value] for value in columns[name]], categories)
+        for name in ("is_query", "is_gallery"):
+            table[name] = np.array(columns[name], bool)
+        return table.sort_values(["split", "label"], kind="stable", ignore_index=True)
 
 
 def as_on_disk(root: Path, path: str) -> str:
@@ -168,11 +173,10 @@ def list_image_folder(root: Path) -> Listing | None:
     for split in [name for name in ("train", "test") if name in folders]:
         left_out = LeftOut()
         for class_name, files in class_folders(root / split, listing.problems, left_out):
-            if not class_name:
+            if class_name:
+                listing.add([f"{split}/{class_name}/{file}" for file in files], class_name, split)
+            else:
                 left_out["outside any class folder"] = len(files)
-                continue
-            for file in files:
-                listing.add(f"{split}/{class_name}/{file}", class_name, split)
         if left_out:
             listing.warnings.append(f"{root / split}: {left_out}")
     if "test" in folders and "test" not in listing.columns["split"]:

@@ -114,16 +114,13 @@ def test_all_options_reach_the_cache(tmp_path, capsys, threads):
     write_image_folder(tmp_path / "mine")
     (tmp_path / "mine/train/train_0/0.png").write_bytes(b"")
     assert call(tmp_path, "--resize", "squash") == 2
-    assert call(tmp_path, "--resize", "squash", "--skip_bad") == 0
-    folder = tmp_path / "mine" / "cache_32_squash"
-    before = folder.stat().st_ino
-    assert call(tmp_path, "--resize", "squash") == 0
-    assert folder.stat().st_ino == before
-    assert call(tmp_path, "--resize", "squash", "--skip_bad", "--force") == 0
-    assert folder.stat().st_ino != before
+    nodes = []
+    for options in (["--skip_bad"], [], ["--skip_bad", "--force"]):
+        assert call(tmp_path, "--resize", "squash", *options) == 0
+        nodes.append((tmp_path / "mine" / "cache_32_squash").stat().st_ino)
+    assert nodes[0] == nodes[1] != nodes[2]
     command = f"python train.py --data_name mine --data_path {tmp_path} --image_size 32 --resize squash"
-    command += " --meta_class_size all --recalls 1,2"
-    assert f"\ntrain on it with: {command}\n" in capsys.readouterr().out
+    assert f"\ntrain on it with: {command} --meta_class_size all --recalls 1,2\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -190,17 +187,14 @@ def test_demo_is_drawn_once_and_never_over_another(tmp_path, capsys, threads, mo
     tiny = {"num_classes": 4, "images_per_class": 3, "image_side": 40}
     monkeypatch.setattr(data_utils, "draw_demo", lambda folder: draw_demo(folder, **tiny))
     data = tmp_path / "not yet"
-    assert call(data, "--data_name", "demo") == 0
-    options = "--image_size 32 --meta_class_size 2 --weights none --no_flip --lr 1e-3"
-    assert f" {options}\n" in capsys.readouterr().out
-    assert call(data, "--data_name", "demo", "--holdout", "0.5") == 0
-    assert " --weights none --no_flip --lr 1e-3\n" in capsys.readouterr().out
+    for holdout in ([], ["--holdout", "0.5"]):
+        assert call(data, "--data_name", "demo", *holdout) == 0
+        assert " --weights none --no_flip --lr 1e-3\n" in capsys.readouterr().out
     assert len(tree(data / "demo" / "train")) == 12 and read_cache(data, "demo", SPEC).counts["test"] == (4, 12)
-
-    write_image_folder(tmp_path / "mine" / "demo")
-    mine = tree(tmp_path / "mine" / "demo" / "train")
-    assert call(tmp_path / "mine", "--data_name", "demo", "--force") == 0
-    assert tree(tmp_path / "mine" / "demo" / "train") == mine
+    write_image_folder(tmp_path / "demo")
+    mine = tree(tmp_path / "demo" / "train")
+    assert call(tmp_path, "--data_name", "demo", "--force") == 0
+    assert tree(tmp_path / "demo" / "train") == mine
 
 
 # ------------------------------------------------------------------------------------------------ bad files
@@ -258,13 +252,12 @@ def test_a_share_of_the_training_classes_becomes_the_test_split(tmp_path, capsys
     else:
         write_image_folder(tmp_path / "mine", classes=10)
     whole = build(tmp_path, name)
+    classes = whole.meta.train["classes"]
     held_out = []
     for options, folder in (([], "holdout"), (["--force"], "holdout"), (["--holdout_seed", "3"], "holdout3")):
         assert call(tmp_path, "--data_name", name, "--holdout", "0.3", *options) == 0
-        out = capsys.readouterr().out
-        assert f"train on it with: python train.py --data_name {name}_{folder} --data_path" in out
+        assert f"train on it with: python train.py --data_name {name}_{folder} " in capsys.readouterr().out
         cache = read_cache(tmp_path, f"{name}_{folder}", SPEC)
-        classes = whole.meta.train["classes"]
         assert sorted(cache.meta.train["classes"] + cache.meta.test["classes"]) == sorted(classes)
         held_out.append([classes.index(name) for name in cache.meta.test["classes"]])
         paths = cache.paths("train") + cache.paths("test")
