@@ -18,19 +18,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dreml.cache import (
-    Cache,
-    Holdout,
-    cache_folder,
-    cache_options,
-    default_recalls,
-    holdout_of,
-    read_cache,
-    verify_cache,
-)
-from dreml.cache_writer import build_cache, require_writable
+from dreml.cache import Cache, cache_folder, cache_options, default_recalls, read_cache, verify_cache
+from dreml.cache_writer import build_cache
 from dreml.cli import MANY, InputError, Parser, RunError, check_ranges, counted, data_set_name, num_cores, run_main
-from dreml.datasets import OTHER_LAYOUT, PUBLISHED
+from dreml.datasets import OTHER_LAYOUT, PUBLISHED, hold_out
 from dreml.demo import draw_demo
 from dreml.folders import subfolders
 from dreml.images import RESIZES, ImageSpec, load_rgb, resize_test
@@ -76,8 +67,11 @@ def run(args: argparse.Namespace) -> None:
     # 1. The data sets: those that are named, or all folders that may be some
     data_path = args.data_path
     spec = ImageSpec(args.image_size, args.resize)
-    holdout = Holdout(args.holdout, args.holdout_seed or 0) if args.holdout else None
-    names = args.data_name or found_names(data_path, spec, args.verify)
+    names = args.data_name
+    if not names:
+        names = [folder.name for folder in subfolders(data_path)] if data_path.is_dir() else []
+        if args.verify:
+            names = [name for name in names if cache_folder(data_path, name, spec).exists()]
 
     # 2. One after the other. A bad one does not stop the others
     rows = []
@@ -90,17 +84,16 @@ def run(args: argparse.Namespace) -> None:
                 verify_cache(cache)
             else:
                 if name == "demo" and not (data_path / name).exists():
-                    require_writable(data_path)
                     draw_demo(data_path / name)
-                cache = build_cache(data_path, name, spec, args.num_workers, args.force, args.skip_bad, holdout)
+                if args.holdout:
+                    name = hold_out(data_path, name, args.holdout, args.holdout_seed or 0, args.force)
+                cache = build_cache(data_path, name, spec, args.num_workers, args.force, args.skip_bad)
             rows.append((cache, time.perf_counter() - start))
-        except UnknownLayout as error:
-            if args.data_name:
-                errors.append(error)
-            else:
-                print(f"passed over: {error}")
         except InputError as error:
-            errors.append(error)
+            if isinstance(error, UnknownLayout) and not args.data_name:
+                print(f"passed over: {error}")
+            else:
+                errors.append(error)
         except (RunError, OSError) as error:
             errors.append(RunError(f"{name}: {error}"))
 
@@ -110,9 +103,7 @@ def run(args: argparse.Namespace) -> None:
         if not args.verify:
             print(f"\n{training_text(data_path, rows[0][0])}")
     elif not errors and args.verify:
-        raise InputError(
-            f"no {cache_folder(data_path, 'NAME', spec)} found; --image_size and --resize name another one"
-        )
+        raise InputError(f"no {cache_folder(data_path, 'NAME', spec)} found; see --image_size and --resize")
     elif not errors:
         layouts = [f"  data/{name}/  {published.layout}" for name, published in PUBLISHED.items()]
         layouts.append(f"  data/NAME/  {OTHER_LAYOUT}")
@@ -121,14 +112,6 @@ def run(args: argparse.Namespace) -> None:
     if errors:
         kind = InputError if all(isinstance(error, InputError) for error in errors) else RunError
         raise kind("\n".join(map(str, errors)))
-
-
-def found_names(data_path: Path, spec: ImageSpec, cached: bool) -> list[str]:
-    """The folders that may be data sets. `cached`: those that have a cache."""
-    names = [folder.name for folder in subfolders(data_path)] if data_path.is_dir() else []
-    if cached:
-        return [name for name in names if cache_folder(data_path, name, spec).exists()]
-    return [name for name in names if holdout_of(data_path, name) is None]  # of which there are no raw images
 
 
 def print_summary(rows: list[tuple[Cache, float]]) -> None:
@@ -151,11 +134,8 @@ def training_text(data_path: Path, cache: Cache) -> str:
     command = f"python train.py {cache_options(data_path, name, cache.spec)}"
     advice = ""
     if num_classes < Settings().meta_class_size:
-        if num_classes < 4:  # half of them would be one meta-class
-            command += " --meta_class_size all"
-        else:
-            command += f" --meta_class_size {num_classes // 2}"
-            advice = "\n(for one network in place of an ensemble: --meta_class_size all --ensemble_size 1)"
+        command += f" --meta_class_size {num_classes // 2 if num_classes >= 4 else 'all'}"
+        advice = "\n(for one network in place of an ensemble: --meta_class_size all --ensemble_size 1)"
     if num_gallery and recalls != default_recalls(name):
         command += f" --recalls {','.join(map(str, recalls))}"
     if name.split("_holdout")[0] == "demo":  # on a CPU

@@ -2,11 +2,9 @@
 
 import contextlib
 import os
-import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -31,7 +29,7 @@ class CacheMeta:
     train: dict[str, list[str] | int]  # "classes": the names of labels 0, 1, ...; "images": their number
     test: dict[str, list[str] | int]
     arrays: dict[str, int]  # name -> CRC-32 of its file
-    holdout: float | None = None  # the share of the classes that the test split was taken from
+    holdout: None = None  # not used: earlier versions wrote it
 
 
 @dataclass(frozen=True)
@@ -116,33 +114,6 @@ def cache_folder(data_path: Path, name: str, spec: ImageSpec) -> Path:
     return data_path / name / f"cache_{spec.size}{suffix}"
 
 
-class Holdout(NamedTuple):
-    """A random share of the training classes, which data/NAME_holdout tests on in place of the true test classes.
-
-    With seed 1, that is data/NAME_holdout1.
-    """
-
-    share: float = 0.2  # between 0 and 1
-    seed: int = 0
-
-
-def holdout_of(data_path: Path, name: str) -> tuple[str, Holdout] | None:
-    """The data set that NAME_holdout was divided from, and how; None if this is another kind of data set.
-
-    The share is that of a cache that is there, 0.2 without any.
-    """
-    match = re.fullmatch(r"(.+)_holdout(|[1-9][0-9]*)", name)
-    if match is None:
-        return None
-    if any((data_path / name / raw).exists() for raw in ("images.csv", "train")):  # a data set of its own
-        return None
-    share = Holdout().share
-    for path in (data_path / name).glob("cache_*/meta.json"):
-        with contextlib.suppress(ValueError):  # a damaged one
-            share = read_record(path).get("holdout") or share
-    return match[1], Holdout(share, int(match[2] or 0))
-
-
 def cache_options(data_path: Path, name: str, spec: ImageSpec) -> str:
     """The options of data_utils.py and train.py that name a cache."""
     options = f"--data_name {shlex.quote(name)}"
@@ -160,13 +131,7 @@ def default_recalls(data_name: str) -> list[int]:
 
 def make_command(data_path: Path, name: str, spec: ImageSpec) -> str:
     """The command that makes a cache."""
-    origin, holdout = holdout_of(data_path, name) or (name, None)
-    command = f"python data_utils.py {cache_options(data_path, origin, spec)}"
-    if holdout is not None:
-        command += f" --holdout {holdout.share}"
-        if holdout.seed:
-            command += f" --holdout_seed {holdout.seed}"
-    return command
+    return f"python data_utils.py {cache_options(data_path, name, spec)}"
 
 
 def read_cache(data_path: Path, name: str, spec: ImageSpec) -> Cache:
@@ -177,6 +142,9 @@ def read_cache(data_path: Path, name: str, spec: ImageSpec) -> Cache:
     """
     folder = cache_folder(data_path, name, spec)
     command = make_command(data_path, name, spec)
+    if not folder.parent.is_dir() and name.endswith("_holdout"):
+        command = f"{make_command(data_path, name.removesuffix('_holdout'), spec)} --holdout 0.2"
+        raise InputError(f"{folder.parent}: no such folder; make it with: {command}")
     if not folder.parent.is_dir() and name != "demo":
         raise InputError(
             f"{folder.parent}: no such folder; put the data set there (README, Data), then: {command}; to try it "

@@ -1,6 +1,7 @@
 """Raw data set -> cache: every image is decoded and resized once, and its pixels are appended to one file a split."""
 
 import collections
+import math
 import multiprocessing
 import os
 import shutil
@@ -16,15 +17,13 @@ from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
-from dreml.cache import ARRAYS, CACHE_VERSION, Cache, CacheMeta, Holdout, cache_folder, read_cache
+from dreml.cache import ARRAYS, CACHE_VERSION, Cache, CacheMeta, cache_folder, read_cache
 from dreml.changes import LISTED, list_files, warn_of_changes
-from dreml.cli import InputError, RunError, counted, format_problems, progress_bar
-from dreml.datasets import PUBLISHED, count_images, hold_out, list_data_set
-from dreml.files import crc32, file_id, flush_to_disk, replace_folder, take_lock, temporary_name, write_record
+from dreml.cli import InputError, RunError, counted, progress_bar
+from dreml.datasets import OTHER_DATA_PATH, PUBLISHED, count_images, list_data_set, refuse
+from dreml.files import crc32, file_id, flush_to_disk, replace_folder, take_lock, temporary_name, writable, write_record
 from dreml.images import ImageSpec, bad_image, load_rgb, resize_test, resized
-from dreml.lists import Listing
 
 CHUNK_IMAGES = 32  # that a worker is given at a time
 FACTS = ("height", "width", "file_id")  # of an image: its size in the cache, 0 of a bad one; the same for any path
@@ -33,82 +32,57 @@ SECONDS_FOR_A_LOCK = 10  # the workers of a run that was just killed hold it unt
 
 
 def build_cache(
-    data_path: Path,
-    name: str,
-    spec: ImageSpec,
-    num_workers: int,
-    force: bool = False,
-    skip_bad: bool = False,
-    holdout: Holdout | None = None,
+    data_path: Path, name: str, spec: ImageSpec, num_workers: int, force: bool = False, skip_bad: bool = False
 ) -> Cache:
     """Turn the raw data set data_path/name into its cache, unless a good one is there and `force` is not set.
 
-    With `holdout`, its training images alone become that of NAME_holdout, see `hold_out`. The new cache is made under a
-    temporary name and renamed when it is whole; until then an earlier one stays as it was. Raises UnknownLayout if
-    there is no data set, InputError with all problems found in it.
+    The new cache is made under a temporary name and renamed when it is whole; until then an earlier one stays as it
+    was. Raises UnknownLayout if there is no data set, InputError with all problems found in it.
     """
-    cache_name = name if holdout is None else f"{name}_holdout{holdout.seed or ''}"
-    target = cache_folder(data_path, cache_name, spec)
+    source = data_path / name
+    target = cache_folder(data_path, name, spec)
     if not force and (target / "meta.json").exists():
         try:
-            cache = read_cache(data_path, cache_name, spec)
+            cache = read_cache(data_path, name, spec)
         except InputError as error:
-            print(f"{cache_name}: making the cache again: {error}", file=sys.stderr)
+            print(f"{name}: making the cache again: {error}", file=sys.stderr)
         else:
-            if holdout is not None and cache.meta.holdout != holdout.share:
-                made_with = f"was made with --holdout {cache.meta.holdout}, not {holdout.share}"
-                raise InputError(f"{cache.folder} {made_with}; --force makes it again")
-            print(f"{cache_name}: {cache.folder} is there already (--force makes it again)")
+            print(f"{name}: {target} is there already (--force makes it again)")
             warn_of_changes(cache)
             return cache
-    source = data_path / name
-    data_set = list_data_set(name, source)
-    if holdout is not None:
-        hold_out(data_set, holdout)
-    require_writable(target.parent if target.parent.exists() else data_path)
-    target.parent.mkdir(exist_ok=True)
-    held = take_lock(target.with_name(f".{target.name}.lock"), SECONDS_FOR_A_LOCK)
+    images = list_data_set(name, source)
+    with writable(source, OTHER_DATA_PATH):
+        held = take_lock(target.with_name(f".{target.name}.lock"), SECONDS_FOR_A_LOCK)
     if held is None:
         raise InputError(f"{target} is being made by another process")
     with held:
-        for leftover in target.parent.glob(f".{target.name}.*-*"):  # of a run that was killed
+        for leftover in source.glob(f".{target.name}.*-*"):  # of a run that was killed
             shutil.rmtree(leftover)
         new = temporary_name(target, "new")
         try:
             new.mkdir()
             list_files(source).tofile(new / LISTED)
-            num_bad = write_cache(new, data_set, source, spec, num_workers, skip_bad)
+            num_bad = write_cache(new, images, source, spec, num_workers, skip_bad)
             replace_folder(new, target)
         finally:
             shutil.rmtree(new, ignore_errors=True)
     if num_bad:
         print(f"{counted(num_bad, 'bad image')} left out, listed in {target / SKIPPED}", file=sys.stderr)
-    return read_cache(data_path, cache_name, spec)
-
-
-def require_writable(folder: Path) -> None:
-    """Raise InputError, with a way on, if a folder that is there cannot be written to."""
-    if folder.exists() and not os.access(folder, os.W_OK):
-        remedy = f"make {folder.name}/ in another --data_path, with links in it to what is in {folder} (ln -s)"
-        raise InputError(f"{folder} is read-only, and caches lie beside the images: {remedy}")
+    return read_cache(data_path, name, spec)
 
 
 def write_cache(
-    folder: Path, data_set: Listing, source: Path, spec: ImageSpec, num_workers: int, skip_bad: bool
+    folder: Path, images: pd.DataFrame, source: Path, spec: ImageSpec, num_workers: int, skip_bad: bool
 ) -> int:
     """Fill `folder` with a whole cache of the images in `source`. Returns how many bad ones are left out."""
     name = source.name
-    images = data_set.images
     listed = count_images(images)
     for part, (num_classes, num_images) in listed.items():
-        counts = f"{counted(num_classes, 'class')}, {counted(num_images, 'image')}"
-        print(f"{name}: {part} lists {counts}", flush=True)
-    for warning in data_set.warnings:
-        print(f"{name}: warning: {warning}", file=sys.stderr)
-    refuse(name, data_set.problems)
-
-    require_room(folder, images, spec)
-
+        print(f"{name}: {part} lists {counted(num_classes, 'class')}, {counted(num_images, 'image')}", flush=True)
+    needed = 3 * (listed["train"][1] * spec.train_size**2 + listed["test"][1] * spec.size**2)  # if all were square
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(f"{source}: the cache needs at least {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free")
     try:
         images, bad, histogram = store_pixels(folder, images, source, spec, num_workers)
     except BrokenProcessPool:
@@ -123,9 +97,7 @@ def write_cache(
     if bad:
         (folder / SKIPPED).write_text("\n".join(bad) + "\n", encoding="utf-8")
 
-    splits = {}
-    for split in ("train", "test"):
-        splits[split] = write_split(folder, split, images[images["split"] == split], data_set)
+    splits = {split: write_split(folder, split, images[images["split"] == split]) for split in ("train", "test")}
     mean, std = channel_statistics(histogram, name)
     arrays = {}
     for array_name in ARRAYS:
@@ -133,17 +105,9 @@ def write_cache(
         with open(path, "r+b") as file:
             flush_to_disk(file)
         arrays[array_name] = crc32(path)
-    share = data_set.holdout
-    meta = CacheMeta(CACHE_VERSION, spec.size, spec.resize, mean, std, **splits, arrays=arrays, holdout=share)
+    meta = CacheMeta(CACHE_VERSION, spec.size, spec.resize, mean, std, **splits, arrays=arrays)
     write_record(folder / "meta.json", meta)
     return len(bad)
-
-
-def refuse(name: str, problems: list[str], remedy: str = "") -> None:
-    """Raise InputError if there are problems."""
-    if problems:
-        what = counted(len(problems), "problem")
-        raise InputError(f"{name}: {what}, nothing written{remedy}:{format_problems(problems)}")
 
 
 def warn_of_leaks(name: str, images: pd.DataFrame) -> None:
@@ -181,43 +145,34 @@ def store_pixels(
     Returns the table with the columns FACTS, what is wrong with the bad images, and a histogram `(3, 256) int64`: how
     often a channel of the training images has each value.
     """
-    tasks = []
-    for split in ("train", "test"):
-        paths = images["path"][images["split"] == split].tolist()
-        tasks += [(split, paths[start : start + CHUNK_IMAGES]) for start in range(0, len(paths), CHUNK_IMAGES)]
-    num_workers = min(num_workers, len(tasks), 61)  # 61: the most that Windows can wait for
+    num_workers = min(num_workers, len(images) // CHUNK_IMAGES + 1, 61)  # 61: the most that Windows can wait for
     facts = []
     bad = []
     histogram = np.zeros((3, 256), np.int64)
-    with (
-        open(folder / "train_pixels.npy", "wb") as train_file,
-        open(folder / "test_images.npy", "wb") as test_file,
-        worker_pool(num_workers) as pool,
-    ):
-        write_header(train_file, (0,))
-        write_header(test_file, (0, spec.size, spec.size, 3))
-        chunks = (
-            pool.submit(decode_chunk, source, paths, spec, split, folder / f"chunk_{number}")
-            for number, (split, paths) in enumerate(tasks)
-        )
-        decoded = progress_bar(
-            ahead(chunks, 2 * num_workers), f"{source.name}: pixels", len(tasks), f" x {CHUNK_IMAGES} images"
-        )
-        for (split, _), chunk in zip(tasks, decoded, strict=True):
-            file, chunk_facts, chunk_bad, chunk_histogram = chunk.result()
-            with open(file, "rb") as pixels:
-                shutil.copyfileobj(pixels, train_file if split == "train" else test_file)
-            file.unlink()
-            facts.append(chunk_facts)
-            bad += chunk_bad
-            histogram += chunk_histogram
-        images = images.assign(**dict(zip(FACTS, np.concatenate(facts).T, strict=True)))
-        num_test = int((images["height"][images["split"] == "test"] > 0).sum())
-        train_file.seek(0)
-        write_header(train_file, (int(histogram.sum()),))
-        test_file.seek(0)
-        write_header(test_file, (num_test, spec.size, spec.size, 3))
-    return images, bad, histogram
+    with worker_pool(num_workers) as pool:
+        for split, file_name in (("train", "train_pixels.npy"), ("test", "test_images.npy")):
+            paths = images["path"][images["split"] == split].tolist()
+            starts = range(0, len(paths), CHUNK_IMAGES)
+            chunks = (paths[start : start + CHUNK_IMAGES] for start in starts)
+            futures = (pool.submit(decode_chunk, source, chunk, spec, split, folder) for chunk in chunks)
+            title = f"{source.name}: {split} pixels"
+            decoded = progress_bar(ahead(futures, 2 * num_workers), title, len(starts), f" x {CHUNK_IMAGES} images")
+            shape = () if split == "train" else (spec.size, spec.size, 3)
+            with open(folder / file_name, "wb") as output:
+                write_header(output, (0, *shape))
+                header_bytes = output.tell()
+                for chunk in decoded:
+                    chunk_file, chunk_facts, chunk_bad, chunk_histogram = chunk.result()
+                    with open(chunk_file, "rb") as pixels:
+                        shutil.copyfileobj(pixels, output)
+                    chunk_file.unlink()
+                    facts.append(chunk_facts)
+                    bad += chunk_bad
+                    histogram += chunk_histogram
+                length = (output.tell() - header_bytes) // math.prod(shape)
+                output.seek(0)
+                write_header(output, (length, *shape))
+    return images.assign(**dict(zip(FACTS, np.concatenate(facts).T, strict=True))), bad, histogram
 
 
 def ahead(futures: Iterator[Future], number: int) -> Iterator[Future]:
@@ -231,9 +186,9 @@ def ahead(futures: Iterator[Future], number: int) -> Iterator[Future]:
 
 
 def decode_chunk(
-    source: Path, paths: list[str], spec: ImageSpec, split: str, file: Path
+    source: Path, paths: list[str], spec: ImageSpec, split: str, folder: Path
 ) -> tuple[Path, np.ndarray, list[str], np.ndarray]:
-    """Decode some images, in a worker process, and write their pixels to a file.
+    """Decode some images, in a worker process, and write their pixels to a new file in `folder`.
 
     Returns the file, and FACTS, problems and the histogram as `store_pixels` does. Pixels go to a file: a worker that
     is killed while it sends much through a pipe would block its parent.
@@ -241,6 +196,7 @@ def decode_chunk(
     facts = np.zeros((len(paths), len(FACTS)), np.int64)
     bad = []
     histogram = np.zeros(3 * 256, np.int64)
+    file = temporary_name(folder / "chunk")
     with open(file, "wb") as output:
         for fact, path in zip(facts, paths, strict=True):
             try:
@@ -259,22 +215,12 @@ def decode_chunk(
     return file, facts, bad, histogram.reshape(3, 256)
 
 
-def require_room(folder: Path, images: pd.DataFrame, spec: ImageSpec) -> None:
-    """Raise InputError if the disk is too small even for square images. Most are larger, so it may still fill up."""
-    num_train = int((images["split"] == "train").sum())
-    needed = 3 * (spec.train_size**2 * num_train + spec.size**2 * (len(images) - num_train))
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        sizes = f"at least {tqdm.format_sizeof(needed, 'B')}, only {tqdm.format_sizeof(free, 'B')} are free"
-        raise InputError(f"{folder.parent}: the cache needs {sizes}")
-
-
 def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
     """Write the header of a .npy file of uint8. It takes as many bytes whatever the first number of the shape is."""
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def write_split(folder: Path, split: str, images: pd.DataFrame, data_set: Listing) -> dict[str, list[str] | int]:
+def write_split(folder: Path, split: str, images: pd.DataFrame) -> dict[str, list[str] | int]:
     """Write all arrays of a split but its pixels. Returns its classes and the number of images."""
     labels = images["label"].cat.remove_unused_categories()
     np.save(folder / f"{split}_labels.npy", labels.cat.codes.to_numpy(np.int64))
@@ -286,8 +232,7 @@ def write_split(folder: Path, split: str, images: pd.DataFrame, data_set: Listin
     else:
         np.save(folder / "test_is_query.npy", images["is_query"].to_numpy())
         np.save(folder / "test_is_gallery.npy", images["is_gallery"].to_numpy())
-    classes = [data_set.class_names.get(label, str(label)) for label in labels.cat.categories]
-    return {"classes": classes, "images": len(images)}
+    return {"classes": labels.cat.categories.tolist(), "images": len(images)}
 
 
 def channel_statistics(histogram: np.ndarray, data_set: str) -> tuple[list[float], list[float]]:

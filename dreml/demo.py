@@ -30,8 +30,6 @@ def draw_demo(
             class_folder.mkdir(parents=True)
             for image_number in range(images_per_class):
                 write_character(strokes, image_side, generator).save(class_folder / f"{image_number:02d}.png")
-        if hasattr(os, "sync"):
-            os.sync()  # a flush of each of thousands of files would take longer
         os.rename(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -88,7 +88,10 @@ def open_image(path: str | Path) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """An open image as RGB, see `load_rgb`."""
     image.load()  # Pillow itself turns TIFF here
-    turn = TURNS.get(orientation(image))
+    try:
+        turn = TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # of several kinds, for EXIF that cannot be read
+        turn = None
     if image.mode[:1] in ("I", "F"):  # Pillow's own conversion would clip at 255
         image = scaled_grey(image)
     if turn is not None:
@@ -101,14 +104,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image  # its file is closed; a copy would take a fortieth of the time of a photograph
     return image.convert("RGB")
-
-
-def orientation(image: Image.Image) -> int | None:
-    """The orientation that the EXIF of an image names. EXIF that cannot be read names none."""
-    try:
-        return image.getexif().get(0x0112)
-    except Exception:  # Pillow raises several kinds
-        return None
 
 
 def scaled_grey(image: Image.Image) -> Image.Image:
@@ -134,10 +129,8 @@ def resized(image: Image.Image, spec: ImageSpec, shorter: int, name: str | Path 
     Raises BadImage, which names the image, for one that would become too long.
     """
     width, height = shorter, shorter
-    if spec.resize == "crop" and image.width <= image.height:
-        height = int(shorter * image.height / image.width)
-    elif spec.resize == "crop":
-        width = int(shorter * image.width / image.height)
+    if spec.resize == "crop":
+        width, height = (int(shorter * side / min(image.size)) for side in image.size)
     if width * height > MAX_RESIZED_PIXELS:
         remedy = "crop it, or use --resize squash"
         raise BadImage(f"{name}: {width} x {height} after the resize is over {MAX_RESIZED_PIXELS:,} pixels: {remedy}")

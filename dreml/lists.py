@@ -16,7 +16,9 @@ import pandas as pd
 from dreml.cli import InputError, one_line
 from dreml.folders import LeftOut, class_folders, subfolders
 
-COLUMNS = ("path", "label", "split", "is_query", "is_gallery")  # path: relative, with forward slashes
+COLUMNS = ("path", "label", "split", "is_query", "is_gallery")
+SPLITS = {"train": "train", "test": "test", "validation": "test", "val": "test"}
+TRUTH_VALUES = {"0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True}  # the last: pandas
 
 
 class UnknownLayout(InputError):
@@ -29,45 +31,38 @@ class Listing:
 
     root: Path  # the folder of the lists
     columns: dict[str, list] = field(default_factory=lambda: {name: [] for name in COLUMNS})
-    class_names: dict[int | str, str] = field(default_factory=dict)  # of labels that are not names themselves
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    images: pd.DataFrame | None = None  # see `make_table`
-    holdout: float | None = None  # the share of the training classes that became the test split
 
-    def extend(
-        self, paths: list[str], label: int | str, split: str, is_query: bool = True, is_gallery: bool = True
-    ) -> None:
-        """Add images of one class. Classes are sorted by their labels; `split` is "train" or "test"."""
+    def add(self, paths: list[str], label: str, split: str, is_query: bool = True, is_gallery: bool = True) -> None:
+        """Add images of one class. Paths are relative to `root`, with forward slashes; `split` is "train" or "test"."""
         self.columns["path"] += paths
+        label = sys.intern(label)  # one text a class, not one an image
         for name, value in zip(COLUMNS[1:], (label, split, is_query, is_gallery), strict=True):
             self.columns[name] += [value] * len(paths)
 
-    def add(self, where: str, path: str, *image: int | str | bool) -> None:
-        """Add one image of a list, see `extend`, or a problem if its path leads out of the data set's folder."""
+    def add_line(self, where: str, path: str, *image: str | bool) -> None:
+        """Add one image of a list, see `add`, or a problem if its path leads out of the data set's folder."""
         if not path or re.match(r"[/\\]|[A-Za-z]:", path) or ".." in re.split(r"[/\\]", path):
             remedy = "name an image by its path in the data set's folder (a link to it is fine)"
             self.problems.append(f"{where}: unusable path {path!r}: {remedy}")
             return
         path = posixpath.normpath(path)
-        self.extend([path if path.isascii() else as_on_disk(self.root, path)], *image)
+        self.add([path if path.isascii() else as_on_disk(self.root, path)], *image)
 
-    def make_table(self) -> None:
-        """Turn `columns` into `images`, one a row, sorted (`sort_images`). label and split are categories."""
-        path, label, split, is_query, is_gallery = self.columns.values()
-        self.columns = {}
-        table = pd.DataFrame({"path": pd.Series(path, dtype=object)})  # pandas' own kind of text would copy a million
-        for name, values, categories in (("label", label, sorted(set(label))), ("split", split, ["train", "test"])):
+    def table(self) -> pd.DataFrame:
+        """One image a row, with COLUMNS: training images first, then by class, then as they came.
+
+        label and split are categories.
+        """
+        columns = self.columns
+        table = pd.DataFrame({"path": pd.Series(columns["path"], dtype=object)})  # pandas' own text copies a million
+        for name, categories in (("label", sorted(set(columns["label"]))), ("split", ["train", "test"])):
             codes = {category: code for code, category in enumerate(categories)}
-            table[name] = pd.Categorical.from_codes([codes[value] for value in values], categories)
-        table["is_query"] = np.array(is_query, bool)
-        table["is_gallery"] = np.array(is_gallery, bool)
-        self.images = sort_images(table)
-
-
-def sort_images(table: pd.DataFrame) -> pd.DataFrame:
-    """Put training images first, and order each split by class. Within a class, images stay as they came."""
-    return table.sort_values(["split", "label"], kind="stable", ignore_index=True)
+            table[name] = pd.Categorical.from_codes([codes[value] for value in columns[name]], categories)
+        for name in ("is_query", "is_gallery"):
+            table[name] = np.array(columns[name], bool)
+        return table.sort_values(["split", "label"], kind="stable", ignore_index=True)
 
 
 def as_on_disk(root: Path, path: str) -> str:
@@ -105,27 +100,28 @@ def text_rows(path: Path, columns: int, listing: Listing, skip: int = 0) -> Iter
 def csv_rows(path: Path, listing: Listing) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield ("file, line n", column -> field) of an `images.csv`. Blank lines are left out.
 
-    Fields are separated by commas, semicolons or tabs, by whichever the header has most of.
+    Fields are separated by commas, semicolons or tabs, by whichever the header has most of. What is wrong with the list
+    is added to its problems.
     """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        separator = max(",;\t", key=file.readline().count)
-        file.seek(0)
-        rows = csv.DictReader(file, restval="", delimiter=separator, strict=True)
-        rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
-        header = rows.fieldnames
-        if not {"path", "label", "split"} <= set(header) or len(set(header)) < len(header):
-            listing.problems.append(f"{path}: the first line has to name path, label and split, once: {header}"[:300])
-            return
-        for row in rows:
-            where = f"{path}, line {rows.line_num}"
-            if None in row:
-                listing.problems.append(f"{where}: more fields than the header has")
-            elif any(row.values()):
-                yield where, {name: value.strip() for name, value in row.items()}
-
-
-SPLITS = {"train": "train", "test": "test", "validation": "test", "val": "test"}
-TRUTH_VALUES = {"0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True}  # the last: pandas
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            separator = max(",;\t", key=file.readline().count)
+            file.seek(0)
+            rows = csv.DictReader(file, restval="", delimiter=separator, strict=True)
+            header = [name.strip().lower() for name in rows.fieldnames or []]
+            if not {"path", "label", "split"} <= set(header) or len(set(header)) < len(header):
+                what = f"the first line has to name path, label and split, once: {header}"
+                listing.problems.append(f"{path}: {what}"[:300])
+                return
+            rows.fieldnames = header
+            for row in rows:
+                where = f"{path}, line {rows.line_num}"
+                if None in row:
+                    listing.problems.append(f"{where}: more fields than the header has")
+                elif any(row.values()):
+                    yield where, {name: value.strip() for name, value in row.items()}
+    except (csv.Error, UnicodeDecodeError) as error:
+        listing.problems.append(f"{path}: not valid CSV in UTF-8 ({one_line(error)})")
 
 
 def list_csv(root: Path) -> Listing | None:
@@ -140,23 +136,20 @@ def list_csv(root: Path) -> Listing | None:
         return None
     listing = Listing(root)
     names = set()
-    try:
-        for where, row in csv_rows(path, listing):
-            name = row["split"].lower()
-            names.add(name)
-            split = SPLITS.get(name)
-            roles = [TRUTH_VALUES.get(row.get(role, "true").lower()) for role in ("is_query", "is_gallery")]
-            if split is None:
-                listing.problems.append(f"{where}: the split {row['split']!r} is neither train nor test")
-            elif not row["label"]:
-                listing.problems.append(f"{where}: the label is empty")
-            elif split == "test" and (None in roles or not any(roles)):
-                listing.problems.append(f"{where}: is_query and is_gallery have to be 0 or 1, and one of them 1")
-            else:
-                label = sys.intern(row["label"])  # one text a class, not one an image
-                listing.add(where, row["path"].replace("\\", "/"), label, split, *(roles if split == "test" else ()))
-    except (csv.Error, UnicodeDecodeError) as error:
-        listing.problems.append(f"{path}: not valid CSV in UTF-8 ({one_line(error)})")
+    for where, row in csv_rows(path, listing):
+        name = row["split"].lower()
+        names.add(name)
+        roles = [TRUTH_VALUES.get(row.get(role, "true").lower()) for role in ("is_query", "is_gallery")]
+        if name not in SPLITS:
+            listing.problems.append(f"{where}: the split {row['split']!r} is neither train nor test")
+        elif not row["label"]:
+            listing.problems.append(f"{where}: the label is empty")
+        elif SPLITS[name] == "train":
+            listing.add_line(where, row["path"].replace("\\", "/"), row["label"], "train")
+        elif None in roles or not any(roles):
+            listing.problems.append(f"{where}: is_query and is_gallery have to be 0 or 1, and one of them 1")
+        else:
+            listing.add_line(where, row["path"].replace("\\", "/"), row["label"], "test", *roles)
     if "test" in names and names & {"val", "validation"}:
         listing.problems.append(f"{path}: both test and validation images: take the lines of one of them out")
     return listing
@@ -181,7 +174,7 @@ def list_image_folder(root: Path) -> Listing | None:
         left_out = LeftOut()
         for class_name, files in class_folders(root / split, listing.problems, left_out):
             if class_name:
-                listing.extend([f"{split}/{class_name}/{file}" for file in files], class_name, split)
+                listing.add([f"{split}/{class_name}/{file}" for file in files], class_name, split)
             else:
                 left_out["outside any class folder"] = len(files)
         if left_out:

