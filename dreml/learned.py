@@ -9,10 +9,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from dreml.cli import InputError
-from dreml.confusions import confusion_table
+from dreml.confusions import confident_errors, confusion_table
 from dreml.figures import drawing, new_figure, thumbnail
 from dreml.runs import SUFFIXES
-from dreml.search import Item, Neighbour, Searcher
+from dreml.search import Item, Searcher
 from dreml.thresholds import FARS, threshold_at
 from utils import best_similarities
 
@@ -37,9 +37,10 @@ class Learned:
         others, own = best_similarities(searcher.saved, split.labels, **masks)
         self.others = others[-1]  # (queries,), similarity to the nearest image of another class
         self.own = own[-1]  # and of the own class
+        self.errors = confident_errors(searcher.test_queries)
 
     @functools.lru_cache(4096)  # noqa: B019 - there is one, for as long as the page runs
-    def photo(self, item: Item | Neighbour) -> Image.Image:
+    def photo(self, item: Item) -> Image.Image:
         """An image as a small square. Grey if it cannot be read."""
         try:
             return Image.fromarray(thumbnail(self.searcher, item))
@@ -48,7 +49,7 @@ class Learned:
 
     def test_photo(self, row: int) -> Image.Image:
         """A test image as a small square."""
-        return self.photo(self.searcher.item(self.searcher.test, int(row)))
+        return self.photo(self.searcher.item(int(row)))
 
     def side_by_side(self, rows: list[int], caption: str) -> Picture:
         """Test images, two in a row, and below them a place for the caption."""
@@ -70,7 +71,7 @@ class Learned:
         """The classes that are most often taken for another one, and two pictures of both."""
         test = self.run.test
         pictures = []
-        for each in confusion_table(self.searcher.confident_errors, test).head(NUM_SHOWN).itertuples():
+        for each in confusion_table(self.errors, test).head(NUM_SHOWN).itertuples():
             names = [each.class_name, each.neighbour_class]
             rows = [row for name in names for row in np.resize(np.flatnonzero(test.class_name == name), 2)]
             pictures.append(self.side_by_side(rows, f"{names[0]} → {names[1]}   {each.times} times"))
@@ -78,7 +79,7 @@ class Learned:
 
     def copies(self) -> list[Picture]:
         """Errors of which both images look the same: near copies under two class names, each pair once."""
-        errors = self.searcher.confident_errors.head(NUM_COMPARED)
+        errors = self.errors.head(NUM_COMPARED)
         pairs = pd.DataFrame(np.sort(errors[["row", "neighbour"]], axis=1), errors.index)
         errors = errors[~pairs.duplicated()]
         look_the_same = []

@@ -192,7 +192,7 @@ def test_the_page_in_a_browser(site, tmp_path):
         wait_for_grid(similarities(7, 3))
 
         page.get_by_role("tab", name="What the run has learned").click()
-        number = min(len(site.searcher.confident_errors), learned.NUM_SHOWN)
+        number = min(len(site.learned.errors), learned.NUM_SHOWN)
         playwright.expect(page.locator("#errors .caption-label")).to_have_count(number, timeout=30_000)
         for made in ("#histograms img", "#recalls canvas, #recalls svg.marks"):
             page.locator(made).first.wait_for(timeout=30_000)
