@@ -171,7 +171,7 @@ def fill_learned_tab(searcher: Searcher, learned: Learned) -> None:
         title = "Recall against ensemble size"
         gr.LinePlot(learned.recalls(), "ensemble_size", "recall (%)", color="K", title=title, elem_id="recalls")
     label = "The most confident errors: a query and its first neighbour, of another class"
-    pictures(learned.pairs(learned.errors), label=label, elem_id="errors")
+    pictures(learned.worst(), label=label, elem_id="errors")
     label = "Classes that are most often taken for another one: two photos of both"
     pictures(learned.confusions(), label=label, elem_id="confusions")
     label = "Test images that look the same and have two class names (none if empty)"
@@ -183,7 +183,7 @@ def fill_learned_tab(searcher: Searcher, learned: Learned) -> None:
             point = gr.Image(show_label=False, height=300, buttons=[], elem_id="point")
             caption = gr.Markdown(elem_id="point_text")
     with gr.Row():
-        classes = class_table(searcher.test_queries).round(2)
+        classes = class_table(learned.queries).round(2)
         gr.Dataframe(classes, label="R@1 of each class in percent, worst first", max_height=400)
         settings = [[name, str(value)] for name, value in asdict(searcher.run.settings).items()]
         gr.Dataframe(settings, headers=["setting", "value"], label="Settings", max_height=400)

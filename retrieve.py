@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from dreml.cli import MANY, InputError, Parser, check_ranges, run_main
-from dreml.confusions import confident_errors
+from dreml.confusions import confident_errors, first_neighbour_table
 from dreml.figures import MAX_ROWS, NoPictures, check_matplotlib, draw_neighbours
 from dreml.files import atomic_open, writable, write_csv
 from dreml.runs import SUFFIXES
@@ -77,9 +77,10 @@ def run(args: argparse.Namespace) -> None:
     # 2. The neighbours
     queries = args.query or []
     if args.worst:
-        errors = confident_errors(searcher.test_queries)
+        table = first_neighbour_table([searcher.saved], searcher.run.test)
+        errors = confident_errors(table)
         queries = errors.row[: args.worst].tolist()
-        number = searcher.test_queries.counted.sum()
+        number = table.counted.sum()
         print(f"wrong first neighbours: {len(errors):,} of {number:,} test queries; listed: {len(queries):,}")
     problems: list[str] = []
     answers = searcher.find_many(queries, args.top, args.far, args.threshold, problems)

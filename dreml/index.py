@@ -20,7 +20,7 @@ import torch
 
 from dreml.batches import spans
 from dreml.cli import InputError, format_problems, num_cores, one_line, progress_bar
-from dreml.files import json_sha256, read_record, sha256, take_lock, writable, write_record
+from dreml.files import json_sha256, read_record, sha256, wait_for_lock, writable, write_record
 from dreml.folders import LeftOut, class_folders
 from dreml.images import IMAGE_VERSION, BadImage, ImageSpec, bad_image, read_pixels
 from dreml.runs import Run
@@ -180,7 +180,7 @@ class PhotoIndex:
             hashes[photo.path] = sha256(file)  # first: if the photo changes after this, the next search embeds it
             return None if hashes[photo.path] == old_hashes.get(photo.path) else read_pixels(file, spec)
 
-        with writable(self.place, "index"), self.lock():
+        with writable(self.place, "index"), wait_for_lock(self.place / ".lock", self.place):
             photos = list_photos(self.folder, problems)
             with self.opened() as table:
                 rows = table.search().select([*Photo._fields, "hash"]).to_arrow().to_pylist() if table else []
@@ -201,14 +201,6 @@ class PhotoIndex:
             found = format_problems(problems)
             print(f"warning: files that cannot be used ({len(problems):,}):{found}", file=sys.stderr)
         return num_embedded
-
-    def lock(self) -> contextlib.AbstractContextManager:
-        """Wait until no other process changes the index, and keep others from it."""
-        lock = take_lock(self.place / ".lock", timeout=0)
-        if lock is None:
-            print(f"another process works on {self.place}: waiting for it (a search without refresh does not wait)")
-            lock = take_lock(self.place / ".lock")
-        return lock
 
     def store(self, batch: dict[Photo, torch.Tensor | None], hashes: dict[str, str], optimize: bool) -> int:
         """Store photos with their embeddings, or only the new time of change. Returns how many have an embedding."""

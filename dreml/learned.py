@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from dreml.cli import InputError
-from dreml.confusions import confident_errors, confusion_table
+from dreml.confusions import confident_errors, confusion_table, first_neighbour_table
 from dreml.figures import drawing, new_figure, thumbnail
 from dreml.runs import SUFFIXES
 from dreml.search import Item, Searcher
@@ -37,7 +38,8 @@ class Learned:
         others, own = best_similarities(searcher.saved, split.labels, **masks)
         self.others = others[-1]  # (queries,), similarity to the nearest image of another class
         self.own = own[-1]  # and of the own class
-        self.errors = confident_errors(searcher.test_queries)
+        self.queries = first_neighbour_table([searcher.saved], self.run.test)
+        self.errors = confident_errors(self.queries)
 
     @functools.lru_cache(4096)  # noqa: B019 - there is one, for as long as the page runs
     def photo(self, item: Item) -> Image.Image:
@@ -58,14 +60,14 @@ class Learned:
             picture.paste(self.test_photo(row), (place % 2 * (SIDE + 4), place // 2 * (SIDE + 4)))
         return picture, caption
 
-    def pairs(self, errors: pd.DataFrame) -> list[Picture]:
-        """The first of some errors: each query and its neighbour."""
-        return [
-            self.side_by_side(
-                [error.row, error.neighbour], f"{error.class_name} | {error.neighbour_class}   {error.similarity:.3f}"
-            )
-            for error in errors.head(NUM_SHOWN).itertuples()
-        ]
+    def pair(self, error: NamedTuple) -> Picture:
+        """A query and its neighbour, from a row of `errors`."""
+        caption = f"{error.class_name} | {error.neighbour_class}   {error.similarity:.3f}"
+        return self.side_by_side([error.row, error.neighbour], caption)
+
+    def worst(self) -> list[Picture]:
+        """The most confident errors."""
+        return [self.pair(error) for error in self.errors.head(NUM_SHOWN).itertuples()]
 
     def confusions(self) -> list[Picture]:
         """The classes that are most often taken for another one, and two pictures of both."""
@@ -79,15 +81,14 @@ class Learned:
 
     def copies(self) -> list[Picture]:
         """Errors of which both images look the same: near copies under two class names, each pair once."""
-        errors = self.errors.head(NUM_COMPARED)
-        pairs = pd.DataFrame(np.sort(errors[["row", "neighbour"]], axis=1), errors.index)
-        errors = errors[~pairs.duplicated()]
-        look_the_same = []
-        for error in errors.itertuples():
-            photos = [self.test_photo(row) for row in (error.row, error.neighbour)]
-            first, second = (np.asarray(photo.resize((16, 16), Image.Resampling.BOX), np.float32) for photo in photos)
-            look_the_same.append(abs(first - second).mean() <= COPY_DIFFERENCE)
-        return self.pairs(errors[look_the_same])
+        found = {}
+        for error in self.errors.head(NUM_COMPARED).itertuples():
+            rows = (error.row, error.neighbour)
+            photos = [self.test_photo(row).resize((16, 16), Image.Resampling.BOX) for row in rows]
+            first, second = (np.asarray(photo, np.float32) for photo in photos)
+            if abs(first - second).mean() <= COPY_DIFFERENCE:
+                found.setdefault(frozenset(rows), self.pair(error))
+        return list(found.values())[:NUM_SHOWN]
 
     def histograms(self):
         """A figure of the similarities to the own class and to others, with the thresholds."""

@@ -16,7 +16,7 @@ import torch
 
 from dreml.cache import Cache, read_cache
 from dreml.cli import InputError, one_line, out_of_memory
-from dreml.files import json_sha256, read_record, sha256, take_lock
+from dreml.files import json_sha256, read_record, sha256, take_lock, wait_for_lock
 from dreml.settings import Settings
 
 FORMAT = 3  # of a run folder; folders of another format are refused
@@ -331,9 +331,4 @@ def read_test(folder: Path) -> pd.DataFrame:
 
 def run_lock(folder: Path) -> contextlib.AbstractContextManager:
     """Take the lock for the files that the whole run shares, such as its logs. Waits while another process holds it."""
-    path = folder.with_name(f".{folder.name}.lock")  # not inside: a refused run makes no folder
-    held = take_lock(path, timeout=2)
-    if held is None:
-        print(f"{folder}: waiting for another process of this run", flush=True)
-        held = take_lock(path)
-    return held
+    return wait_for_lock(folder.with_name(f".{folder.name}.lock"), folder)  # not inside: a refused run makes no folder

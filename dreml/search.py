@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image
 
 from dreml import cli
 from dreml.cli import InputError
-from dreml.confusions import first_neighbour_table
 from dreml.images import read_pixels, resize_test, to_rgb
 from dreml.index import PhotoIndex, class_of, default_place, embed_images, list_photos, model_checksum
 from dreml.runs import read_run
@@ -161,27 +159,19 @@ class Searcher:
         return unit_rows(self.run.embeddings(self.embedding, self.device))
 
     @functools.cached_property
-    def test_queries(self) -> pd.DataFrame:
-        """The queries of the test split and their first neighbours, see `first_neighbour_table`."""
-        return first_neighbour_table([self.saved], self.run.test)
-
-    @functools.cached_property
-    def fresh_index(self) -> PhotoIndex:
-        """The index of the gallery, refreshed."""
-        if self.refresh:
-            self.index.refresh(self.embed, self.run.settings.image_spec, self.ann)
-        return self.index
-
-    @functools.cached_property
     def searched(self) -> Gallery:
         """All that is searched."""
-        if self.gallery is not None:
-            return self.photos(*self.fresh_index.read())
+        if self.gallery:
+            return self.photos()
         rows = np.flatnonzero(self.run.test.is_gallery)
         return Gallery(rows.tolist(), self.saved[torch.from_numpy(rows)], self.test_classes)
 
-    def photos(self, paths: list[str], vectors: torch.Tensor) -> Gallery:
-        """What is searched: photos, by their paths relative to the folder."""
+    def photos(self, near: torch.Tensor | None = None, number: int = 0) -> Gallery:
+        """The photos of the gallery, or `number` that are near a vector. The first call refreshes the index."""
+        if self.refresh:
+            self.index.refresh(self.embed, self.run.settings.image_spec, self.ann)
+            self.refresh = False
+        paths, vectors = self.index.read(near, number)
         return Gallery(paths, vectors.to(self.device), {class_of(path) for path in paths} - {None})
 
     def item(self, image: int | str) -> Item:
@@ -287,10 +277,7 @@ class Searcher:
 
     def answer(self, query: Item, row: torch.Tensor, top: int, threshold: float | None) -> Answer:
         """The neighbours of a query with this embedding, `(d,) float32`."""
-        if self.gallery and self.ann:
-            searched = self.photos(*self.fresh_index.read(row, 4 * (top + 1)))
-        else:
-            searched = self.searched
+        searched = self.photos(row, 4 * (top + 1)) if self.gallery and self.ann else self.searched
         similarities, numbers = nearest(row, searched.vectors, top + 1)  # one may be the query itself
         neighbours = []
         for similarity, number in zip(similarities, numbers, strict=True):
