@@ -33,12 +33,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_search_options(parser)
     group = parser.add_argument_group("what is done (at least one)")
     group.add_argument("--query", nargs="+", metavar="Q", help="images, folders, or test:INDEX (row of test.csv)")
-    worst_help = "N test queries (default: 10), surest errors first"
-    group.add_argument("--worst", nargs="?", type=int, const=10, metavar="N", help=worst_help)
+    group.add_argument("--worst", nargs="?", type=int, const=10, metavar="N", help="the N (10) most confident errors")
     group.add_argument("--export", nargs="?", const="", metavar="PATH", help="write what is searched as .npy")
     group = parser.add_argument_group("how it is searched")
     group.add_argument("--top", type=int, default=8, metavar="K", help="neighbours of each query (default: 8)")
-    refresh_help = "always (default): embed new photos of --gallery first; never: search its index as it is"
+    refresh_help = "never: search the index of --gallery as it is; always (default): embed new photos first"
     group.add_argument("--refresh", choices=("always", "never"), metavar="WHEN", help=refresh_help)
     group.add_argument("--ann", action="store_true", help="approximate search of --gallery, by LanceDB's vector index")
     group = group.add_mutually_exclusive_group()

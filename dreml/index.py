@@ -98,9 +98,6 @@ def embed_images(
             yield batch
 
 
-# ------------------------------------------------------------------------------------------------ the index
-
-
 def model_checksum(run: Run, embedding: str) -> str:
     """A checksum of all that an embedding hangs on: settings and data, members, which features, how pixels are read."""
     return json_sha256([run.record.settings_hash, embedding, run.num_members, run.weights, IMAGE_VERSION])
@@ -128,9 +125,8 @@ class PhotoIndex:
         with self.opened() as table:
             record = self.made_for if table is None else read_record(place / RECORD)
         if record != self.made_for:
-            other = "another model, other members or another embedding"
-            other = other if record["model"] != model else f"the photos in {record['folder']}"
-            raise InputError(f"index {place} is of {other}: choose another place")
+            made_for = f"for the photos in {record['folder']}, or for another model"
+            raise InputError(f"index {place} was made {made_for}: choose another place")
 
     @contextlib.contextmanager
     def opened(self, schema=None) -> Iterator:
@@ -206,7 +202,7 @@ class PhotoIndex:
         """Store photos with their embeddings, or only the new time of change. Returns how many have an embedding."""
         import pyarrow as pa
 
-        schema = None
+        columns = {"path": pa.string(), "class": pa.string(), "size": pa.int64(), "mtime": pa.int64()}
         new = []
         touched = []
         for photo, row in batch.items():
@@ -215,9 +211,8 @@ class PhotoIndex:
                 touched.append(values)
                 continue
             new.append(values | {"class": class_of(photo.path), "hash": hashes[photo.path], "vector": row.numpy()})
-            columns = {"path": pa.string(), "class": pa.string(), "size": pa.int64(), "mtime": pa.int64()}
-            schema = pa.schema(columns | {"hash": pa.string(), "vector": pa.list_(pa.float32(), len(row))})
-        with self.opened(schema) as table:
+            columns |= {"hash": pa.string(), "vector": pa.list_(pa.float32(), len(row))}
+        with self.opened(pa.schema(columns) if new else None) as table:
             if touched:
                 table.merge_insert("path").when_matched_update_all().execute(touched)
             if new:

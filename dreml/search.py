@@ -127,6 +127,7 @@ class Searcher:
         self.run = read_run(Path(run), num_members)
         self.device = cli.pick_device(str(self.device))
         self.data_path = self.run.data_path(self.data_path)
+        self.data_folder = self.data_path / self.run.settings.data_name  # where the raw data set is, or was
         self.test_rows = {path: row for row, path in enumerate(self.run.test.path)}
         self.test_classes = set(self.run.test.class_name)
         self.lock = threading.Lock()
@@ -141,11 +142,6 @@ class Searcher:
         model = model_checksum(self.run, self.embedding)
         place = Path(index) if index else default_place(self.run.folder, self.gallery, model)
         self.index = PhotoIndex(self.gallery, place, model)
-
-    @property
-    def data_folder(self) -> Path:
-        """Where the raw data set is, or was."""
-        return self.data_path / self.run.settings.data_name
 
     @functools.cached_property
     def ensemble(self) -> Ensemble:
@@ -190,8 +186,6 @@ class Searcher:
         if not torch.isfinite(rows).all():
             raise cli.RunError("the embedding of some images is not finite")
         return rows
-
-    # -------------------------------------------------------------------------------------------- queries
 
     def find(self, query: Query, top: int = 8, far: float | None = None, threshold: float | None = None) -> Answer:
         """The answer to one query, see `find_many`."""

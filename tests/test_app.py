@@ -48,8 +48,7 @@ def site(_small_runs, tiny_data, tmp_path_factory):
         patch.setattr(model, "build_model", build_small_model)
         patch.setattr(thresholds, "FEWEST_ABOVE", 1)
         run = shutil.copytree(_small_runs[0], folder / "tiny_run")  # it gets an index
-        searcher = Searcher(run, gallery=folder / "photos", device="cpu")
-        searcher.data_path = tiny_data
+        searcher = Searcher(run, gallery=folder / "photos", device="cpu", data_path=tiny_data)
         found = learned.Learned(searcher)
         page = app.open_page(searcher, found, "tiny", "127.0.0.1", port)
         client = httpx.Client(base_url=url, timeout=60)

@@ -102,7 +102,7 @@ def test_a_graph_gives_the_embedding_of_its_network(tmp_path, backbone, size):
 
 
 class Rows(nn.Module):
-    """In the place of an ensemble: the embedding of an image is the row that its first value names, from the start."""
+    """In the place of an ensemble. The first value of an image is the number of its embedding among some rows."""
 
     image_spec = ImageSpec(2)
     embedding = "logits"

@@ -179,13 +179,13 @@ def test_an_index_of_another_model_or_folder_is_refused_and_left_alone(indexed, 
     """A link to the folder is the same folder."""
     indexed.refresh()
     before = index_rows(indexed.place)
-    with pytest.raises(InputError, match=r"^index .* is of another model, .*: choose another place"):
-        indexed.index("n" * 64)
     (tmp_path / "link").symlink_to(indexed.photos)
     PhotoIndex(tmp_path / "link", indexed.place, "m" * 64)
     shutil.copytree(indexed.photos, tmp_path / "new place")
-    with pytest.raises(InputError, match=r"^index .* is of the photos in .*photos: choose another place$"):
-        PhotoIndex(tmp_path / "new place", indexed.place, "m" * 64)
+    message = rf"^index .* was made for the photos in {indexed.photos}, or for another model: choose another place$"
+    for folder, model in ((indexed.photos, "n" * 64), (tmp_path / "new place", "m" * 64)):
+        with pytest.raises(InputError, match=message):
+            PhotoIndex(folder, indexed.place, model)
     assert index_rows(indexed.place) == before
 
 

@@ -30,8 +30,7 @@ def test_near_copies_under_two_names_are_found(small_run, tmp_path):
     rows = torch.eye(6)[[0, 0, 1, 1, 2, 3]]
     labels = np.array([0, 1, 2, 3, 0, 1])
     run = write_run(tmp_path / "run", small_run, [rows.numpy()], labels=labels)
-    searcher = Searcher(run, device="cpu")
-    searcher.data_path = tmp_path
+    searcher = Searcher(run, device="cpu", data_path=tmp_path)
     searcher.data_folder.mkdir()
     for number, seed in enumerate([1, 1, 2, 3, 4, 5]):
         path = searcher.data_folder / searcher.run.test.path[number]
@@ -42,8 +41,7 @@ def test_near_copies_under_two_names_are_found(small_run, tmp_path):
 
 
 def test_a_click_on_the_map_finds_the_nearest_point(small_run, tiny_data):
-    searcher = Searcher(small_run, device="cpu")
-    searcher.data_path = tiny_data
+    searcher = Searcher(small_run, device="cpu", data_path=tiny_data)
     found = Learned(searcher)
     for method in learned.MAP_METHODS:
         rows, places = found.map_points(method)
