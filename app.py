@@ -18,12 +18,11 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from dreml.cli import DEVICE_HELP, MANY, InputError, Parser, check_ranges, run_main
+from dreml.cli import InputError, Parser, check_ranges, run_main
 from dreml.confusions import class_table
 from dreml.figures import FRAMES, MARKS
 from dreml.learned import MAP_METHODS, Learned
-from dreml.search import Query, Searcher
-from dreml.settings import EMBEDDINGS
+from dreml.search import Query, Searcher, add_search_options, searcher_of
 from dreml.thresholds import threshold_at
 
 NO_QUERY = "Drop a photo, or pick a test image."
@@ -41,21 +40,12 @@ content="default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:">"""
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="app.py", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run folder of train.py")
-    group = parser.add_argument_group("what is searched")
-    group.add_argument("--gallery", type=Path, metavar="DIR", help="folder of photos (default: the run's test images)")
-    group.add_argument("--index", type=Path, metavar="DIR", help="index of the gallery, as in retrieve.py")
-    group.add_argument("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
-    embedding_help = "logits (default), or pooled: the features before the last layer"
-    group.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
+    add_search_options(parser)
     group = parser.add_argument_group("the server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     group.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
-    group.add_argument("--device", default="auto", help=DEVICE_HELP)
-    data_help = "folder of data sets, for pictures of the test images (default: as in training)"
-    group.add_argument("--data_path", type=Path, metavar="DIR", help=data_help)
     args = parser.parse_args(argv)
-    check_ranges(args, num_members=(1, MANY), port=(1, 65535))
+    check_ranges(args, port=(1, 65535))
     return args
 
 
@@ -131,7 +121,7 @@ def fill_search_tab(searcher: Searcher, learned: Learned) -> None:
     """A photo or a test image, two sliders, and the neighbours."""
     import gradio as gr
 
-    last = len(searcher.test) - 1
+    last = len(searcher.run.test) - 1
     query = gr.State()
     neighbours = gr.State([])
     with gr.Row():
@@ -181,7 +171,7 @@ def fill_learned_tab(searcher: Searcher, learned: Learned) -> None:
         title = "Recall against ensemble size"
         gr.LinePlot(learned.recalls(), "ensemble_size", "recall (%)", color="K", title=title, elem_id="recalls")
     label = "The most confident errors: a query and its first neighbour, of another class"
-    pictures(learned.pairs(searcher.confident_errors), label=label, elem_id="errors")
+    pictures(learned.worst(), label=label, elem_id="errors")
     label = "Classes that are most often taken for another one: two photos of both"
     pictures(learned.confusions(), label=label, elem_id="confusions")
     label = "Test images that look the same and have two class names (none if empty)"
@@ -193,7 +183,7 @@ def fill_learned_tab(searcher: Searcher, learned: Learned) -> None:
             point = gr.Image(show_label=False, height=300, buttons=[], elem_id="point")
             caption = gr.Markdown(elem_id="point_text")
     with gr.Row():
-        classes = class_table(searcher.test_queries).round(2)
+        classes = class_table(learned.queries).round(2)
         gr.Dataframe(classes, label="R@1 of each class in percent, worst first", max_height=400)
         settings = [[name, str(value)] for name, value in asdict(searcher.run.settings).items()]
         gr.Dataframe(settings, headers=["setting", "value"], label="Settings", max_height=400)
@@ -211,16 +201,8 @@ def run(args: argparse.Namespace) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     # 1. The run, its embedding of the test images, and the gallery
-    searcher = Searcher(
-        args.folder,
-        gallery=args.gallery,
-        embedding=args.embedding,
-        num_members=args.num_members,
-        device=args.device,
-        index=args.index,
-    )
-    searcher.data_path = args.data_path or searcher.data_path
-    if not len(searcher.test):
+    searcher = searcher_of(args)
+    if not len(searcher.run.test):
         raise InputError(f"{args.folder}: its data set has no test images")
     print(f"images to search: {len(searcher.searched.vectors):,}")  # new photos are embedded now, not at a question
     searcher.ensemble.eval()  # and the network is loaded

@@ -25,7 +25,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dreml import images as images_module
 from dreml.batches import spans
-from dreml.cache import Cache
 from dreml.cli import MANY, InputError, Parser, RunError, check_ranges, one_line, progress_bar, run_main
 from dreml.files import replace_folder, writable, write_record
 from dreml.images import ImageSpec
@@ -126,24 +125,20 @@ def open_graphs(folder: Path, code: str) -> Callable[[np.ndarray], np.ndarray]:
 # ------------------------------------------------------------------------------------------------ the check
 
 
-def check(run: Run, cache: Cache | None, ensemble: Ensemble, embed: Callable, with_recall: bool) -> dict:
-    """Compare what the graphs embed, `embed(images)`, with PyTorch's rows of the same test images, or of drawn ones.
+def check(run: Run, ensemble: Ensemble, embed: Callable, test_images: np.ndarray | None = None) -> dict[str, float]:
+    """Compare what the graphs embed, `embed(images)`, with PyTorch's rows of the same drawn images.
 
-    `with_recall`: compare the R@1 of all test images with that of the saved embedding, too. Returns what was found.
-    Raises RunError where it is too far apart.
+    With `test_images`, all of the run's, compare their R@1 with that of the saved embedding, too. Returns what
+    model.json says of it. Raises RunError where they are too far apart.
     """
-    if cache:
-        test_images = cache.array("test_images")
-        images = np.array(test_images[:: -(-len(test_images) // NUM_CHECKED)])
-    else:
-        shape = (NUM_CHECKED, ensemble.image_spec.size, ensemble.image_spec.size, 3)
-        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    size = ensemble.image_spec.size
+    images = np.random.default_rng(0).integers(0, 256, (NUM_CHECKED, size, size, 3), dtype=np.uint8)
     apart = embed(images) - ensemble(torch.from_numpy(images)).numpy()
     largest = float((apart**2).sum(1).max() / 2)  # 1 - cosine of rows of length 1; more where one has another length
     if not largest <= MAX_DIFFERENCE:  # so that NaN fails, too
         raise RunError(f"the graphs' embedding is not PyTorch's: 1 - cosine is {largest:.2g}; nothing is exported")
-    found = {"images": f"{len(images)} {'test' if cache else 'drawn'} images", "1 - cosine": float(f"{largest:.1g}")}
-    if with_recall:
+    found = {"1 - cosine": float(f"{largest:.1g}")}
+    if test_images is not None:
         pieces = spans(0, len(test_images), NUM_CHECKED)
         bar = progress_bar(pieces, "embedding the test images", len(pieces), f" x {NUM_CHECKED} images")
         rows = torch.from_numpy(np.concatenate([embed(np.array(test_images[start:stop])) for start, stop in bar]))
@@ -168,17 +163,12 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"an export needs: pip install {' '.join(missing)}")
     trained = read_run(args.folder, args.num_members)
     number = trained.num_members
+    test_images = None
     if args.check_recall:
         trained.require(args.embedding)
-    try:
-        if not len(trained.test):
+        test_images = trained.read_cache(args.data_path).array("test_images")
+        if not len(test_images):
             raise InputError(f"{args.folder}: its data set has no test images")
-        cache = trained.read_cache(args.data_path)
-    except InputError as error:
-        if args.check_recall:
-            raise
-        cache = None
-        print(f"note: compared on drawn images, not on test images: {error}")
     output = args.output or trained.folder / f"export_L{number}{SUFFIXES[args.embedding]}"
     others = [path.name for path in output.glob("*") if not re.fullmatch(r"member_.*|model\.json", path.name)]
     if others or output.is_file():
@@ -205,7 +195,7 @@ def run(args: argparse.Namespace) -> None:
             "resize": spec.resize,
             "d": embed(np.zeros((1, spec.size, spec.size, 3), np.uint8)).shape[1],
             "code": code,
-            "checked": check(trained, cache, ensemble, embed, args.check_recall),
+            "checked": check(trained, ensemble, embed, test_images),
         }
         write_record(folder / "model.json", description)
         replace_folder(folder, output)

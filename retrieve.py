@@ -18,46 +18,36 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dreml.cli import DEVICE_HELP, MANY, InputError, Parser, check_ranges, run_main
+from dreml.cli import MANY, InputError, Parser, check_ranges, run_main
+from dreml.confusions import confident_errors, first_neighbour_table
 from dreml.figures import MAX_ROWS, NoPictures, check_matplotlib, draw_neighbours
 from dreml.files import atomic_open, writable, write_csv
 from dreml.runs import SUFFIXES
-from dreml.search import Answer, Searcher, refuse
-from dreml.settings import EMBEDDINGS
+from dreml.search import Answer, Searcher, add_search_options, refuse, searcher_of
 
 # ------------------------------------------------------------------------------------------------ options
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="retrieve.py", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run folder of train.py")
+    add_search_options(parser)
     group = parser.add_argument_group("what is done (at least one)")
     group.add_argument("--query", nargs="+", metavar="Q", help="images, folders, or test:INDEX (row of test.csv)")
-    worst_help = "N test queries (default: 10), surest errors first"
-    group.add_argument("--worst", nargs="?", type=int, const=10, metavar="N", help=worst_help)
+    group.add_argument("--worst", nargs="?", type=int, const=10, metavar="N", help="the N (10) most confident errors")
     group.add_argument("--export", nargs="?", const="", metavar="PATH", help="write what is searched as .npy")
     group = parser.add_argument_group("how it is searched")
-    gallery_help = "search the images below DIR, a class for each folder (default: the gallery of the test split)"
-    group.add_argument("--gallery", type=Path, metavar="DIR", help=gallery_help)
     group.add_argument("--top", type=int, default=8, metavar="K", help="neighbours of each query (default: 8)")
-    group.add_argument("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
-    embedding_help = "logits (default), or pooled: the features before the last layer"
-    group.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
+    refresh_help = "never: search the index of --gallery as it is; always (default): embed new photos first"
+    group.add_argument("--refresh", choices=("always", "never"), metavar="WHEN", help=refresh_help)
+    group.add_argument("--ann", action="store_true", help="approximate search of --gallery, by LanceDB's vector index")
     group = group.add_mutually_exclusive_group()
     group.add_argument("--far", type=float, metavar="F", help="as --threshold, for a false-accept rate such as 0.1")
     group.add_argument("--threshold", type=float, metavar="T", help='neighbours are "not found" below this similarity')
-    group = parser.add_argument_group("the index of --gallery (needs LanceDB: pip install lancedb)")
-    group.add_argument("--index", type=Path, metavar="DIR", help="where it is kept (default: in RUN_FOLDER/index)")
-    refresh_help = "always (default): embed new photos first; never: search the index as it is"
-    group.add_argument("--refresh", choices=("always", "never"), metavar="WHEN", help=refresh_help)
-    group.add_argument("--ann", action="store_true", help="approximate search, by LanceDB's vector index")
     group = parser.add_argument_group("the rest")
     group.add_argument("--output", type=Path, metavar="DIR", help="what is written (default: RUN_FOLDER/retrieval)")
-    group.add_argument("--data_path", type=Path, metavar="DIR", help="data sets (default: as in training)")
     group.add_argument("--no_picture", action="store_true", help="no picture: matplotlib is not needed")
-    group.add_argument("--device", default="auto", help=DEVICE_HELP)
     args = parser.parse_args(argv)
-    check_ranges(args, worst=(1, MANY), top=(1, MANY), num_members=(1, MANY), far=(1e-9, 1), threshold=(-1, 1))
+    check_ranges(args, worst=(1, MANY), top=(1, MANY), far=(1e-9, 1), threshold=(-1, 1))
     finds = args.query or args.worst
     if not finds and args.export is None:
         raise InputError("nothing to do: give --query, --worst or --export")
@@ -75,17 +65,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     # 1. The run and what is searched
-    searcher = Searcher(
-        args.folder,
-        args.gallery,
-        embedding=args.embedding,
-        num_members=args.num_members,
-        device=args.device,
-        index=args.index,
-        refresh=args.refresh != "never",
-        ann=args.ann,
-        data_path=args.data_path,
-    )
+    searcher = searcher_of(args, refresh=args.refresh != "never", ann=args.ann)
     draws = not args.no_picture and (args.query or args.worst)
     if draws:
         check_matplotlib()
@@ -96,9 +76,10 @@ def run(args: argparse.Namespace) -> None:
     # 2. The neighbours
     queries = args.query or []
     if args.worst:
-        errors = searcher.confident_errors
+        table = first_neighbour_table([searcher.saved], searcher.run.test)
+        errors = confident_errors(table)
         queries = errors.row[: args.worst].tolist()
-        number = searcher.test_queries.counted.sum()
+        number = table.counted.sum()
         print(f"wrong first neighbours: {len(errors):,} of {number:,} test queries; listed: {len(queries):,}")
     problems: list[str] = []
     answers = searcher.find_many(queries, args.top, args.far, args.threshold, problems)
@@ -118,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"\nnot found: nothing for {nothing:,} of {len(answers):,} queries reaches {threshold:.4f}")
         if args.far is not None:
             share = f"of test queries whose class is absent, {100 * args.far:g} % reached it"
-            print(f"{share} in {searcher.test.is_gallery.sum():,} images, and more do in larger galleries")
+            print(f"{share} in {searcher.run.test.is_gallery.sum():,} images, and more do in larger galleries")
         print(f"\n{path}{' (an earlier one was replaced; --output names another folder)' if replaces else ''}")
     if answers and draws:
         title = f"similarity: cosine, mean of the ensemble (size {searcher.run.num_members})"
@@ -141,9 +122,8 @@ def export(searcher: Searcher, path: Path, suffix: str) -> None:
     """
     if searcher.gallery:
         suffix = f"_gallery{suffix}"
-        rows = searcher.searched.vectors
-        table = searcher.searched.table[["path", "class_name"]]
-        table = table.assign(path=[str(searcher.gallery / path) for path in table.path])
+        images, rows, _ = searcher.searched
+        table = pd.DataFrame([searcher.item(path)[:2] for path in images], columns=["path", "class_name"])
     else:
         rows = searcher.saved
         table = searcher.run.test

@@ -21,7 +21,7 @@ from dreml.cli import InputError, counted
 from dreml.files import atomic_open
 from dreml.images import BadImage, ImageSpec, read_pixels, resize_test
 from dreml.runs import MemberRecord
-from dreml.search import Answer, Item, Neighbour, Searcher
+from dreml.search import Answer, Item, Searcher
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -210,7 +210,7 @@ class NoPictures(InputError):
     """The images are not there: neither their files nor the cache of this run."""
 
 
-def thumbnail(searcher: Searcher, item: Item | Neighbour) -> np.ndarray:
+def thumbnail(searcher: Searcher, item: Item) -> np.ndarray:
     """An image as the network sees it, `(S, S, 3) uint8`, S pixels for a tile.
 
     A test image whose file is gone comes from the run's cache. Raises NoPictures where there is no image.
@@ -242,7 +242,7 @@ def draw_neighbours(answers: list[Answer], searcher: Searcher, title: str, folde
         axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
         for row, answer in enumerate(answers):
             query = answer.query
-            text = f"{short(query.caption)}\n{short(query.class_name or '')}"
+            text = f"{short(Path(query.name).name)}\n{short(query.class_name or '')}"
             draw_tile(axes, tile_corner(row, 0), thumbnail(searcher, query), QUERY_FRAME, text)
             for rank, neighbour in enumerate(answer, 1):
                 frame = FRAMES[neighbour.right] if neighbour.found else NOT_FOUND

@@ -130,6 +130,15 @@ def take_lock(path: Path, timeout: float = -1) -> contextlib.AbstractContextMana
         raise InputError(f"{path.parent} is on a file system without file locks (flock): use another one") from None
 
 
+def wait_for_lock(path: Path, name: Path) -> contextlib.AbstractContextManager:
+    """Take a file lock. Waits while another process holds it; `name` is what the user is told to be waited for."""
+    lock = take_lock(path, timeout=2)
+    if lock is None:
+        print(f"{name}: waiting for another process", flush=True)
+        lock = take_lock(path)
+    return lock
+
+
 # ------------------------------------------------------------------------------------------------ checksums, records
 
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from dreml.batches import spans
-from dreml.cli import InputError, format_problems, is_utf8, num_cores, one_line, progress_bar
-from dreml.files import json_sha256, read_record, sha256, take_lock, writable, write_record
+from dreml.cli import InputError, format_problems, num_cores, one_line, progress_bar
+from dreml.files import json_sha256, read_record, sha256, wait_for_lock, writable, write_record
 from dreml.folders import LeftOut, class_folders
 from dreml.images import IMAGE_VERSION, BadImage, ImageSpec, bad_image, read_pixels
 from dreml.runs import Run
@@ -33,7 +33,6 @@ RECORD = "index.json"  # beside the table: the folder and the model that it was 
 KEPT_VERSIONS = timedelta(minutes=10)  # older versions of the table are removed: nobody reads for so long
 OPTIMIZE_AFTER = 100  # batches; each adds a small file, and many slow the table down
 MIN_ROWS = 1000  # photos for a vector index: an exact search among fewer takes milliseconds
-REFINE = 4  # for how many times the wanted photos the vectors themselves are compared, not the index's bytes
 
 
 class Photo(NamedTuple):
@@ -54,25 +53,19 @@ def list_photos(folder: Path, problems: list[str]) -> list[Photo]:
 
     Prints which files are left out for their types. Raises InputError if there are no photos.
     """
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder")
-    if not is_utf8(str(folder)):
-        raise InputError(f"{str(folder)!a}: the name is not valid UTF-8")
     photos = []
     left_out = LeftOut()
     for class_name, files in class_folders(folder, problems, left_out):
         for name in files:
             path = f"{class_name}/{name}".removeprefix("/")
-            file = folder / path
-            if os.path.isfile(file):
-                found = file.stat()
-                mtime = max(-(2**63), min(found.st_mtime_ns, 2**63 - 1))  # int64 ends in 2262
-                photos.append(Photo(path, found.st_size, mtime))
-            else:  # a link to nowhere, or a pipe: opening that would wait without end
-                problems.append(f"{file}: not a regular file")
+            if not os.path.isfile(folder / path):  # a link to nowhere, or a pipe: opening that would wait without end
+                problems.append(f"{folder / path}: not a regular file")
+                continue
+            found = os.stat(folder / path)
+            mtime = max(-(2**63), min(found.st_mtime_ns, 2**63 - 1))  # int64 ends in 2262
+            photos.append(Photo(path, found.st_size, mtime))
     if not photos:
-        reason = f" ({left_out})" if left_out else format_problems(problems)
-        raise InputError(f"{folder}: no images below it{reason}")
+        raise InputError(f"{folder}: no images below it{f' ({left_out})' if left_out else format_problems(problems)}")
     if left_out:
         print(f"warning: {folder}: {left_out}", file=sys.stderr)
     return photos
@@ -105,9 +98,6 @@ def embed_images(
             yield batch
 
 
-# ------------------------------------------------------------------------------------------------ the index
-
-
 def model_checksum(run: Run, embedding: str) -> str:
     """A checksum of all that an embedding hangs on: settings and data, members, which features, how pixels are read."""
     return json_sha256([run.record.settings_hash, embedding, run.num_members, run.weights, IMAGE_VERSION])
@@ -133,14 +123,10 @@ class PhotoIndex:
         self.place = place
         self.made_for = {"folder": os.path.realpath(folder), "model": model}
         with self.opened() as table:
-            if table is not None and not (place / RECORD).exists():
-                raise InputError(f"index {place} is a table of another program: choose another place")
             record = self.made_for if table is None else read_record(place / RECORD)
         if record != self.made_for:
-            other = "another model, other members or another embedding"
-            other = other if record["model"] != model else f"the photos in {record['folder']}"
-            remedy = "choose another place; photos that were moved are embedded again"
-            raise InputError(f"index {place} is of {other}: {remedy}")
+            made_for = f"for the photos in {record['folder']}, or for another model"
+            raise InputError(f"index {place} was made {made_for}: choose another place")
 
     @contextlib.contextmanager
     def opened(self, schema=None) -> Iterator:
@@ -154,17 +140,9 @@ class PhotoIndex:
 
             database = lancedb.connect(os.path.abspath(self.place))
             yield database.create_table(TABLE, schema=schema, exist_ok=True) if schema else database.open_table(TABLE)
-        except (RuntimeError, ValueError, OSError, ImportError) as error:  # what LanceDB raises
-            remedy = "if it is damaged, delete it and search again"
-            raise InputError(f"index {self.place} cannot be used ({one_line(error)}); {remedy}") from None
-
-    def lock(self) -> contextlib.AbstractContextManager:
-        """Wait until no other process changes the index, and keep others from it."""
-        lock = take_lock(self.place / ".lock", timeout=0)
-        if lock is None:
-            print(f"another process works on {self.place}: waiting for it (a search without refresh does not wait)")
-            lock = take_lock(self.place / ".lock")
-        return lock
+        except (RuntimeError, ValueError, OSError) as error:  # what LanceDB raises
+            remedy = "choose another place, or delete it if it is damaged"
+            raise InputError(f"index {self.place} cannot be used ({one_line(error)}): {remedy}") from None
 
     def read(self, near: torch.Tensor | None = None, number: int = 0) -> tuple[list[str], torch.Tensor]:
         """The paths of the photos in the index, sorted, and their embeddings `(N, d) float32`.
@@ -177,7 +155,7 @@ class PhotoIndex:
             query = table.search()
             if near is not None:
                 number = min(number, table.count_rows())  # of 2**31 or more, Lance raises OverflowError
-                query = table.search(near.numpy()).distance_type("cosine").limit(number).refine_factor(REFINE)
+                query = table.search(near.numpy()).distance_type("cosine").limit(number)
             found = query.to_arrow().sort_by("path")
         if not found.num_rows:
             raise InputError(f"{self.folder}: its index has no photo that can be searched")
@@ -191,14 +169,14 @@ class PhotoIndex:
         there are photos enough.
         """
         problems: list[str] = []
-        hashes: dict[Photo, str] = {}
+        hashes: dict[str, str] = {}
 
         def read(photo: Photo) -> np.ndarray | None:
             file = self.folder / photo.path
-            hashes[photo] = sha256(file)  # first: a photo that changes after this is embedded by the next search
-            return None if hashes[photo] == old_hashes.get(photo.path) else read_pixels(file, spec)
+            hashes[photo.path] = sha256(file)  # first: if the photo changes after this, the next search embeds it
+            return None if hashes[photo.path] == old_hashes.get(photo.path) else read_pixels(file, spec)
 
-        with writable(self.place, "index"), self.lock():
+        with writable(self.place, "index"), wait_for_lock(self.place / ".lock", self.place):
             photos = list_photos(self.folder, problems)
             with self.opened() as table:
                 rows = table.search().select([*Photo._fields, "hash"]).to_arrow().to_pylist() if table else []
@@ -206,53 +184,52 @@ class PhotoIndex:
             stored = {Photo(**row) for row in rows}
             write_record(self.place / RECORD, self.made_for)
             pending = [photo for photo in photos if photo not in stored]
-            usable = set(photos) & stored
-            touched = []  # photos whose content is what it was
+            usable = {photo.path for photo in photos if photo in stored}
             num_embedded = 0
             for number, batch in enumerate(embed_images(pending, read, embed, "gallery", problems), 1):
-                new = {photo: row for photo, row in batch.items() if row is not None}
-                if new:
-                    self.store(new, hashes, number % OPTIMIZE_AFTER == 0)
-                usable |= batch.keys()
-                touched += batch.keys() - new.keys()
-                num_embedded += len(new)
-            gone = old_hashes.keys() - {photo.path for photo in usable}
+                num_embedded += self.store(batch, hashes, number % OPTIMIZE_AFTER == 0)
+                usable |= {photo.path for photo in batch}
+            gone = old_hashes.keys() - usable
             if pending or gone or vector_index:
-                self.finish(usable, touched, vector_index)
+                self.finish(usable, vector_index)
         print(f"{self.place}: {num_embedded:,} of {len(photos):,} photos embedded, {len(gone):,} removed")
         if problems:
             found = format_problems(problems)
             print(f"warning: files that cannot be used ({len(problems):,}):{found}", file=sys.stderr)
         return num_embedded
 
-    def store(self, new: dict[Photo, torch.Tensor], hashes: dict[Photo, str], optimize: bool) -> None:
-        """Store photos and their embeddings, in the place of earlier rows of the same paths."""
+    def store(self, batch: dict[Photo, torch.Tensor | None], hashes: dict[str, str], optimize: bool) -> int:
+        """Store photos with their embeddings, or only the new time of change. Returns how many have an embedding."""
         import pyarrow as pa
 
-        width = len(next(iter(new.values())))
         columns = {"path": pa.string(), "class": pa.string(), "size": pa.int64(), "mtime": pa.int64()}
-        columns |= {"hash": pa.string(), "vector": pa.list_(pa.float32(), width)}
-        rows = []
-        for photo, row in new.items():
-            rows.append(photo._asdict() | {"class": class_of(photo.path), "hash": hashes[photo], "vector": row.numpy()})
-        with self.opened(pa.schema(columns)) as table:
-            merge = table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
-            merge.execute(pa.Table.from_pylist(rows, schema=table.schema))
-            if optimize:
+        new = []
+        touched = []
+        for photo, row in batch.items():
+            values = photo._asdict()
+            if row is None:
+                touched.append(values)
+                continue
+            new.append(values | {"class": class_of(photo.path), "hash": hashes[photo.path], "vector": row.numpy()})
+            columns |= {"hash": pa.string(), "vector": pa.list_(pa.float32(), len(row))}
+        with self.opened(pa.schema(columns) if new else None) as table:
+            if touched:
+                table.merge_insert("path").when_matched_update_all().execute(touched)
+            if new:
+                table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all().execute(new)
+            if new and optimize:
                 table.optimize()
+        return len(new)
 
-    def finish(self, kept: set[Photo], touched: list[Photo], vector_index: bool) -> None:
-        """Note new times of change, delete photos that are gone, let LanceDB tidy up and, if wanted, index vectors."""
+    def finish(self, usable: set[str], vector_index: bool) -> None:
+        """Delete all other photos, let LanceDB tidy up and, if wanted, make the vector index."""
         import pyarrow as pa
         from lancedb.index import HnswSq
 
         with self.opened() as table:
             if table is None:  # no photo could be used
                 return
-            if touched:
-                rows = pa.Table.from_pylist([photo._asdict() for photo in touched])
-                table.merge_insert("path").when_matched_update_all().execute(rows)
-            paths = pa.table({"path": pa.array([photo.path for photo in kept], pa.string())})
+            paths = pa.table({"path": pa.array(sorted(usable), pa.string())})
             table.merge_insert("path").when_not_matched_by_source_delete().execute(paths)
             table.optimize(cleanup_older_than=KEPT_VERSIONS)  # joins small files, adds new rows to the vector index
             if vector_index and table.count_rows() < MIN_ROWS:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -9,10 +10,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from dreml.cli import InputError
-from dreml.confusions import confusion_table
+from dreml.confusions import confident_errors, confusion_table, first_neighbour_table
 from dreml.figures import drawing, new_figure, thumbnail
 from dreml.runs import SUFFIXES
-from dreml.search import Item, Neighbour, Searcher
+from dreml.search import Item, Searcher
 from dreml.thresholds import FARS, threshold_at
 from utils import best_similarities
 
@@ -37,9 +38,11 @@ class Learned:
         others, own = best_similarities(searcher.saved, split.labels, **masks)
         self.others = others[-1]  # (queries,), similarity to the nearest image of another class
         self.own = own[-1]  # and of the own class
+        self.queries = first_neighbour_table([searcher.saved], self.run.test)
+        self.errors = confident_errors(self.queries)
 
     @functools.lru_cache(4096)  # noqa: B019 - there is one, for as long as the page runs
-    def photo(self, item: Item | Neighbour) -> Image.Image:
+    def photo(self, item: Item) -> Image.Image:
         """An image as a small square. Grey if it cannot be read."""
         try:
             return Image.fromarray(thumbnail(self.searcher, item))
@@ -48,7 +51,7 @@ class Learned:
 
     def test_photo(self, row: int) -> Image.Image:
         """A test image as a small square."""
-        return self.photo(self.searcher.item(self.searcher.test, int(row)))
+        return self.photo(self.searcher.item(int(row)))
 
     def side_by_side(self, rows: list[int], caption: str) -> Picture:
         """Test images, two in a row, and below them a place for the caption."""
@@ -57,20 +60,20 @@ class Learned:
             picture.paste(self.test_photo(row), (place % 2 * (SIDE + 4), place // 2 * (SIDE + 4)))
         return picture, caption
 
-    def pairs(self, errors: pd.DataFrame) -> list[Picture]:
-        """The first of some errors: each query and its neighbour."""
-        return [
-            self.side_by_side(
-                [error.row, error.neighbour], f"{error.class_name} | {error.neighbour_class}   {error.similarity:.3f}"
-            )
-            for error in errors.head(NUM_SHOWN).itertuples()
-        ]
+    def pair(self, error: NamedTuple) -> Picture:
+        """A query and its neighbour, from a row of `errors`."""
+        caption = f"{error.class_name} | {error.neighbour_class}   {error.similarity:.3f}"
+        return self.side_by_side([error.row, error.neighbour], caption)
+
+    def worst(self) -> list[Picture]:
+        """The most confident errors."""
+        return [self.pair(error) for error in self.errors.head(NUM_SHOWN).itertuples()]
 
     def confusions(self) -> list[Picture]:
         """The classes that are most often taken for another one, and two pictures of both."""
         test = self.run.test
         pictures = []
-        for each in confusion_table(self.searcher.confident_errors, test).head(NUM_SHOWN).itertuples():
+        for each in confusion_table(self.errors, test).head(NUM_SHOWN).itertuples():
             names = [each.class_name, each.neighbour_class]
             rows = [row for name in names for row in np.resize(np.flatnonzero(test.class_name == name), 2)]
             pictures.append(self.side_by_side(rows, f"{names[0]} → {names[1]}   {each.times} times"))
@@ -78,15 +81,14 @@ class Learned:
 
     def copies(self) -> list[Picture]:
         """Errors of which both images look the same: near copies under two class names, each pair once."""
-        errors = self.searcher.confident_errors.head(NUM_COMPARED)
-        pairs = pd.DataFrame(np.sort(errors[["row", "neighbour"]], axis=1), errors.index)
-        errors = errors[~pairs.duplicated()]
-        look_the_same = []
-        for error in errors.itertuples():
-            photos = [self.test_photo(row) for row in (error.row, error.neighbour)]
-            first, second = (np.asarray(photo.resize((16, 16), Image.Resampling.BOX), np.float32) for photo in photos)
-            look_the_same.append(abs(first - second).mean() <= COPY_DIFFERENCE)
-        return self.pairs(errors[look_the_same])
+        found = {}
+        for error in self.errors.head(NUM_COMPARED).itertuples():
+            rows = (error.row, error.neighbour)
+            photos = [self.test_photo(row).resize((16, 16), Image.Resampling.BOX) for row in rows]
+            first, second = (np.asarray(photo, np.float32) for photo in photos)
+            if abs(first - second).mean() <= COPY_DIFFERENCE:
+                found.setdefault(frozenset(rows), self.pair(error))
+        return list(found.values())[:NUM_SHOWN]
 
     def histograms(self):
         """A figure of the similarities to the own class and to others, with the thresholds."""

@@ -21,7 +21,7 @@ from dreml import files
 from dreml.cache import Cache, read_cache
 from dreml.checkpoint import remove_progress
 from dreml.cli import InputError, one_line, out_of_memory, with_less_memory
-from dreml.files import read_record, sha256, take_lock, write_csv, write_record
+from dreml.files import read_record, sha256, take_lock, wait_for_lock, write_csv, write_record
 from dreml.settings import Settings
 from utils import recall_at_k, similarity_memory
 
@@ -319,12 +319,7 @@ def read_test(folder: Path) -> pd.DataFrame:
 
 def run_lock(folder: Path) -> AbstractContextManager:
     """Take the lock for the files that the whole run shares, such as its logs. Waits while another process holds it."""
-    path = folder.with_name(f".{folder.name}.lock")  # not inside: a refused run makes no folder
-    held = take_lock(path, timeout=2)
-    if held is None:
-        print(f"{folder}: waiting for another process of this run", flush=True)
-        held = take_lock(path)
-    return held
+    return wait_for_lock(folder.with_name(f".{folder.name}.lock"), folder)  # not inside: a refused run makes no folder
 
 
 # ------------------------------------------------------------------------------------------------ writing, logs

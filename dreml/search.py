@@ -1,7 +1,7 @@
 """Search with a trained run: a gallery, the images nearest to a query, and whether they are near enough."""
 
+import argparse
 import functools
-import math
 import os
 import re
 import threading
@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image
 
-from dreml.cli import InputError, RunError, format_problems, is_utf8, pick_device, with_less_memory
-from dreml.confusions import confident_errors, first_neighbour_table
-from dreml.files import file_id
+from dreml import cli
+from dreml.cli import InputError
 from dreml.images import read_pixels, resize_test, to_rgb
 from dreml.index import PhotoIndex, class_of, default_place, embed_images, list_photos, model_checksum
 from dreml.runs import read_run
@@ -28,35 +26,21 @@ from utils import full_float32
 
 Query = str | Path | int | Image.Image | np.ndarray  # a file, a row of test.csv (or "test:17"), (H, W, 3) uint8
 
-# ------------------------------------------------------------------------------------------------ images
-
 
 class Item(NamedTuple):
-    """An image to search for or among."""
+    """An image: a query, or one that was found."""
 
-    name: str  # its path, or test:17
     path: str  # of a test image: relative to the data set's folder
     class_name: str | None  # None: not known
     file: Path | None  # None: it is only in memory
     row: int | None = None  # in test.csv; None: not of the test split
-    image: Image.Image | None = None  # of a query in memory
-
-    @property
-    def caption(self) -> str:
-        """A short name, for the picture."""
-        return self.name if self.row is not None or self.file is None else self.file.name
-
-
-class Neighbour(NamedTuple):
-    """An image that was found."""
-
-    path: str  # as for Item
-    class_name: str | None
-    file: Path
-    row: int | None
-    similarity: float  # the mean of the members' cosines, rounded to 1e-6
-    right: bool | None  # whether it is of the query's class; None where that is not known
-    found: bool  # whether it reaches the threshold
+    # Of a query:
+    name: str = ""  # its path as it was given, or test:17
+    image: Image.Image | None = None  # what is in memory
+    # Of a neighbour:
+    similarity: float = 0.0  # the mean of the members' cosines, rounded to 1e-6
+    right: bool | None = None  # whether it is of the query's class; None where that is not known
+    found: bool = True  # whether it reaches the threshold
 
 
 @dataclass
@@ -64,10 +48,10 @@ class Answer:
     """A query and its neighbours, the most similar first."""
 
     query: Item
-    neighbours: list[Neighbour]
+    neighbours: list[Item]
     threshold: float | None = None  # None: every neighbour counts as found
 
-    def __iter__(self) -> Iterator[Neighbour]:
+    def __iter__(self) -> Iterator[Item]:
         return iter(self.neighbours)
 
     @property
@@ -76,28 +60,22 @@ class Answer:
         return any(neighbour.found for neighbour in self.neighbours)
 
 
-class Gallery:
+class Gallery(NamedTuple):
     """What is searched."""
 
-    def __init__(self, table: pd.DataFrame, vectors: torch.Tensor):
-        self.table = table  # path (relative to the folder), class_name, row (of test.csv; -1 for a photo)
-        self.vectors = vectors  # (N, d) float32, rows of length 1
-        self.places = {path: place for place, path in enumerate(table.path)}
-        self.classes = set(table.class_name) - {None}
+    images: list[int] | list[str]  # rows of test.csv, or paths of photos relative to their folder
+    vectors: torch.Tensor  # (N, d) float32, rows of length 1
+    classes: set[str | None]  # folders with other names are not known as classes
 
 
-def find_path(file: str | Path | None, folder: Path, paths: dict[str, int]) -> int | None:
-    """The number of a file among paths relative to a folder. It may be written in another way, or be a link to it."""
-    for resolve in (os.path.abspath, os.path.realpath) if file else ():
-        path = resolve(file).removeprefix(resolve(folder) + os.sep).replace(os.sep, "/")  # outside: an absolute path
-        if path in paths:
-            return paths[path]
-    found = file_id(file) if file else None
-    if found is None:
-        return None
-    names = {os.path.basename(file), os.path.basename(os.path.realpath(file))}  # asking for all files takes long
-    same = (path for path in paths if path.rpartition("/")[2] in names and file_id(folder / path) == found)
-    return paths.get(next(same, ""))
+def is_same(first: Item, second: Item) -> bool:
+    """Whether both are one test image or one file, whatever the path to it."""
+    if first.row is not None and second.row is not None:
+        return first.row == second.row
+    try:
+        return os.path.samefile(first.file, second.file)
+    except (OSError, TypeError):  # one is gone, or only in memory
+        return False
 
 
 @torch.inference_mode()
@@ -146,17 +124,15 @@ class Searcher:
     def __post_init__(self, run: str | Path, num_members: int | None, index: str | Path | None):
         if self.embedding not in EMBEDDINGS:
             raise InputError(f"embedding has to be one of {', '.join(EMBEDDINGS)}, not {self.embedding!r}")
-        if num_members is not None and num_members < 1:
-            raise InputError(f"num_members has to be at least 1, not {num_members}")
         self.run = read_run(Path(run), num_members)
-        self.device = pick_device(str(self.device))
+        self.device = cli.pick_device(str(self.device))
         self.data_path = self.run.data_path(self.data_path)
-        self.test = self.run.test.assign(row=range(len(self.run.test)))
-        self.test_rows = dict(zip(self.test.path, self.test.row, strict=True))
-        self.test_classes = set(self.test.class_name)
+        self.data_folder = self.data_path / self.run.settings.data_name  # where the raw data set is, or was
+        self.test_rows = {path: row for row, path in enumerate(self.run.test.path)}
+        self.test_classes = set(self.run.test.class_name)
         self.lock = threading.Lock()
         if self.gallery is None:
-            if not len(self.test):
+            if not self.test_rows:
                 raise InputError(f"{run}: its data set has no test images to search: name a gallery")
             self.run.require(self.embedding)
             return
@@ -166,11 +142,6 @@ class Searcher:
         model = model_checksum(self.run, self.embedding)
         place = Path(index) if index else default_place(self.run.folder, self.gallery, model)
         self.index = PhotoIndex(self.gallery, place, model)
-
-    @property
-    def data_folder(self) -> Path:
-        """Where the raw data set is, or was."""
-        return self.data_path / self.run.settings.data_name
 
     @functools.cached_property
     def ensemble(self) -> Ensemble:
@@ -184,43 +155,37 @@ class Searcher:
         return unit_rows(self.run.embeddings(self.embedding, self.device))
 
     @functools.cached_property
-    def fresh_index(self) -> PhotoIndex:
-        """The index of the gallery, refreshed."""
-        if self.refresh:
-            self.index.refresh(self.embed, self.run.settings.image_spec, self.ann)
-        return self.index
-
-    @functools.cached_property
     def searched(self) -> Gallery:
         """All that is searched."""
-        if self.gallery is not None:
-            return self.photos(*self.fresh_index.read())
-        table = self.test[self.test.is_gallery]
-        return Gallery(table, self.saved[torch.tensor(table.row.to_numpy())])
+        if self.gallery:
+            return self.photos()
+        rows = np.flatnonzero(self.run.test.is_gallery)
+        return Gallery(rows.tolist(), self.saved[torch.from_numpy(rows)], self.test_classes)
 
-    def photos(self, paths: list[str], vectors: torch.Tensor) -> Gallery:
-        """A gallery of photos, by their paths relative to the folder."""
-        table = pd.DataFrame({"path": paths, "class_name": [class_of(path) for path in paths]}, dtype=object)
-        return Gallery(table.assign(row=-1), vectors.to(self.device))
+    def photos(self, near: torch.Tensor | None = None, number: int = 0) -> Gallery:
+        """The photos of the gallery, or `number` that are near a vector. The first call refreshes the index."""
+        if self.refresh:
+            self.index.refresh(self.embed, self.run.settings.image_spec, self.ann)
+            self.refresh = False
+        paths, vectors = self.index.read(near, number)
+        return Gallery(paths, vectors.to(self.device), {class_of(path) for path in paths} - {None})
 
-    def item(self, table: pd.DataFrame, place: int, name: str | None = None) -> Item:
-        """An image of a gallery's table, or of `test`. It is made when it is asked for: a search needs a few."""
-        path, class_name, row = (table[column].iloc[place] for column in ("path", "class_name", "row"))
-        if row >= 0:
-            return Item(name or path, path, class_name, self.data_folder / path, int(row))
-        file = self.gallery / path
-        return Item(str(file), str(file), class_name, file)
+    def item(self, image: int | str) -> Item:
+        """A test image by its row, or a photo of the gallery by its path relative to the folder."""
+        if isinstance(image, str):
+            file = self.gallery / image
+            return Item(str(file), class_of(image), file)
+        path = self.run.test.path[image]
+        return Item(path, self.run.test.class_name[image], self.data_folder / path, image)
 
     @torch.inference_mode()
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Images `(N, S, S, 3) uint8` -> rows `(N, d) float32` on the CPU. Raises RunError if they are not finite."""
         network = self.ensemble
-        rows = with_less_memory(lambda size: torch.cat([network(x).cpu() for x in images.split(size)]), len(images))
+        rows = cli.with_less_memory(lambda size: torch.cat([network(x).cpu() for x in images.split(size)]), len(images))
         if not torch.isfinite(rows).all():
-            raise RunError("the embedding of some images is not finite")
+            raise cli.RunError("the embedding of some images is not finite")
         return rows
-
-    # -------------------------------------------------------------------------------------------- queries
 
     def find(self, query: Query, top: int = 8, far: float | None = None, threshold: float | None = None) -> Answer:
         """The answer to one query, see `find_many`."""
@@ -242,13 +207,11 @@ class Searcher:
         """
         if isinstance(queries, str | Path):  # "/a.jpg" would be a list of letters, and "/" the whole disk
             raise InputError(f"find_many takes a list of queries, not {str(queries)!r}: use find")
-        if not isinstance(top, int | np.integer) or top < 1:
-            raise InputError(f"top has to be a whole number, at least 1, not {top!r}")
-        if threshold is not None and not math.isfinite(threshold):
-            raise InputError(f"threshold has to be a number, not {threshold}")
+        if top < 1:
+            raise InputError(f"top has to be at least 1, not {top}")
         if far is not None:
             threshold = read_threshold(self.run, self.embedding, far)
-        bad: list[str] = []
+        bad = [] if problems is None else problems
         items: list[Item] = []
         for query in queries:
             try:
@@ -256,12 +219,10 @@ class Searcher:
             except InputError as error:
                 bad.append(str(error))
         with self.lock:
-            found = self.embed_queries(items, bad)
+            rows = self.embed_queries(items, bad)
             if problems is None:
                 refuse("query", bad)
-            else:
-                problems += bad
-            return [self.answer(item, row, top, threshold) for item, row in found]
+            return [self.answer(items[place], rows[place], top, threshold) for place in sorted(rows)]
 
     def items(self, query: Query, problems: list[str]) -> list[Item]:
         """The image of one query, or the photos of a folder. Raises InputError if there is none."""
@@ -270,14 +231,14 @@ class Searcher:
                 raise InputError(f"image: an array has to be (H, W, 3) uint8, not {query.shape} {query.dtype}")
             query = Image.fromarray(query)
         if isinstance(query, Image.Image):
-            return [Item("image", "image", None, None, image=query)]
+            return [Item("image", None, None, name="image", image=query)]
         name = f"test:{query}" if isinstance(query, int | np.integer) else str(query)
         if name.startswith("test:"):
             number = name.removeprefix("test:")
-            if not re.fullmatch("[0-9]{1,9}", number) or int(number) >= len(self.test):
-                raise InputError(f"{name}: the test split has {len(self.test):,} images, the first is test:0")
-            return [self.item(self.test, int(number), name)]
-        if not is_utf8(name) or "\0" in name:
+            if not re.fullmatch("[0-9]{1,9}", number) or int(number) >= len(self.test_rows):
+                raise InputError(f"{name}: the test split has {len(self.test_rows):,} images, the first is test:0")
+            return [self.item(int(number))._replace(name=name)]
+        if not cli.is_utf8(name):
             raise InputError(f"{name!a}: the name is not valid UTF-8")
         if not os.path.isdir(name):  # unlike Path.is_dir, also for a text that is too long for a name
             return [self.file_item(name)]
@@ -286,11 +247,14 @@ class Searcher:
 
     def file_item(self, name: str, class_name: str | None = None) -> Item:
         """An image file. That of a test image counts as the test image."""
-        row = find_path(name, self.data_folder, self.test_rows)
-        return Item(name, name, class_name, Path(name)) if row is None else self.item(self.test, row, name)
+        for resolve in (os.path.abspath, os.path.realpath):
+            path = resolve(name).removeprefix(resolve(self.data_folder) + os.sep).replace(os.sep, "/")
+            if path in self.test_rows:
+                return self.item(self.test_rows[path])._replace(name=name)
+        return Item(name, class_name, Path(name), name=name)
 
-    def embed_queries(self, items: list[Item], problems: list[str]) -> list[tuple[Item, torch.Tensor]]:
-        """The images that can be used, and their embeddings `(d,)`. What is wrong with others goes to `problems`."""
+    def embed_queries(self, items: list[Item], problems: list[str]) -> dict[int, torch.Tensor]:
+        """The embeddings `(d,)` of the items that can be used, by their places. What is wrong: `problems`."""
         spec = self.run.settings.image_spec
 
         def read(place: int) -> np.ndarray:
@@ -303,38 +267,26 @@ class Searcher:
         files = [place for place in range(len(items)) if place not in rows]
         for batch in embed_images(files, read, self.embed, "query", problems):
             rows |= batch
-        return [(items[place], rows[place]) for place in sorted(rows)]
+        return rows
 
     def answer(self, query: Item, row: torch.Tensor, top: int, threshold: float | None) -> Answer:
         """The neighbours of a query with this embedding, `(d,) float32`."""
-        is_nearby = self.gallery and self.ann
-        searched = self.photos(*self.fresh_index.read(row, top + 8)) if is_nearby else self.searched
-        place = find_path(query.file, self.gallery, searched.places) if self.gallery else None
-        if query.row is None and place is not None:  # a photo that lies in the gallery has the class that it has there
-            query = query._replace(class_name=searched.table.class_name.iloc[place])
-        # Folders that are no classes of the run or, for two photos, of the gallery are not known as classes.
-        known = searched.classes if self.gallery and query.row is None else self.test_classes
-        neighbours = []
+        searched = self.photos(row, 4 * (top + 1)) if self.gallery and self.ann else self.searched
         similarities, numbers = nearest(row, searched.vectors, top + 1)  # one may be the query itself
+        neighbours = []
         for similarity, number in zip(similarities, numbers, strict=True):
-            item = self.item(searched.table, number)
-            is_itself = number == place if item.row is None else item.row == query.row
-            if not is_itself and len(neighbours) < top:
-                both_known = {query.class_name, item.class_name} <= known
-                right = query.class_name == item.class_name if both_known else None
-                is_found = threshold is None or similarity >= threshold - 5e-7  # as rounded as the similarity
-                neighbours.append(Neighbour(*item[1:5], similarity, right, is_found))
-        return Answer(query, neighbours, threshold)
-
-    @functools.cached_property
-    def test_queries(self) -> pd.DataFrame:
-        """The queries of the test split and their first neighbours, see `first_neighbour_table`."""
-        return first_neighbour_table([self.saved], self.test)
-
-    @functools.cached_property
-    def confident_errors(self) -> pd.DataFrame:
-        """The rows of `test_queries` with a wrong neighbour, the most similar first."""
-        return confident_errors(self.test_queries)
+            item = self.item(searched.images[number])._replace(similarity=similarity)
+            if not is_same(query, item):
+                neighbours.append(item)
+            elif query.row is None:  # a photo that lies in the gallery has the class that it has there
+                query = query._replace(class_name=item.class_name)
+        known = searched.classes if query.row is None else self.test_classes
+        for place, item in enumerate(neighbours):
+            both_known = {query.class_name, item.class_name} <= known
+            right = query.class_name == item.class_name if both_known else None
+            is_found = threshold is None or item.similarity >= threshold - 5e-7  # as rounded as the similarity
+            neighbours[place] = item._replace(right=right, found=is_found)
+        return Answer(query, neighbours[:top], threshold)
 
 
 def refuse(name: str, problems: list[str], num_answered: int = 0) -> None:
@@ -343,4 +295,29 @@ def refuse(name: str, problems: list[str], num_answered: int = 0) -> None:
     if len(problems) == 1:
         raise InputError(f"{name}: {problems[0]}{rest}")
     if problems:
-        raise InputError(f"{name}: {len(problems):,} problems{rest}:{format_problems(problems, len(problems))}")
+        raise InputError(f"{name}: {len(problems):,} problems{rest}:{cli.format_problems(problems, len(problems))}")
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+def add_search_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a run and what is searched with it, which `searcher_of` takes."""
+    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run folder of train.py")
+    group = parser.add_argument_group("what is searched")
+    gallery_help = "the images below DIR, a class for each folder (default: the gallery of the test split)"
+    group.add_argument("--gallery", type=Path, metavar="DIR", help=gallery_help)
+    index_help = "index of --gallery (default: in RUN_FOLDER/index); needs LanceDB: pip install lancedb"
+    group.add_argument("--index", type=Path, metavar="DIR", help=index_help)
+    group.add_argument("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
+    embedding_help = "logits (default), or pooled: the features before the last layer"
+    group.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
+    group.add_argument("--data_path", type=Path, metavar="DIR", help="data sets (default: as in training)")
+    group.add_argument("--device", default="auto", help=cli.DEVICE_HELP)
+
+
+def searcher_of(args: argparse.Namespace, **options: bool) -> Searcher:
+    """The searcher for parsed options."""
+    cli.check_ranges(args, num_members=(1, cli.MANY))
+    names = ("embedding", "num_members", "device", "index", "data_path")
+    return Searcher(args.folder, args.gallery, **{name: getattr(args, name) for name in names}, **options)

@@ -30,29 +30,23 @@ def threshold_at(others: torch.Tensor, far: float) -> float | None:
     return (others[allowed].item() + 1) / 1e6 if allowed < len(others) else -1.0
 
 
-def found_share(others: torch.Tensor, own: torch.Tensor, threshold: float) -> float:
-    """The share of queries whose first neighbour is of their class and reaches the threshold.
-
-    `others` and `own` `(queries,)`: each query's similarity to the nearest image of another class, and of its own. As
-    in Recall@K, ties count against the query: at a threshold of -1, this is the Recall@1.
-    """
-    is_right = others < own - TIE_TOLERANCE
-    return (is_right & (torch.round(own.double() * 1e6) >= round(threshold * 1e6))).double().mean().item()
-
-
 def threshold_table(others: torch.Tensor, own: torch.Tensor, fars: tuple[float, ...], num_gallery: int) -> pd.DataFrame:
-    """A row of COLUMNS for each ensemble size and each of `fars` that enough queries can tell; `found` is in percent.
+    """A row of COLUMNS for each ensemble size and each of `fars` that enough queries can tell.
 
-    `others` and `own` `(L, queries)` as for `found_share`; row l-1 is of the first l members.
+    `others` and `own` `(L, queries)`: each query's similarity to the nearest image of another class, and of its own;
+    row l-1 is of the first l members. `found` is the percentage of queries whose first neighbour is of their class and
+    reaches the threshold. As in Recall@K, ties count against the query: at a threshold of -1, this is the Recall@1.
     """
     rows = []
     num_queries = others.shape[1]
     for size, (of_others, of_own) in enumerate(zip(others, own, strict=True), 1):
+        is_right = of_others < of_own - TIE_TOLERANCE
+        rounded = torch.round(of_own.double() * 1e6)
         for far in fars:
             threshold = threshold_at(of_others, far)
             if threshold is not None:
-                found = 100 * found_share(of_others, of_own, threshold)
-                rows.append((size, far, threshold, found, num_queries, num_gallery))
+                found = is_right & (rounded >= round(threshold * 1e6))
+                rows.append((size, far, threshold, 100 * found.double().mean().item(), num_queries, num_gallery))
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
 
@@ -71,9 +65,7 @@ def read_threshold(run: Run, embedding: str, far: float) -> float:
     found = table.threshold[np.isclose(table.far, far)]
     if len(found):
         return float(found.iloc[0])
-    needed = math.ceil(FEWEST_ABOVE / far)
-    num_queries = run.test.is_query.sum()
-    reason = f"it needs {needed:,} test queries, and there are {num_queries:,}" if needed > num_queries else remedy
-    known = "".join(f"far {value:g}, " for value in table.far)
-    problem = f"{path} has no threshold for far {far:g} and ensemble size {run.num_members}: {reason}"
+    reason = f"it takes {math.ceil(FEWEST_ABOVE / far):,} test queries, and there are {run.test.is_query.sum():,}"
+    known = "".join(f"far {value:g}, " for value in table.far) or f"{remedy}; "
+    problem = f"{path} has none for far {far:g} and ensemble size {run.num_members}: {reason}"
     raise InputError(f"{problem}; what would do: {known}or a threshold of your own")

@@ -48,8 +48,7 @@ def site(_small_runs, tiny_data, tmp_path_factory):
         patch.setattr(model, "build_model", build_small_model)
         patch.setattr(thresholds, "FEWEST_ABOVE", 1)
         run = shutil.copytree(_small_runs[0], folder / "tiny_run")  # it gets an index
-        searcher = Searcher(run, gallery=folder / "photos", device="cpu")
-        searcher.data_path = tiny_data
+        searcher = Searcher(run, gallery=folder / "photos", device="cpu", data_path=tiny_data)
         found = learned.Learned(searcher)
         page = app.open_page(searcher, found, "tiny", "127.0.0.1", port)
         client = httpx.Client(base_url=url, timeout=60)
@@ -75,20 +74,17 @@ def upload(site, file: Path):
     return site.client.post("/gradio_api/upload", files={"files": (file.name, file.read_bytes())})
 
 
-def drop(site, photo: dict) -> tuple[list[str], str]:
-    """The captions and the sentence for a photo that is dropped, which is then the query."""
+def drop(site, photo: dict | Path) -> tuple[list[str], str]:
+    """The captions and the sentence for a photo that is dropped, which is then the query. A file is uploaded first."""
+    if isinstance(photo, Path):
+        (path,) = upload(site, photo).json()
+        photo = {"path": path, "orig_name": photo.name, "meta": {"_type": "gradio.FileData"}}
     session = f"session{np.random.default_rng().integers(10**9)}"
     call_function(site, "dropped", [photo], session)
     message = call_function(site, "search", [None, 4, 1], session)
     assert message["success"], message
     grid, text, _ = message["output"]["data"]
     return [each["caption"] for each in grid], text
-
-
-def drop_file(site, file: Path) -> tuple[list[str], str]:
-    """As `drop`, for a photo that is uploaded first."""
-    (path,) = upload(site, file).json()
-    return drop(site, {"path": path, "orig_name": file.name, "meta": {"_type": "gradio.FileData"}})
 
 
 @needs_gradio
@@ -99,7 +95,7 @@ def test_eight_people_at_once_get_their_own_answers(site, tmp_path):
         save_image(file, 100 + number)
     expected = [[each.similarity for each in site.searcher.find(file, top=4)] for file in files]
     with ThreadPoolExecutor(8) as people:
-        answers = list(people.map(lambda file: drop_file(site, file), files * 2))
+        answers = list(people.map(lambda file: drop(site, file), files * 2))
     for (captions, _), similarities in zip(answers, expected * 2, strict=True):
         assert [float(caption.split()[-2]) for caption in captions] == pytest.approx(similarities, abs=6e-4)
 
@@ -109,7 +105,7 @@ def test_bad_photos_are_answered_with_one_sentence(site, tmp_path):
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
     (tmp_path / "words.png").write_text("no picture")
     for name in ("torn.jpg", "words.png"):
-        captions, text = drop_file(site, tmp_path / name)
+        captions, text = drop(site, tmp_path / name)
         assert captions == [] and "the photo: unreadable" in text and "\n" not in text and "/" not in text
     assert not call_function(site, "picked", [36])["success"]
     (tmp_path / "large.png").write_bytes(bytes(21_000_000))
@@ -119,25 +115,16 @@ def test_bad_photos_are_answered_with_one_sentence(site, tmp_path):
 @needs_gradio
 def test_no_other_file_is_served(site):
     """By its path in any spelling, as the query of a forged call, or as a neighbour that was never shown."""
-    asked = 0
     inside = site.folder / "photos"
     for secret in (site.folder / "secret.txt", inside / "link.txt", site.folder / "secret.png", Path("/etc/passwd")):
         content = secret.read_bytes()
         path = str(secret)
         ways = [path, path[1:], f"..{path}", f"../../../../../../../..{path}", f"{inside}/../{secret.name}"]
-        ways += [
-            path.replace("/", "%2F"),
-            path.replace("/", "%252F"),
-            f"%2e%2e{path}",
-            f"file://{path}",
-            f"{path}%00.png",
-        ]
-        for way in ways:
+        ways += [path.replace("/", "%2F"), path.replace("/", "%252F"), f"%2e%2e{path}", f"file://{path}"]
+        for way in [*ways, f"{path}%00.png"]:
             for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/"):
                 answer = site.client.get(site.url + route + way)
                 assert content not in answer.content, answer.url
-                asked += 1
-    assert asked >= 50
     secret = str(site.folder / "secret.png")
     forged = [{"path": secret, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}]
     forged += [{"path": path} for path in (secret, str(site.folder), "/", "test:3")]  # without saying: it is a file
@@ -192,7 +179,7 @@ def test_the_page_in_a_browser(site, tmp_path):
         wait_for_grid(similarities(7, 3))
 
         page.get_by_role("tab", name="What the run has learned").click()
-        number = min(len(site.searcher.confident_errors), learned.NUM_SHOWN)
+        number = min(len(site.learned.errors), learned.NUM_SHOWN)
         playwright.expect(page.locator("#errors .caption-label")).to_have_count(number, timeout=30_000)
         for made in ("#histograms img", "#recalls canvas, #recalls svg.marks"):
             page.locator(made).first.wait_for(timeout=30_000)

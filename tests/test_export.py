@@ -102,13 +102,17 @@ def test_a_graph_gives_the_embedding_of_its_network(tmp_path, backbone, size):
 
 
 class Rows(nn.Module):
-    """In the place of an ensemble: every image has this embedding."""
+    """In the place of an ensemble. The first value of an image is the number of its embedding among some rows."""
 
     image_spec = ImageSpec(2)
     embedding = "logits"
 
+    def __init__(self, rows: torch.Tensor):
+        super().__init__()
+        self.rows = rows
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.tensor([1.0, 0.0, 0.0]).expand(len(images), -1)
+        return self.rows[images[:, 0, 0, 0].long() % len(self.rows)]
 
 
 @pytest.mark.parametrize(
@@ -116,33 +120,32 @@ class Rows(nn.Module):
 )
 def test_a_graph_that_computes_something_else_is_refused(row, cosine):
     """Also if only one image of a larger batch is wrong."""
+    ensemble = Rows(torch.tensor([[1.0, 0.0, 0.0]]))
 
     def embed(images: np.ndarray) -> np.ndarray:
-        rows = Rows()(images).numpy().copy()
+        rows = ensemble(torch.from_numpy(images)).numpy()
         rows[5:6] = row
         return rows
 
     with pytest.raises(RunError, match=f"^the graphs' embedding is not PyTorch's: 1 - cosine is {cosine}; nothing"):
-        export.check(None, None, Rows(), embed, False)
+        export.check(None, ensemble, embed)
 
 
 def test_a_model_that_finds_other_neighbours_is_refused(capsys):
     """R@1 by hand: two queries may be apart; only queries count. One-hot rows find their class."""
     labels = torch.tensor([0, 0, 0, 1, 1, 1, 1])
     right = torch.eye(3)[labels]
-    images = np.zeros((33, 2, 2, 3), np.uint8)
-    images[:7, 0, 0, 0] = range(7)
+    images = np.zeros((7, 2, 2, 3), np.uint8)
+    images[:, 0, 0, 0] = range(7)
 
     def compared(changes: dict[int, list[float]], is_query: torch.Tensor) -> float:
         rows = right.clone()
         for image, row in changes.items():
             rows[image] = torch.tensor(row)
+        ensemble = Rows(rows)
         run = SimpleNamespace(split=(labels, is_query, torch.ones(7, dtype=torch.bool)), embeddings=lambda *_: [right])
-        cache = SimpleNamespace(array=lambda _: images[:7])
-        ensemble = Rows()
-        ensemble.forward = lambda batch: rows[batch[:, 0, 0, 0].long()]
-        found = export.check(run, cache, ensemble, lambda batch: rows[batch[:, 0, 0, 0].astype(int)].numpy(), True)
-        assert found["R@1 of the run"] == 100 and found["images"] == "7 test images"
+        found = export.check(run, ensemble, lambda batch: ensemble(torch.from_numpy(batch)).numpy(), images)
+        assert found["R@1 of the run"] == 100
         return found["R@1"]
 
     every = torch.ones(7, dtype=torch.bool)
@@ -187,13 +190,14 @@ def test_an_export_embeds_photos_as_the_run_did(exported, small_run, tiny_data):
     assert (found["image_size"], found["resize"], found["members"], found["d"]) == (32, "crop", 2, 6)
     recall = float((small_run / "recall.csv").read_text().splitlines()[2].split(",")[1])
     checked = found["checked"]
-    assert checked["images"] == "18 test images" and 0 <= checked["1 - cosine"] < 1e-6
-    assert checked["R@1"] == checked["R@1 of the run"] == recall
+    assert 0 <= checked["1 - cosine"] < 1e-6 and checked["R@1"] == checked["R@1 of the run"] == recall
 
 
-@pytest.fixture
-def networks(monkeypatch) -> list:
-    """PyTorch in the place of the graphs: the networks that were to be written, which embed."""
+def test_where_an_export_goes_and_what_it_replaces(small_pooled_run, tmp_path, capsys, monkeypatch):
+    """A folder of its own for each embedding and size; it appears when all is done, and replaces an export only.
+
+    The graphs are drawn by PyTorch here. No data is needed.
+    """
     networks = []
 
     def write_graph(network, image_size, path):
@@ -205,46 +209,27 @@ def networks(monkeypatch) -> list:
 
     monkeypatch.setattr(export, "write_graph", write_graph)
     monkeypatch.setattr(export, "open_graphs", lambda *_: embed)
-    return networks
-
-
-def test_fewer_members_pooled_and_without_the_data(networks, small_pooled_run, tmp_path, capsys):
-    """Drawn images are compared then, and the screen says so."""
-    target = tmp_path / "a" / "model"
-    options = ["--num_members", "1", "--embedding", "pooled", "--data_path", tmp_path]
-    call(small_pooled_run, *options, "--output", target)
-    images = torch.from_numpy(random_images(2))
-    expected = load_ensemble(small_pooled_run, embedding="pooled", num_members=1)(images)
-    assert torch.equal(networks[0](images), expected) and (target / "member_001.onnx").read_text() == "32"
-    found = json.loads((target / "model.json").read_text())
-    assert found["d"] == 16 and found["source"].endswith(", 1 members, pooled")
-    assert found["checked"] == {"images": "32 drawn images", "1 - cosine": pytest.approx(0, abs=1e-9)}
-    assert "note: compared on drawn images, not on test images: " in capsys.readouterr().out
-
-
-def test_where_an_export_goes_and_what_it_replaces(
-    networks, small_pooled_run, tiny_data, tmp_path, capsys, monkeypatch
-):
-    """A folder of its own for each embedding and size; it appears when all is done, and replaces an export only."""
     run = shutil.copytree(small_pooled_run, tmp_path / "run")
-    for options in ([], ["--embedding", "pooled", "--num_members", "1"], []):
+    for options in ([], [], ["--embedding", "pooled", "--num_members", "1"]):
         networks.clear()
-        call(run, "--data_path", tiny_data, *options)
+        call(run, *options)
+    images = torch.from_numpy(random_images(2))
+    assert torch.equal(networks[0](images), load_ensemble(run, embedding="pooled", num_members=1)(images))
+    found = json.loads((run / "export_L1_pooled" / "model.json").read_text())
+    assert found["d"] == 16 and found["source"] == "run, 1 members, pooled"
+    assert found["checked"] == {"1 - cosine": pytest.approx(0, abs=1e-9)}
     before = (run / "export_L2" / "model.json").read_bytes()
     monkeypatch.setattr(export, "check", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        call(run, "--data_path", tiny_data)
+        call(run)
     assert sorted(path.name for path in run.glob("*export*")) == ["export_L1_pooled", "export_L2"]
     assert (run / "export_L2" / "model.json").read_bytes() == before
     (tmp_path / "mine").mkdir()
     file = tmp_path / "mine" / "notes.txt"
     file.write_text("mine")
-    line = refused(capsys, export, run, "--output", file / "new")
-    assert "; --output names another folder" in line
-    (run / "export_L2" / "notes.txt").write_text("of an export that is there")
-    (tmp_path / "export").mkdir()
-    (tmp_path / "export" / "model.json.bak").write_text("of its user")
-    for other in (tmp_path / "mine", file, run / "export_L2", tmp_path / "export"):
+    assert "; --output names another folder" in refused(capsys, export, run, "--output", file / "new")
+    (run / "export_L2" / "model.json.bak").write_text("of its user")
+    for other in (tmp_path / "mine", file, run / "export_L2"):
         line = refused(capsys, export, run, "--output", other)
         assert f"{other} is no export, or holds other files: --output names another folder" in line
     assert file.read_text() == "mine"

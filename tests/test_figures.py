@@ -35,7 +35,7 @@ from dreml.figures import (
 from dreml.files import read_record, write_record
 from dreml.images import ImageSpec
 from dreml.runs import read_run
-from dreml.search import Answer, Item, Neighbour
+from dreml.search import Answer, Item
 
 GREEN, RED, GREY, WHITE = (26, 150, 65), (215, 25, 28), (153, 153, 153), (255, 255, 255)
 
@@ -191,12 +191,16 @@ def test_the_picture(tiny_run, tmp_path, monkeypatch):
     run = read_run(write_colored_run(tmp_path, tiny_run, random_embeddings(3)))
     folder = tmp_path / "data" / "colors"
 
-    def found(row: int, name: str | None, similarity: float, right: bool | None) -> Neighbour:
-        return Neighbour(f"{row}.png", name, folder / f"{row}.png", row, similarity, right, similarity >= 0.4)
+    def found(row: int, name: str | None, similarity: float, right: bool | None) -> Item:
+        file = folder / f"{row}.png"
+        return Item(file.name, name, file, row, similarity=similarity, right=right, found=similarity >= 0.4)
 
     neighbours = [found(1, "ant", 0.9876, True), found(7, "bee", 0.5, False), found(2, None, 0.45, None)]
     neighbours += [found(3, "ant", 0.3, True), found(9, "bee", -0.25, False)]
-    queries = [Item("test:0", "0.png", "ant", folder / "0.png", 0), Item("x/8.png", "8.png", None, folder / "8.png")]
+    queries = [
+        Item("0.png", "ant", folder / "0.png", 0, "test:0"),
+        Item("8.png", None, folder / "8.png", name="x/8.png"),
+    ]
     answers = [Answer(queries[0], neighbours, 0.4), Answer(queries[1], neighbours[:1], 0.4)]
     texts = []
 
@@ -271,7 +275,7 @@ def test_the_picture_shows_what_the_network_sees(tiny_run, tiny_data, tmp_path):
     image = Image.new("RGB", (300, 100))
     image.paste((255, 255, 255), (100, 0, 200, 100))
     image.save(photo)
-    item, run = Item("", "", None, photo), read_run(tiny_run)
+    item, run = Item("", None, photo), read_run(tiny_run)
     for resize, expected in (("crop", 255), ("squash", 85)):
         run.record.settings = dataclasses.replace(run.settings, resize=resize)
         pixels = thumbnail(SimpleNamespace(run=run, data_path=tiny_data), item)

@@ -17,7 +17,7 @@ import retrieve
 from dreml import index as index_module
 from dreml.cli import InputError
 from dreml.images import ImageSpec
-from dreml.index import PhotoIndex, list_photos, model_checksum
+from dreml.index import PhotoIndex, default_place, list_photos, model_checksum
 from dreml.runs import read_run
 from dreml.search import Searcher
 from model import load_ensemble
@@ -33,20 +33,20 @@ def small_batches(monkeypatch):
 # ------------------------------------------------------------------------------------------------ refresh
 
 
-def test_a_folder_is_embedded_once(indexed, capsys):
+def test_only_new_and_changed_photos_are_embedded(indexed, capsys):
+    """By size and time of change. Those that were only touched keep their vectors. Quotes in a name do no harm."""
+    photos = indexed.photos
+    Image.new("RGB", (8, 8), "red").save(photos / "0.png", "BMP")  # all of one size
     assert indexed.refresh() == 48
     assert indexed.ensemble.batches == [10, 10, 10, 10, 8]
     indexed.check()
     assert "48 of 48 photos embedded, 0 removed" in capsys.readouterr().out
-    assert indexed.refresh() == 0 and len(indexed.ensemble.batches) == 5
-
-
-def test_only_new_and_changed_photos_are_embedded(indexed, capsys):
-    """Those that were only touched keep their vectors; quotes in a name do no harm."""
-    indexed.refresh()
-    before, photos = index_rows(indexed.place), indexed.photos
+    assert indexed.refresh() == 0
+    before = index_rows(indexed.place)
     save_colors(photos, ["new/1.png", "new/it's.png", "new/3.png"], seed=1)
-    save_colors(photos, ["ant/00.png", "ant/01.png"], seed=2)
+    Image.new("RGB", (8, 8), "blue").save(photos / "0.png", "BMP")
+    save_image(photos / "1.png", 5)
+    os.utime(photos / "1.png", ns=(0, before["1.png"]["mtime"]))
     os.utime(photos / "bee" / "03.png", ns=(0, 12345))
     for number in range(5):
         (photos / "cat" / f"0{number}.png").unlink()
@@ -54,23 +54,6 @@ def test_only_new_and_changed_photos_are_embedded(indexed, capsys):
     indexed.check()
     assert index_rows(indexed.place)["bee/03.png"]["vector"] == before["bee/03.png"]["vector"]
     assert "5 of 46 photos embedded, 5 removed" in capsys.readouterr().out
-    (photos / "new" / "it's.png").unlink()
-    assert indexed.refresh() == 0
-    indexed.check()
-
-
-def test_a_change_that_keeps_size_or_time_is_seen(indexed):
-    """The size and the time of change both count."""
-    first, second = indexed.photos / PHOTO_NAMES[0], indexed.photos / PHOTO_NAMES[1]
-    Image.new("RGB", (8, 8), "red").save(second, "BMP")  # all of one size
-    indexed.refresh()
-    times, size = first.stat().st_mtime_ns, second.stat().st_size
-    save_image(first, 5)
-    os.utime(first, ns=(times, times))
-    Image.new("RGB", (8, 8), "blue").save(second, "BMP")
-    os.utime(second, ns=(0, 12345))
-    assert second.stat().st_size == size and indexed.refresh() == 2
-    indexed.check()
 
 
 def test_bad_files_are_skipped_and_named(indexed, capsys):
@@ -87,27 +70,22 @@ def test_bad_files_are_skipped_and_named(indexed, capsys):
     assert indexed.refresh() == 0 and not {"ant/00.png", "bee/00.png"} & index_rows(indexed.place).keys()
 
 
-def test_a_refresh_that_is_cut_off_goes_on(indexed, monkeypatch):
+def test_a_refresh_that_is_cut_off_goes_on(indexed):
     """The index can be searched as it is. The stored batches are not made again."""
-    store = PhotoIndex.store
-    calls = []
 
-    def store_twice(self, *arguments):
-        calls.append(1)
-        if len(calls) > 2:
+    def embed_twice(images):
+        if len(indexed.ensemble.batches) == 2:
             raise KeyboardInterrupt
-        store(self, *arguments)
+        return indexed.ensemble(images)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(PhotoIndex, "store", store_twice)
-        with pytest.raises(KeyboardInterrupt):
-            indexed.refresh()
+    with pytest.raises(KeyboardInterrupt):
+        indexed.index().refresh(embed_twice, ImageSpec(8))
     assert len(indexed.index().read()[0]) == 20
     assert indexed.refresh() == 28
     indexed.check()
 
 
-def test_two_at_once_share_the_index(indexed, capsys):
+def test_two_at_once_share_the_index(indexed):
     """The second one waits, and finds everything done."""
     started = threading.Event()
 
@@ -121,7 +99,7 @@ def test_two_at_once_share_the_index(indexed, capsys):
     assert started.wait(10)
     assert indexed.refresh() == 0
     first.join()
-    assert sum(indexed.ensemble.batches) == 48 and "another process works on" in capsys.readouterr().out
+    assert sum(indexed.ensemble.batches) == 48
     indexed.check()
 
 
@@ -166,11 +144,8 @@ def test_the_nearest_of_an_index_are_those_of_the_definition(small_run, tmp_path
         expected = {path: value for path, value in zip(paths, values[3:], strict=True) if path != itself}
         found = {str(each.file.relative_to(photos)): each.similarity for each in answer}
         assert found == pytest.approx(expected, abs=2e-6) and list(found.values()) == sorted(found.values())[::-1]
-        assert [path for path in found if path in ("ant/copy.png", "ant/00.png", "2copy.png")] == [
-            "2copy.png",
-            "ant/00.png",
-            "ant/copy.png",
-        ]
+        ties = ["2copy.png", "ant/00.png", "ant/copy.png"]
+        assert [path for path in found if path in ties] == ties
 
 
 def test_approximate_search(small_run, tmp_path, capsys):
@@ -187,11 +162,9 @@ def test_approximate_search(small_run, tmp_path, capsys):
     for _ in range(2):
         found = Searcher(small_run, **options, ann=True).find_many(queries)
         exact = Searcher(small_run, **options, refresh=False).find_many(queries)
-        shared = [
-            len({each.path for each in one} & {each.path for each in two})
-            for one, two in zip(found, exact, strict=True)
-        ]
-        assert sum(shared) >= 50 and "the search is exact" not in capsys.readouterr().out
+        pairs = zip(found, exact, strict=True)
+        shared = sum(len({each.path for each in one} & {each.path for each in two}) for one, two in pairs)
+        assert shared >= 50 and "the search is exact" not in capsys.readouterr().out
         assert all(len(answer.neighbours) == 8 for answer in found)
         assert str(photos / names[57]) not in {each.path for each in found[6]} and found[6].query.class_name == "3"
         for name in names[:50]:
@@ -206,24 +179,14 @@ def test_an_index_of_another_model_or_folder_is_refused_and_left_alone(indexed, 
     """A link to the folder is the same folder."""
     indexed.refresh()
     before = index_rows(indexed.place)
-    with pytest.raises(InputError, match=r"^index .* is of another model, .*: choose another place"):
-        indexed.index("n" * 64)
     (tmp_path / "link").symlink_to(indexed.photos)
     PhotoIndex(tmp_path / "link", indexed.place, "m" * 64)
     shutil.copytree(indexed.photos, tmp_path / "new place")
-    remedy = "choose another place; photos that were moved are embedded again"
-    with pytest.raises(InputError, match=rf"^index .* is of the photos in .*photos: {remedy}$"):
-        PhotoIndex(tmp_path / "new place", indexed.place, "m" * 64)
+    message = rf"^index .* was made for the photos in {indexed.photos}, or for another model: choose another place$"
+    for folder, model in ((indexed.photos, "n" * 64), (tmp_path / "new place", "m" * 64)):
+        with pytest.raises(InputError, match=message):
+            PhotoIndex(folder, indexed.place, model)
     assert index_rows(indexed.place) == before
-
-
-def test_a_table_of_another_program_is_refused_and_not_to_be_deleted(indexed):
-    import lancedb
-
-    lancedb.connect(indexed.place).create_table("photos", [{"path": "theirs"}])
-    with pytest.raises(InputError, match=r"^index .* is a table of another program: choose another place$"):
-        indexed.index()
-    assert list(index_rows(indexed.place)) == ["theirs"]
 
 
 def test_the_model_is_all_that_an_embedding_hangs_on(small_run, small_pooled_run, tmp_path, monkeypatch):
@@ -232,12 +195,9 @@ def test_the_model_is_all_that_an_embedding_hangs_on(small_run, small_pooled_run
     checksums = [model_checksum(run, "logits"), model_checksum(run, "pooled")]
     checksums.append(model_checksum(read_run(small_run, 1), "logits"))
     assert model_checksum(read_run(small_pooled_run), "logits") == checksums[0]
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "photos")
-    searchers = [Searcher(small_pooled_run, tmp_path / name, device="cpu") for name in ("photos", "link")]
-    searchers.append(Searcher(small_pooled_run, tmp_path / "photos", device="cpu", embedding="pooled"))
-    places = [searcher.index.place for searcher in searchers]
-    assert places[0] == places[1] != places[2] and places[2].parent == small_pooled_run / "index"
+    (tmp_path / "link").symlink_to(tmp_path)
+    places = [default_place(small_run, folder, model) for folder in (tmp_path, tmp_path / "link") for model in "mn"]
+    assert places[0] == places[2] != places[1] == places[3] and places[0].parent == small_run / "index"
     monkeypatch.setattr(index_module, "IMAGE_VERSION", 99)
     checksums.append(model_checksum(run, "logits"))
     run.members.records[2].sha256["member_002.safetensors"] = "0" * 64
@@ -247,7 +207,11 @@ def test_the_model_is_all_that_an_embedding_hangs_on(small_run, small_pooled_run
     assert len(set(checksums)) == 6
 
 
-def test_what_is_no_index_is_refused_in_one_line(indexed, tmp_path):
+def test_what_is_no_index_is_refused_in_one_line(indexed):
+    """Also a table of another program, which is left alone."""
+    import lancedb
+
+    damaged = r"^index .* cannot be used \(.*\): choose another place, or delete it if it is damaged$"
     with pytest.raises(InputError, match=r"there is no index in .* yet: search with refresh first"):
         indexed.index().read()
     assert not indexed.place.exists()
@@ -255,12 +219,16 @@ def test_what_is_no_index_is_refused_in_one_line(indexed, tmp_path):
     with pytest.raises(InputError, match=r"index names another folder"):
         indexed.refresh()
     indexed.place.unlink()
+    lancedb.connect(indexed.place).create_table("photos", [{"path": "theirs"}])
+    with pytest.raises(InputError, match=damaged):
+        indexed.index()
+    assert list(index_rows(indexed.place)) == ["theirs"]
+    shutil.rmtree(indexed.place)
     (indexed.place / "photos.lance" / "_versions").mkdir(parents=True)  # of a process that was killed early
     indexed.refresh()
     indexed.check()
     record = (indexed.place / "index.json").read_bytes()
     (indexed.place / "index.json").write_bytes(record[:20])
-    damaged = r"^index .* cannot be used \(.*\); if it is damaged, delete it and search again$"
     with pytest.raises(InputError, match=damaged):
         indexed.index()
     (indexed.place / "index.json").write_bytes(record)
@@ -274,7 +242,7 @@ def test_folders_without_photos(indexed):
     """Nothing is deleted for a disk that is not mounted."""
     indexed.refresh()
     shutil.rmtree(indexed.photos)
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="No such file or directory"):
         indexed.refresh()
     indexed.photos.mkdir()
     with pytest.raises(InputError, match="no images below it"):

@@ -14,10 +14,10 @@ def test_captions_of_errors_and_confusions(small_run, tmp_path):
     """They are those of the tables, which test_confusions.py compares with the similarities."""
     searcher = Searcher(write_run(tmp_path / "run", small_run, random_embeddings(3)), device="cpu")
     found = Learned(searcher)
-    worst = searcher.confident_errors.iloc[0]
-    picture, caption = found.pairs(searcher.confident_errors)[0]
+    worst = found.errors.iloc[0]
+    picture, caption = found.worst()[0]
     assert caption == f"{worst.class_name} | {worst.neighbour_class}   {worst.similarity:.3f}"
-    table = confusion_table(searcher.confident_errors, searcher.test)
+    table = confusion_table(found.errors, searcher.run.test)
     captions = [caption for _, caption in found.confusions()]
     assert captions == [
         f"{each.class_name} → {each.neighbour_class}   {each.times} times" for each in table.itertuples()
@@ -30,24 +30,22 @@ def test_near_copies_under_two_names_are_found(small_run, tmp_path):
     rows = torch.eye(6)[[0, 0, 1, 1, 2, 3]]
     labels = np.array([0, 1, 2, 3, 0, 1])
     run = write_run(tmp_path / "run", small_run, [rows.numpy()], labels=labels)
-    searcher = Searcher(run, device="cpu")
-    searcher.data_path = tmp_path
+    searcher = Searcher(run, device="cpu", data_path=tmp_path)
     searcher.data_folder.mkdir()
     for number, seed in enumerate([1, 1, 2, 3, 4, 5]):
-        path = searcher.data_folder / searcher.test.path[number]
+        path = searcher.data_folder / searcher.run.test.path[number]
         random_image(seed, 60, 60).save(path, "JPEG", quality=95 - 10 * number)
     captions = [caption for _, caption in Learned(searcher).copies()]
-    names = searcher.test.class_name
+    names = searcher.run.test.class_name
     assert captions == [f"{names[0]} | {names[1]}   1.000"]
 
 
 def test_a_click_on_the_map_finds_the_nearest_point(small_run, tiny_data):
-    searcher = Searcher(small_run, device="cpu")
-    searcher.data_path = tiny_data
+    searcher = Searcher(small_run, device="cpu", data_path=tiny_data)
     found = Learned(searcher)
     for method in learned.MAP_METHODS:
         rows, places = found.map_points(method)
-        assert places.min() >= 0 and places.max() <= learned.MAP_SIZE and len(rows) == len(searcher.test)
+        assert places.min() >= 0 and places.max() <= learned.MAP_SIZE and len(rows) == len(searcher.run.test)
         image, caption = found.at(method, *(places[7] + 0.1))
-        assert caption == f"test image 7: {searcher.test.class_name[7]}"
-        assert image == found.photo(searcher.item(searcher.test, 7))
+        assert caption == f"test image 7: {searcher.run.test.class_name[7]}"
+        assert image == found.photo(searcher.item(7))

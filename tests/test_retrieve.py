@@ -4,7 +4,6 @@ import functools
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,13 +23,14 @@ from builders import (
     write_pooled,
 )
 from PIL import Image
-from processes import ROOT
 from reference import mean_cosines
 
 import evaluate
 import retrieve
 from dreml import search
+from dreml.confusions import confident_errors, first_neighbour_table
 from dreml.figures import tile_corner
+from dreml.runs import read_run
 from model import load_ensemble
 
 loaded = functools.cache(load_ensemble)
@@ -98,41 +98,22 @@ def test_neighbours_are_those_of_the_definition(drawn, tmp_path, capsys):
     assert "test:11 (d $x$)" in out and f"   1  {best.similarity:7.4f}  {word}  {best.class_name}  {path}\n" in out
 
 
-def test_a_search_makes_the_few_images_that_it_shows(drawn, monkeypatch):
-    """Of 200 test images, not all of them: also --worst."""
-    monkeypatch.setattr(builders, "IMAGE_COLORS", np.full((200, 3), 9, np.uint8))
-    arguments = drawn(random_embeddings(0, 1, 200), np.arange(200) % 4)
-    made = []
-    item = search.Item
-    monkeypatch.setattr(search, "Item", lambda *each: made.append(each) or item(*each))
-    call(*arguments, "--query", "test:17", "--top", "3", "--no_picture")
-    assert 3 < len(made) < 9
-    call(*arguments, "--worst", "2", "--top", "3", "--no_picture", "--export")
-    assert len(made) < 25
-
-
-def test_the_pooled_embedding_has_files_of_its_own(drawn, tmp_path):
-    pooled = random_embeddings(9)
-    arguments = drawn(random_embeddings(8))
-    write_pooled(tmp_path / "run", pooled)
-    call(*arguments, "--query", "test:2", "--top", "3", "--embedding", "pooled", "--export")
-    names = ["embedding_pooled.csv", "embedding_pooled.npy", "neighbours_pooled.csv", "neighbours_pooled.png"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    found = found_in(tmp_path / "out", "neighbours_pooled")["test:2"].similarity
-    np.testing.assert_allclose(found, np.sort(mean_cosines(pooled)[2])[::-1][1:4], atol=2e-6)
-
-
 def test_the_file_of_a_test_image_is_that_image(drawn, tmp_path, monkeypatch):
-    """By any path that leads to it: its class is known and it does not find itself."""
+    """By any path that leads to it, also where the data set has links: its class is known; it does not find itself."""
     arguments = drawn(random_embeddings(5))
+    colors = tmp_path / "data" / "colors"
+    (colors / "3.png").rename(tmp_path / "elsewhere.png")
+    (colors / "3.png").symlink_to(tmp_path / "elsewhere.png")
+    (tmp_path / "view").symlink_to(colors)
+    (tmp_path / "link.png").symlink_to(tmp_path / "view" / "4.png")
     monkeypatch.chdir(tmp_path / "data")
-    paths = [tmp_path / "data" / "colors" / "3.png", Path("colors/../colors/3.png")]
-    call(*arguments, "--query", *paths, "test:3", "colors", "--top", "5")
+    paths = {Path("colors/../colors/3.png"): 3, tmp_path / "link.png": 4, tmp_path / "view" / "5.png": 5}
+    call(*arguments, "--query", *paths, *(f"test:{row}" for row in paths.values()), "colors", "--top", "5")
     found = found_in(tmp_path / "out")
-    assert list(found)[:3] == [*map(str, paths), "test:3"] and len(found) == 3 + len(LABELS)
-    assert "3.png" not in found["test:3"].path.tolist()
-    for path in (*paths, "colors/3.png"):
-        assert found[str(path)].iloc[:, 3:].equals(found["test:3"].iloc[:, 3:])
+    assert len(found) == len(paths) + 3 + len(LABELS)
+    for path, row in {**paths, "colors/3.png": 3}.items():
+        assert f"{row}.png" not in found[f"test:{row}"].path.tolist()
+        assert found[str(path)].iloc[:, 3:].equals(found[f"test:{row}"].iloc[:, 3:])
 
 
 def test_queries_from_a_folder(tiny_run, tiny_data, tmp_path, capsys):
@@ -164,17 +145,14 @@ def test_every_bad_query_is_named_and_the_others_are_answered(tiny_run, tmp_path
     for path in bad:
         path.write_text("no image")
     options = ["--top", "2", "--output", tmp_path / "out"]
-    message = refused(capsys, retrieve, tiny_run, "--query", bad[0], *options)
-    assert message == f"retrieve.py: --query: {bad[0]}: unreadable (not an image of a known format)\n"
+    message = f"retrieve.py: --query: {bad[0]}: unreadable (not an image of a known format)"
+    assert refused(capsys, retrieve, tiny_run, "--query", bad[0], *options) == f"{message}\n"
     assert not (tmp_path / "out").exists()
-    message = refused(capsys, retrieve, tiny_run, "--query", bad[0], "test:3", *options)
-    assert message.endswith("format) (answered: 1)\n")
-    queries = [bad[0], tmp_path / "good.png", "nothing.jpg", *bad[1:], "test:99", "test:3"]
+    assert refused(capsys, retrieve, tiny_run, "--query", bad[0], "test:3", *options) == f"{message} (answered: 1)\n"
+    queries = [*bad, tmp_path / "good.png", "nothing.jpg", "test:99", "test:3"]
     assert retrieve.main([str(each) for each in (tiny_run, "--query", *queries, *options)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("retrieve.py: --query: 27 problems (answered: 2):\n") and "more" not in error
-    assert all(f"  {path}: unreadable" in error for path in bad)
-    assert "  nothing.jpg: missing image" in error and "  test:99: the test split has" in error
+    assert error.startswith("retrieve.py: --query: 27 problems (answered: 2):\n") and error.count("\n") == 28
     assert list(found_in(tmp_path / "out")) == [str(tmp_path / "good.png"), "test:3"]
 
 
@@ -200,11 +178,12 @@ def test_neighbours_below_a_threshold_are_not_found(drawn, tmp_path, capsys):
 def test_far_takes_the_threshold_that_evaluate_wrote(drawn, tmp_path, capsys, monkeypatch):
     """Of this embedding and number of members, made by the very command that is named where it is missing."""
     monkeypatch.setattr(builders, "IMAGE_COLORS", np.full((200, 3), 9, np.uint8))
-    arguments = drawn(random_embeddings(0, 3, 200), np.arange(200) % 4)
-    write_pooled(tmp_path / "run", random_embeddings(1, 3, 200))
+    members = {"": random_embeddings(0, 3, 200), "_pooled": random_embeddings(1, 3, 200)}
+    arguments = drawn(members[""], np.arange(200) % 4)
+    write_pooled(tmp_path / "run", members["_pooled"])
     queries = ["--query", *(f"test:{row}" for row in range(30)), "--top", "2", "--num_members", "2", "--no_picture"]
     for embedding, suffix in (("logits", ""), ("pooled", "_pooled")):
-        options = [*arguments, *queries, "--embedding", embedding, "--far", "0.1"]
+        options = [*arguments, *queries, "--embedding", embedding, "--far", "0.1", "--export"]
         message = refused(capsys, retrieve, *options)
         command = re.search(r"missing or damaged .*; make it with: python evaluate\.py (.*)\n", message)
         assert evaluate.main(shlex.split(command[1])) == 0
@@ -213,32 +192,28 @@ def test_far_takes_the_threshold_that_evaluate_wrote(drawn, tmp_path, capsys, mo
         row = table[(table.ensemble_size == 2) & (table.far == 0.1)].iloc[0]
         found = pd.read_csv(tmp_path / "out" / f"neighbours{suffix}.csv")
         assert found.found.tolist() == (found.similarity >= row.threshold).tolist() and len(set(found.found)) == 2
+        cosines = mean_cosines(members[suffix][:2])
+        np.testing.assert_allclose(found.similarity[:2], np.sort(cosines[0])[::-1][1:3], atol=2e-6)
+        assert np.load(tmp_path / "out" / f"embedding{suffix}.npy").shape == (200, 6)
         assert "10 % reached it in 200 images" in capsys.readouterr().out
 
 
 def test_worst_are_the_most_confident_errors(drawn, tmp_path, capsys):
-    """By the similarity of the wrong first neighbour; queries only, and none whose class has no other gallery image."""
+    """Those of confusions.csv, whose order test_confusions.py compares with the similarities."""
     labels = np.array([0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 3])
-    is_query = np.arange(12) != 4
     is_gallery = np.arange(12) != 7  # so 6 has nothing right to find
     members = random_embeddings(6, 2)
-    arguments = drawn(members, labels, is_query, is_gallery)
-    cosines = mean_cosines(members)
-    errors = {}
-    for row in np.flatnonzero(is_query & (np.arange(12) != 6)):
-        first = max(
-            (other for other in np.flatnonzero(is_gallery) if other != row), key=lambda other: cosines[row, other]
-        )
-        if labels[first] != labels[row]:
-            errors[f"test:{row}"] = cosines[row, first]
+    arguments = drawn(members, labels, np.arange(12) != 4, is_gallery)
+    test = read_run(tmp_path / "run").test
+    errors = confident_errors(first_neighbour_table([torch.from_numpy(rows) for rows in members], test))
     assert len(errors) > 4  # else the case says little
-    expected = sorted(errors, key=lambda name: -errors[name])
     for number in (3, 100):
         call(*arguments, "--worst", str(number), "--top", "2")
         found = found_in(tmp_path / "out", "worst")
-        assert list(found) == expected[:number] and all(rows.right[0] == "False" for rows in found.values())
+        assert list(found) == [f"test:{row}" for row in errors.row[:number]]
+        assert all(rows.right[0] == "False" for rows in found.values())
         first = [rows.similarity[0] for rows in found.values()]
-        np.testing.assert_allclose(first, sorted(errors.values())[::-1][:number], atol=2e-6)
+        np.testing.assert_allclose(first, errors.similarity[:number], atol=2e-6)
         said = f"wrong first neighbours: {len(errors)} of 10 test queries; listed: {min(number, len(errors))}\n"
         assert said in capsys.readouterr().out
     assert (tmp_path / "out" / "worst.png").exists()
@@ -265,34 +240,17 @@ def test_export_of_the_test_split(drawn, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
-def test_difficult_names_do_not_break_the_picture(tiny_run, tmp_path, capfd, recwarn):
-    names = ["猫 " * 40, "$\\frac{", "Ünï\ncödé", "a_very_long_class_name_" * 9, "العربية", "🙂"]
-    for number, name in enumerate(names):
-        save_image(tmp_path / "photos" / name / f"{name[:40]}.png", number)
-    call(tiny_run, "--query", tmp_path / "photos", "--top", "2", "--output", tmp_path)
-    assert capfd.readouterr().err == "" and (tmp_path / "neighbours.png").exists()
-    messages = [str(warning.message) for warning in recwarn]
-    assert all("missing from" in message for message in messages)  # where no installed font has Chinese
-    assert len(set(messages)) == len(messages)
-    assert {rows.query_class[0] for rows in found_in(tmp_path).values()} == set(names)
-
-
-def test_the_picture_has_an_end(drawn, tmp_path, capsys, monkeypatch):
+def test_the_picture_and_the_csv_are_of_one_search(drawn, tmp_path, capsys, monkeypatch):
+    """An earlier picture goes, with --no_picture and where none can be drawn. What is replaced is said."""
     monkeypatch.setattr(retrieve, "MAX_ROWS", 2)
-    call(*drawn(random_embeddings(0)), "--query", "test:0", "test:1", "test:2", "--top", "1")
-    assert "neighbours.png, the first 2 of 3 queries" in capsys.readouterr().out
-    assert len(found_in(tmp_path / "out")) == 3
-    height = Image.open(tmp_path / "out" / "neighbours.png").height / 150
-    assert tile_corner(2, 0)[1] < height < tile_corner(3, 0)[1]
-
-
-def test_the_picture_and_the_csv_are_of_one_search(drawn, tmp_path, capsys):
-    """An earlier picture goes, with --no_picture and where none can be drawn; what is replaced is said."""
     arguments = drawn(random_embeddings(5))
     picture = tmp_path / "out" / "neighbours.png"
     replaced = f"{picture.with_suffix('.csv')} (an earlier one was replaced; --output names another folder)\n"
-    call(*arguments, "--query", "test:1", "--top", "2")
-    assert picture.exists() and replaced not in capsys.readouterr().out
+    call(*arguments, "--query", "test:0", "test:1", "test:2", "--top", "2")
+    out = capsys.readouterr().out
+    assert "neighbours.png, the first 2 of 3 queries" in out and replaced not in out
+    assert tile_corner(2, 0)[1] < Image.open(picture).height / 150 < tile_corner(3, 0)[1]
+    assert len(found_in(tmp_path / "out")) == 3
     call(*arguments, "--query", "test:2", "--top", "2", "--no_picture")
     assert not picture.exists() and replaced in capsys.readouterr().out
     call(*arguments, "--query", "test:1", "--top", "2")
@@ -322,7 +280,6 @@ def test_the_run_folder_is_left_alone_if_told_so(tiny_run, tmp_path, capsys):
     run = copy_run(tiny_run, tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]}
     call(run, "--worst", "2", "--top", "1", "--export", tmp_path / "x.npy", "--output", tmp_path / "out")
-    call(run, "--export", tmp_path / "y.npy")
     assert before == {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]}
     call(run, "--query", "test:0", "--top", "1")
     assert sorted(path.name for path in (run / "retrieval").iterdir()) == ["neighbours.csv", "neighbours.png"]
@@ -340,14 +297,11 @@ def test_the_run_folder_is_left_alone_if_told_so(tiny_run, tmp_path, capsys):
     [
         ([], "nothing to do: give --query, --worst or --export"),
         (["--query", "test:36"], "--query: test:36: the test split has 36 images, the first is test:0"),
-        (["--query", "nothing.jpg"], "--query: nothing.jpg: missing image"),
         (["--worst", "0"], "--worst 0 has to be at least 1"),
         (["--worst", "--query", "test:0"], "--worst is for the test split, without --query and --gallery"),
         (["--query", "test:0", "--embedding", "pooled"], "--ensemble_size 2 --embedding pooled"),
-        (["--query", "test:0", "--gallery", "nowhere"], "gallery nowhere: no such folder"),
         (["--query", "test:0", "--gallery", "."], "a gallery of photos needs LanceDB: pip install lancedb"),
         (["--query", "test:0", "--ann"], "--index, --refresh and --ann are for the photos of --gallery"),
-        (["--query", "test:0", "--far", "0.1"], "thresholds.csv, which is missing or damaged"),
         (["--query", "test:0", "--far", "2"], "--far 2.0 has to be above 0 and at most 1"),
         (["--query", "test:0", "--threshold", "1.5"], "--threshold 1.5 has to be at least -1 and at most 1"),
         (["--export", "--threshold", "-0.5"], "they go with --query or --worst"),
@@ -376,15 +330,3 @@ def test_matplotlib_is_needed_for_a_picture_only(tiny_run, tmp_path, capsys, mon
     assert "needs matplotlib" in refused(capsys, retrieve, *arguments)
     call(*arguments, "--no_picture")
     assert list(found_in(tmp_path)) == ["test:0"] and not (tmp_path / "neighbours.png").exists()
-
-
-def test_a_search_imports_what_it_needs(tiny_run, tmp_path):
-    """Among saved embeddings without a picture: neither torchvision nor matplotlib nor lancedb."""
-    code = f"""
-import sys, retrieve
-arguments = [{str(tiny_run)!r}, "--query", "test:0", "--no_picture", "--output", {str(tmp_path)!r}]
-assert retrieve.main(arguments) == 0
-print({{"torchvision", "matplotlib", "lancedb"}} & set(sys.modules))
-"""
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert found.stdout.endswith("set()\n"), found

@@ -460,9 +460,9 @@ def test_a_damaged_list_of_test_images_is_refused(tiny_run, tmp_path, change, me
 
 def test_a_process_that_waits_for_another_says_so(tmp_path, capsys, monkeypatch):
     timeouts, locks = [], iter([None, "held"])
-    monkeypatch.setattr(runs, "take_lock", lambda path, timeout=-1: timeouts.append(timeout) or next(locks))
+    monkeypatch.setattr(files, "take_lock", lambda path, timeout=-1: timeouts.append(timeout) or next(locks))
     assert run_lock(tmp_path / "run") == "held" and timeouts == [2, -1]
-    assert capsys.readouterr().out == f"{tmp_path / 'run'}: waiting for another process of this run\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'run'}: waiting for another process\n"
 
 
 def test_every_name_comes_back_from_test_csv(tiny_run, tmp_path):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from builders import copy_run
 
+from dreml import thresholds
 from dreml.cli import InputError
 from dreml.runs import read_run
-from dreml.thresholds import COLUMNS, found_share, read_threshold, threshold_at, threshold_table
+from dreml.thresholds import COLUMNS, read_threshold, threshold_at, threshold_table
 
 
 @pytest.mark.parametrize("far", [0.1, 0.01, 0.25, 1.0])
@@ -38,11 +39,13 @@ def test_no_threshold_where_fewer_than_ten_are_expected_above_it():
     assert threshold_at(torch.ones(1000), 0.1) == pytest.approx(1.000001)
 
 
-def test_found_are_right_first_neighbours_at_or_above_the_threshold():
+def test_found_are_right_first_neighbours_at_or_above_the_threshold(monkeypatch):
     others = torch.tensor([0.2, 0.8, 0.5, 0.1, -torch.inf, 0.1])
     own = torch.tensor([0.6, 0.7, 0.5 + 2e-7, 0.3, 0.4, -torch.inf])
     for threshold, expected in ((-1.0, 3), (0.3, 3), (0.300001, 2), (0.6, 1), (0.600001, 0)):
-        assert found_share(others, own, threshold) == pytest.approx(expected / 6)
+        monkeypatch.setattr(thresholds, "threshold_at", lambda *_, threshold=threshold: threshold)
+        table = threshold_table(others[None], own[None], (0.1,), 6)
+        assert table.found[0] == pytest.approx(100 * expected / 6)
 
 
 def test_the_table_has_a_row_for_each_size_and_rate():
@@ -75,9 +78,10 @@ def test_reading_a_threshold(tiny_run, tmp_path):
     assert read_threshold(read_run(folder, 1), "logits", 0.1) == 0.5
     assert read_threshold(read_run(folder, 2), "logits", 0.05) == 0.75
     others = "; what would do: far 0.1, far 0.05, or a threshold of your own"
-    reason = "it needs 1,000 test queries, and there are 36"
-    assert refused(2, 0.01) == f"{path} has no threshold for far 0.01 and ensemble size 2: {reason}{others}"
-    assert refused(2, 0.5) == f"{path} has no threshold for far 0.5 and ensemble size 2: {command}{others}"
+    reason = "it takes 1,000 test queries, and there are 36"
+    assert refused(2, 0.01) == f"{path} has none for far 0.01 and ensemble size 2: {reason}{others}"
+    pd.DataFrame(rows[1:], columns=list(COLUMNS)).to_csv(path, index=False)
+    assert f"what would do: {command}; or" in refused(1, 0.1)
     for damage in ("ensemble_size,far\n1,0.1\n", "", "\0"):
         path.write_text(damage)
         assert "is missing or damaged" in refused(2, 0.1)
