@@ -30,7 +30,7 @@ from dreml.run_writer import scored
 from dreml.runs import SUFFIXES, Run, TestSplit, read_run, run_lock
 from dreml.settings import EMBEDDINGS
 from dreml.thresholds import FARS, threshold_table
-from utils import best_similarities, map_at_r, recall_at_k, unmatched_queries
+from utils import best_similarities, map_at_r, recall_at_k
 
 # ------------------------------------------------------------------------------------------------ options
 
@@ -63,10 +63,6 @@ def score_run(run: Run, ks: list[int], embedding: str, device: torch.device) -> 
     """Compute all tables of a run from its saved embeddings: those of WRITTEN, and "found" for `draw_found`."""
     split = run.split
     members = run.embeddings(embedding, device)
-    num_unmatched = int(unmatched_queries(*split).sum())
-    if num_unmatched:
-        effect = "misses in Recall@K, left out of mAP@R and R-Precision"
-        print(f"queries without another image of their class in the gallery: {num_unmatched:,} ({effect})")
     sizes = score(members, split, ks)
     sizes.insert(0, "ensemble_size", range(1, len(members) + 1))
     bar = cli.progress_bar(members, f"{run.folder.name}: each member alone", len(members), " members")

@@ -85,12 +85,9 @@ def drawing() -> Iterator[None]:
 
 def new_figure(width: float, height: float, dpi: int = 300, layout: str | None = "constrained") -> "Figure":
     """Empty figure, in inches. Its layout keeps texts apart."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and picks a window system
 
-    figure = Figure((width, height), dpi=dpi, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure((width, height), dpi=dpi, layout=layout)
 
 
 def save_figure(figure: "Figure", folder: Path, name: str, suffixes: Sequence[str] = ("png", "svg")) -> None:
