@@ -91,10 +91,10 @@ def read_baseline(folder: Path) -> pd.DataFrame | None:
     None if missing; warns if damaged.
     """
     path = folder / "baseline.json"
-    if not path.exists():
-        return None
     try:
         return pd.DataFrame(read_record(path)["recalls"])
+    except FileNotFoundError:
+        return None
     except (ValueError, OSError) as error:
         print(f"warning: {path} is damaged ({one_line(error)}); train.py makes it again", file=sys.stderr)
         return None

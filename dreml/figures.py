@@ -158,9 +158,8 @@ def draw_training(records: list[MemberRecord]) -> "Figure":
     dot = {"color": COLORS[0], "marker": "o", "markersize": 3 if len(records) <= 16 else 2, "linestyle": ""}
     for axes, name, unit in zip(panels, ("loss", "accuracy"), ("nats", "%"), strict=True):
         for record, history in zip(records, histories, strict=True):
-            best = history.iloc[record.best_epoch]
             (line,) = axes.plot(history.epoch, history[name], **thin)
-            (kept,) = axes.plot(best.epoch, best[name], **dot)
+            (kept,) = axes.plot(record.best_epoch, history[name][record.best_epoch], **dot)
         line.set_label("a member")
         kept.set_label("epoch that is kept")
         if len(records) > 1:

@@ -174,9 +174,6 @@ def test_tables_that_no_file_holds_are_there_in_a_member_that_is_loaded(tmp_path
         assert torch.equal(loaded(pixels), model(pixels))
 
 
-# ------------------------------------------------------------------------------------------------ initial weights
-
-
 def save_weights(path: Path, num_classes: int = 1000, leave_out: str = "nothing") -> dict[str, torch.Tensor]:
     """A state dict of resnet18 in torchvision's format. Returned without its head."""
     torch.manual_seed(123)
@@ -313,9 +310,6 @@ def test_imagenet_weights_are_torchvisions_file(downloaded):
     weights = read_weights("resnet18", "imagenet")
     assert weights_tag("resnet18", "imagenet") == f"imagenet:{downloaded.name}"
     assert set(weights) == set(saved) and all(torch.equal(weights[name], value) for name, value in saved.items())
-
-
-# ------------------------------------------------------------------------------------------------ weights of timm
 
 
 def test_pretrained_weights_are_those_that_timm_itself_loads(monkeypatch):

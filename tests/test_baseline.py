@@ -14,7 +14,6 @@ import evaluate
 import retrieve
 import train
 from dreml import baseline
-from dreml.backbones import own_scaling
 from dreml.baseline import colour_histograms, print_baseline, read_baseline
 from dreml.cli import InputError
 from dreml.files import write_record
@@ -65,21 +64,20 @@ def test_the_baseline_of_a_run_is_the_recall_before_its_first_step(
 
 
 def test_pretrained_weights_are_scored_with_their_own_scaling(tiny_cache, tiny_settings, small_network, monkeypatch):
-    scalings, extract = [], baseline.extract_features
+    scalings = []
 
-    def look(model, images, scaling, *arguments):
-        scalings.append(scaling)
-        return extract(model, images, scaling, *arguments)
+    def look(model, images, scaling, *_):
+        scalings.append(torch.stack(scaling))
+        return torch.zeros(len(images), 3)
 
     monkeypatch.setattr(baseline, "extract_features", look)
-    cpu = torch.device("cpu")
-    baseline.initial_features(tiny_settings, "none", tiny_cache, cpu)
     state = {name: value for name, value in build_small_model("", 3, None).state_dict().items() if "fc" not in name}
-    monkeypatch.setattr(baseline, "read_weights", lambda *_: state)
-    baseline.initial_features(tiny_settings, "imagenet", tiny_cache, cpu)
-    for found, expected in zip(scalings, (tiny_cache.meta.mean, [0.485, 0.456, 0.406]), strict=True):
-        assert found[0].tolist() == pytest.approx(expected)
-    assert scalings[1][1].tolist() == own_scaling("resnet18", cpu)[1].tolist()
+    for weights in (None, state):
+        monkeypatch.setattr(baseline, "read_weights", lambda *_, weights=weights: weights)
+        baseline.initial_features(tiny_settings, "", tiny_cache, torch.device("cpu"))
+    of_imagenet = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+    expected = torch.tensor([[tiny_cache.meta.mean, tiny_cache.meta.std], of_imagenet])
+    torch.testing.assert_close(torch.stack(scalings), expected)
 
 
 def test_it_is_scored_once(tiny_data, tmp_path, small_run, monkeypatch, capsys):
@@ -174,8 +172,14 @@ def test_near_copies_are_counted(capsys, num_copies, said):
 def test_without_test_images_all_but_scores_works(tiny_data, tmp_path, small_network, capsys):
     """Training, resume, pooled features, search among photos, `load_ensemble`; what is left out is said."""
     photos_only = tmp_path / "data"
-    shutil.copytree(tiny_data / "tiny" / "train", photos_only / "tiny" / "train")
-    assert data_utils.main(["--data_path", str(photos_only), "--data_name", "tiny", "--image_size", "32"]) == 0
+    for name in ("tiny", "listed"):
+        shutil.copytree(tiny_data / "tiny" / "train", photos_only / name / "train")
+    rows = [
+        f"train/{path.parent.name}/{path.name},{path.parent.name},train" for path in photos_only.glob("listed/*/*/*")
+    ]
+    (photos_only / "listed" / "images.csv").write_text("\n".join(["path,label,split", *rows]))
+    assert data_utils.main(["--data_path", str(photos_only), "--image_size", "32"]) == 0
+    assert capsys.readouterr().err.count("warning: no test images: all classes are trained on, and nothing can be") == 2
     results, photos = tmp_path / "results", tiny_data / "tiny" / "test"
     assert train_tiny(photos_only, results, "--ensemble_size", "1") == 0
     assert train_tiny(photos_only, results, "--embedding", "pooled", "--recalls", "1,1000") == 0
@@ -196,22 +200,3 @@ def test_without_test_images_all_but_scores_works(tiny_data, tmp_path, small_net
     assert len(pd.read_csv(folder / "retrieval" / "neighbours.csv")) == 12
     options = ["--query", "test:0", "--gallery", photos]
     assert "test:0: the test split has 0 images" in refused(capsys, retrieve, folder, *options)
-
-
-def test_data_without_test_images_are_cached_with_a_warning(tmp_path, tiny_data, capsys):
-    """Folders, and a CSV; not where test images were listed and cannot be used."""
-    arguments = ["--data_path", tmp_path, "--image_size", "32", "--data_name"]
-    for name in ("folders", "list"):
-        shutil.copytree(tiny_data / "tiny" / "train", tmp_path / name / "train")
-    rows = [f"{path.relative_to(tmp_path / 'list')},{path.parent.name}" for path in tmp_path.glob("list/train/*/*")]
-    (tmp_path / "list" / "images.csv").write_text("path,label,split\n" + "".join(f"{row},train\n" for row in rows))
-    assert data_utils.main([*map(str, arguments), "folders", "list"]) == 0
-    said = capsys.readouterr().err
-    warning = "no test images: all classes are trained on, and nothing can be measured"
-    assert all(f"{name}: warning: {warning}" in said for name in ("folders", "list"))
-    folder = tmp_path / "folders" / "test" / "one"
-    folder.mkdir(parents=True)
-    for option, problem in (("--force", "the test split has no images"), ("--skip_bad", "no image is left in test")):
-        assert data_utils.main([*map(str, arguments), "folders", "--force", option]) == 2
-        assert problem in capsys.readouterr().err
-        (folder / "bad.png").write_bytes(b"bad")

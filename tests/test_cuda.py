@@ -234,17 +234,11 @@ def test_what_does_not_fit_is_embedded_in_smaller_batches(monkeypatch):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     expected = extract_features(network, images, statistics, 64)
-    needed = torch.cuda.max_memory_reserved()
-
+    share = 2 * torch.cuda.max_memory_reserved() / torch.cuda.get_device_properties(DEVICE).total_memory
     sizes, in_batches = [], model.features_in_batches
-
-    def counted(network, images, statistics, size, embedding):
-        sizes.append(size)
-        return in_batches(network, images, statistics, size, embedding)
-
-    monkeypatch.setattr(model, "features_in_batches", counted)
+    monkeypatch.setattr(model, "features_in_batches", lambda *each: sizes.append(each[3]) or in_batches(*each))
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(2 * needed / torch.cuda.get_device_properties(DEVICE).total_memory)
+    torch.cuda.set_per_process_memory_fraction(share)
     try:
         found = extract_features(network, images, statistics, 512)
     finally:

@@ -67,8 +67,6 @@ def test_large_classes_are_cut_to_a_random_300():
     assert 240 < len(np.intersect1d(*large)) < 275  # two random 300 of 350 share 257 on average
 
 
-# ------------------------------------------------------------------------------------------------ cases
-
 MAX_BYTES = (2**30, 1)  # in one block; in blocks of 16 rows
 KS = [1, 2, 3, 8, 100]
 
@@ -145,9 +143,6 @@ class Largest(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != self.points.data_ptr():
                 self.num_bytes = max(self.num_bytes, tensor.untyped_storage().nbytes())
         return result
-
-
-# ------------------------------------------------------------------------------------------------ Recall@K
 
 
 @pytest.mark.parametrize("seed", range(60))
