@@ -112,7 +112,7 @@ def check_kills(processes: Processes, expected: Path, root: Path, seed: int, sma
             command = [*first, *draw.choice(INTERVALS)] if first is training else first
             reach = draw.choice([0.3, 1.0])  # training goes on, so it comes to its end in short pieces too
             if draw.random() < 0.5:
-                last_change = draw.randrange(int(reach * whole.num_changes))
+                last_change = draw.randrange(int(reach * whole.counter.value))
                 script = processes.start(*command, folder=root, small=small, last_change=last_change)
                 assert script.wait() in (137, 0), script.out + script.err
             else:

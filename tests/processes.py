@@ -25,7 +25,8 @@ class Script:
 
     def __init__(self, context, logs: tuple[Path, Path], *arguments: object):
         """`logs`: of what it prints to stdout and stderr; `arguments`: the others of `run_as_script`."""
-        self.logs, self.counter, ready = logs, context.Value("i", 0), context.Event()
+        self.logs, ready = logs, context.Event()
+        self.counter = context.Value("i", 0)  # of its changes to files
         self.process = context.Process(target=run_as_script, args=(logs, self.counter, ready, *arguments))
         self.process.start()
         wait_until(ready.is_set, self)
@@ -45,11 +46,6 @@ class Script:
     @property
     def err(self) -> str:
         return self.logs[1].read_text(encoding="utf-8")
-
-    @property
-    def num_changes(self) -> int:
-        """How often it changed files."""
-        return self.counter.value
 
 
 class Processes:

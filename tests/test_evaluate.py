@@ -81,28 +81,14 @@ def test_all_runs_are_checked_before_any_is_scored(tiny_run, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_fewer_members(tiny_run, tmp_path, capsys):
-    """As --num_members asks, or up to the first that is missing."""
-    members = random_embeddings(1, 3)
-    folder = write_run(tmp_path / "run", tiny_run, members)
-    score(folder, "--recalls", "1", "--num_members", "2")
-    np.testing.assert_allclose(scores_in(folder)[:, 0], 100 * slow_recall(members[:2], LABELS, [1])[:, 0], atol=5e-5)
-    (folder / "member_002.json").unlink()
-    score(folder, "--recalls", "1")
-    assert len(scores_in(folder)) == 1
-    message = refused(capsys, evaluate, folder, "--num_members", "2")
-    assert f"{folder}: member 2 of 2 is missing; train.py makes it" in message
-    (folder / "member_001.json").unlink()
-    assert "member 1 of 1 is missing" in refused(capsys, evaluate, folder)
-
-
-def test_the_pooled_embedding_has_files_of_its_own(tiny_run, tmp_path):
-    folder, pooled = write_run(tmp_path / "run", tiny_run, random_embeddings(0)), random_embeddings(7)
+def test_fewer_members_and_the_pooled_embedding(tiny_run, tmp_path):
+    """The pooled embedding has files of its own."""
+    folder, pooled = write_run(tmp_path / "run", tiny_run, random_embeddings(0, 3)), random_embeddings(7, 3)
     write_pooled(folder, pooled)
-    score(folder, "--recalls", "1", "--embedding", "pooled")
+    score(folder, "--recalls", "1", "--embedding", "pooled", "--num_members", "2")
     names = {f"{name}_pooled.csv" for name in evaluate.WRITTEN}
     assert {path.name for path in folder.glob("*.csv")} == names | {"test.csv"}
-    expected = 100 * slow_recall(pooled, LABELS, [1])
+    expected = 100 * slow_recall(pooled[:2], LABELS, [1])
     np.testing.assert_allclose(scores_in(folder, "evaluation_pooled")[:, 0], expected[:, 0], atol=5e-5)
 
 
@@ -243,8 +229,7 @@ def test_what_is_refused(tiny_run, tmp_path, capsys):
     assert "member 3 of 3 is missing" in refused(capsys, evaluate, tiny_run, "--num_members", "3")
     assert "invalid choice: 'pixels'" in refused(capsys, evaluate, tiny_run, "--embedding", "pixels")
     assert "RUN_FOLDER" in refused(capsys, evaluate)
-    message = refused(capsys, evaluate, tiny_run, "--embedding", "pooled")
-    assert message.endswith("--ensemble_size 2 --embedding pooled\n")
+    assert "the pooled embedding of member 1 is" in refused(capsys, evaluate, tiny_run, "--embedding", "pooled")
     assert "device 'gpu' is not there" in refused(capsys, evaluate, tiny_run, "--device", "gpu")
     for other in (tiny_run, copy_run(tiny_run, tmp_path / "run")):
         assert "are the same run, seed 0: give one" in refused(capsys, evaluate, tiny_run, other)

@@ -240,13 +240,6 @@ def test_a_constant_embedding_scores_zero(points):
     assert [score.tolist() for score in map_at_r([points, points], labels)] == [[0, 0], [0, 0]]
 
 
-def test_recall_excludes_the_query_by_index_not_by_value():
-    """Two copies of an image in one class find each other; copies in two classes are a tie, which counts against."""
-    points = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    for labels, expected in (([0, 0, 1, 1], 1), ([0, 1, 0, 1], 0)):
-        assert recall_at_k(points, torch.tensor(labels), [1]).item() == expected
-
-
 @pytest.mark.filterwarnings("error")  # a program that knows what it does is not warned
 def test_queries_without_a_class_mate_are_misses_and_left_out_of_map_at_r():
     """In the second case, one of four queries has no class mate, one's is no gallery image, and one's is itself."""
