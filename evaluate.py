@@ -14,56 +14,41 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+from dreml import cli, figures
 from dreml.baseline import print_baseline, read_baseline
 from dreml.cache import default_recalls
-from dreml.cli import (
-    DEVICE_HELP,
-    MANY,
-    InputError,
-    Parser,
-    check_ranges,
-    counted,
-    pick_device,
-    progress_bar,
-    recall_list,
-    run_main,
-)
+from dreml.cli import InputError
 from dreml.confusions import class_table, confident_errors, confusion_table, first_neighbour_table
-from dreml.figures import check_matplotlib, draw_found, draw_recall, draw_training, drawing, save_figure
 from dreml.files import writable, write_csv
 from dreml.runs import SUFFIXES, Run, TestSplit, read_run, run_lock, scored
 from dreml.settings import EMBEDDINGS
 from dreml.thresholds import FARS, threshold_table
-from utils import best_similarities, map_at_r, recall_at_k, unmatched_queries
+from utils import best_similarities, map_at_r, recall_at_k
 
 # ------------------------------------------------------------------------------------------------ options
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="evaluate.py", description=__doc__)
-    group = parser.add_argument_group("what is scored")
-    folders_help = "run folders of train.py, such as results/car_resnet18_D12_e20_s0"
-    group.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help=folders_help)
+    parser = cli.Parser(prog="evaluate.py", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="run folders of train.py")
     recalls_help = "values of K for Recall@K, separated by commas (default: 1,2,4,8; for isc 1,10,20,30)"
-    group.add_argument("--recalls", type=recall_list, metavar="K,K", help=recalls_help)
+    parser.add_argument("--recalls", type=cli.recall_list, metavar="K,K", help=recalls_help)
     members_help = "score the ensembles of members 1 to L (default: all that are finished)"
-    group.add_argument("--num_members", type=int, metavar="L", help=members_help)
+    parser.add_argument("--num_members", type=int, metavar="L", help=members_help)
     embedding_help = "logits, or pooled: the features before the last layer (default: logits)"
-    group.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
-    group = parser.add_argument_group("the rest")
-    group.add_argument("--plot", action="store_true", help="draw the scores and the training, as PNG and SVG")
+    parser.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
+    parser.add_argument("--plot", action="store_true", help="draw the scores and the training, as PNG and SVG")
     output_help = "folder for all files, in place of the run folders (default: each run's files into its folder)"
-    group.add_argument("--output", type=Path, metavar="DIR", help=output_help)
-    group.add_argument("--device", default="auto", help=DEVICE_HELP)
+    parser.add_argument("--output", type=Path, metavar="DIR", help=output_help)
+    parser.add_argument("--device", default="auto", help=cli.DEVICE_HELP)
     args = parser.parse_args(argv)
-    check_ranges(args, num_members=(1, MANY))
+    cli.check_ranges(args, num_members=(1, cli.MANY))
     return args
 
 
@@ -77,15 +62,9 @@ def score_run(run: Run, ks: list[int], embedding: str, device: torch.device) -> 
     """Compute all tables of a run from its saved embeddings: those of WRITTEN, and "found" for `draw_found`."""
     split = run.split
     members = run.embeddings(embedding, device)
-    num_unmatched = int(unmatched_queries(*split).sum())
-    if num_unmatched:
-        print(
-            f"queries without another image of their class in the gallery: {num_unmatched:,} (misses in Recall@K, left "
-            "out of mAP@R and R-Precision)"
-        )
     sizes = score(members, split, ks)
     sizes.insert(0, "ensemble_size", range(1, len(members) + 1))
-    bar = progress_bar(members, f"{run.folder.name}: each member alone", len(members), " members")
+    bar = cli.progress_bar(members, f"{run.folder.name}: each member alone", len(members), " members")
     alone = pd.concat([score([member], split, ks) for member in bar], ignore_index=True)
     alone.insert(0, "member", range(1, len(members) + 1))
     others, own = scored(best_similarities, members, split)
@@ -101,7 +80,7 @@ def score_run(run: Run, ks: list[int], embedding: str, device: torch.device) -> 
     }
 
 
-def score(members: Sequence[torch.Tensor], split: TestSplit, ks: list[int]) -> pd.DataFrame:
+def score(members: list[torch.Tensor], split: TestSplit, ks: list[int]) -> pd.DataFrame:
     """Recall@K, mAP@R and R-Precision in percent; row l-1 is of the first l members."""
     recalls = scored(recall_at_k, members, split, ks=ks)
     precisions = torch.stack(scored(map_at_r, members, split), dim=1)
@@ -112,12 +91,9 @@ def score(members: Sequence[torch.Tensor], split: TestSplit, ks: list[int]) -> p
 def found_curves(others: torch.Tensor, own: torch.Tensor, num_gallery: int) -> pd.DataFrame:
     """As `threshold_table`, for many false-accept rates and at most four ensemble sizes."""
     most = len(others)
-    fars = tuple(np.logspace(-4, 0, 81))
-    tables = []
-    for size in sorted({1, max(1, most // 4), max(1, most // 2), most}):
-        table = threshold_table(others[size - 1 : size], own[size - 1 : size], fars, num_gallery)
-        tables.append(table.assign(ensemble_size=size))
-    return pd.concat(tables)
+    sizes = np.unique(np.maximum([1, most // 4, most // 2, most], 1))
+    table = threshold_table(others[sizes - 1], own[sizes - 1], tuple(np.logspace(-4, 0, 81)), num_gallery)
+    return table.assign(ensemble_size=sizes[table.ensemble_size - 1])
 
 
 def threshold_text(table: pd.DataFrame, run: Run) -> str:
@@ -126,7 +102,7 @@ def threshold_text(table: pd.DataFrame, run: Run) -> str:
     parts = [f"FAR {100 * row.far:g} %: {row.threshold:.4f} (found {row.found:.2f} %)" for row in rows.itertuples()]
     if len(parts) < len(FARS):
         parts.append(f"none for lower rates: {int(run.test.is_query.sum()):,} queries are too few")
-    return f"thresholds of {counted(run.num_members, 'member')}: {'; '.join(parts)}"
+    return f"thresholds of {cli.counted(run.num_members, 'member')}: {'; '.join(parts)}"
 
 
 # ------------------------------------------------------------------------------------------------ several runs
@@ -151,24 +127,21 @@ def compare(groups: list[list[Run]], tables: dict[Path, pd.DataFrame]) -> pd.Dat
     """
 
     def row_of(runs: list[Run], size: int) -> dict:
-        values = pd.DataFrame([tables[run.folder].iloc[size - 1, 1:] for run in runs])
         seeds = [str(run.settings.seed) for run in runs]
         name = runs[0].name if len(runs) == 1 else re.sub(rf"_s{seeds[0]}(?=_|$)", "_s*", runs[0].name)
         row = {"run": name, "seeds": " ".join(seeds), "n": len(runs), "ensemble_size": size}
-        for score_name in values:
-            row[score_name] = values[score_name].mean()
-            row[f"{score_name}_std"] = values[score_name].std()
+        scores = pd.DataFrame([tables[run.folder].iloc[size - 1, 1:] for run in runs])
+        for score_name in scores:
+            row[score_name] = scores[score_name].mean()
+            row[f"{score_name}_std"] = scores[score_name].std()
         return row
-
-    def by_map(row: dict) -> float:
-        return np.nan_to_num(row["mAP@R"], nan=-1)
 
     blocks = []
     for group in groups:
         size = min(len(tables[run.folder]) for run in group)
         seeds = [row_of([run], size) for run in group] if len(group) > 1 else []
-        blocks.append([row_of(group, size), *sorted(seeds, key=by_map, reverse=True)])
-    blocks.sort(key=lambda block: by_map(block[0]), reverse=True)
+        blocks.append([row_of(group, size), *sorted(seeds, key=lambda row: row["mAP@R"], reverse=True)])
+    blocks.sort(key=lambda block: block[0]["mAP@R"], reverse=True)
     return pd.DataFrame([row for block in blocks for row in block])
 
 
@@ -176,8 +149,8 @@ def comparison_text(table: pd.DataFrame) -> str:
     """Table of `compare` for people."""
     columns = table[["run", "seeds", "n", "ensemble_size"]].copy()
     for name in table.columns[4::2]:
-        pairs = zip(table[name], table[f"{name}_std"], strict=True)
-        columns[name] = [f"{mean:.2f}" if np.isnan(std) else f"{mean:.2f} ± {std:.2f}" for mean, std in pairs]
+        spread = table[f"{name}_std"].map(" ± {:.2f}".format, na_action="ignore").fillna("")
+        columns[name] = table[name].map("{:.2f}".format) + spread
     return columns.to_string(index=False)
 
 
@@ -187,8 +160,8 @@ def comparison_text(table: pd.DataFrame) -> str:
 def run(args: argparse.Namespace) -> None:
     # 1. Whatever can be wrong is found before anything is computed
     if args.plot:
-        check_matplotlib()
-    device = pick_device(args.device)
+        figures.check_matplotlib()
+    device = cli.pick_device(args.device)
     runs = [read_run(folder, args.num_members) for folder in args.folders]
     groups = group_by_settings(runs)
     targets = [args.output or one.folder for one in runs]
@@ -196,8 +169,7 @@ def run(args: argparse.Namespace) -> None:
         targets = [args.output / one.name for one in runs]
         if len(set(targets)) < len(targets):
             raise InputError("two run folders have the same name: --output would mix their files; rename one")
-    data_names = {one.settings.data_name for one in runs}
-    ks = args.recalls or default_recalls(data_names.pop() if len(data_names) == 1 else "")
+    ks = args.recalls or default_recalls(runs[0].settings.data_name)
     for one in runs:
         one.require(args.embedding)
         size = int(one.test.is_gallery.sum())
@@ -249,16 +221,16 @@ def write_scores(run: Run, scores: dict[str, pd.DataFrame], folder: Path, suffix
         if not plot:
             return
         records = [run.members.records[member] for member in range(1, run.num_members + 1)]
-        with drawing():
-            recall = draw_recall(scores["evaluation"], scores["members"], read_baseline(run.folder))
-            save_figure(recall, folder, f"evaluation{suffix}")
-            save_figure(draw_found(scores["found"]), folder, f"thresholds{suffix}")
-            save_figure(draw_training(records), folder, "training")
+        with figures.drawing():
+            recall = figures.draw_recall(scores["evaluation"], scores["members"], read_baseline(run.folder))
+            figures.save_figure(recall, folder, f"evaluation{suffix}")
+            figures.save_figure(figures.draw_found(scores["found"]), folder, f"thresholds{suffix}")
+            figures.save_figure(figures.draw_training(records), folder, "training")
 
 
 def main(argv: list[str] | None = None) -> int:
     save_memory = "fewer --num_members, or --device cpu"
-    return run_main("evaluate.py", lambda: run(parse_args(argv)), save_memory, resumable=False)
+    return cli.run_main("evaluate.py", lambda: run(parse_args(argv)), save_memory, resumable=False)
 
 
 if __name__ == "__main__":

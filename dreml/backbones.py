@@ -1,4 +1,7 @@
-"""The backbones, from torchvision and, if installed, timm; and their initial weights."""
+"""The backbones, from torchvision and, if installed, timm; and their initial weights.
+
+torchvision is imported late: that takes a second, and a search of saved embeddings does not need it.
+"""
 
 import argparse
 import difflib
@@ -18,20 +21,8 @@ from dreml.files import sha256
 TIMM = "timm:"  # prefix of the names of timm's networks
 # torchvision's first recipe, as at the time of the paper. vit_h_14 and regnet_y_128gf have only the second entry.
 ENTRIES = ("IMAGENET1K_V1", "IMAGENET1K_SWAG_LINEAR_V1")
-AUXILIARY = {  # networks with auxiliary outputs for training, which are left out
-    "googlenet": ("aux1.", "aux2."),
-    "inception_v3": ("AuxLogits.",),
-}
+AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}  # outputs for training, left out
 USUAL_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
-
-# ------------------------------------------------------------------------------------------------ names
-
-
-def torchvision_models():
-    """Import `torchvision.models` late: it takes a second, and a search of saved embeddings does not need it."""
-    import torchvision
-
-    return torchvision.models
 
 
 def timm_library():
@@ -45,13 +36,15 @@ def timm_library():
 
 def check_backbone(backbone: str, image_size: int) -> None:
     """Raise InputError for an unknown backbone, or an image size that it cannot take."""
+    from torchvision import models
+
     if backbone.startswith(TIMM):
         library = "timm"
         known = timm_library().list_models() + timm_library().list_pretrained()  # the second has names with tags
         name = backbone.removeprefix(TIMM)
     else:
         library = f"torchvision, or {TIMM}NAME"
-        known = torchvision_models().list_models(module=torchvision_models())
+        known = models.list_models(module=models)
         name = backbone
     if name not in known:
         near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.3)) or "none"
@@ -59,16 +52,15 @@ def check_backbone(backbone: str, image_size: int) -> None:
     check_image_size(backbone, image_size)
 
 
-# ------------------------------------------------------------------------------------------------ networks
-
-
 def build_backbone(backbone: str, num_classes: int) -> tuple[nn.Module, str]:
     """Build a network as its library does, from torch's global CPU generator. Returns it and its last layer's name."""
+    from torchvision import models
+
     if backbone.startswith(TIMM):
         network = timm_library().create_model(backbone.removeprefix(TIMM), num_classes=num_classes)
         return network, last_layer(backbone, network)
     options = {"aux_logits": False, "init_weights": True} if backbone in AUXILIARY else {}
-    network = torchvision_models().get_model(backbone, weights=None, num_classes=num_classes, **options)
+    network = models.get_model(backbone, weights=None, num_classes=num_classes, **options)
     if backbone.startswith("mnasnet"):  # its own loader needs a version number, which our files lack
         network._load_from_state_dict = functools.partial(nn.Module._load_from_state_dict, network)
     return network, last_layer(backbone, network)
@@ -107,11 +99,10 @@ def check_image_size(backbone: str, size: int) -> None:
 
     def problem(size: int) -> Exception | None:
         try:
-            outputs = network(torch.empty(2, 3, size, size, device="meta"))
+            network(torch.empty(2, 3, size, size, device="meta"))
         except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
             return error
-        shape = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        return None if shape == (2, 2) else ValueError(f"its output is {shape}, not one row an image")
+        return None
 
     found = problem(size)
     if found:
@@ -129,9 +120,6 @@ def gains_from_bf16(backbone: str) -> bool:
     layers = list(without_drawing(lambda: build_backbone(backbone, 2)[0]).modules())
     depthwise = any(isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in layers)
     return not depthwise or any(isinstance(layer, nn.LayerNorm) for layer in layers)
-
-
-# ------------------------------------------------------------------------------------------------ initial weights
 
 
 def weights_tag(backbone: str, weights: str) -> str:
@@ -152,7 +140,9 @@ def weights_tag(backbone: str, weights: str) -> str:
 
 def torchvision_weights(backbone: str):
     """Return torchvision's entry for the ImageNet weights of one of its networks."""
-    entries = torchvision_models().get_model_weights(backbone)
+    from torchvision import models
+
+    entries = models.get_model_weights(backbone)
     return next(entries[recipe] for recipe in ENTRIES if recipe in entries.__members__)
 
 
@@ -168,16 +158,42 @@ def own_scaling(backbone: str, device: torch.device) -> tuple[torch.Tensor, torc
 def read_weights(backbone: str, weights: str) -> dict[str, torch.Tensor] | None:
     """Read the backbone's initial weights once, for all members.
 
-    `weights`: "imagenet" (the library's own download), "none", or the path of a state dict in the library's naming,
-    which has to fit the backbone, except for its last layer. No code in a pickle is executed.
+    `weights`: "imagenet" (the library's own download), "none", or the path of a state dict in the library's naming. A
+    prefix of all names, such as "module.", is removed. The counters `num_batches_tracked` may be missing, as in older
+    files: BatchNorm does not use them here. No code in a pickle is executed.
 
     Returns the state dict without the last layer, or None for "none". Raises InputError if the weights are unusable.
     """
     if weights == "none":
         return None
-    if weights == "imagenet":
-        return fitting_weights(backbone, weights, download(backbone))
-    return fitting_weights(backbone, weights, state_dict_in(weights))
+    state = download(backbone) if weights == "imagenet" else state_dict_in(weights)
+    network = without_drawing(lambda: build_backbone(backbone, 1000)[0])
+    left_out = (f"{last_layer(backbone, network)}.", *AUXILIARY.get(backbone, ()))
+    expected = {name: value for name, value in network.state_dict().items() if not name.startswith(left_out)}
+    state = {str(name): value for name, value in state.items()}
+    if not expected.keys() & state.keys():
+        common = os.path.commonprefix(list(state))  # noqa: RUF071 (it is cut at a dot)
+        state = {name[common.rfind(".") + 1 :]: value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if not name.startswith(left_out)}
+    problems = [f"{name} is missing" for name in expected if name not in state and not name.endswith("_tracked")]
+    problems += [f"{name} is unknown" for name in state if name not in expected]
+    wrong = {name: what_is_wrong(state[name], value) for name, value in expected.items() if name in state}
+    problems += [f"{name} is {problem}" for name, problem in wrong.items() if problem]
+    if problems:
+        others = f" ({counted(len(problems), 'difference')})" if len(problems) > 1 else ""
+        raise InputError(f"--weights {weights} does not fit {backbone}: {problems[0]}{others}")
+    return state
+
+
+def what_is_wrong(value: torch.Tensor, expected: torch.Tensor) -> str:
+    """Say why a tensor of a file cannot take the place of the network's own; "" if it can."""
+    if value.shape != expected.shape:
+        return f"{tuple(value.shape)}, not {tuple(expected.shape)}"
+    if value.layout != torch.strided:
+        return "sparse"
+    if expected.is_floating_point() and not value.is_floating_point():
+        return f"{str(value.dtype).removeprefix('torch.')}, not floating point"
+    return "" if torch.isfinite(value.float()).all() else "not finite"
 
 
 def state_dict_in(path: str) -> dict[str, torch.Tensor]:
@@ -204,11 +220,10 @@ def state_dict_in(path: str) -> dict[str, torch.Tensor]:
         raise InputError(f"--weights {path} is no readable {wanted} ({one_line(error)})") from None
     if is_state_dict(found):
         return found
-    inside = [name for name in found if is_state_dict(found[name])] if isinstance(found, dict) else []
+    inside = [value for value in found.values() if is_state_dict(value)] if isinstance(found, dict) else []
     if len(inside) != 1:
-        what = f"several state dicts ({', '.join(map(repr, inside))}): save one" if inside else "no state dict"
-        raise InputError(f"--weights {path} holds {what}")
-    return found[inside[0]]
+        raise InputError(f"--weights {path} holds {counted(len(inside), 'state dict')}, not one")
+    return inside[0]
 
 
 def is_state_dict(value: object) -> bool:
@@ -229,38 +244,3 @@ def download(backbone: str) -> dict[str, torch.Tensor]:
     except Exception as error:  # no network, a damaged file among the downloads
         remedy = "give a copy of that file with --weights PATH, or train from scratch with --weights none"
         raise InputError(f"cannot download or read the weights {source} ({one_line(error)}); {remedy}") from None
-
-
-def fitting_weights(backbone: str, weights: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the state dict without its last layer. Raises InputError if it does not fit the backbone or is not finite.
-
-    A prefix of all names, such as "module.", is removed. The counters `num_batches_tracked` may be missing, as in older
-    files: BatchNorm does not use them here.
-    """
-    network = without_drawing(lambda: build_backbone(backbone, 1000)[0])
-    left_out = (f"{last_layer(backbone, network)}.", *AUXILIARY.get(backbone, ()))
-    expected = {name: value for name, value in network.state_dict().items() if not name.startswith(left_out)}
-    state = {str(name): value for name, value in state.items()}
-    if not expected.keys() & state.keys():
-        common = os.path.commonprefix(list(state))  # noqa: RUF071 (it is cut at a dot)
-        state = {name[common.rfind(".") + 1 :]: value for name, value in state.items()}
-    state = {name: value for name, value in state.items() if not name.startswith(left_out)}
-    problems = [f"{name} is missing" for name in expected if name not in state and not name.endswith("_tracked")]
-    problems += [f"{name} is unknown" for name in state if name not in expected]
-    wrong = {name: what_is_wrong(state[name], value) for name, value in expected.items() if name in state}
-    problems += [f"{name} is {problem}" for name, problem in wrong.items() if problem]
-    if problems:
-        more = f" and {counted(len(problems) - 1, 'more difference')}" if len(problems) > 1 else ""
-        raise InputError(f"--weights {weights} does not fit {backbone}: {problems[0]}{more}")
-    return state
-
-
-def what_is_wrong(value: torch.Tensor, expected: torch.Tensor) -> str:
-    """Say why a tensor of a file cannot take the place of the network's own; "" if it can."""
-    if value.shape != expected.shape:
-        return f"{tuple(value.shape)}, not {tuple(expected.shape)}"
-    if value.layout != torch.strided:
-        return "sparse"
-    if expected.is_floating_point() and not value.is_floating_point():
-        return f"{str(value.dtype).removeprefix('torch.')}, not floating point"
-    return "" if torch.isfinite(value.float()).all() else "not finite"

@@ -23,11 +23,8 @@ MANY_COPIES = 5  # percent of the queries
 
 
 def colour_histograms(images: np.ndarray) -> torch.Tensor:
-    """Count each image's pixels of each of 6 x 6 x 6 colours: `(N, S, S, 3) uint8` -> `(N, 216) float32`.
-
-    Large images are sampled in even steps, at most 127 x 127 pixels.
-    """
-    step = max(1, images.shape[1] // 64)
+    """Count each image's pixels of each of 6 x 6 x 6 colours: `(N, S, S, 3) uint8` -> `(N, 216) float32`."""
+    step = max(1, images.shape[1] // 64)  # at most 127 x 127 pixels of an image
     level_of = (np.arange(256) * LEVELS // 256).astype(np.uint8)
     counts = np.empty((len(images), LEVELS**3), np.float32)
     for row, image in zip(counts, images, strict=True):
@@ -40,8 +37,8 @@ def colour_histograms(images: np.ndarray) -> torch.Tensor:
 def initial_features(settings: Settings, weights: str, cache: Cache, device: torch.device) -> torch.Tensor:
     """Compute the pooled features of the test images before the first step of member 1, `(M, d) float32`.
 
-    `weights`: the value of --weights. For pretrained weights, images are normalised as in their own training; members
-    use the data set's statistics. Raises InputError for unusable weights, or features that are not finite.
+    For pretrained weights, images are normalised as in their own training; members use the data set's statistics.
+    Raises InputError for unusable weights, or features that are not finite.
     """
     state = read_weights(settings.backbone, weights)
     model = initial_model(settings, 1, state).to(device)
@@ -53,13 +50,7 @@ def initial_features(settings: Settings, weights: str, cache: Cache, device: tor
 
 
 def update_baseline(
-    folder: Path,
-    settings: Settings,
-    weights: str,
-    cache: Cache,
-    split: TestSplit,
-    ks: list[int],
-    device: torch.device,
+    folder: Path, settings: Settings, weights: str, cache: Cache, split: TestSplit, ks: list[int], device: torch.device
 ) -> None:
     """Compute and print a run's baselines, unless they are saved for these K. Write their JSON and CSV.
 
@@ -77,8 +68,7 @@ def update_baseline(
         rows = []
         for name, vectors in features.items():
             recalls = dict(zip(wanted, recall_percent([vectors], split, ks)[0].tolist(), strict=True))
-            row = {"baseline": name} | recalls | map_percent([vectors], split) | {"dimensions": vectors.shape[1]}
-            rows.append(row)
+            rows.append({"baseline": name, **recalls, **map_percent([vectors], split), "dimensions": vectors.shape[1]})
         table = pd.DataFrame(rows).round(4)
         print_scores(table, [*wanted, "mAP@R"])
     with run_lock(folder):
@@ -100,10 +90,10 @@ def read_baseline(folder: Path) -> pd.DataFrame | None:
     None if missing; warns if damaged.
     """
     path = folder / "baseline.json"
-    if not path.exists():
-        return None
     try:
         return pd.DataFrame(read_record(path)["recalls"])
+    except FileNotFoundError:
+        return None
     except (ValueError, OSError) as error:
         print(f"warning: {path} is damaged ({one_line(error)}); train.py makes it again", file=sys.stderr)
         return None
@@ -119,8 +109,7 @@ def print_scores(table: pd.DataFrame, names: list[str]) -> None:
 def print_baseline(folder: Path, ensembles: pd.DataFrame, embedding: str, weights: str) -> None:
     """Print a run's baselines. If one is better than the ensemble, print what to try.
 
-    `ensembles`: one row per ensemble size, which is the first column; the other columns are scores. The last row is
-    compared by its first score. Only scores that the baselines have too are printed.
+    `ensembles`: a column of ensemble sizes, then scores. The last row is compared, by the first score that both have.
     """
     table = read_baseline(folder)
     names = [name for name in list(ensembles)[1:] if table is not None and name in table]
@@ -130,13 +119,12 @@ def print_baseline(folder: Path, ensembles: pd.DataFrame, embedding: str, weight
     name = names[0]
     best = table.loc[table[name].idxmax()]
     after = ensembles[name].iloc[-1]
-    if best[name] <= round(after, 4):  # rounded as the baselines are
-        return
-    remedies = ["--embedding pooled (seconds)"] if embedding == "logits" else []
-    remedies += ["pretrained --weights"] if weights == "none" else []
-    remedies += ["more --num_epochs"]
-    ahead = f"{name} {best[name]:.2f} ({best.baseline}), {after:.2f} after"
-    print(f"training has not helped: before it, {ahead}; try {', then '.join(remedies)}")
+    if best[name] > round(after, 4):  # rounded as the baselines are
+        remedies = ["--embedding pooled (seconds)"] if embedding == "logits" else []
+        remedies += ["pretrained --weights"] if weights == "none" else []
+        remedies += ["more --num_epochs"]
+        ahead = f"{name} {best[name]:.2f} ({best.baseline}), {after:.2f} after"
+        print(f"training has not helped: before it, {ahead}; try {', then '.join(remedies)}")
 
 
 def print_near_copies(embeddings: list[torch.Tensor], split: TestSplit, images: np.ndarray) -> None:

@@ -56,8 +56,6 @@ STYLE = {
 # Other fonts that are tried for characters that DejaVu Sans, matplotlib's own font, lacks.
 WIDE_FONTS = ("Noto Sans CJK JP", "WenQuanYi Zen Hei", "Unifont", "Arial Unicode MS", "Microsoft YaHei")
 
-# ------------------------------------------------------------------------------------------------ matplotlib
-
 
 def check_matplotlib() -> None:
     """Raise InputError if matplotlib is not installed."""
@@ -67,10 +65,7 @@ def check_matplotlib() -> None:
 
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
-    """Use our settings of matplotlib, not the user's, while a figure is made and saved.
-
-    A character that no font has becomes a box, and matplotlib warns of it once.
-    """
+    """Use our settings of matplotlib, not the user's, while a figure is made and saved."""
     (package,) = importlib.util.find_spec("matplotlib").submodule_search_locations
     # With the user's backend or matplotlibrc, the import itself may fail: one is not installed, the other not UTF-8.
     os.environ["MPLBACKEND"] = "agg"
@@ -83,18 +78,16 @@ def drawing() -> Iterator[None]:
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()  # it may have been imported before, with the user's settings
         matplotlib.rcParams.update({"font.family": families, **STYLE})
-        warnings.filterwarnings("module", "Glyph .* missing from")  # measuring a text and drawing it both warn
+        # A character that no font has becomes a box. Measuring a text and drawing it both warn of it.
+        warnings.filterwarnings("module", "Glyph .* missing from")
         yield
 
 
 def new_figure(width: float, height: float, dpi: int = 300, layout: str | None = "constrained") -> "Figure":
     """Empty figure, in inches. Its layout keeps texts apart."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and picks a window system
 
-    figure = Figure((width, height), dpi=dpi, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure((width, height), dpi=dpi, layout=layout)
 
 
 def save_figure(figure: "Figure", folder: Path, name: str, suffixes: Sequence[str] = ("png", "svg")) -> None:
@@ -102,9 +95,6 @@ def save_figure(figure: "Figure", folder: Path, name: str, suffixes: Sequence[st
     for suffix in suffixes:
         with atomic_open(folder / f"{name}.{suffix}", "wb") as file:
             figure.savefig(file, format=suffix, metadata={"Date": None} if suffix == "svg" else None)
-
-
-# ------------------------------------------------------------------------------------------------ curves
 
 
 def draw_recall(sizes: pd.DataFrame, alone: pd.DataFrame, baseline: pd.DataFrame | None = None) -> "Figure":
@@ -124,12 +114,11 @@ def draw_recall(sizes: pd.DataFrame, alone: pd.DataFrame, baseline: pd.DataFrame
     dots = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": GREY, "zorder": 4}
     dots["markersize"] = 5.5 if len(alone) <= 16 else 3
     others = axes.plot(alone.member, alone[first], linestyle="", label=f"each member alone, {first}", **dots)
-    levels = [("their mean", alone[first].mean(), (0, (1, 1)))]
+    levels = {"their mean": alone[first].mean()}
     if baseline is not None and first in baseline:
-        for row, line in zip(baseline.to_dict("records"), ("--", "-."), strict=False):
-            levels.append((row["baseline"], row[first], line))
-    for label, value, line in levels:
-        label = f"{label}, {first} {value:.1f} %"
+        levels |= dict(zip(baseline.baseline, baseline[first], strict=True))
+    for (name, value), line in zip(levels.items(), ((0, (1, 1)), "--", "-."), strict=False):
+        label = f"{name}, {first} {value:.1f} %"
         others.append(axes.axhline(value, label=label, color=GREY, linestyle=line, linewidth=1))
     axes.set_xlabel("ensemble size (members)")
     axes.set_ylabel("Recall@K (%)")
@@ -169,9 +158,8 @@ def draw_training(records: list[MemberRecord]) -> "Figure":
     dot = {"color": COLORS[0], "marker": "o", "markersize": 3 if len(records) <= 16 else 2, "linestyle": ""}
     for axes, name, unit in zip(panels, ("loss", "accuracy"), ("nats", "%"), strict=True):
         for record, history in zip(records, histories, strict=True):
-            best = history.iloc[record.best_epoch]
             (line,) = axes.plot(history.epoch, history[name], **thin)
-            (kept,) = axes.plot(best.epoch, best[name], **dot)
+            (kept,) = axes.plot(record.best_epoch, history[name][record.best_epoch], **dot)
         line.set_label("a member")
         kept.set_label("epoch that is kept")
         if len(records) > 1:
@@ -184,8 +172,6 @@ def draw_training(records: list[MemberRecord]) -> "Figure":
     figure.align_ylabels()
     return figure
 
-
-# ------------------------------------------------------------------------------------------------ neighbours
 
 MAX_ROWS = 40  # queries in the picture; the CSV has all
 DPI = 150

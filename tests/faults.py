@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from builders import TINY, index_rows, save_colors
-from processes import ENOUGH, ROOT, Processes, wait_until
+from processes import ENOUGH, ROOT, Processes, Script, wait_until
 
 import data_utils
 import train
@@ -24,8 +24,6 @@ from dreml.index import BATCH_SIZE
 EACH_EPOCH = ["--progress_seconds", "0"]
 INTERVALS = [EACH_EPOCH, ["--progress_seconds", "0.01"], []]  # not shorter than 20 times what a write takes; 30 seconds
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
-
-# ------------------------------------------------------------------------------------------------ data and results
 
 
 def here(root: Path) -> list[str]:
@@ -71,9 +69,6 @@ def check_same(root: Path, expected: Path) -> None:
     assert not differing, differing
 
 
-# ------------------------------------------------------------------------------------------------ interruptions
-
-
 def stop_in_epoch(monkeypatch: pytest.MonkeyPatch, stop: int, reason: type[BaseException]) -> None:
     """Lets training be interrupted after the first step of epoch `stop` of any member."""
     train_epoch = train.train_epoch
@@ -109,36 +104,24 @@ def check_kills(processes: Processes, expected: Path, root: Path, seed: int, sma
     for folder in (root, measured):
         raw = shutil.ignore_patterns("cache*", ".cache*")
         shutil.copytree(expected / "data", folder / "data", ignore=raw, copy_function=os.link)
-    preprocess, training = (
-        ["data_utils.py", "--data_name", "tiny", "--image_size", "32"],
-        ["train.py", *TINY, *EACH_EPOCH],
-    )
+    preprocess = ["data_utils.py", "--data_name", "tiny", "--image_size", "32"]
+    training = ["train.py", *TINY, *EACH_EPOCH]
     for first, product in ((preprocess, root / "data" / "tiny" / "cache_32"), (training, root / "results")):
         whole, kills = processes.run(*first, folder=measured, small=small), 0
         while kills < 5:
             command = [*first, *draw.choice(INTERVALS)] if first is training else first
             reach = draw.choice([0.3, 1.0])  # training goes on, so it comes to its end in short pieces too
             if draw.random() < 0.5:
-                last_change = draw.randrange(int(reach * whole.num_changes))
+                last_change = draw.randrange(int(reach * whole.counter.value))
                 script = processes.start(*command, folder=root, small=small, last_change=last_change)
-                code = script.wait()
-                assert code in (137, 0), script.out + script.err
+                assert script.wait() in (137, 0), script.out + script.err
             else:
                 script, sent = processes.start(*command, folder=root, small=small), draw.choice(list(CODES))
                 time.sleep(draw.uniform(0.01, reach * whole.seconds))
                 with contextlib.suppress(ProcessLookupError):  # it is done already
                     os.kill(script.process.pid, sent)
-                code = script.wait()
-                # Python drops an exception that comes within a hook of a fork, of its own or of filelock, and says so.
-                hooks = ("_releaseLock", "_resume_parent_after_fork")
-                is_dropped = any(f"Exception ignored in: <function {hook}" in script.err for hook in hooks)
-                was_dropped = code == 0 and is_dropped
-                assert code in (CODES[sent], 0), script.out + script.err
-                assert was_dropped or "Traceback" not in script.err, script.out + script.err
-                if code > 0:
-                    end = r"(terminated|interrupted); run the same command again to go on\n$"
-                    assert re.search(end, script.err), script.err
-            if code != 0:
+                check_end(script, sent)
+            if script.process.exitcode != 0:
                 kills += 1
             else:  # it was done before: from the beginning
                 shutil.rmtree(product)
@@ -148,7 +131,16 @@ def check_kills(processes: Processes, expected: Path, root: Path, seed: int, sma
     return total
 
 
-# ------------------------------------------------------------------------------------------------ damaged files
+def check_end(script: Script, sent: int) -> None:
+    """A signal ends a script with its exit code and one line, unless the script was done before."""
+    code = script.wait()
+    assert code in (CODES[sent], 0), script.out + script.err
+    # Python drops an exception that comes within a hook of a fork, of its own or of filelock, and says so.
+    is_dropped = re.search("Exception ignored in: <function (_releaseLock|_resume_parent_after_fork)", script.err)
+    assert "Traceback" not in script.err or (code == 0 and is_dropped), script.out + script.err
+    if code > 0:
+        end = r"(terminated|interrupted); run the same command again to go on\n$"
+        assert re.search(end, script.err), script.err
 
 
 def damage(path: Path, draw: random.Random) -> None:
@@ -196,9 +188,6 @@ def check_damages(finished: Path, folder: Path, read_errors: Callable[[], str], 
     return len(files) + 1
 
 
-# ------------------------------------------------------------------------------------------------ torchrun
-
-
 def check_torchrun(processes: Processes, tiny_data: Path, root: Path, num_processes: int, *options: str) -> None:
     """Kills one of the processes of torchrun, which ends the others and starts all of them again: they go on."""
     shutil.copytree(tiny_data, root / "data", copy_function=os.link)
@@ -218,9 +207,6 @@ def check_torchrun(processes: Processes, tiny_data: Path, root: Path, num_proces
     assert script.err.count("train.py: terminated") == len(others), script.out + script.err
     assert "goes on after epoch 0" in script.out and " members: R@1" in script.out, script.out + script.err
     assert "\r" not in script.out + script.err  # no progress bars
-
-
-# ------------------------------------------------------------------------------------------------ an index
 
 
 def check_index_kills(

@@ -25,7 +25,8 @@ class Script:
 
     def __init__(self, context, logs: tuple[Path, Path], *arguments: object):
         """`logs`: of what it prints to stdout and stderr; `arguments`: the others of `run_as_script`."""
-        self.logs, self.counter, ready = logs, context.Value("i", 0), context.Event()
+        self.logs, ready = logs, context.Event()
+        self.counter = context.Value("i", 0)  # of its changes to files
         self.process = context.Process(target=run_as_script, args=(logs, self.counter, ready, *arguments))
         self.process.start()
         wait_until(ready.is_set, self)
@@ -45,11 +46,6 @@ class Script:
     @property
     def err(self) -> str:
         return self.logs[1].read_text(encoding="utf-8")
-
-    @property
-    def num_changes(self) -> int:
-        """How often it changed files."""
-        return self.counter.value
 
 
 class Processes:
@@ -96,8 +92,14 @@ def run_as_script(logs, counter, ready, command: tuple[str, ...], folder: Path, 
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # else workers of its own would import PyTorch anew
-    if small:
-        build_small_networks()
+    if small:  # in our scripts and in the plain one
+        import builders
+        import torchvision
+
+        import model
+
+        model.build_model = builders.build_small_model
+        torchvision.models.resnet18 = lambda num_classes: builders.build_small_model("resnet18", num_classes, None)
     is_module, code = command[0] == "-m", 0
     sys.argv = list(command[is_module:])
     if not is_module:
@@ -115,17 +117,6 @@ def run_as_script(logs, counter, ready, command: tuple[str, ...], folder: Path, 
         code = end.code or 0
     sys.stdout.flush()
     os._exit(code)
-
-
-def build_small_networks() -> None:
-    """Lets our scripts and the plain one build small networks in place of a ResNet."""
-    import builders
-    import torchvision
-
-    import model
-
-    model.build_model = builders.build_small_model
-    torchvision.models.resnet18 = lambda num_classes: builders.build_small_model("resnet18", num_classes, None)
 
 
 def count_changes(counter, last_change: int | None) -> None:

@@ -7,8 +7,6 @@ import io
 import pickle
 import re
 import sys
-import urllib.error
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,22 +19,13 @@ from safetensors.torch import save_file
 from torchvision.models import efficientnet, mnasnet, regnet, vision_transformer
 
 import train
-from dreml import runs as run_writer
-from dreml.backbones import (
-    check_backbone,
-    gains_from_bf16,
-    read_weights,
-    weights_tag,
-    without_drawing,
-)
+from dreml import runs
+from dreml.backbones import check_backbone, gains_from_bf16, read_weights, weights_tag, without_drawing
 from dreml.cli import InputError
 from dreml.files import sha256, write_record
 from dreml.runs import Members
 from model import Compute, build_model, extract_features, head_of, load_ensemble, load_member
 from train import Experiment
-
-# ------------------------------------------------------------------------------------------------ network
-
 
 FAMILIES = "resnet18 resnext50_32x4d alexnet vgg11 convnext_tiny densenet121 efficientnet_b0 googlenet inception_v3"
 FAMILIES += " maxvit_t mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_x_400mf shufflenet_v2_x0_5 swin_t vit_b_32"
@@ -70,11 +59,7 @@ def test_every_family_gets_a_meta_class_head(backbone):
 
 @pytest.mark.parametrize(
     ("backbone", "size", "possible"),
-    [
-        ("alexnet", 32, "64, 96, 128, .*, 512 of"),
-        ("vit_b_32", 256, "224 of"),
-        ("maxvit_t", 112, "224 of"),
-    ],
+    [("alexnet", 32, "64, 96, 128, .*, 512 of"), ("vit_b_32", 256, "224 of"), ("maxvit_t", 112, "224 of")],
 )
 def test_images_of_a_size_that_a_network_cannot_take_are_refused(backbone, size, possible):
     with pytest.raises(InputError, match=f"^--image_size {size}: {backbone} cannot take it .*; it takes {possible}"):
@@ -82,18 +67,11 @@ def test_images_of_a_size_that_a_network_cannot_take_are_refused(backbone, size,
     check_backbone(backbone, 224)
 
 
-@pytest.mark.parametrize(
-    ("backbone", "gains"),
-    [
-        *[("resnet18", True), ("resnext50_32x4d", True), ("swin_t", True), ("convnext_tiny", True)],
-        *[("efficientnet_b0", False), ("mobilenet_v2", False), ("shufflenet_v2_x0_5", False)],
-    ],
-)
-def test_which_networks_gain_from_bf16_on_a_cpu(backbone, gains):
-    assert gains_from_bf16(backbone) == gains
+def test_which_networks_gain_from_bf16_on_a_cpu():
+    gaining = {name for name in FAMILIES if gains_from_bf16(name)}
+    names = {"resnet18", "resnext50_32x4d", "alexnet", "vgg11", "convnext_tiny", "swin_t", "vit_b_32"}
+    assert names <= gaining and not gaining & {"efficientnet_b0", "mobilenet_v2", "shufflenet_v2_x0_5"}
 
-
-# ------------------------------------------------------------------------------------------------ training
 
 # Families with dropout, with a loader of their own, and that cannot be built on meta, each in small for 32 pixels.
 SMALL = {
@@ -111,53 +89,39 @@ SMALL = {
 }
 
 
+@pytest.fixture
+def small(monkeypatch) -> None:
+    """torchvision builds the networks of SMALL."""
+    for name, build in SMALL.items():
+        builder = lambda weights, build=build, **options: build(**options)  # noqa: E731
+        monkeypatch.setitem(torchvision.models._api.BUILTIN_MODELS, name, builder)
+
+
 @pytest.mark.parametrize("backbone", [*SMALL, "timm:test_efficientnet"])
-def test_a_small_network_trains_goes_on_and_embeds(backbone, tiny_cache, tiny_settings, tmp_path, monkeypatch, capsys):
-    """Two steps, killed between them, end with the bits of two steps at once; the member embeds as it was saved."""
-    if backbone in SMALL:
-        monkeypatch.setitem(torchvision.models._api.BUILTIN_MODELS, backbone, build_small(backbone))
-    else:
+def test_a_small_network_trains_and_embeds(backbone, small, tiny_cache, tiny_settings, tmp_path):
+    """Trained again, it has the same bits; the member embeds as it was saved."""
+    if backbone not in SMALL:
         pytest.importorskip("timm", reason="timm is an extra")
     settings = dataclasses.replace(tiny_settings, backbone=backbone, batch_size=36)
-    experiment = Experiment(tiny_cache, settings, None, Compute(torch.device("cpu")), {}, progress_seconds=0)
-    record = run_writer.make_run_record(settings, tiny_cache, {"data_path": "data"}, {})
+    experiment = Experiment(tiny_cache, settings, None, Compute(torch.device("cpu")), {})
+    record = runs.make_run_record(settings, tiny_cache, {"data_path": "data"}, {})
     write_record(tmp_path / "args.json", record)
-    members, train_epoch = Members(tmp_path, record.settings_hash), train.train_epoch
-
-    def killed(*args):
-        assert args[-1] == "member epoch 0", "killed"
-        return train_epoch(*args)
-
-    monkeypatch.setattr(train, "train_epoch", killed)
-    with pytest.raises(AssertionError, match="killed"):
-        train.make_member(experiment, members, 1, "pooled", "member")
-    monkeypatch.setattr(train, "train_epoch", train_epoch)
-    train.make_member(experiment, members, 1, "pooled", "member")
-    assert "member: goes on after epoch 0" in capsys.readouterr().out
-    whole, images = train.train_member(experiment, 1, "whole")[0], np.array(tiny_cache.array("test_images"))
+    train.make_member(experiment, Members(tmp_path, record.settings_hash), 1, "pooled", "member")
+    again, images = train.train_member(experiment, 1, "again")[0], np.array(tiny_cache.array("test_images"))
     saved = {"logits": np.load(tmp_path / "member_001.npy"), "pooled": np.load(tmp_path / "pooled_001.npy")}
     for embedding, rows in saved.items():
-        assert np.array_equal(rows, extract_features(whole, images, experiment.statistics, 72, embedding).numpy())
+        assert np.array_equal(rows, extract_features(again, images, experiment.statistics, 72, embedding).numpy())
         unit_rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         embedded = load_ensemble(tmp_path, embedding=embedding)(torch.from_numpy(images))
         np.testing.assert_allclose(embedded.numpy(), unit_rows, atol=1e-5)
-    head = head_of(whole)
+    head = head_of(again)
     logits = saved["pooled"] @ head.weight.detach().numpy().T + head.bias.detach().numpy()
     np.testing.assert_allclose(saved["logits"], logits, rtol=1e-4, atol=1e-5)
     initial = train.initial_state(experiment, 1).model.parameters()
-    assert all(not torch.equal(*both) for both in zip(initial, whole.parameters(), strict=True))
+    assert all(not torch.equal(*both) for both in zip(initial, again.parameters(), strict=True))
 
 
-def build_small(backbone: str) -> Callable:
-    """In the place of a builder of torchvision."""
-
-    def build(weights=None, progress=True, **kwargs):
-        return SMALL[backbone](**kwargs)
-
-    return build
-
-
-def test_dropout_is_drawn_for_each_epoch_of_each_member(tiny_cache, tiny_settings, monkeypatch):
+def test_dropout_is_drawn_for_each_epoch_of_each_member(small, tiny_cache, tiny_settings, monkeypatch):
     """Whatever was drawn before; two members and two epochs have other draws."""
     draws = []
 
@@ -168,7 +132,6 @@ def test_dropout_is_drawn_for_each_epoch_of_each_member(tiny_cache, tiny_setting
     monkeypatch.setattr(train, "train_epoch", look)
     settings = dataclasses.replace(tiny_settings, backbone="vit_b_32")
     experiment = Experiment(tiny_cache, settings, None, Compute(torch.device("cpu")), {})
-    monkeypatch.setitem(torchvision.models._api.BUILTIN_MODELS, "vit_b_32", build_small("vit_b_32"))
     for member in (1, 2, 1):
         train.train_member(experiment, member, "")
     assert draws[:2] == draws[4:] and len(set(draws)) == 4
@@ -202,7 +165,7 @@ def test_tables_that_no_file_holds_are_there_in_a_member_that_is_loaded(tmp_path
     model = build_model("timm:test_coatnet", 3, None).eval()
     assert {name for name, _ in model.named_buffers()} - set(model.state_dict())
     settings = {"backbone": "timm:test_coatnet", "meta_class_size": 3}
-    run_writer.save_weights(tmp_path / "w.safetensors", model, {"settings": settings})
+    runs.save_weights(tmp_path / "w.safetensors", model, {"settings": settings})
     before = torch.get_rng_state()
     loaded = load_member(tmp_path / "w.safetensors").eval()
     assert torch.equal(torch.get_rng_state(), before)
@@ -211,24 +174,20 @@ def test_tables_that_no_file_holds_are_there_in_a_member_that_is_loaded(tmp_path
         assert torch.equal(loaded(pixels), model(pixels))
 
 
-# ------------------------------------------------------------------------------------------------ initial weights
-
-
-def save_weights(
-    path: Path, backbone: str = "resnet18", change: Callable[[dict], object] | None = None, num_classes: int = 1000
-) -> dict[str, torch.Tensor]:
-    """A state dict in torchvision's format, every value another than at any initialisation."""
+def save_weights(path: Path, num_classes: int = 1000, leave_out: str = "nothing") -> dict[str, torch.Tensor]:
+    """A state dict of resnet18 in torchvision's format. Returned without its head."""
     torch.manual_seed(123)
-    state = torchvision.models.get_model(backbone, weights=None, num_classes=num_classes).state_dict()
-    if change:
-        change(state)
+    state = torchvision.models.resnet18(num_classes=num_classes).state_dict()
+    state = {name: value for name, value in state.items() if not name.endswith(leave_out)}
     torch.save(state, path)
     return {name: value for name, value in state.items() if not name.startswith("fc.")}
 
 
 @pytest.mark.parametrize("num_classes", [1000, 7])
-def test_weights_from_a_file_fill_all_but_the_head(tmp_path, num_classes):
-    saved = save_weights(tmp_path / "w.pth", num_classes=num_classes)
+@pytest.mark.parametrize("leave_out", ["nothing", "num_batches_tracked"])
+def test_weights_from_a_file_fill_all_but_the_head(tmp_path, num_classes, leave_out):
+    """torchvision's files of before 2018, which mirrors still carry, lack BatchNorm's counter."""
+    saved = save_weights(tmp_path / "w.pth", num_classes, leave_out)
     weights = read_weights("resnet18", str(tmp_path / "w.pth"))
     assert weights_tag("resnet18", str(tmp_path / "w.pth")) == f"sha256:{sha256(tmp_path / 'w.pth')}"
     heads = []
@@ -236,21 +195,8 @@ def test_weights_from_a_file_fill_all_but_the_head(tmp_path, num_classes):
         torch.manual_seed(seed)
         state = build_model("resnet18", 5, weights).state_dict()
         heads.append(state["fc.weight"])
-        assert all(torch.equal(state[name], value) for name, value in saved.items())
+        assert len(state) == 122 and all(torch.equal(state[name], value) for name, value in saved.items())
     assert heads[0].shape == (5, 512) and not torch.equal(*heads)
-
-
-def test_older_weights_lack_batchnorms_counter(tmp_path):
-    """torchvision's files of before 2018, which mirrors still carry, have 102 entries for resnet18, not 122."""
-
-    def drop(state):
-        for name in [name for name in state if name.endswith("num_batches_tracked")]:
-            del state[name]
-
-    saved = save_weights(tmp_path / "w.pth", change=drop)
-    assert len(saved) == 100
-    state = build_model("resnet18", 5, read_weights("resnet18", str(tmp_path / "w.pth"))).state_dict()
-    assert len(state) == 122 and torch.equal(state["layer4.1.bn2.weight"], saved["layer4.1.bn2.weight"])
 
 
 def prefixed(state: dict, prefix: str) -> dict:
@@ -286,9 +232,9 @@ REFUSED = {  # a change of a state dict, another object, or the bytes of a file 
     "NaN": ({"layer2.0.conv1.weight": torch.full((128, 64, 3, 3), torch.nan)}, r"layer2.0.conv1.weight is not finite$"),
     "int8": ({"conv1.weight": CONV.to(torch.int8)}, r"conv1.weight is int8, not floating point$"),
     "sparse": ({"conv1.weight": CONV.to_sparse()}, r"conv1.weight is sparse$"),
-    "other network": (torchvision.models.resnet34, r"does not fit resnet18: .* and \d+ more differences$"),
-    "nothing inside": ({"state_dict": {}, "conv1.weight": 3}, "holds no state dict"),
-    "two inside": ([{"a": {"x": CONV}, "b": {"x": CONV}}], r"holds several state dicts \('a', 'b'\): save one$"),
+    "other network": (torchvision.models.resnet34, r"does not fit resnet18: .* is unknown \(\d+ differences\)$"),
+    "nothing inside": ({"state_dict": {}, "conv1.weight": 3}, "holds 0 state dicts, not one$"),
+    "two inside": ([{"a": {"x": CONV}, "b": {"x": CONV}}], "holds 2 state dicts, not one$"),
     "code": ([Payload("owned")], "is no readable state dict, as torch.save"),
     "empty": (b"", "is an empty file$"),
     "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS, .*git lfs pull$"),
@@ -319,63 +265,51 @@ def test_weights_that_cannot_be_used_are_refused_in_one_line(tmp_path, monkeypat
 
 
 def test_weights_by_the_command_line(tiny_data, tmp_path, capsys, no_training):
-    with pytest.raises(InputError, match="no such file"):
-        weights_tag("resnet18", str(tmp_path / "nowhere.pth"))
-    (tmp_path / "w.pth").write_bytes(b"<html>")
-    assert train_tiny(tiny_data, tmp_path / "results", "--weights", str(tmp_path / "w.pth")) == 2
-    line = f"train.py: --weights {tmp_path / 'w.pth'} is a web page or an error message: download the file again\n"
-    assert capsys.readouterr().err == line
+    (tmp_path / "page.pth").write_bytes(b"<html>")
+    for name, problem in (("nowhere.pth", "no such file"), ("page.pth", "is a web page or an error message")):
+        assert train_tiny(tiny_data, tmp_path / "results", "--weights", str(tmp_path / name)) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("train.py: --weights ") and problem in line and line.count("\n") == 1
 
 
-def test_no_network_names_the_ways_out(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise urllib.error.URLError("no route to host")
+@pytest.fixture
+def downloaded(tmp_path, monkeypatch) -> Path:
+    """Where torchvision keeps the ImageNet weights of resnet18. The server answers with other bytes."""
 
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-    monkeypatch.setattr("torch.hub.urlopen", refuse)
-    with pytest.raises(InputError, match=r"cannot download .*no route.* --weights PATH.* --weights none"):
-        read_weights("resnet18", "imagenet")
+    class Answer(io.BytesIO):
+        def info(self):
+            return email.message.Message()
 
-
-class Answer(io.BytesIO):
-    """What a server sends."""
-
-    def info(self):
-        return email.message.Message()
-
-
-def downloaded(torch_home: Path) -> Path:
-    """Where torchvision keeps the ImageNet weights of resnet18."""
-    (torch_home / "hub" / "checkpoints").mkdir(parents=True)
-    url = torchvision.models.get_model_weights("resnet18")["IMAGENET1K_V1"].url
-    return torch_home / "hub" / "checkpoints" / url.rsplit("/", 1)[1]
-
-
-@pytest.mark.parametrize("damage", ["empty", "a pickle that runs code", "another file from the server"])
-def test_a_damaged_download_is_refused_and_not_executed(tmp_path, monkeypatch, damage):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: Answer(b"damaged"))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder / Path(torchvision.models.get_model_weights("resnet18")["IMAGENET1K_V1"].url).name
+
+
+@pytest.mark.parametrize("damage", ["empty", "a pickle that runs code", "another file from the server", "no network"])
+def test_a_damaged_download_is_refused_and_not_executed(tmp_path, downloaded, damage, monkeypatch):
+    """With the ways out."""
     if damage == "empty":
-        downloaded(tmp_path).write_bytes(b"")
+        downloaded.write_bytes(b"")
     elif damage == "a pickle that runs code":
-        downloaded(tmp_path).write_bytes(pickle.dumps(Payload(str(tmp_path / "owned"))))
-    with pytest.raises(InputError, match=re.escape(f"into {tmp_path / 'hub'} ")) as error:
+        downloaded.write_bytes(pickle.dumps(Payload(str(tmp_path / "owned"))))
+    elif damage == "no network":
+        monkeypatch.setattr("torch.hub.urlopen", None)  # the call fails
+    place = re.escape(str(tmp_path / "hub"))
+    with pytest.raises(
+        InputError, match=f"^cannot download .* into {place} .* --weights PATH.* --weights none"
+    ) as error:
         read_weights("resnet18", "imagenet")
     assert "\n" not in str(error.value) and not (tmp_path / "owned").exists()
 
 
-def test_imagenet_weights_are_torchvisions_file(tmp_path, monkeypatch):
+def test_imagenet_weights_are_torchvisions_file(downloaded):
     """A file where torchvision keeps its downloads is taken, without network, and named in the weights' tag."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    path = downloaded(tmp_path)
-    saved = save_weights(path)
+    saved = save_weights(downloaded)
     weights = read_weights("resnet18", "imagenet")
-    assert weights_tag("resnet18", "imagenet") == f"imagenet:{path.name}"
+    assert weights_tag("resnet18", "imagenet") == f"imagenet:{downloaded.name}"
     assert set(weights) == set(saved) and all(torch.equal(weights[name], value) for name, value in saved.items())
-
-
-# ------------------------------------------------------------------------------------------------ weights of timm
 
 
 def test_pretrained_weights_are_those_that_timm_itself_loads(monkeypatch):
@@ -392,12 +326,8 @@ def test_pretrained_weights_are_those_that_timm_itself_loads(monkeypatch):
     weights = read_weights("timm:test_resnet", "imagenet")
     assert torch.equal(weights["conv1.0.weight"], network.state_dict()["conv1.0.weight"])
     assert not any(name.startswith("fc.") for name in weights)
-
-    def offline(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(InputError, match=r"cannot download .* timm/test_resnet.r160_in1k .*no route.* --weights none"):
+    monkeypatch.setattr(timm, "create_model", None)  # fails, as without network
+    with pytest.raises(InputError, match=r"cannot download .* timm/test_resnet.r160_in1k .* --weights none"):
         read_weights("timm:test_resnet", "imagenet")
 
 

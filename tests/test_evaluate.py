@@ -16,24 +16,28 @@ import evaluate
 from dreml.runs import read_run, run_lock
 from dreml.thresholds import threshold_table
 
+EVERY = np.ones(len(LABELS), bool)
+
 
 def scores_in(folder: Path, name: str = "evaluation") -> np.ndarray:
     return pd.read_csv(folder / f"{name}.csv").iloc[:, 1:].to_numpy()
 
 
-# ------------------------------------------------------------------------------------------------ one run
+def score(*arguments: object) -> None:
+    """Run evaluate.py. It has to succeed."""
+    assert evaluate.main([str(argument) for argument in arguments]) == 0
 
 
 def test_a_trained_run(tiny_run, tmp_path, capsys):
     """The recall is that of training; what is printed is what is written; the run folder stays as it was."""
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
-    assert evaluate.main([str(tiny_run), "--recalls", "1,4", "--output", str(tmp_path / "new" / "folder")]) == 0
+    output = tmp_path / "new" / "folder"
+    score(tiny_run, "--recalls", "1,4", "--output", output)
     assert before == {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
-    sizes, alone = (pd.read_csv(tmp_path / "new" / "folder" / f"{name}.csv") for name in ("evaluation", "members"))
+    sizes, alone = (pd.read_csv(output / f"{name}.csv") for name in ("evaluation", "members"))
     assert list(sizes.columns) == ["ensemble_size", "R@1", "R@4", "mAP@R", "R-Precision"]
     assert list(alone.columns) == ["member", *sizes.columns[1:]]
     pd.testing.assert_frame_equal(sizes.iloc[:, :3], pd.read_csv(tiny_run / "recall.csv"))
-    np.testing.assert_array_equal(alone.iloc[0, 1:], sizes.iloc[0, 1:])
     *_, header, first, second, note = capsys.readouterr().out.splitlines()[:-3]
     assert note == "(alone: R@1 of the last member of the row by itself)"
     assert header.split() == [*sizes.columns, "alone"]
@@ -43,41 +47,31 @@ def test_a_trained_run(tiny_run, tmp_path, capsys):
 
 def test_scores_are_those_of_the_definition(tiny_run, tmp_path):
     """Queries, gallery, labels, members and their order reach the scores: all differ. Written into the run folder."""
-    generator = np.random.default_rng(5)
-    is_query, is_gallery = generator.random((2, len(LABELS))) < 0.7
+    masks = np.random.default_rng(5).random((2, len(LABELS))) < 0.7
     members = random_embeddings(0, 3)
-    folder = write_run(tmp_path / "run", tiny_run, members, LABELS, is_query, is_gallery)
-    assert evaluate.main([str(folder), "--recalls", "1,2"]) == 0
+    folder = write_run(tmp_path / "run", tiny_run, members, LABELS, *masks)
+    score(folder, "--recalls", "1,2")
     for name, ensembles in (("evaluation", [members]), ("members", [[member] for member in members])):
         rows = []
         for ensemble in ensembles:
-            recalls = slow_recall(ensemble, LABELS, [1, 2], is_query, is_gallery)
-            rows.append(np.column_stack([recalls, *slow_map(ensemble, LABELS, is_query, is_gallery)]))
+            recalls = slow_recall(ensemble, LABELS, [1, 2], *masks)
+            rows.append(np.column_stack([recalls, *slow_map(ensemble, LABELS, *masks)]))
         np.testing.assert_allclose(scores_in(folder, name), 100 * np.concatenate(rows), atol=5e-5)
 
 
-def test_queries_without_a_match_are_named_once(tiny_run, tmp_path, capsys):
+def test_queries_without_a_match(tiny_run, tmp_path):
     """One image alone in its class: a miss for Recall@K, left out of mAP@R."""
-    labels = np.array([0, 0, 1, 1, 2])
     members = [np.repeat(np.eye(3, dtype=np.float32), [2, 2, 1], axis=0)]
-    folder = write_run(tmp_path / "run", tiny_run, members, labels)
-    assert evaluate.main([str(folder), "--recalls", "1,2"]) == 0
-    out, err = capsys.readouterr()
-    assert out.count("queries without another image of their class in the gallery: 1 ") == 1 and err == ""
+    folder = write_run(tmp_path / "run", tiny_run, members, np.array([0, 0, 1, 1, 2]))
+    score(folder, "--recalls", "1,2")
     np.testing.assert_allclose(scores_in(folder), [[80, 80, 100, 100]])
 
 
-def test_default_recalls(tiny_run, tmp_path, capsys):
-    """Those of the data set; for several data sets the usual ones."""
-    runs = []
-    for name, ks in (("tiny", [1, 2, 4, 8]), ("isc", [1, 10, 20, 30])):
-        labels = np.repeat([0, 1], 16)
-        runs.append(write_run(tmp_path / name, tiny_run, random_embeddings(0, 1, 32), labels, data_name=name))
-        assert evaluate.main([str(runs[-1])]) == 0
-        assert list(pd.read_csv(runs[-1] / "evaluation.csv").columns[1:-2]) == [f"R@{k}" for k in ks]
-    capsys.readouterr()
-    assert evaluate.main([*map(str, runs)]) == 0
-    assert "R@8" in capsys.readouterr().out
+@pytest.mark.parametrize(("name", "ks"), [("tiny", [1, 2, 4, 8]), ("isc", [1, 10, 20, 30])])
+def test_default_recalls(tiny_run, tmp_path, name, ks):
+    run = write_run(tmp_path / "r", tiny_run, random_embeddings(0, 1, 32), np.arange(32) // 16, data_name=name)
+    score(run)
+    assert list(pd.read_csv(run / "evaluation.csv").columns[1:-2]) == [f"R@{k}" for k in ks]
 
 
 def test_all_runs_are_checked_before_any_is_scored(tiny_run, tmp_path, capsys):
@@ -87,34 +81,15 @@ def test_all_runs_are_checked_before_any_is_scored(tiny_run, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_fewer_members(tiny_run, tmp_path, capsys):
-    """As --num_members asks, or up to the first that is missing."""
-    members = random_embeddings(1, 3)
-    folder = write_run(tmp_path / "run", tiny_run, members)
-    assert evaluate.main([str(folder), "--recalls", "1", "--num_members", "2"]) == 0
-    expected = 100 * slow_recall(members[:2], LABELS, [1])
-    np.testing.assert_allclose(scores_in(folder)[:, 0], expected[:, 0], atol=5e-5)
-    (folder / "member_002.json").unlink()
-    assert evaluate.main([str(folder), "--recalls", "1"]) == 0
-    assert len(scores_in(folder)) == 1
-    message = refused(capsys, evaluate, folder, "--num_members", "2")
-    assert f"{folder}: member 2 of 2 is missing; train.py makes it" in message
-    (folder / "member_001.json").unlink()
-    assert "member 1 of 1 is missing" in refused(capsys, evaluate, folder)
-
-
-def test_the_pooled_embedding_has_files_of_its_own(tiny_run, tmp_path):
-    folder, pooled = write_run(tmp_path / "run", tiny_run, random_embeddings(0)), random_embeddings(7)
+def test_fewer_members_and_the_pooled_embedding(tiny_run, tmp_path):
+    """The pooled embedding has files of its own."""
+    folder, pooled = write_run(tmp_path / "run", tiny_run, random_embeddings(0, 3)), random_embeddings(7, 3)
     write_pooled(folder, pooled)
-    assert evaluate.main([str(folder), "--recalls", "1", "--embedding", "pooled"]) == 0
+    score(folder, "--recalls", "1", "--embedding", "pooled", "--num_members", "2")
     names = {f"{name}_pooled.csv" for name in evaluate.WRITTEN}
     assert {path.name for path in folder.glob("*.csv")} == names | {"test.csv"}
-    expected = 100 * slow_recall(pooled, LABELS, [1])
+    expected = 100 * slow_recall(pooled[:2], LABELS, [1])
     np.testing.assert_allclose(scores_in(folder, "evaluation_pooled")[:, 0], expected[:, 0], atol=5e-5)
-    assert len(scores_in(folder, "members_pooled")) == 2
-
-
-# ------------------------------------------------------------------------------------------------ classes
 
 
 def test_classes_and_confusions_by_hand(tiny_run, tmp_path):
@@ -123,37 +98,26 @@ def test_classes_and_confusions_by_hand(tiny_run, tmp_path):
     angles = np.deg2rad([0, 10, 50, 12, 56, 9, 200, 201, 300])
     rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     folder = write_run(tmp_path / "run", tiny_run, [rows], labels)
-    assert evaluate.main([str(folder), "--recalls", "1"]) == 0
+    score(folder, "--recalls", "1")
     # 0 is nearest to 9 degrees, 10 to 9, 50 to 56: three of class 0. 12 is nearest to 10, 56 to 50, 9 to 10: class 1.
     a, b, c, d = CLASS_NAMES
-    classes = pd.read_csv(folder / "classes.csv")
+    classes, confusions = (pd.read_csv(folder / f"{name}.csv") for name in ("classes", "confusions"))
     assert classes.values.tolist() == [[a, 3, 0], [b, 3, 0], [d, 1, 0], [c, 2, 100]]
-    assert list(classes) == ["class_name", "queries", "R@1"]
-    confusions = pd.read_csv(folder / "confusions.csv")
-    assert list(confusions) == ["class_name", "neighbour_class", "times", "query_path", "neighbour_path"]
     assert confusions.values.tolist() == [[a, b, 3, "1.png", "5.png"], [b, a, 3, "5.png", "1.png"]]
 
 
-# ------------------------------------------------------------------------------------------------ none of these
-
-
 def test_thresholds_are_those_of_the_definition(tiny_run, tmp_path, capsys):
-    """For every ensemble size: a tenth of the queries would find another class above it. Of too few, none is told."""
-    labels, members = np.arange(150) % 5, random_embeddings(3, 2, 150)
+    """A row for every ensemble size, of the similarities by the definition. Of too few queries, none is told."""
+    labels, members = np.arange(150) % 5 % 4, random_embeddings(3, 2, 150)
     masks = np.arange(150) % 3 > 0, np.arange(150) % 7 > 0
-    folder = write_run(tmp_path / "run", tiny_run, members, labels % 4, *masks)
-    assert evaluate.main([str(folder)]) == 0
+    folder = write_run(tmp_path / "run", tiny_run, members, labels, *masks)
+    score(folder)
     table = pd.read_csv(folder / "thresholds.csv")
-    assert table.ensemble_size.tolist() == [1, 2] and table.far.tolist() == [0.1] * 2
-    assert (table.queries == masks[0].sum()).all() and (table.gallery == masks[1].sum()).all()
-    for row, others, own in zip(table.itertuples(), *slow_best_similarities(members, labels % 4, *masks), strict=True):
-        eleventh = np.sort(others)[-11]  # of 100; two images are often nearest to each other, equally far
-        assert eleventh < row.threshold < eleventh + 3e-6
-        assert row.found == pytest.approx(100 * ((own > others) & (own >= row.threshold - 1e-6)).mean(), abs=1e-5)
-    out = capsys.readouterr().out
-    assert (
-        f"FAR 10 %: {row.threshold:.4f} (found {row.found:.2f} %); none for lower rates: 100 queries are too few" in out
-    )
+    best = (torch.from_numpy(values) for values in slow_best_similarities(members, labels, *masks))
+    pd.testing.assert_frame_equal(table, threshold_table(*best, (0.1,), int(masks[1].sum())), atol=2e-6)
+    threshold, found = table.iloc[1][["threshold", "found"]]
+    line = f"FAR 10 %: {threshold:.4f} (found {found:.2f} %); none for lower rates: 100 queries are too few"
+    assert line in capsys.readouterr().out
 
 
 def test_the_curves_are_of_a_few_ensemble_sizes():
@@ -167,12 +131,9 @@ def test_the_curves_are_of_a_few_ensemble_sizes():
 
 def test_a_test_split_that_is_too_small_has_no_threshold(tiny_run, tmp_path):
     folder = write_run(tmp_path / "run", tiny_run, random_embeddings(0))
-    assert evaluate.main([str(folder), "--recalls", "1", "--plot"]) == 0
+    score(folder, "--recalls", "1", "--plot")
     assert (folder / "thresholds.csv").read_text() == "ensemble_size,far,threshold,found,queries,gallery\n"
     assert (folder / "thresholds.png").exists()
-
-
-# ------------------------------------------------------------------------------------------------ several runs
 
 
 def test_runs_are_compared_with_all_their_members_best_first(tiny_run, tmp_path, capsys):
@@ -180,16 +141,15 @@ def test_runs_are_compared_with_all_their_members_best_first(tiny_run, tmp_path,
     plan = {"r_s0_x": (0, 3, 12), "r_s7_x": (7, 2, 12), "r_D3_s0": (0, 1, 3), "r_D4_s0": (0, 3, 4)}
     sizes = {"r_s*_x": 2, "r_s0_x": 2, "r_s7_x": 2, "r_D3_s0": 1, "r_D4_s0": 3}
     runs, scores = [], {}
-    every = np.ones(len(LABELS), bool)
     for number, (name, (seed, size, meta_classes)) in enumerate(plan.items()):
         members = random_embeddings(number, size)
         folder = tmp_path / "results" / name
         runs.append(write_run(folder, tiny_run, members, seed=seed, meta_class_size=meta_classes))
-        last = sizes[name] - 1
-        maps = slow_map(members, LABELS, every, every)[0]
-        scores[name] = 100 * np.array([*slow_recall(members, LABELS, [1, 2])[last], maps[last]])
+        maps = slow_map(members, LABELS, EVERY, EVERY)[0]
+        recalls = slow_recall(members, LABELS, [1, 2])
+        scores[name] = 100 * np.array([*recalls[sizes[name] - 1], maps[sizes[name] - 1]])
     output = tmp_path / "compared"
-    assert evaluate.main([*map(str, runs), "--recalls", "1,2", "--output", str(output)]) == 0
+    score(*runs, "--recalls", "1,2", "--output", output)
     out = capsys.readouterr().out
     pair = np.array([scores["r_s0_x"], scores["r_s7_x"]])
     seeds = sorted(["r_s0_x", "r_s7_x"], key=lambda name: -scores[name][2])
@@ -217,7 +177,7 @@ def test_without_output_the_comparison_is_only_printed(tiny_run, tmp_path, capsy
     runs = [write_run(tmp_path / f"{seed}" / "r", tiny_run, random_embeddings(seed), seed=seed) for seed in (0, 1)]
     assert "have the same name" in refused(capsys, evaluate, *runs, "--output", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
-    assert evaluate.main([*map(str, runs), "--recalls", "1"]) == 0
+    score(*runs, "--recalls", "1")
     assert capsys.readouterr().out.endswith("(--output DIR writes this table)\n")
     assert all((folder / "evaluation.csv").exists() for folder in runs) and not list(tmp_path.rglob("comparison*"))
 
@@ -234,16 +194,12 @@ def test_runs_of_one_setting_and_data_set_are_a_group(tiny_run, tmp_path):
     assert [len(group) for group in evaluate.group_by_settings(runs[:2])] == [1, 1]  # other data
 
 
-# ------------------------------------------------------------------------------------------------ what is written
-
-
 def test_figures_are_drawn_as_png_and_svg(tiny_run, tmp_path):
     """The same bytes each time."""
     drawn = []
-    for name in ("one", "two"):
-        arguments = [str(tiny_run), "--recalls", "1,2,4", "--plot", "--output", str(tmp_path / name)]
-        assert evaluate.main(arguments) == 0
-        drawn.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.suffix != ".csv"})
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        score(tiny_run, "--recalls", "1,2,4", "--plot", "--output", folder)
+        drawn.append({path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".csv"})
     assert drawn[0] == drawn[1]
     figures = ("evaluation", "thresholds", "training")
     assert sorted(drawn[0]) == [f"{name}.{suffix}" for name in figures for suffix in ("png", "svg")]
@@ -252,7 +208,7 @@ def test_figures_are_drawn_as_png_and_svg(tiny_run, tmp_path):
 
 def test_matplotlib_is_imported_for_figures_only(tiny_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert evaluate.main([str(tiny_run), "--recalls", "1", "--output", str(tmp_path)]) == 0
+    score(tiny_run, "--recalls", "1", "--output", tmp_path)
     assert "needs matplotlib: pip install" in refused(capsys, evaluate, tiny_run, "--plot", "--output", tmp_path)
 
 
@@ -263,11 +219,8 @@ def test_the_run_is_locked_while_its_folder_is_written(tiny_run, tmp_path, monke
     locked = []
     monkeypatch.setattr(evaluate, "run_lock", lambda folder: locked.append(folder) or run_lock(folder))
     for arguments in ([tmp_path / "link"], [folder, "--output", tmp_path / "link"], [folder, "--output", tmp_path]):
-        assert evaluate.main([*map(str, arguments), "--recalls", "1"]) == 0
+        score(*arguments, "--recalls", "1")
     assert locked == [folder, folder]
-
-
-# ------------------------------------------------------------------------------------------------ refusals
 
 
 def test_what_is_refused(tiny_run, tmp_path, capsys):
@@ -276,23 +229,18 @@ def test_what_is_refused(tiny_run, tmp_path, capsys):
     assert "member 3 of 3 is missing" in refused(capsys, evaluate, tiny_run, "--num_members", "3")
     assert "invalid choice: 'pixels'" in refused(capsys, evaluate, tiny_run, "--embedding", "pixels")
     assert "RUN_FOLDER" in refused(capsys, evaluate)
-    again = copy_run(tiny_run, tmp_path / "run")
-    message = refused(capsys, evaluate, again, "--embedding", "pooled")
-    assert message.endswith("--ensemble_size 2 --embedding pooled\n")
+    assert "the pooled embedding of member 1 is" in refused(capsys, evaluate, tiny_run, "--embedding", "pooled")
     assert "device 'gpu' is not there" in refused(capsys, evaluate, tiny_run, "--device", "gpu")
-    for other in (again, tiny_run):
+    for other in (tiny_run, copy_run(tiny_run, tmp_path / "run")):
         assert "are the same run, seed 0: give one" in refused(capsys, evaluate, tiny_run, other)
 
 
-def test_a_folder_that_cannot_be_written(tiny_run, tmp_path, capsys, monkeypatch):
+def test_a_folder_that_cannot_be_written(tiny_run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    message = refused(capsys, evaluate, tiny_run, "--recalls", "1", "--output", tmp_path / "file")
-    assert "cannot write" in message
+    assert "cannot write" in refused(capsys, evaluate, tiny_run, "--recalls", "1", "--output", tmp_path / "file")
     blocked = copy_run(tiny_run, tmp_path / "run")
-    (blocked / "evaluation.csv").mkdir()
-    message = refused(capsys, evaluate, blocked, "--recalls", "1")
-    assert f"cannot write into {blocked}" in message and "--output" in message
-    (tmp_path / ".run.lock").unlink(missing_ok=True)
-    (tmp_path / ".run.lock").mkdir()
-    message = refused(capsys, evaluate, blocked, "--recalls", "1")
-    assert str(tmp_path / ".run.lock") in message and "--output names another folder" in message
+    for folder, problem in ((blocked / "evaluation.csv", str(blocked)), (tmp_path / ".run.lock", ".run.lock")):
+        folder.unlink(missing_ok=True)
+        folder.mkdir()
+        message = refused(capsys, evaluate, blocked, "--recalls", "1")
+        assert problem in message and "--output names another folder" in message

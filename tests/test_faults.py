@@ -11,20 +11,11 @@ import signal
 import sys
 from pathlib import Path
 
+import faults
 import pytest
 import torch
 from builders import TINY
-from faults import (
-    CODES,
-    EACH_EPOCH,
-    check_damages,
-    check_kills,
-    check_same,
-    check_torchrun,
-    here,
-    linked,
-    stop_in_epoch,
-)
+from faults import EACH_EPOCH, check_same, here, linked, stop_in_epoch
 from processes import wait_until
 
 import train
@@ -33,12 +24,10 @@ from dreml.files import read_record, write_record
 
 EIGHT_MEMBERS = [*TINY, "--ensemble_size", "8"]
 
-# ------------------------------------------------------------------------------------------------ kills
-
 
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_state(processes, finished, tmp_path, record_property):
-    kills = check_kills(processes, finished, tmp_path / "root", seed=5)  # one that leaves half-written files behind
-    record_property("kills", kills)
+    # Seed 5 has a kill that leaves half-written files behind.
+    record_property("kills", faults.check_kills(processes, finished, tmp_path / "root", seed=5))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -55,7 +44,7 @@ def test_a_signal_ends_training_at_once_and_it_goes_on_after_the_last_file(
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(train, "train_step", step)
-    assert train.main([*TINY, *EACH_EPOCH, *here(root)]) == CODES[number]
+    assert train.main([*TINY, *EACH_EPOCH, *here(root)]) == faults.CODES[number]
     word = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]
     assert capsys.readouterr().err == f"train.py: {word}; run the same command again to go on\n"
     assert next(steps) == 5 and [path.name for path in root.glob("results/*/*progress_*")] == ["progress_001.pt"]
@@ -88,11 +77,8 @@ def test_the_optimizer_the_scaler_and_the_best_epoch_go_on_exactly(
     assert best_epoch == 3 if "--mixup" in options else best_epoch < 3
 
 
-# ------------------------------------------------------------------------------------------------ damaged files
-
-
 def test_a_damaged_file_never_changes_a_number(threads, finished, tmp_path, capsys, record_property):
-    damaged = check_damages(finished, tmp_path, lambda: capsys.readouterr().err, seed=0)
+    damaged = faults.check_damages(finished, tmp_path, lambda: capsys.readouterr().err, seed=0)
     record_property("damaged files", damaged)
 
 
@@ -110,9 +96,6 @@ def test_a_cache_that_changes_during_a_run_costs_the_member(finished, tmp_path, 
     assert train.main([*TINY, *here(root), "--ensemble_size", "3"]) == 1
     assert "cache_32 has been changed during the run; what was finished before is kept" in capsys.readouterr().err
     assert not list(root.rglob("member_003*")) and list(root.rglob("member_002.safetensors"))
-
-
-# ------------------------------------------------------------------------------------------------ several processes
 
 
 def eight_members(finished: Path, root: Path) -> Path:
@@ -157,5 +140,5 @@ def test_some_members_only(finished, tmp_path, capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 def test_torchrun_goes_on_when_a_worker_is_killed(processes, tiny_data, tiny_run, tmp_path):
-    check_torchrun(processes, tiny_data, tmp_path / "root", num_processes=2)
+    faults.check_torchrun(processes, tiny_data, tmp_path / "root", num_processes=2)
     check_same(tmp_path / "root", linked(tiny_data, tiny_run.parent, tmp_path / "expected"))

@@ -12,13 +12,11 @@ from dreml.settings import Settings
 @pytest.mark.parametrize(
     ("optimizer", "tenths"),
     [
-        ("adam", [0]),
         ("adam", [0, 2]),
         ("adam", [0] * 6 + [1] * 2 + [2] * 4),
         ("adam", [0] * 10 + [1] * 4 + [2] * 6),
         ("sgd", [0]),
         ("sgd", [0, 1, 2]),
-        ("sgd", [0] * 6 + [1] * 3 + [2] * 3),
         ("sgd", [0] * 10 + [1] * 6 + [2] * 4),
     ],
 )

@@ -1,4 +1,7 @@
-"""What the texts promise: their commands are accepted, their Python runs, their links lead somewhere; and --help."""
+"""What the texts promise: their commands are accepted, their links lead somewhere; and --help.
+
+Their Python runs in test_end_to_end.py.
+"""
 
 import argparse
 import importlib
@@ -7,25 +10,19 @@ import re
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
-from builders import save_image
 from processes import ROOT
 
-SCRIPTS = [path.name for path in sorted(ROOT.glob("*.py")) if '__name__ == "__main__"' in path.read_text("utf-8")]
-BENCHMARKS = [
-    f"-m benchmarks.{path.stem}"
-    for path in sorted((ROOT / "benchmarks").glob("*.py"))
-    if '__name__ == "__main__"' in path.read_text("utf-8")
-]
-MODULES = {name: importlib.import_module(name.removesuffix(".py").removeprefix("-m ")) for name in SCRIPTS + BENCHMARKS}
-PAGES = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "benchmarks/README.md",
-    *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")),
-]
-TEXTS = {page: (ROOT / page).read_text("utf-8") for page in PAGES}
+
+def scripts_in(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.py")) if '__name__ == "__main__"' in path.read_text("utf-8")]
+
+
+BENCHMARKS = [f"-m benchmarks.{path.stem}" for path in scripts_in(ROOT / "benchmarks")]
+SCRIPTS = [*(path.name for path in scripts_in(ROOT)), *BENCHMARKS]
+MODULES = {name: importlib.import_module(name.removesuffix(".py").removeprefix("-m ")) for name in SCRIPTS}
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in sorted(PAGES)}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -38,9 +35,6 @@ def test_help_fits_a_screen_and_explains_every_option(name, monkeypatch):
     text = parser.format_help()
     assert 10 < text.count("\n") <= 60 and max(map(len, text.splitlines())) <= 120
     assert len(parser._actions) > 4 and not [action.dest for action in parser._actions if not action.help]
-
-
-# ------------------------------------------------------------------------------------------------ texts
 
 
 def code_lines(text: str) -> list[str]:
@@ -97,14 +91,3 @@ def anchors(page: Path) -> list[str]:
     """What GitHub calls the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
-
-
-def test_the_python_of_the_readme(small_run, tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", TEXTS["README.md"], re.DOTALL)
-    save_image(tmp_path / "photo.jpg")
-    code, number = re.subn(r'"results/\w+[^"]*"', repr(str(small_run)), code)
-    code = code.replace('"photo.jpg"', repr(str(tmp_path / "photo.jpg")))
-    names = {}
-    exec(code, names)
-    assert number == 2 and names["embedding"].shape == (1, 6)
-    np.testing.assert_allclose((names["embedding"] ** 2).sum().item(), 1, rtol=1e-5)

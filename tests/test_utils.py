@@ -22,8 +22,6 @@ from utils import (
     unmatched_queries,
 )
 
-# ------------------------------------------------------------------------------------------------ partition and draws
-
 
 @pytest.mark.parametrize(("num_classes", "num_meta_classes"), [(98, 12), (100, 12), (11318, 500), (12, 12), (7, 2)])
 def test_partition_is_balanced(num_classes, num_meta_classes):
@@ -69,13 +67,16 @@ def test_large_classes_are_cut_to_a_random_300():
     assert 240 < len(np.intersect1d(*large)) < 275  # two random 300 of 350 share 257 on average
 
 
-# ------------------------------------------------------------------------------------------------ cases
-
 MAX_BYTES = (2**30, 1)  # in one block; in blocks of 16 rows
+KS = [1, 2, 3, 8, 100]
 
 
-def random_case(seed: int) -> tuple[list[np.ndarray], np.ndarray, list[int]]:
-    """Small cases full of ties (integer coordinates), zero rows, lone classes and classes of very different sizes."""
+def random_case(seed: int) -> tuple[list[np.ndarray], np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Small cases full of ties (integer coordinates), zero rows, lone classes and classes of very different sizes.
+
+    Returns embeddings, labels and the masks of queries and gallery: in a quarter of the cases every image is both; else
+    they are apart, overlap with images that are neither, or one is within the other.
+    """
     generator = np.random.default_rng(seed)
     num_images = int(generator.integers(2, 90))
     embeddings = []
@@ -87,19 +88,15 @@ def random_case(seed: int) -> tuple[list[np.ndarray], np.ndarray, list[int]]:
     labels = generator.integers(0, generator.integers(1, num_images + 1), num_images)
     if generator.random() < 0.3:
         labels[generator.random(num_images) < 0.8] = -7  # one giant class
-    return embeddings, labels, [1, 2, 3, 8, 100]
-
-
-def random_masks(seed: int, num_images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries and gallery: apart, overlapping with images that are neither, or one within the other."""
-    generator = np.random.default_rng(1000 + seed)
+    if seed % 4 == 0:
+        return embeddings, labels, (np.ones(num_images, bool), np.ones(num_images, bool))
     is_query, is_gallery = generator.random((2, num_images)) < generator.choice([0.2, 0.5, 0.9], (2, 1))
     if seed % 3 == 0:
         is_gallery = ~is_query
     if seed % 3 == 1:
         is_gallery |= is_query
     is_query[generator.integers(num_images)] = is_gallery[generator.integers(num_images)] = True
-    return is_query, is_gallery
+    return embeddings, labels, (is_query, is_gallery)
 
 
 def tensors(arrays: list[np.ndarray]) -> list[torch.Tensor]:
@@ -148,29 +145,23 @@ class Largest(TorchDispatchMode):
         return result
 
 
-# ------------------------------------------------------------------------------------------------ Recall@K
-
-
 @pytest.mark.parametrize("seed", range(60))
 def test_all_scores_equal_their_definitions(seed):
     """Every image against all others, or queries in a gallery; in one block, and in many."""
-    embeddings, labels, ks = random_case(seed)
-    every = np.ones(len(labels), bool)
-    masks = random_masks(seed, len(labels)) if seed % 4 else (every, every)
-    options = as_masks(*masks) if seed % 4 else {}
-    recall = slow_recall(embeddings, labels, ks, *masks)
+    embeddings, labels, masks = random_case(seed)
+    parts, classes, num_members = tensors(embeddings), torch.from_numpy(labels), len(embeddings)
+    recall = slow_recall(embeddings, labels, KS, *masks)
     maps = slow_map(embeddings, labels, *masks)
     best = slow_best_similarities(embeddings, labels, *masks)
-    parts, num_members = tensors(embeddings), len(embeddings)
     for max_bytes in MAX_BYTES:
-        arguments = {**options, "max_bytes": max_bytes}
-        result = recall_at_k(parts, torch.from_numpy(labels), ks, **arguments)
-        assert result.dtype == torch.float64 and result.shape == (num_members, len(ks))
+        options = {"max_bytes": max_bytes} | (as_masks(*masks) if seed % 4 else {})
+        result = recall_at_k(parts, classes, KS, **options)
+        assert result.dtype == torch.float64 and result.shape == (num_members, len(KS))
         np.testing.assert_array_equal(result.numpy(), recall)
-        for score, expected in zip(map_at_r(parts, torch.from_numpy(labels), **arguments), maps, strict=True):
+        for score, expected in zip(map_at_r(parts, classes, **options), maps, strict=True):
             assert score.dtype == torch.float64 and score.shape == (num_members,)
             np.testing.assert_allclose(score, expected, atol=1e-6)
-        for values, expected in zip(best_similarities(parts, torch.from_numpy(labels), **arguments), best, strict=True):
+        for values, expected in zip(best_similarities(parts, classes, **options), best, strict=True):
             assert values.dtype == torch.float32 and values.shape == (num_members, masks[0].sum())
             np.testing.assert_allclose(values, expected, atol=1e-6)
 
@@ -178,11 +169,11 @@ def test_all_scores_equal_their_definitions(seed):
 @pytest.mark.parametrize("seed", range(60))
 def test_first_neighbours_equal_the_definition(seed):
     """An image of another class that is as similar as the best of the own one comes first; never the query itself."""
-    embeddings, labels, _ = random_case(seed)
-    every = np.ones(len(labels), bool)
-    masks = random_masks(seed, len(labels)) if seed % 4 else (every, every)
+    embeddings, labels, masks = random_case(seed)
     others, own = (values[-1] for values in slow_best_similarities(embeddings, labels, *masks))
     is_wrong = others >= own - 1e-6
+    expected = np.where(is_wrong, others, own)
+    alone = np.isneginf(expected)
     units = [part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-9) for part in embeddings]
     cosines = sum(unit.astype(float) @ unit.T for unit in units) / len(units)
     queries = np.flatnonzero(masks[0])
@@ -190,9 +181,8 @@ def test_first_neighbours_equal_the_definition(seed):
         options = {**as_masks(*masks), "max_bytes": max_bytes}
         rows, similarities = first_neighbours(tensors(embeddings), torch.from_numpy(labels), **options)
         assert (rows.dtype, similarities.dtype) == (torch.int64, torch.float32) and rows.shape == queries.shape
-        expected = np.where(is_wrong, others, own)
         np.testing.assert_allclose(similarities, expected, atol=2e-6)
-        alone, rows = np.isneginf(expected), rows.numpy()
+        rows = rows.numpy()
         assert (rows[alone] == -1).all()
         queries_found, rows, wrong = queries[~alone], rows[~alone], is_wrong[~alone]
         assert masks[1][rows].all() and (rows != queries_found).all()
@@ -243,19 +233,11 @@ def test_the_tolerance_grows_with_the_number_of_members():
     assert [score.tolist() for score in map_at_r([points, points], labels)] == [[0, 0], [0, 0]]
 
 
-def test_a_constant_embedding_scores_zero():
+@pytest.mark.parametrize("points", [torch.ones(40, 3), torch.zeros(40, 3)])
+def test_a_constant_embedding_scores_zero(points):
     labels = torch.arange(40) // 4
-    assert recall_at_k(torch.ones(40, 3), labels, [1, 36, 37]).tolist() == [[0, 0, 1]]
-    for points in (torch.ones(40, 3), torch.zeros(40, 3)):
-        assert recall_at_k(points, labels, [1]).item() == 0
-        assert [score.tolist() for score in map_at_r([points, points], labels)] == [[0, 0], [0, 0]]
-
-
-def test_recall_excludes_the_query_by_index_not_by_value():
-    """Two copies of an image in one class find each other; copies in two classes are a tie, which counts against."""
-    points = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    assert recall_at_k(points, torch.tensor([0, 0, 1, 1]), [1]).item() == 1
-    assert recall_at_k(points, torch.tensor([0, 1, 0, 1]), [1]).item() == 0
+    assert recall_at_k(points, labels, [1, 36, 37]).tolist() == [[0, 0, 1]]
+    assert [score.tolist() for score in map_at_r([points, points], labels)] == [[0, 0], [0, 0]]
 
 
 @pytest.mark.filterwarnings("error")  # a program that knows what it does is not warned
@@ -273,32 +255,26 @@ def test_queries_without_a_class_mate_are_misses_and_left_out_of_map_at_r():
 @pytest.mark.parametrize("seed", range(30))
 def test_unmatched_queries_are_those_without_a_class_mate_in_the_gallery(seed):
     """Labels may be negative, and far apart."""
-    _, labels, _ = random_case(seed)
+    _, labels, (is_query, is_gallery) = random_case(seed)
     labels = labels * 10**12
-    is_query, is_gallery = random_masks(seed, len(labels))
     expected = []
     for query in range(len(labels)):
         mates = [i for i in range(len(labels)) if i != query and is_gallery[i] and labels[i] == labels[query]]
         expected.append(bool(is_query[query]) and not mates)
-    result = unmatched_queries(torch.from_numpy(labels), torch.from_numpy(is_query), torch.from_numpy(is_gallery))
+    result = unmatched_queries(*tensors([labels, is_query, is_gallery]))
     assert result.dtype == torch.bool and result.tolist() == expected
-
-
-# ------------------------------------------------------------------------------------------------ number formats
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_scores_are_computed_in_float32_and_ignore_lengths(dtype):
-    embeddings, labels, ks = random_case(3)
+    embeddings, labels, masks = random_case(4)
     points = torch.from_numpy(embeddings[0]).to(dtype)
     scaled = points * torch.tensor([0.25, 4.0], dtype=dtype).repeat(len(points))[: len(points), None]
-    exact, every = [points.double().numpy()], np.ones(len(labels), bool)
-    recall, precisions = slow_recall(exact, labels, ks), slow_map(exact, labels, every, every)
+    exact, classes = [points.double().numpy()], torch.from_numpy(labels)
+    recall, precisions = slow_recall(exact, labels, KS), slow_map(exact, labels, *masks)
     for rows, max_bytes in ((points, 2**30), (scaled, 2**30), (scaled, 1)):
-        result = recall_at_k(rows, torch.from_numpy(labels), ks, max_bytes=max_bytes)
-        np.testing.assert_array_equal(result, recall)
-        scores = map_at_r(rows, torch.from_numpy(labels), max_bytes=max_bytes)
-        np.testing.assert_allclose(np.stack(scores), precisions, atol=1e-6)
+        np.testing.assert_array_equal(recall_at_k(rows, classes, KS, max_bytes=max_bytes), recall)
+        np.testing.assert_allclose(np.stack(map_at_r(rows, classes, max_bytes=max_bytes)), precisions, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e20])
@@ -312,41 +288,34 @@ def test_recall_of_very_small_and_very_large_rows(scale):
     assert torch.equal(recall_at_k(points, labels, [1, 4]), recall_at_k(zeroed, labels, [1, 4]))
 
 
-@pytest.fixture(params=["matmul_precision", "mkldnn", "every backend"])
-def reduced_precision(request):
-    """PyTorch's older setting or one of its newer ones; afterwards as PyTorch starts."""
-    if request.param == "matmul_precision":
-        torch.set_float32_matmul_precision("medium")
-    if request.param == "mkldnn":
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    if request.param == "every backend":
-        torch.backends.fp32_precision = "tf32"
-    yield
-    torch.set_float32_matmul_precision("highest")
-    for backend in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
-        backend.fp32_precision = "none"
-
-
-def test_scores_ignore_reduced_precision_settings(reduced_precision):
+@pytest.mark.parametrize("asked", ["matmul_precision", "mkldnn", "every backend"])
+def test_scores_ignore_reduced_precision_settings(asked):
     """TF32 or bfloat16 products and autocast around the call change nothing, and are as before afterwards.
 
     The CPU of the tests may have neither, so what is asked for in each product is looked at too.
     """
     backends = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
     points, labels = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)), torch.arange(300) % 30
-    scores = (partial(recall_at_k, ks=[1, 4]), map_at_r, best_similarities, first_neighbours)
-    for score in scores:
-        with torch.autocast("cpu", torch.bfloat16), Products() as products:
-            score(points, labels)
-        assert products.precisions == {("ieee", "ieee", False)}
+    try:
+        if asked == "matmul_precision":  # PyTorch's older setting
+            torch.set_float32_matmul_precision("medium")
+        elif asked == "mkldnn":
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        else:
+            torch.backends.fp32_precision = "tf32"
+        before = [backend.fp32_precision for backend in backends]
+        for score in (partial(recall_at_k, ks=[1, 4]), map_at_r, best_similarities, first_neighbours):
+            with torch.autocast("cpu", torch.bfloat16), Products() as products:
+                score(points, labels)
+            assert products.precisions == {("ieee", "ieee", False)}
+            assert [backend.fp32_precision for backend in backends] == before
+        with pytest.raises(MemoryError), Products(MemoryError()):
+            recall_at_k(points, labels, [1])
         assert [backend.fp32_precision for backend in backends] == before
-    with pytest.raises(MemoryError), Products(MemoryError()):
-        recall_at_k(points, labels, [1])
-    assert [backend.fp32_precision for backend in backends] == before
-
-
-# ------------------------------------------------------------------------------------------------ memory
+    finally:  # as PyTorch starts
+        torch.set_float32_matmul_precision("highest")
+        for backend in backends:
+            backend.fp32_precision = "none"
 
 
 def test_scoring_takes_a_quarter_of_the_free_memory_of_a_gpu(monkeypatch):
@@ -367,9 +336,6 @@ def test_no_tensor_of_a_score_is_over_max_bytes(score, apart, largest_class):
     with Largest(points) as largest:
         score(points, labels, **masks, max_bytes=2**20)
     assert largest.num_bytes <= 2**19
-
-
-# ------------------------------------------------------------------------------------------------ wrong arguments
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
