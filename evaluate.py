@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,9 +111,9 @@ def threshold_text(table: pd.DataFrame, run: Run) -> str:
 
 def group_by_settings(runs: list[Run]) -> list[list[Run]]:
     """Put runs together that differ only in their seed. Raises InputError for a run that is given twice."""
-    groups: dict[str, dict[int, Run]] = {}
+    groups: dict[tuple, dict[int, Run]] = {}
     for run in runs:
-        group = groups.setdefault(repr(run.without_seed()), {})
+        group = groups.setdefault((replace(run.settings, seed=0), run.record.data.fingerprint), {})
         other = group.setdefault(run.settings.seed, run)
         if other is not run:
             raise InputError(f"{other.folder} and {run.folder} are the same run, seed {run.settings.seed}: give one")

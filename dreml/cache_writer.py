@@ -22,7 +22,7 @@ from dreml.cache import ARRAYS, CACHE_VERSION, Cache, CacheMeta, cache_folder, r
 from dreml.changes import LISTED, list_files, warn_of_changes
 from dreml.cli import InputError, RunError, counted, progress_bar
 from dreml.datasets import OTHER_DATA_PATH, PUBLISHED, count_images, list_data_set, refuse
-from dreml.files import crc32, file_id, flush_to_disk, replace_folder, take_lock, temporary_name, writable, write_record
+from dreml.files import crc32, flush_to_disk, replace_folder, take_lock, temporary_name, writable, write_record
 from dreml.images import ImageSpec, bad_image, load_rgb, resize_test, resized
 
 CHUNK_IMAGES = 32  # that a worker is given at a time
@@ -211,7 +211,8 @@ def decode_chunk(
                 bad.append(str(bad_image(source / path, error)))
             else:
                 output.write(pixels.tobytes())
-                fact[:] = *pixels.shape[:2], hash(file_id(source / path))
+                found = (source / path).stat()
+                fact[:] = *pixels.shape[:2], hash((found.st_dev, found.st_ino))
     return file, facts, bad, histogram.reshape(3, 256)
 
 

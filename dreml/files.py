@@ -103,15 +103,6 @@ def write_csv(path: Path, table: "pd.DataFrame", **kwargs) -> None:
         table.to_csv(file, index=False, lineterminator="\n", **kwargs)
 
 
-def file_id(path: str | Path) -> tuple[int, int] | None:
-    """Return the device and inode of a file, the same for every path to it. None if there is no such file."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return found.st_dev, found.st_ino
-
-
 # ------------------------------------------------------------------------------------------------ locks
 
 

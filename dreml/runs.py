@@ -256,10 +256,6 @@ class Run:
         names = {number: member_path(self.folder, number, WEIGHTS).name for number in range(1, self.num_members + 1)}
         return [self.members.records[number].sha256[name] for number, name in names.items()]
 
-    def without_seed(self) -> dict[str, object]:
-        """Everything that defines the run's networks, except the seed: settings and data."""
-        return self.settings.without_seed() | {"cache": self.record.data.fingerprint[:8]}
-
     def data_path(self, named: Path | None) -> Path:
         """Find the folder of data sets: `named` if given, else the one used in training, else data/ here.
 
@@ -360,7 +356,7 @@ def write_run_record(members: Members, record: RunRecord, cache: Cache) -> None:
     """Write `args.json` and `test.csv`, and remove temporary files of killed processes."""
     folder = members.folder
     folder.mkdir(exist_ok=True)
-    for name in ("args.json", "baseline.json", "*.csv"):
+    for name in ("args.json", "*.csv"):
         files.remove_leftovers(folder, name)
     for member in members.records:
         remove_progress(folder, member)

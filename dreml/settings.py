@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from dreml.cli import MANY, check_ranges, data_set_name
 from dreml.images import RESIZES, ImageSpec
@@ -114,10 +114,6 @@ class Settings:
             if each.name in ALWAYS_IN_NAME or value != getattr(defaults, each.name):
                 tags.append(each.metadata["in_name"](value))
         return "_".join(tag for tag in tags if tag)
-
-    def without_seed(self) -> dict[str, object]:
-        """Return all settings but the seed, which runs of one experiment share."""
-        return {name: value for name, value in asdict(self).items() if name != "seed"}
 
 
 def add_settings(group: argparse._ArgumentGroup) -> None:
