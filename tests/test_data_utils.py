@@ -273,6 +273,7 @@ def test_a_holdout_is_a_data_set_as_any_other(tmp_path, capsys, threads):
     """At another size, with all data sets, when its images change."""
     write_image_folder(tmp_path / "mine", classes=5)
     assert call(tmp_path, "--data_name", "mine", "--holdout", "0.4") == 0
+    assert (tmp_path / "mine_holdout/mine").readlink() == Path("../mine")  # the data folder may be moved
     assert data_utils.main([*here(tmp_path), "--image_size", "24"]) == 0
     assert read_cache(tmp_path, "mine_holdout", ImageSpec(24)).counts == {"train": (3, 6), "test": (2, 4)}
     assert call(tmp_path, "--verify", "--data_name", "mine_holdout") == 0
