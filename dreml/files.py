@@ -122,7 +122,7 @@ def take_lock(path: Path, timeout: float = -1) -> contextlib.AbstractContextMana
 
 
 def wait_for_lock(path: Path, name: Path) -> contextlib.AbstractContextManager:
-    """Take a file lock. Waits while another process holds it; `name` is what the user is told to be waited for."""
+    """Take a file lock. If another process holds it, print a line that begins with `name`, and wait."""
     lock = take_lock(path, timeout=2)
     if lock is None:
         print(f"{name}: waiting for another process", flush=True)

@@ -65,7 +65,7 @@ class Gallery(NamedTuple):
 
     images: list[int] | list[str]  # rows of test.csv, or paths of photos relative to their folder
     vectors: torch.Tensor  # (N, d) float32, rows of length 1
-    classes: set[str | None]  # folders with other names are not known as classes
+    classes: set[str]  # folders with other names are not known as classes
 
 
 def is_same(first: Item, second: Item) -> bool:
