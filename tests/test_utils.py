@@ -267,7 +267,7 @@ def test_unmatched_queries_are_those_without_a_class_mate_in_the_gallery(seed):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_scores_are_computed_in_float32_and_ignore_lengths(dtype):
-    embeddings, labels, masks = random_case(4)
+    embeddings, labels, masks = random_case(28)
     points = torch.from_numpy(embeddings[0]).to(dtype)
     scaled = points * torch.tensor([0.25, 4.0], dtype=dtype).repeat(len(points))[: len(points), None]
     exact, classes = [points.double().numpy()], torch.from_numpy(labels)
