@@ -159,8 +159,6 @@ def write_car_devkit(root: Path, nested: bool = False, labels_beside: bool = Fal
     labelled = root / ("." if labels_beside else "devkit") / "cars_test_annos_withlabels.mat"
     write_car_annotations(labelled, "fname", rows[1::2])
     write_car_annotations(root / "devkit" / "cars_test_annos.mat", "fname", [(path, None) for path, _ in rows[1::2]])
-    names = np.array([[f"Car {class_id}" for class_id in range(1, 197)]], dtype=object)
-    scipy.io.savemat(root / "devkit" / "cars_meta.mat", {"class_names": names})
     for number, (path, _) in enumerate(rows):
         part = "cars_train" if number % 2 == 0 else "cars_test"
         save_image(root / (f"{part}/{part}" if nested else part) / path, number)

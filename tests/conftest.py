@@ -62,9 +62,6 @@ def pooled_run(tiny_data, tiny_run, tmp_path_factory) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------ training
-
-
 @pytest.fixture
 def tiny_settings() -> Settings:
     """Those of the options TINY."""
@@ -123,9 +120,6 @@ def seen(monkeypatch) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     return cuts
 
 
-# ------------------------------------------------------------------------------------------------ other data
-
-
 @pytest.fixture
 def squashed_data(tmp_path) -> Path:
     """A data folder with the set `tiny` of wide images, with a cache of both kinds."""
@@ -152,9 +146,6 @@ def shop_data(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-# ------------------------------------------------------------------------------------------------ faults and bad input
-
-
 def pytest_terminal_summary(terminalreporter) -> None:
     """Says how many kills and damaged files were survived, by the properties that tests record."""
     counts = collections.Counter()
@@ -179,9 +170,6 @@ def finished(tiny_data, small_run, tmp_path) -> Path:
 def threads(monkeypatch) -> None:
     """Threads in place of the worker processes that make a cache, whose start would take most of the time."""
     monkeypatch.setattr(cache_writer, "worker_pool", ThreadPoolExecutor)
-
-
-# ------------------------------------------------------------------------------------------------ an index
 
 
 @pytest.fixture

@@ -28,9 +28,6 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-# ------------------------------------------------------------------------------------------------ the server
-
-
 @pytest.fixture(scope="module")
 def site(_small_runs, tiny_data, tmp_path_factory):
     """The page of `small_run` with a gallery of the tiny test photos, whose folder has a link out of it."""
@@ -197,9 +194,6 @@ def test_the_page_in_a_browser(site, tmp_path):
             page.evaluate("document.body.append(Object.assign(new Image(), {src: 'http://localhost:1/image.png'}))")
         assert refusal.value.failure == "csp"
         browser.close()
-
-
-# ------------------------------------------------------------------------------------------------ refusals
 
 
 def test_a_neighbour_below_the_threshold_is_grey():

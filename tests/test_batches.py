@@ -109,9 +109,6 @@ def test_windows_are_enlarged_as_one_by_one():
     assert torch.equal(resized[0].round().byte(), images[0])
 
 
-# ------------------------------------------------------------------------------------------------ an epoch
-
-
 @pytest.mark.parametrize(
     ("num_images", "batch_size", "expected"),
     [(10, 4, [(0, 4), (4, 8), (8, 10)]), (9, 4, [(0, 4), (4, 9)]), (8, 4, [(0, 4), (4, 8)]), (3, 4, [(0, 3)])],
@@ -223,9 +220,6 @@ def test_prepare_mirrors_enlarges_and_normalises():
         pixels = prepare(Batch(images.clone(), torch.zeros(4), 3, sides), mean, std)
         torch.testing.assert_close(pixels, expected)
         assert pixels.is_contiguous(memory_format=torch.channels_last)
-
-
-# ------------------------------------------------------------------------------------------------ mixing
 
 
 def test_each_image_is_mixed_with_another_one_of_its_batch(tiny_cache, tiny_settings):

@@ -54,9 +54,6 @@ def test_statistics_of_other_sets_come_from_the_cached_training_pixels(tiny_data
     np.testing.assert_allclose(cache.meta.std, pixels.std(0), atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ bad images
-
-
 def test_all_problems_are_counted_and_the_first_20_listed(tmp_path, threads):
     write_image_folder(tmp_path / "mine", classes=2, images=15)
     for path in sorted((tmp_path / "mine" / "train").rglob("*.png"))[:25]:
@@ -122,9 +119,6 @@ def test_an_image_in_both_splits_is_a_warning(tmp_path, capsys, threads, kind):
     assert [line[: len(start)] for line in lines] == ([] if kind == "copy" else [start])
 
 
-# ------------------------------------------------------------------------------------------------ failures
-
-
 def test_a_read_only_folder_is_refused_with_a_way_on(tmp_path, threads, monkeypatch):
     """Before any image is opened. A cache that is there can be used."""
 
@@ -184,9 +178,6 @@ def test_the_old_cache_returns_when_the_new_one_cannot_take_its_place(tmp_path, 
         build(tmp_path, "mine", force=True)
     assert before and tree(tmp_path / "mine" / "cache_32") == before
     assert not [path for path in (tmp_path / "mine").glob(".cache*") if path.is_dir()]
-
-
-# ------------------------------------------------------------------------------------------------ earlier caches
 
 
 def test_a_good_cache_is_kept_and_force_makes_it_again(tmp_path, capsys):

@@ -90,9 +90,6 @@ def test_in_shop_in_its_published_size_has_no_warning(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-# ------------------------------------------------------------------------------------------------ whole lists
-
-
 def test_a_class_in_both_splits_is_a_warning(tmp_path, capsys):
     for path in ("train/a/1.png", "train/b/1.png", "test/a/1.png"):
         save_image(tmp_path / path)
@@ -122,9 +119,6 @@ def test_lists_with_windows_line_ends_a_byte_order_mark_and_spaces(tmp_path):
     (tmp_path / "images.txt").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n\r\n")
     paths = list_data_set("cub", tmp_path)["path"].tolist()
     assert len(paths) == 8 and "images/101.Bird_101/Vögel am See.jpg" in paths
-
-
-# ------------------------------------------------------------------------------------------------ bad input
 
 
 DAMAGES = {
@@ -173,8 +167,6 @@ def test_devkit_without_labels_for_its_test_images(tmp_path):
     with pytest.raises(InputError, match=r"withlabels\.mat: not a readable .* file with labels \(ValueError: no field"):
         list_data_set("car", tmp_path)
 
-
-# ------------------------------------------------------------------------------------------------ the real lists
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real annotation files are not on this machine")
 

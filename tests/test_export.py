@@ -41,9 +41,6 @@ def exported(_small_runs, tiny_data, tmp_path_factory) -> Path:
     return target
 
 
-# ------------------------------------------------------------------------------------------------ pixels
-
-
 @pytest.mark.parametrize("spec", [ImageSpec(32), ImageSpec(45, "squash")], ids=str)
 def test_the_code_that_goes_with_a_model_reads_images_as_this_program(tmp_path, spec):
     """Every kind of file, bit for bit, and the same refusals. It imports nothing of ours."""
@@ -62,9 +59,6 @@ def test_the_code_that_goes_with_a_model_reads_images_as_this_program(tmp_path, 
     (tmp_path / "words.png").write_text("no image")
     with pytest.raises(given["BadImage"], match=r"words\.png: unreadable"):
         given["preprocess"](tmp_path / "words.png")
-
-
-# ------------------------------------------------------------------------------------------------ graphs
 
 
 def random_images(number: int, size: int = 32) -> np.ndarray:
@@ -171,9 +165,6 @@ def test_a_network_that_cannot_be_written_is_named_in_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------ what is written
-
-
 def test_an_export_embeds_photos_as_the_run_did(exported, small_run, tiny_data):
     """Executed from model.json, as a program does that has nothing of ours."""
     saved = [np.load(small_run / f"member_00{member}.npy") for member in (1, 2)]
@@ -233,9 +224,6 @@ def test_where_an_export_goes_and_what_it_replaces(small_pooled_run, tmp_path, c
         line = refused(capsys, export, run, "--output", other)
         assert f"{other} is no export, or holds other files: --output names another folder" in line
     assert file.read_text() == "mine"
-
-
-# ------------------------------------------------------------------------------------------------ what is refused
 
 
 def test_bad_input_is_refused_in_one_line(small_run, tiny_data, tmp_path, capsys):

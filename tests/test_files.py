@@ -28,8 +28,6 @@ from dreml.files import (
     write_record,
 )
 
-# ------------------------------------------------------------------------------------------------ writing
-
 
 def test_atomic_open_replaces_only_when_all_went_well(tmp_path):
     path = tmp_path / "log.csv"
@@ -100,9 +98,6 @@ def test_a_folder_that_cannot_be_written_into_names_the_option(tmp_path):
     assert not list(tmp_path.glob("*log*"))
 
 
-# ------------------------------------------------------------------------------------------------ locks
-
-
 def test_a_lock_is_held_by_one_and_freed_by_its_holders_death(tmp_path):
     held = take_lock(tmp_path / ".lock")
     with held:
@@ -131,17 +126,12 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
         take_lock(tmp_path / ".lock")
 
 
-# ------------------------------------------------------------------------------------------------ checksums
-
-
 @pytest.mark.parametrize("num_bytes", [0, 1, 2**22, 2**22 + 1])
 def test_checksums_are_those_of_the_whole_file(tmp_path, num_bytes):
     path, content = tmp_path / "array.npy", np.random.default_rng(0).bytes(num_bytes)
     path.write_bytes(content)
     assert crc32(path) == zlib.crc32(content) and sha256(path) == hashlib.sha256(content).hexdigest()
 
-
-# ------------------------------------------------------------------------------------------------ records
 
 RECORD = {"a": 1, "b": [{"c": 1.5}], "more": None}
 

@@ -26,7 +26,6 @@ from builders import (
     train_tiny,
     write_run,
 )
-from reference import slow_recall
 from torch import nn
 
 import evaluate
@@ -95,17 +94,6 @@ def test_train_log(tiny_run):
     history = json.loads((tiny_run / "member_002.json").read_text())["history"]
     assert log.accuracy[3] == pytest.approx(100 * history[1]["correct"] / 36, abs=1e-4)
     assert log.loss.between(0.1, 3).all() and (log.images_per_second > 0).all()
-
-
-def test_recall_log_equals_the_definition(tiny_run):
-    """From the files alone, by the slow implementation."""
-    labels = pd.read_csv(tiny_run / "test.csv").label.to_numpy()
-    members = [np.load(tiny_run / f"member_00{member}.npy") for member in (1, 2)]
-    expected = 100 * slow_recall(members, labels, [1, 4])
-    lines = (tiny_run / "recall.csv").read_text().splitlines()
-    assert lines[0] == "ensemble_size,R@1,R@4"
-    assert lines[1:] == [f"{size},{r1:.4f},{r4:.4f}" for size, (r1, r4) in enumerate(expected, 1)]
-    assert 20 < expected[1, 0] < 100  # chance is 14 %
 
 
 def test_a_member_is_finished_by_its_last_file(tmp_path, monkeypatch):
@@ -178,7 +166,7 @@ def test_other_settings_under_the_same_name_are_refused(
 def test_only_what_cannot_be_written_blames_the_results_folder(
     tiny_data, small_run, tmp_path, capsys, no_training, monkeypatch
 ):
-    """A lock that cannot be taken does; a cache that cannot be read does not."""
+    """Not a cache that cannot be read."""
     copy_run(small_run, tmp_path / small_run.name)
 
     def unreadable(cache):
@@ -189,12 +177,6 @@ def test_only_what_cannot_be_written_blames_the_results_folder(
         assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "3") == 1
     message = "train.py: failed: [Errno 5] Input/output error: 'train_pixels.npy'\n"
     assert capsys.readouterr().err == message
-    lock = tmp_path / f".{small_run.name}.lock"
-    lock.unlink()
-    lock.mkdir()
-    assert train_tiny(tiny_data, tmp_path) == 2
-    error = capsys.readouterr().err
-    assert str(lock) in error and error.endswith("; --results_path names another folder\n") and error.count("\n") == 1
 
 
 def test_leftovers_of_finished_members_are_removed(tiny_data, small_run, tmp_path, no_training):

@@ -34,9 +34,6 @@ def found(answer) -> list[tuple]:
     return [(each.path, each.class_name, round(each.similarity, 4), each.right, each.found) for each in answer]
 
 
-# ------------------------------------------------------------------------------------------------ nearest
-
-
 def test_ties_go_to_the_first():
     """Equal rows in scrambled places: by similarity, then by number; at most all of them."""
     generator = np.random.default_rng(0)
@@ -54,9 +51,6 @@ def test_rounding_breaks_no_tie():
     gallery = torch.tensor([[1.0], [1 + 2**-23], [1.001]])
     assert (0.5 * gallery).unique().numel() == 3
     assert nearest(torch.tensor([0.5]), gallery, 3)[1] == [2, 0, 1]
-
-
-# ------------------------------------------------------------------------------------------------ queries
 
 
 def test_a_photo_by_its_path_as_an_image_or_as_an_array(small_run, tmp_path):
@@ -106,9 +100,6 @@ def test_several_threads_get_their_own_answers(small_run):
     with ThreadPoolExecutor(4) as threads:
         answers = list(threads.map(lambda row: found(searcher.find(row, top=4)), range(16)))
     assert answers == expected
-
-
-# ------------------------------------------------------------------------------------------------ galleries
 
 
 def test_a_gallery_gives_what_there_is(tiny_run, tmp_path):
