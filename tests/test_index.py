@@ -70,17 +70,21 @@ def test_bad_files_are_skipped_and_named(indexed, capsys):
     assert indexed.refresh() == 0 and not {"ant/00.png", "bee/00.png"} & index_rows(indexed.place).keys()
 
 
-def test_a_refresh_that_is_cut_off_goes_on(indexed):
-    """The index can be searched as it is. The stored batches are not made again."""
+def test_a_refresh_that_is_cut_off_goes_on(indexed, monkeypatch):
+    """The index can be searched as it is. Its small files are joined now and then. What is stored is not made again."""
+    monkeypatch.setattr(index_module, "BATCH_SIZE", 2)
+    monkeypatch.setattr(index_module, "OPTIMIZE_AFTER", 6)
 
-    def embed_twice(images):
-        if len(indexed.ensemble.batches) == 2:
+    def embed_ten(images):
+        if len(indexed.ensemble.batches) == 10:
             raise KeyboardInterrupt
         return indexed.ensemble(images)
 
     with pytest.raises(KeyboardInterrupt):
-        indexed.index().refresh(embed_twice, ImageSpec(8))
+        indexed.index().refresh(embed_ten, ImageSpec(8))
     assert len(indexed.index().read()[0]) == 20
+    with indexed.index().opened() as table:
+        assert table.stats()["fragment_stats"]["num_fragments"] == 5  # ten batches, of which six were joined
     assert indexed.refresh() == 28
     indexed.check()
 
@@ -104,15 +108,12 @@ def test_two_at_once_share_the_index(indexed):
 
 
 def test_old_versions_do_not_pile_up(indexed, monkeypatch):
-    """Neither those of many refreshes nor the many small files of one. A reader of a version before is not cut off."""
-    monkeypatch.setattr(index_module, "BATCH_SIZE", 2)
-    monkeypatch.setattr(index_module, "OPTIMIZE_AFTER", 6)
+    """But a reader of a version before is not cut off."""
     indexed.refresh()
     with indexed.index().opened() as reader:
-        assert reader.stats()["fragment_stats"]["num_fragments"] < 8
-    save_colors(indexed.photos, ["another.png"], seed=8)
-    indexed.refresh()
-    assert len(reader.search().to_arrow()) == 48
+        save_colors(indexed.photos, ["another.png"], seed=8)
+        indexed.refresh()
+        assert len(reader.search().to_arrow()) == 48
     monkeypatch.setattr(index_module, "KEPT_VERSIONS", index_module.KEPT_VERSIONS / 10**5)
     for number in range(5):
         save_colors(indexed.photos, [f"ant/{number}.png"], seed=10 + number)
