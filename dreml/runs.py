@@ -294,6 +294,8 @@ def read_run(folder: Path, num_members: int | None = None) -> Run:
     Needs neither data nor weights, and writes nothing. Raises InputError if the folder is not a run, is damaged or has
     too few members.
     """
+    if num_members is not None and num_members < 1:
+        raise InputError(f"num_members has to be at least 1, not {num_members}")
     record = read_run_record(folder)
     members = Members(folder, record.settings_hash, needed=("npy",))
     members.refresh()

@@ -172,9 +172,8 @@ def test_only_what_cannot_be_written_blames_the_results_folder(
     def unreadable(cache):
         raise OSError(5, "Input/output error", "train_pixels.npy")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "verify_cache", unreadable)
-        assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "3") == 1
+    monkeypatch.setattr(train, "verify_cache", unreadable)
+    assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "3") == 1
     message = "train.py: failed: [Errno 5] Input/output error: 'train_pixels.npy'\n"
     assert capsys.readouterr().err == message
 
@@ -406,6 +405,8 @@ def test_a_run_is_read_up_to_the_first_member_that_is_missing(tiny_run, tmp_path
         assert all(np.array_equal(*pair) for pair in zip(found, saved[:size], strict=True))
     with pytest.raises(InputError, match=r"member 3 of 4 is missing; train\.py makes it$"):
         read_run(folder, 4)
+    with pytest.raises(InputError, match=r"num_members has to be at least 1, not 0$"):
+        read_run(folder, 0)
     (folder / "member_001.json").unlink()
     with pytest.raises(InputError, match=r"member 1 of 1 is missing; train\.py makes it$"):
         read_run(folder)
