@@ -9,8 +9,8 @@ import torch
 
 from dreml.backbones import own_scaling, read_weights
 from dreml.cache import Cache
-from dreml.cli import InputError
-from dreml.files import write_csv
+from dreml.cli import InputError, one_line
+from dreml.files import read_record, write_csv, write_record
 from dreml.runs import TestSplit, recall_percent, run_lock, scored
 from dreml.settings import Settings
 from model import channel_statistics, extract_features, initial_model, unit_rows
@@ -52,28 +52,29 @@ def initial_features(settings: Settings, weights: str, cache: Cache, device: tor
 def update_baseline(
     folder: Path, settings: Settings, weights: str, cache: Cache, split: TestSplit, ks: list[int], device: torch.device
 ) -> None:
-    """Compute and print a run's baselines, and write baseline.csv, unless it is there for these K.
+    """Compute and print a run's baselines, unless they are saved for these K. Write their JSON and CSV.
 
     `weights`: the value of --weights. Warns if they are unusable.
     """
     wanted = [f"R@{k}" for k in ks]
     table = read_baseline(folder)
-    if table is not None and len(table) == 2 and set(wanted) <= set(table):
-        return
-    features = {}
-    try:
-        features["initial weights"] = initial_features(settings, weights, cache, device)
-    except InputError as error:
-        print(f"warning: the initial weights are not scored: {error}", file=sys.stderr)
-    features["colour histogram"] = colour_histograms(cache.array("test_images")).to(device)
-    rows = []
-    for name, vectors in features.items():
-        recalls = dict(zip(wanted, recall_percent([vectors], split, ks)[0].tolist(), strict=True))
-        rows.append({"baseline": name, **recalls, **map_percent([vectors], split), "dimensions": vectors.shape[1]})
-    table = pd.DataFrame(rows).round(4)
-    print_scores(table, [*wanted, "mAP@R"])
+    if table is None or len(table) < 2 or not set(wanted) <= set(table):
+        features = {}
+        try:
+            features["initial weights"] = initial_features(settings, weights, cache, device)
+        except InputError as error:
+            print(f"warning: the initial weights are not scored: {error}", file=sys.stderr)
+        features["colour histogram"] = colour_histograms(cache.array("test_images")).to(device)
+        rows = []
+        for name, vectors in features.items():
+            recalls = dict(zip(wanted, recall_percent([vectors], split, ks)[0].tolist(), strict=True))
+            rows.append({"baseline": name, **recalls, **map_percent([vectors], split), "dimensions": vectors.shape[1]})
+        table = pd.DataFrame(rows).round(4)
+        print_scores(table, [*wanted, "mAP@R"])
     with run_lock(folder):
-        write_csv(folder / "baseline.csv", table, float_format="%.4f")
+        write_record(folder / "baseline.json", {"recalls": table.to_dict("records")})
+        csv = table.drop(columns=["mAP@R", "dimensions"], errors="ignore")
+        write_csv(folder / "baseline.csv", csv, float_format="%.4f")
 
 
 def map_percent(embeddings: list[torch.Tensor], split: TestSplit) -> dict[str, float]:
@@ -86,13 +87,16 @@ def map_percent(embeddings: list[torch.Tensor], split: TestSplit) -> dict[str, f
 def read_baseline(folder: Path) -> pd.DataFrame | None:
     """Read a run's baselines, one per row: "baseline", "dimensions" and, in percent, "R@1", ..., "mAP@R".
 
-    None if missing or damaged: train.py makes it again.
+    None if missing; warns if damaged.
     """
+    path = folder / "baseline.json"
     try:
-        table = pd.read_csv(folder / "baseline.csv")
-    except (FileNotFoundError, ValueError):
+        return pd.DataFrame(read_record(path)["recalls"])
+    except FileNotFoundError:
         return None
-    return table if "dimensions" in table else None
+    except (ValueError, OSError) as error:
+        print(f"warning: {path} is damaged ({one_line(error)}); train.py makes it again", file=sys.stderr)
+        return None
 
 
 def print_scores(table: pd.DataFrame, names: list[str]) -> None:

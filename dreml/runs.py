@@ -358,7 +358,7 @@ def write_run_record(members: Members, record: RunRecord, cache: Cache) -> None:
     """Write `args.json` and `test.csv`, and remove temporary files of killed processes."""
     folder = members.folder
     folder.mkdir(exist_ok=True)
-    for name in ("args.json", "*.csv"):
+    for name in ("args.json", "baseline.json", "*.csv"):
         files.remove_leftovers(folder, name)
     for member in members.records:
         remove_progress(folder, member)

@@ -63,7 +63,7 @@ def members_of(folder: Path, settings_hash: str | None = None) -> Members:
 
 def test_run_folder(tiny_run, tiny_data, tiny_cache):
     assert tiny_run.name == "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
-    names = {"args.json", "baseline.csv", "recall.csv", "test.csv", "train.csv"}
+    names = {"args.json", "baseline.csv", "baseline.json", "recall.csv", "test.csv", "train.csv"}
     names |= {f"member_00{member}.{suffix}" for member in (1, 2) for suffix in ("json", "npy", "safetensors")}
     assert {path.name for path in tiny_run.iterdir() if not path.name.endswith(".lock")} == names
 
@@ -182,6 +182,7 @@ def test_leftovers_of_finished_members_are_removed(tiny_data, small_run, tmp_pat
     """Of a process that was killed before it could."""
     folder = copy_run(small_run, tmp_path / small_run.name)
     gone = ["progress_001.pt", ".progress_002.pt.tmp-123", ".args.json.tmp-1", ".recall.csv.tmp-1"]
+    gone += [".baseline.json.tmp-1"]
     for name in [*gone, "progress_003.pt"]:
         (folder / name).write_bytes(b"x")
     assert train_tiny(tiny_data, tmp_path) == 0
