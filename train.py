@@ -29,7 +29,7 @@ from dreml import cli, runs
 from dreml.backbones import check_backbone, read_weights, weights_tag
 from dreml.baseline import map_percent, print_baseline, print_near_copies, update_baseline
 from dreml.batches import Targets, epoch_batches, input_memory, prepare
-from dreml.cache import Cache, check_unchanged, default_recalls, read_cache, verify_cache
+from dreml.cache import Cache, default_recalls, read_cache, verify_cache
 from dreml.changes import warn_of_changes
 from dreml.checkpoint import SECONDS_BETWEEN_WRITES, Progress, remove_progress
 from dreml.cli import InputError, RunError
@@ -280,7 +280,6 @@ def embed_test_images(experiment: Experiment, model: nn.Module, member: int, emb
     outputs = extract_features(model, images, experiment.statistics, batch_size, embedding)
     if not torch.isfinite(outputs).all():
         raise RunError(f"member {member}: its embedding is not finite; {experiment.compute.overflow_remedy()}")
-    check_unchanged(experiment.cache)
     return outputs
 
 

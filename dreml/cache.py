@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dreml.cli import InputError, RunError, one_line
+from dreml.cli import InputError, one_line
 from dreml.files import crc32, read_record, sha256
 from dreml.images import ImageSpec
 
@@ -162,16 +162,6 @@ def read_cache(data_path: Path, name: str, spec: ImageSpec) -> Cache:
     if meta.version != CACHE_VERSION or cache.spec != spec:
         raise InputError(f"{folder} is of another version or has other settings; {remedy}")
     return cache
-
-
-def check_unchanged(cache: Cache) -> None:
-    """Raise RunError if the cache has been made anew, from other data, since it was opened."""
-    try:
-        changed = sha256(cache.folder / "meta.json") != cache.fingerprint
-    except OSError:
-        changed = True
-    if changed:
-        raise RunError(f"{cache.folder} has been changed during the run; what was finished before is kept")
 
 
 def verify_cache(cache: Cache) -> None:

@@ -20,7 +20,7 @@ from processes import wait_until
 
 import train
 from dreml.cli import Terminated
-from dreml.files import read_record, write_record
+from dreml.files import read_record
 
 EIGHT_MEMBERS = [*TINY, "--ensemble_size", "8"]
 
@@ -80,22 +80,6 @@ def test_the_optimizer_the_scaler_and_the_best_epoch_go_on_exactly(
 def test_a_damaged_file_never_changes_a_number(threads, finished, tmp_path, capsys, record_property):
     damaged = faults.check_damages(finished, tmp_path, lambda: capsys.readouterr().err, seed=0)
     record_property("damaged files", damaged)
-
-
-def test_a_cache_that_changes_during_a_run_costs_the_member(finished, tmp_path, capsys, monkeypatch):
-    root, train_member = linked(finished / "data", finished / "results", tmp_path / "root"), train.train_member
-
-    def meanwhile(*args, **kwargs):
-        path = root / "data" / "tiny" / "cache_32" / "meta.json"
-        record = read_record(path)
-        path.unlink()
-        write_record(path, record | {"mean": [0.1, 0.2, 0.3]})
-        return train_member(*args, **kwargs)
-
-    monkeypatch.setattr(train, "train_member", meanwhile)
-    assert train.main([*TINY, *here(root), "--ensemble_size", "3"]) == 1
-    assert "cache_32 has been changed during the run; what was finished before is kept" in capsys.readouterr().err
-    assert not list(root.rglob("member_003*")) and list(root.rglob("member_002.safetensors"))
 
 
 def eight_members(finished: Path, root: Path) -> Path:
