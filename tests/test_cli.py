@@ -30,8 +30,6 @@ from dreml.cli import (
     with_less_memory,
 )
 
-# ------------------------------------------------------------------------------------------------ errors
-
 
 def raising(error: BaseException | None):
     """A script that fails with this error."""
@@ -63,8 +61,6 @@ def test_texts_for_people():
     texts = [duration(seconds) for seconds in (0.01, 89, 90, 420, 5300, 5400)]
     assert texts == ["1 second", "89 seconds", "2 minutes", "7 minutes", "88 minutes", "1.5 hours"]
 
-
-# ------------------------------------------------------------------------------------------------ outputs
 
 SCRIPT = """
 import sys
@@ -108,9 +104,6 @@ def test_characters_that_the_terminal_lacks_are_escaped(monkeypatch):
     assert out.buffer.getvalue().decode().rstrip() == r"\u732b and ant"
 
 
-# ------------------------------------------------------------------------------------------------ signals
-
-
 @pytest.mark.parametrize(("number", "code", "word"), [("SIGTERM", 143, "terminated"), ("SIGINT", 130, "interrupted")])
 def test_a_signal_ends_a_run_at_once_in_one_line(capsys, number, code, word):
     reached = []
@@ -130,9 +123,6 @@ def test_a_signal_ends_a_run_at_once_in_one_line(capsys, number, code, word):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert run_main("script.py", raising(Terminated()), "less", resumable=False) == 143
     assert capsys.readouterr().err == "script.py: terminated\n"
-
-
-# ------------------------------------------------------------------------------------------------ options
 
 
 def test_options_are_not_abbreviated_and_errors_are_one_line():
@@ -193,9 +183,6 @@ def test_numbers_outside_their_range_are_refused(value, limits, problem):
         check_ranges(argparse.Namespace(number=inside), number=limits)
 
 
-# ------------------------------------------------------------------------------------------------ devices
-
-
 @pytest.mark.parametrize(
     ("option", "local_rank", "gpus", "mps", "device"),
     [
@@ -251,8 +238,6 @@ def test_the_environment_says_what_a_number_depends_on(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert cli.environment(torch.device("cpu")) == here | {"commit": None}
 
-
-# ------------------------------------------------------------------------------------------------ too little memory
 
 TOO_LITTLE_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),

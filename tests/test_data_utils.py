@@ -197,8 +197,6 @@ def test_demo_is_drawn_once_and_never_over_another(tmp_path, capsys, threads, mo
     assert tree(tmp_path / "demo" / "train") == mine
 
 
-# ------------------------------------------------------------------------------------------------ bad files
-
 WRITERS = {"car": builders.write_car_devkit, "cub": write_cub, "sop": write_sop, "isc": builders.write_isc}
 WRITERS |= {"folder": write_image_folder, "listed": builders.write_csv}
 CONTENTS = {  # -> what becomes of the bytes of a file; None: it is missing
@@ -236,9 +234,6 @@ def test_a_file_that_is_not_what_it_should_be(tmp_path, capsys, threads, name):
                 assert code == 2 and f"{path}: unreadable (" in errors, (path, kind, errors)
             assert {item.name for item in tmp_path.iterdir()} == {"good", "data"}
             shutil.rmtree(folder)
-
-
-# ------------------------------------------------------------------------------------------------ holdout
 
 
 @pytest.mark.parametrize("name", ["mine", "cub"])

@@ -103,22 +103,6 @@ def test_a_run_taken_elsewhere(small_pooled_run, tiny_data, tmp_path, monkeypatc
     assert Path("my cars/retrieval/neighbours.png").exists()
 
 
-def test_one_thing_has_one_column_name_in_all_csvs(small_pooled_run, tmp_path):
-    """In all that the scripts write into a run folder: a new name has to be one of a new thing."""
-    run = Path(shutil.copytree(small_pooled_run, tmp_path / "run"))
-    assert evaluate.main([str(run), "--recalls", "1,2", "--plot"]) == 0
-    for what in (["--worst", "1"], ["--query", "test:3", "--threshold", "0.9", "--export"]):
-        folder = tmp_path / "run" / f"retrieval_{len(what)}"
-        assert retrieve.main([str(each) for each in (run, *what, "--no_picture", "--output", folder)]) == 0
-    columns = {name for path in run.rglob("*.csv") for name in pd.read_csv(path) if not name.startswith("R@")}
-    of_search = {"query", "query_class", "rank", "path", "class_name", "similarity", "right", "found"}
-    of_images = {"path", "label", "is_query", "is_gallery", "class_name"}
-    of_training = {"member", "epoch", "loss", "accuracy", "lr", "seconds", "images_per_second"}
-    of_scores = {"ensemble_size", "mAP@R", "R-Precision", "baseline", "far", "threshold", "found", "queries", "gallery"}
-    of_classes = {"neighbour_class", "times", "query_path", "query_class", "neighbour_path"}
-    assert columns == of_search | of_images | of_training | of_scores | of_classes
-
-
 def test_refusals_are_one_line_and_exit_code_2(processes, tmp_path):
     refused = processes.run("evaluate.py", "nowhere", folder=tmp_path, code=2)
     assert refused.out == "" and "nowhere is not a run folder" in refused.err and refused.err.count("\n") == 1

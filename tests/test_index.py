@@ -30,9 +30,6 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(index_module, "BATCH_SIZE", 10)
 
 
-# ------------------------------------------------------------------------------------------------ refresh
-
-
 def test_only_new_and_changed_photos_are_embedded(indexed, capsys):
     """By size and time of change. Those that were only touched keep their vectors. Quotes in a name do no harm."""
     photos = indexed.photos
@@ -122,9 +119,6 @@ def test_old_versions_do_not_pile_up(indexed, monkeypatch):
         assert len(table.list_versions()) <= 6
 
 
-# ------------------------------------------------------------------------------------------------ search
-
-
 def test_the_nearest_of_an_index_are_those_of_the_definition(small_run, tmp_path):
     """A query's own file is left out. The rows lie in the table in another order than the paths, by which ties go."""
     photos = tmp_path / "photos"
@@ -171,9 +165,6 @@ def test_approximate_search(small_run, tmp_path, capsys):
         for name in names[:50]:
             (photos / name).unlink(missing_ok=True)
         save_colors(photos, [f"dog/new{number}.png" for number in range(60)], seed=4)
-
-
-# ------------------------------------------------------------------------------------------------ which index
 
 
 def test_an_index_of_another_model_or_folder_is_refused_and_left_alone(indexed, tmp_path):
@@ -253,9 +244,6 @@ def test_folders_without_photos(indexed):
     indexed.refresh()
     with pytest.raises(InputError, match="no photo that can be searched"):
         indexed.index().read()
-
-
-# ------------------------------------------------------------------------------------------------ the command line
 
 
 def test_the_command_line(small_run, tmp_path, capsys):

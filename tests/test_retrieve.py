@@ -69,9 +69,6 @@ def drawn(tiny_run, tmp_path):
     return make
 
 
-# ------------------------------------------------------------------------------------------------ queries
-
-
 def test_neighbours_are_those_of_the_definition(drawn, tmp_path, capsys):
     """Mean cosines of the members, the gallery's images only, without the query itself."""
     is_gallery = np.arange(len(LABELS)) % 4 != 1
@@ -156,9 +153,6 @@ def test_every_bad_query_is_named_and_the_others_are_answered(tiny_run, tmp_path
     assert list(found_in(tmp_path / "out")) == [str(tmp_path / "good.png"), "test:3"]
 
 
-# ------------------------------------------------------------------------------------------------ not found, worst
-
-
 def test_neighbours_below_a_threshold_are_not_found(drawn, tmp_path, capsys):
     """In the CSV, the list and the summary; the threshold itself passes."""
     arguments = [*drawn(random_embeddings(3, 2)), "--query", "test:0", "test:1", "test:5", "--top", "4"]
@@ -217,9 +211,6 @@ def test_worst_are_the_most_confident_errors(drawn, tmp_path, capsys):
         said = f"wrong first neighbours: {len(errors)} of 10 test queries; listed: {min(number, len(errors))}\n"
         assert said in capsys.readouterr().out
     assert (tmp_path / "out" / "worst.png").exists()
-
-
-# ------------------------------------------------------------------------------------------------ what it writes
 
 
 def test_export_of_the_test_split(drawn, tmp_path):
@@ -287,9 +278,6 @@ def test_the_run_folder_is_left_alone_if_told_so(tiny_run, tmp_path, capsys):
     (run / "retrieval").write_text("in its place")
     assert "; --output names another folder" in refused(capsys, retrieve, run, "--query", "test:0", "--no_picture")
     assert "; --export names another folder" in refused(capsys, retrieve, run, "--export", run / "retrieval" / "x.npy")
-
-
-# ------------------------------------------------------------------------------------------------ refusals
 
 
 @pytest.mark.parametrize(
