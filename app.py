@@ -35,8 +35,6 @@ STYLE = """
 POLICY = """<meta http-equiv="Content-Security-Policy"
 content="default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:">"""
 
-# ------------------------------------------------------------------------------------------------ options
-
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="app.py", description=__doc__)
@@ -47,9 +45,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_ranges(args, port=(1, 65535))
     return args
-
-
-# ------------------------------------------------------------------------------------------------ the search
 
 
 def framed(image: Image.Image, color: str, faded: bool) -> Image.Image:
@@ -82,9 +77,6 @@ def find(searcher: Searcher, learned: Learned, query: Query | None, top: int, fa
         num_found = sum(neighbour.found for neighbour in answer)
         text += f"{num_found} of {len(pictures)} reach the threshold, {threshold:.3f}."
     return pictures, text, answer.neighbours
-
-
-# ------------------------------------------------------------------------------------------------ the page
 
 
 def open_page(searcher: Searcher, learned: Learned, title: str, host: str, port: int):

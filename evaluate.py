@@ -32,8 +32,6 @@ from dreml.settings import EMBEDDINGS
 from dreml.thresholds import FARS, threshold_table
 from utils import best_similarities, map_at_r, recall_at_k
 
-# ------------------------------------------------------------------------------------------------ options
-
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog="evaluate.py", description=__doc__)
@@ -51,9 +49,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     cli.check_ranges(args, num_members=(1, cli.MANY))
     return args
-
-
-# ------------------------------------------------------------------------------------------------ scores
 
 
 WRITTEN = ("evaluation", "members", "thresholds", "classes", "confusions")  # each as a CSV
@@ -106,9 +101,6 @@ def threshold_text(table: pd.DataFrame, run: Run) -> str:
     return f"thresholds of {cli.counted(run.num_members, 'member')}: {'; '.join(parts)}"
 
 
-# ------------------------------------------------------------------------------------------------ several runs
-
-
 def group_by_settings(runs: list[Run]) -> list[list[Run]]:
     """Put runs together that differ only in their seed. Raises InputError for a run that is given twice."""
     groups: dict[tuple, dict[int, Run]] = {}
@@ -153,9 +145,6 @@ def comparison_text(table: pd.DataFrame) -> str:
         spread = table[f"{name}_std"].map(" ± {:.2f}".format, na_action="ignore").fillna("")
         columns[name] = table[name].map("{:.2f}".format) + spread
     return columns.to_string(index=False)
-
-
-# ------------------------------------------------------------------------------------------------ the evaluation
 
 
 def run(args: argparse.Namespace) -> None:

@@ -69,9 +69,6 @@ def python_code(spec: ImageSpec, num_members: int) -> str:
     return reading + CODE.format(size=spec.size, resize=spec.resize, members=num_members)
 
 
-# ------------------------------------------------------------------------------------------------ options
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="export.py", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run folder of train.py")
@@ -84,9 +81,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_ranges(args, num_members=(1, MANY))
     return args
-
-
-# ------------------------------------------------------------------------------------------------ the graphs
 
 
 def write_graph(network: torch.nn.Module, image_size: int, path: Path) -> None:
@@ -122,9 +116,6 @@ def open_graphs(folder: Path, code: str) -> Callable[[np.ndarray], np.ndarray]:
     return lambda images: names["embed"](members, images)
 
 
-# ------------------------------------------------------------------------------------------------ the check
-
-
 def check(run: Run, ensemble: Ensemble, embed: Callable, test_images: np.ndarray | None = None) -> dict[str, float]:
     """Compare what the graphs embed, `embed(images)`, with PyTorch's rows of the same drawn images.
 
@@ -151,9 +142,6 @@ def check(run: Run, ensemble: Ensemble, embed: Callable, test_images: np.ndarray
             raise RunError(f"R@1 is {found['R@1']}, that of the run {found['R@1 of the run']}; nothing is exported")
     print(f"compared with PyTorch: {', '.join(f'{name} {value}' for name, value in found.items())}")
     return found
-
-
-# ------------------------------------------------------------------------------------------------ the export
 
 
 def run(args: argparse.Namespace) -> None:

@@ -25,8 +25,6 @@ from dreml.files import atomic_open, writable, write_csv
 from dreml.runs import SUFFIXES
 from dreml.search import Answer, Searcher, add_search_options, refuse, searcher_of
 
-# ------------------------------------------------------------------------------------------------ options
-
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="retrieve.py", description=__doc__)
@@ -58,9 +56,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if not args.gallery and (args.index or args.refresh or args.ann):
         raise InputError("--index, --refresh and --ann are for the photos of --gallery")
     return args
-
-
-# ------------------------------------------------------------------------------------------------ the retrieval
 
 
 def run(args: argparse.Namespace) -> None:
@@ -135,9 +130,6 @@ def export(searcher: Searcher, path: Path, suffix: str) -> None:
         write_csv(path.with_suffix(".csv"), table)
     size = f"{rows.shape[0]:,} x {rows.shape[1]:,} float32"
     print(f"{path}: {size}, rows of length 1; {path.with_suffix('.csv').name}")
-
-
-# ------------------------------------------------------------------------------------------------ list, CSV, picture
 
 
 def print_answers(answers: list[Answer]) -> None:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 Record = TypeVar("Record")
 
-# ------------------------------------------------------------------------------------------------ writing
-
 
 def temporary_name(path: Path, word: str = "tmp") -> Path:
     """Make a hidden name beside `path`, unique across processes, machines and containers."""
@@ -103,9 +101,6 @@ def write_csv(path: Path, table: "pd.DataFrame", **kwargs) -> None:
         table.to_csv(file, index=False, lineterminator="\n", **kwargs)
 
 
-# ------------------------------------------------------------------------------------------------ locks
-
-
 def take_lock(path: Path, timeout: float = -1) -> contextlib.AbstractContextManager | None:
     """Take an advisory file lock. Leaving the context frees it; so does the kernel when the process dies.
 
@@ -128,9 +123,6 @@ def wait_for_lock(path: Path, name: Path) -> contextlib.AbstractContextManager:
         print(f"{name}: waiting for another process", flush=True)
         lock = take_lock(path)
     return lock
-
-
-# ------------------------------------------------------------------------------------------------ checksums, records
 
 
 def sha256(path: Path) -> str:

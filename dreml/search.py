@@ -96,9 +96,6 @@ def nearest(query: torch.Tensor, gallery: torch.Tensor, top: int) -> tuple[list[
     return similarities.tolist(), numbers.tolist()
 
 
-# ------------------------------------------------------------------------------------------------ the searcher
-
-
 @dataclass(eq=False)
 class Searcher:
     """Finds the images that are most similar to a query, with the ensemble of a run.
@@ -296,9 +293,6 @@ def refuse(name: str, problems: list[str], num_answered: int = 0) -> None:
         raise InputError(f"{name}: {problems[0]}{rest}")
     if problems:
         raise InputError(f"{name}: {len(problems):,} problems{rest}:{cli.format_problems(problems, len(problems))}")
-
-
-# ------------------------------------------------------------------------------------------------ options
 
 
 def add_search_options(parser: argparse.ArgumentParser) -> None:
