@@ -1,4 +1,4 @@
-"""Optimizers and learning rate schedules. Their default numbers are in `dreml/settings.py`."""
+"""Optimizers and learning rate schedules. Default rates and milestones are in `dreml/settings.py`."""
 
 from collections.abc import Iterable, Iterator
 
