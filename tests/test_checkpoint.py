@@ -56,6 +56,10 @@ def test_it_is_written_when_the_last_one_is_old(tmp_path, monkeypatch):
         progress.end_of_epoch({"history": [now]})
         found.append((progress.read() or {"history": None})["history"])
     assert found == [None, [30], [30], [60], [60], [144], [144], [174]]
+    progress = Progress(tmp_path, 2, "run", interval=1)
+    clock[0] += 0.5
+    progress.end_of_epoch({"history": []})
+    assert progress.read() is None
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
