@@ -23,6 +23,7 @@ from dreml.cache_writer import build_cache
 from dreml.cli import MANY, InputError, Parser, RunError, check_ranges, counted, data_set_name, num_cores, run_main
 from dreml.datasets import OTHER_LAYOUT, PUBLISHED, hold_out
 from dreml.demo import draw_demo
+from dreml.files import writable
 from dreml.folders import subfolders
 from dreml.images import RESIZES, ImageSpec, load_rgb, resize_test
 from dreml.lists import UnknownLayout
@@ -84,10 +85,16 @@ def run(args: argparse.Namespace) -> None:
                 verify_cache(cache)
             else:
                 if name == "demo" and not (data_path / name).exists():
-                    draw_demo(data_path / name)
+                    with writable(data_path, "--data_path"):
+                        draw_demo(data_path / name)
+                force = args.force
                 if args.holdout:
                     name = hold_out(data_path, name, args.holdout, args.holdout_seed or 0, args.force)
-                cache = build_cache(data_path, name, spec, args.num_workers, args.force, args.skip_bad)
+                    listed = data_path / name / "images.csv"
+                    meta = cache_folder(data_path, name, spec) / "meta.json"
+                    if meta.exists() and meta.stat().st_mtime < listed.stat().st_mtime:
+                        force = True  # the cache is of another share
+                cache = build_cache(data_path, name, spec, args.num_workers, force, args.skip_bad)
             rows.append((cache, time.perf_counter() - start))
         except InputError as error:
             if isinstance(error, UnknownLayout) and not args.data_name:
@@ -135,7 +142,8 @@ def training_text(data_path: Path, cache: Cache) -> str:
     advice = ""
     if num_classes < Settings().meta_class_size:
         command += f" --meta_class_size {num_classes // 2 if num_classes >= 4 else 'all'}"
-        advice = "\n(for one network in place of an ensemble: --meta_class_size all --ensemble_size 1)"
+        if num_classes >= 4:
+            advice = "\n(for one network in place of an ensemble: --meta_class_size all --ensemble_size 1)"
     if num_gallery and recalls != default_recalls(name):
         command += f" --recalls {','.join(map(str, recalls))}"
     if name.split("_holdout")[0] == "demo":  # on a CPU

@@ -118,7 +118,8 @@ def export(searcher: Searcher, path: Path, suffix: str) -> None:
     if searcher.gallery:
         suffix = f"_gallery{suffix}"
         images, rows, _ = searcher.searched
-        table = pd.DataFrame([searcher.item(path)[:2] for path in images], columns=["path", "class_name"])
+        items = [searcher.item(path) for path in images]
+        table = pd.DataFrame({"path": [item.path for item in items], "class_name": [item.class_name for item in items]})
     else:
         rows = searcher.saved
         table = searcher.run.test

@@ -20,7 +20,7 @@ from dreml.folders import subfolders
 from dreml.lists import Listing, UnknownLayout, list_csv, list_image_folder, text_rows
 
 OTHER_LAYOUT = "train/ and test/ with a folder of images for each class, or images.csv with columns path,label,split"
-OTHER_DATA_PATH = "--data_path (with links to the images, made by ln -s)"  # the remedy where a data set is read-only
+OTHER_DATA_PATH = "--data_path (a folder of your own there, with links in it to what is in this one)"  # if read-only
 
 
 def list_car(root: Path) -> Listing | None:
@@ -46,14 +46,18 @@ def add_cars(listing: Listing, file: Path, path_field: str, folder: str) -> None
         listing.problems.append(f"{file}: missing file")
         return
     try:
-        annotations = np.ravel(scipy.io.loadmat(file)["annotations"])
+        content = scipy.io.loadmat(file)
+        names_file = next(listing.root.rglob("cars_meta.mat"), None)  # of the devkit
+        names = np.ravel((scipy.io.loadmat(names_file) if names_file else content).get("class_names", []))
+        annotations = np.ravel(content["annotations"])
         rows = [(str(row[path_field].item()), int(row["class"].item())) for row in annotations]
     except Exception as error:  # scipy raises a dozen kinds for a damaged, empty, HTML or version 7.3 file
         listing.problems.append(f"{file}: not a readable Cars196 annotation file with labels ({one_line(error)})")
         return
     for number, (path, class_id) in enumerate(rows, 1):
         split = "train" if class_id <= 98 else "test"
-        listing.add_line(f"{file}, entry {number}", folder + path, f"{class_id:03d}", split)
+        label = f"{class_id:03d} {names[class_id - 1].item()}" if class_id <= len(names) else f"{class_id:03d}"
+        listing.add_line(f"{file}, entry {number}", folder + path, label, split)
 
 
 def list_cub(root: Path) -> Listing | None:
@@ -190,6 +194,9 @@ def hold_out(data_path: Path, name: str, share: float, seed: int, force: bool) -
             f"--holdout {share:g} of {len(labels)} training classes leaves {num_left} to train on and "
             f"{num_held_out} to test on; it takes at least two of each"
         )
+    for text in [*labels, *images["path"]]:
+        if text != text.strip() or "\\" in text:
+            raise InputError(f"{name}: a holdout cannot list {text!r}: rename it (spaces at its ends, a backslash)")
     order = np.random.default_rng((seed, zlib.crc32(b"holdout"))).permutation(len(labels))
     is_held_out = images["label"].isin(labels[order[:num_held_out]])
     columns = {"path": f"{name}/" + images["path"], "label": images["label"]}
@@ -199,7 +206,8 @@ def hold_out(data_path: Path, name: str, share: float, seed: int, force: bool) -
     folder = data_path / f"{name}_holdout{seed or ''}"
     link = folder / name
     path = folder / "images.csv"
-    if folder.exists() and not link.is_symlink():
+    others = [each.name for each in folder.glob("[!.]*") if not each.name.startswith("cache_")]
+    if others and not link.is_symlink():
         raise InputError(f"{folder} is there already, and was not made by --holdout: remove or rename it")
     if path.exists():
         if path.read_bytes() == text.encode():

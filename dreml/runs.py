@@ -285,7 +285,10 @@ class Run:
 
     def embeddings(self, embedding: str, device: torch.device) -> list[torch.Tensor]:
         """Load the members' embeddings of the test images, `(M, d) float32` each; see `Members.embeddings`."""
-        return self.members.embeddings(self.num_members, embedding, device)
+        arrays = self.members.embeddings(self.num_members, embedding, device)
+        if len(arrays[0]) != len(self.test):
+            raise InputError(f"{self.folder}: test.csv has {len(self.test)} images, the embeddings {len(arrays[0])}")
+        return arrays
 
 
 def read_run(folder: Path, num_members: int | None = None) -> Run:
@@ -375,7 +378,7 @@ def save_member(folder: Path, record: MemberRecord, model: nn.Module, logits: to
     embedding = member_path(folder, record.member, "npy")
     save_weights(weights, model, metadata)
     save_array(embedding, logits)
-    record.sha256 = {path.name: sha256(path) for path in (weights, embedding)}
+    record.sha256 |= {path.name: sha256(path) for path in (weights, embedding)}
     write_record(member_path(folder, record.member, "json"), record)
 
 

@@ -68,14 +68,27 @@ class Gallery(NamedTuple):
     classes: set[str]  # folders with other names are not known as classes
 
 
-def is_same(first: Item, second: Item) -> bool:
-    """Whether both are one test image or one file, whatever the path to it."""
-    if first.row is not None and second.row is not None:
-        return first.row == second.row
-    try:
-        return os.path.samefile(first.file, second.file)
-    except (OSError, TypeError):  # one is gone, or only in memory
-        return False
+def paths_below(file: str | Path, folder: Path) -> list[str]:
+    """The paths of a file relative to a folder, as it is written and with links followed; [] for a file elsewhere."""
+    found = []
+    for resolve in (os.path.abspath, os.path.realpath):
+        path = resolve(file)
+        root = resolve(folder) + os.sep
+        if path.startswith(root):
+            found.append(path.removeprefix(root).replace(os.sep, "/"))
+    return found
+
+
+def itself(query: Item, items: list[Item]) -> Item | None:
+    """The query among some images: the same test image, else the same path, else the same file by another path."""
+    if query.file is None:  # in memory
+        return None
+    path = os.path.abspath(query.file)
+    same = [item for item in items if item.row is not None and item.row == query.row]
+    same = same or [item for item in items if os.path.abspath(item.file) == path]
+    if not same and os.path.exists(path):
+        same = [item for item in items if os.path.exists(item.file) and os.path.samefile(path, item.file)]
+    return same[0] if same else None
 
 
 @torch.inference_mode()
@@ -134,6 +147,8 @@ class Searcher:
             self.run.require(self.embedding)
             return
         self.gallery = Path(self.gallery)
+        if not cli.is_utf8(str(self.gallery)):
+            raise InputError(f"gallery {str(self.gallery)!a}: the name is not valid UTF-8")
         if self.refresh and not self.gallery.is_dir():
             raise InputError(f"gallery {self.gallery}: no such folder")
         model = model_checksum(self.run, self.embedding)
@@ -235,7 +250,7 @@ class Searcher:
             if not re.fullmatch("[0-9]{1,9}", number) or int(number) >= len(self.test_rows):
                 raise InputError(f"{name}: the test split has {len(self.test_rows):,} images, the first is test:0")
             return [self.item(int(number))._replace(name=name)]
-        if not cli.is_utf8(name):
+        if not cli.is_utf8(name) or "\0" in name:
             raise InputError(f"{name!a}: the name is not valid UTF-8")
         if not os.path.isdir(name):  # unlike Path.is_dir, also for a text that is too long for a name
             return [self.file_item(name)]
@@ -243,11 +258,12 @@ class Searcher:
         return [self.file_item(str(Path(name, photo.path)), class_of(photo.path)) for photo in photos]
 
     def file_item(self, name: str, class_name: str | None = None) -> Item:
-        """An image file. That of a test image counts as the test image."""
-        for resolve in (os.path.abspath, os.path.realpath):
-            path = resolve(name).removeprefix(resolve(self.data_folder) + os.sep).replace(os.sep, "/")
+        """An image file. That of a test image counts as the test image; a photo of the gallery has its class there."""
+        for path in paths_below(name, self.data_folder):
             if path in self.test_rows:
                 return self.item(self.test_rows[path])._replace(name=name)
+        for path in paths_below(name, self.gallery)[:1] if self.gallery else []:
+            class_name = class_of(path)
         return Item(name, class_name, Path(name), name=name)
 
     def embed_queries(self, items: list[Item], problems: list[str]) -> dict[int, torch.Tensor]:
@@ -270,13 +286,11 @@ class Searcher:
         """The neighbours of a query with this embedding, `(d,) float32`."""
         searched = self.photos(row, 4 * (top + 1)) if self.gallery and self.ann else self.searched
         similarities, numbers = nearest(row, searched.vectors, top + 1)  # one may be the query itself
-        neighbours = []
+        items = []
         for similarity, number in zip(similarities, numbers, strict=True):
-            item = self.item(searched.images[number])._replace(similarity=similarity)
-            if not is_same(query, item):
-                neighbours.append(item)
-            elif query.row is None:  # a photo that lies in the gallery has the class that it has there
-                query = query._replace(class_name=item.class_name)
+            items.append(self.item(searched.images[number])._replace(similarity=similarity))
+        own = itself(query, items)
+        neighbours = [item for item in items if item is not own]
         known = searched.classes if query.row is None else self.test_classes
         for place, item in enumerate(neighbours):
             both_known = {query.class_name, item.class_name} <= known

@@ -65,7 +65,9 @@ def read_threshold(run: Run, embedding: str, far: float) -> float:
     found = table.threshold[np.isclose(table.far, far)]
     if len(found):
         return float(found.iloc[0])
-    reason = f"it takes {math.ceil(FEWEST_ABOVE / far):,} test queries, and there are {run.test.is_query.sum():,}"
+    needed = math.ceil(FEWEST_ABOVE / far)
+    num_queries = run.test.is_query.sum()
+    reason = f"it takes {needed:,} test queries, and there are {num_queries:,}" if needed > num_queries else remedy
     known = "".join(f"far {value:g}, " for value in table.far) or f"{remedy}; "
     problem = f"{path} has none for far {far:g} and ensemble size {run.num_members}: {reason}"
     raise InputError(f"{problem}; what would do: {known}or a threshold of your own")

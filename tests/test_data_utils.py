@@ -137,7 +137,7 @@ def test_the_suggested_command_fits_the_data_and_runs(
     output = capsys.readouterr().out
     (command,) = re.findall(r"\ntrain on it with: (.*)\n", output)
     advice = "(for one network in place of an ensemble: --meta_class_size all --ensemble_size 1)\n"
-    assert output.endswith(advice) == (classes < 12)
+    assert output.endswith(advice) == (4 <= classes < 12)
     assert command == f"{plain} {options}".strip()
     quick = "--weights none --num_epochs 1 --ensemble_size 1 --device cpu"
     assert train.main([*command.split()[2:], *quick.split()]) == 0
@@ -276,13 +276,16 @@ def test_a_holdout_is_a_data_set_as_any_other(tmp_path, capsys, threads):
     capsys.readouterr()
     assert call(tmp_path, "--data_name", "mine", "--holdout", "0.4") == 0
     said = capsys.readouterr().err
-    command = f"--data_name mine_holdout --data_path {tmp_path} --image_size 32 --force"
+    command = f"--data_name mine --data_path {tmp_path} --image_size 32 --holdout 0.4 --force"
     assert said.startswith("warning: 0 files are new, 1 changed, 0 gone since ") and said.endswith(f"{command}\n")
     assert data_utils.main(command.split()) == 0 and capsys.readouterr().err == ""
+    assert call(tmp_path, "--data_name", "mine", "--holdout", "0.6", "--force") == 0
+    assert data_utils.main([*here(tmp_path), *"--data_name mine --image_size 24 --holdout 0.6".split()]) == 0
+    assert read_cache(tmp_path, "mine_holdout", ImageSpec(24)).counts == {"train": (2, 4), "test": (3, 6)}
 
 
 def test_what_a_holdout_refuses(tmp_path, capsys, threads):
-    """Too few classes; another share, without --force; a folder that is not of --holdout, also of earlier versions."""
+    """Too few classes; another share, without --force; a folder of something else; odd names."""
     write_image_folder(tmp_path / "mine", classes=5)
     hold_out = [*here(tmp_path), "--data_name", "mine", "--holdout"]
     assert data_utils.main([*hold_out, "0.4"]) == 0
@@ -299,6 +302,8 @@ def test_what_a_holdout_refuses(tmp_path, capsys, threads):
     write_image_folder(tmp_path / "mine_holdout4")
     said = refused(capsys, data_utils, *hold_out, "0.4", "--holdout_seed", "4", "--force")
     assert "mine_holdout4 is there already, and was not made by --holdout: remove or rename it" in said
+    (tmp_path / "mine/train/train_0").rename(tmp_path / "mine/train/ a")
+    assert "a holdout cannot list ' a': rename it" in refused(capsys, data_utils, *hold_out, "0.4")
 
 
 def test_the_command_that_makes_a_holdout_is_named_and_works(tmp_path, capsys, threads):

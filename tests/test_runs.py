@@ -241,13 +241,14 @@ def test_a_lost_run_record_is_made_again(tiny_data, small_run, tmp_path, capsys,
     assert digests(folder) == before
 
 
-def test_a_member_without_its_embedding_is_not_trained_again(tiny_data, small_run, tmp_path, monkeypatch):
+def test_a_member_without_its_embedding_is_not_trained_again(tiny_data, small_pooled_run, tmp_path, monkeypatch):
+    """And keeps its pooled features."""
     monkeypatch.setattr(train, "train_member", None)
-    folder = copy_run(small_run, tmp_path / small_run.name)
+    folder = copy_run(small_pooled_run, tmp_path / small_pooled_run.name)
     (folder / "member_001.npy").unlink()
     (folder / "member_002.npy").write_bytes(b"damaged")
     assert train_tiny(tiny_data, tmp_path) == 0
-    assert digests(folder, "member_*") == digests(small_run, "member_*")
+    assert digests(folder, "member_*") == digests(small_pooled_run, "member_*")
 
 
 # ------------------------------------------------------------------------------------------------ records
@@ -430,6 +431,7 @@ def test_a_missing_embedding_names_the_command_that_makes_it(tiny_data, small_ru
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda table: table[:-1], r"test.csv has 11 images, the embeddings 12$"),
         (lambda table: table.drop(columns="class_name"), r"test.csv is missing or damaged \(.*\); train.py writes it"),
         (lambda table: table.assign(label="x"), r"test.csv is missing or damaged \(.*\); train.py writes it again$"),
     ],
@@ -438,7 +440,7 @@ def test_a_damaged_list_of_test_images_is_refused(tiny_run, tmp_path, change, me
     folder = write_run(tmp_path / "run", tiny_run, random_embeddings(0))
     change(pd.read_csv(folder / "test.csv")).to_csv(folder / "test.csv", index=False)
     with pytest.raises(InputError, match=message):
-        read_run(folder)
+        read_run(folder).embeddings("logits", CPU)
 
 
 def test_a_process_that_waits_for_another_says_so(tmp_path, capsys, monkeypatch):

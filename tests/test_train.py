@@ -47,9 +47,6 @@ def experiment_of(cache, settings: Settings, weights=None) -> Experiment:
     return Experiment(cache, settings, weights, FP32, environment={})
 
 
-# ------------------------------------------------------------------------------------------------ one step
-
-
 def no_scaling() -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", enabled=False)
 
@@ -152,9 +149,6 @@ def test_steps_never_wait_for_the_device():
         sums.loss.item()
 
 
-# ------------------------------------------------------------------------------------------------ one epoch
-
-
 def linear_state() -> TrainState:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
@@ -199,9 +193,6 @@ def test_on_a_terminal_an_epoch_has_a_bar_too(capsys, monkeypatch):
     train_epoch(linear_state(), FP32, random_batches(), 10, "title")
     output = capsys.readouterr()
     assert output.err == "" and output.out.splitlines()[0] == f"title: 4 of 10 images, loss {sums.loss.item() / 4:.4f}"
-
-
-# ------------------------------------------------------------------------------------------------ one member
 
 
 @pytest.mark.parametrize(("correct", "best"), [([3, 9, 7, 9], 1), ([1, 2, 3, 4], 3), ([0] * 4, 0)])
@@ -280,9 +271,6 @@ def test_an_embedding_that_is_not_finite_ends_the_run(tiny_data, small_run, tmp_
         member = 3 if options[1] == "3" else 1
         assert f"member {member}: its embedding is not finite; try a lower --lr" in capsys.readouterr().err
     assert not list(tmp_path.glob("*/member_003*")) and not list(tmp_path.glob("*/pooled_*"))
-
-
-# ------------------------------------------------------------------------------------------------ settings at work
 
 
 def test_method_options_reach_the_training(tiny_data, tmp_path, small_network, seen, monkeypatch):
@@ -402,9 +390,6 @@ def test_auto_goes_on_in_the_precision_of_the_run(tiny_data, tmp_path, small_net
     assert record.settings.precision == "fp32" and record.options["precision"] == "auto"
 
 
-# ------------------------------------------------------------------------------------------------ the ensemble
-
-
 def test_growing_an_ensemble(tiny_data, small_run, tmp_path, capsys, monkeypatch):
     """One member and then a second are the two members at once; asking for less again only rewrites the log."""
     assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "1") == 0
@@ -507,9 +492,6 @@ def test_a_cut_of_large_classes_is_said(tiny_data, tmp_path, small_network, caps
     assert "a random 4" not in capsys.readouterr().out  # nothing was trained
 
 
-# ------------------------------------------------------------------------------------------------ pooled features
-
-
 def pool(data: Path, results: Path, *options: str) -> int:
     return train_tiny(data, results, "--embedding", "pooled", *options)
 
@@ -559,9 +541,6 @@ def test_nothing_is_made_twice(small_pooled_run, tiny_data, tmp_path, no_trainin
         assert [float(value) for value in row.split()] == pytest.approx([2, r1, r4, alone], abs=0.006)
     for pattern in ("member_*", "pooled_*", "*.csv"):
         assert digests(folder, pattern) == digests(small_pooled_run, pattern)
-
-
-# ------------------------------------------------------------------------------------------------ options
 
 
 def test_defaults_are_those_of_the_original_command_line():
