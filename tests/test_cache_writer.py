@@ -129,7 +129,7 @@ def test_a_read_only_folder_is_refused_with_a_way_on(tmp_path, threads, monkeypa
     build(tmp_path, "mine")
     monkeypatch.setattr(cache_writer, "take_lock", refuse)
     build(tmp_path, "mine")
-    remedy = "--data_path (with links to the images, made by ln -s) names another folder"
+    remedy = "--data_path (a folder of your own there, with links in it to what is in this one) names another folder"
     with pytest.raises(InputError, match=rf"^cannot write into {tmp_path}/mine \(Perm.*\); {re.escape(remedy)}$"):
         build(tmp_path, "mine", force=True)
 
