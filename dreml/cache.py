@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def read_cache(data_path: Path, name: str, spec: ImageSpec) -> Cache:
     """
     folder = cache_folder(data_path, name, spec)
     command = make_command(data_path, name, spec)
-    if not folder.parent.is_dir() and "_holdout" in name:
+    if not folder.parent.is_dir() and re.fullmatch(".+_holdout[0-9]*", name):
         raise InputError(f"{folder.parent}: no such folder; make it with: {holdout_command(data_path, name, spec)}")
     if not folder.parent.is_dir() and name != "demo":
         raise InputError(
