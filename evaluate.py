@@ -142,8 +142,8 @@ def comparison_text(table: pd.DataFrame) -> str:
     """Table of `compare` for people."""
     columns = table[["run", "seeds", "n", "ensemble_size"]].copy()
     for name in table.columns[4::2]:
-        spread = table[f"{name}_std"].map(" ± {:.2f}".format, na_action="ignore").fillna("")
-        columns[name] = table[name].map("{:.2f}".format) + spread
+        pairs = zip(table[name], table[f"{name}_std"], strict=True)
+        columns[name] = [f"{mean:.2f}" if np.isnan(std) else f"{mean:.2f} ± {std:.2f}" for mean, std in pairs]
     return columns.to_string(index=False)
 
 

@@ -172,9 +172,10 @@ def test_runs_are_compared_with_all_their_members_best_first(tiny_run, tmp_path,
     assert not list((tmp_path / "results").rglob("evaluation.csv"))
 
 
+@pytest.mark.filterwarnings("error")  # pandas warns where no run has another seed, unless it is asked otherwise
 def test_without_output_the_comparison_is_only_printed(tiny_run, tmp_path, capsys, monkeypatch):
     """Runs of one name would overwrite each other's files with --output, and do not without."""
-    runs = [write_run(tmp_path / f"{seed}" / "r", tiny_run, random_embeddings(seed), seed=seed) for seed in (0, 1)]
+    runs = [write_run(tmp_path / f"{seed}" / "r", tiny_run, random_embeddings(seed), lr=seed + 1.0) for seed in (0, 1)]
     assert "have the same name" in refused(capsys, evaluate, *runs, "--output", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     score(*runs, "--recalls", "1")

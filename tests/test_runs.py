@@ -174,8 +174,7 @@ def test_only_what_cannot_be_written_blames_the_results_folder(
 
     monkeypatch.setattr(train, "verify_cache", unreadable)
     assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "3") == 1
-    message = "train.py: failed: [Errno 5] Input/output error: 'train_pixels.npy'\n"
-    assert capsys.readouterr().err == message
+    assert capsys.readouterr().err == "train.py: failed: [Errno 5] Input/output error: 'train_pixels.npy'\n"
 
 
 def test_leftovers_of_finished_members_are_removed(tiny_data, small_run, tmp_path, no_training):
