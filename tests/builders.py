@@ -297,7 +297,6 @@ def check_refused(data: Path, name: str, write: Callable, damage: Callable, mess
 TINY = "--data_name tiny --image_size 32 --weights none --lr 1e-3 --device cpu --num_epochs 2 --batch_size 16".split()
 TINY += "--meta_class_size 3 --ensemble_size 2 --recalls 1,4 --precision fp32".split()  # the same on every machine
 
-
 LABELS = np.repeat(np.arange(4), [4, 3, 3, 2])  # of the test images of `write_run`
 CLASS_NAMES = np.array(["Ünï", "жук", "a,b", "d $x$"], dtype=object)
 IMAGE_COLORS = np.array([[200, 40 + 15 * number, 20 * number] for number in range(len(LABELS))], np.uint8)
