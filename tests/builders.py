@@ -138,10 +138,12 @@ def write_car_annotations(path: Path, path_field: str, rows: list[tuple[str, int
         label = [_matlab_number(class_id)] if labelled else []
         annotations[0, number] = (*box, *label, np.array([image]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    scipy.io.savemat(path, {"annotations": annotations})
+    names = {} if path_field == "fname" else {"class_names": CAR_NAMES}  # of the devkit, in a file of their own
+    scipy.io.savemat(path, {"annotations": annotations} | names)
 
 
 CAR_CLASSES = (1, 1, 98, 98, 99, 99, 196, 196)  # the ends of both splits, two images each
+CAR_NAMES = np.array([[f"Car {class_id}" for class_id in range(1, 197)]], dtype=object)
 
 
 def write_car(root: Path) -> None:
@@ -156,6 +158,7 @@ def write_car_devkit(root: Path, nested: bool = False, labels_beside: bool = Fal
     """cars_train/, cars_test/ and devkit/; both of the devkit's parts hold images of all classes."""
     rows = [(f"{number:05d}.jpg", class_id) for number, class_id in enumerate(CAR_CLASSES, 1)]
     write_car_annotations(root / "devkit" / "cars_train_annos.mat", "fname", rows[::2])
+    scipy.io.savemat(root / "devkit" / "cars_meta.mat", {"class_names": CAR_NAMES})
     labelled = root / ("." if labels_beside else "devkit") / "cars_test_annos_withlabels.mat"
     write_car_annotations(labelled, "fname", rows[1::2])
     write_car_annotations(root / "devkit" / "cars_test_annos.mat", "fname", [(path, None) for path, _ in rows[1::2]])

@@ -38,7 +38,7 @@ LAYOUTS = {  # -> data set, its writer, where its images lie
     "isc, original folders": ("isc", lambda root: write_isc(root, "Eval", "Img"), "Img/img/"),
 }
 CLASSES = {
-    "car": (["001", "098"], ["099", "196"]),
+    "car": (["001 Car 1", "098 Car 98"], ["099 Car 99", "196 Car 196"]),
     "cub": (["001.Bird_1", "100.Bird_100"], ["101.Bird_101", "200.Bird_200"]),
     "sop": (["00001", "00002"], ["11319", "11320"]),
     "isc": (["id_00000002", "id_00000003"], ["id_00000001", "id_00000004"]),

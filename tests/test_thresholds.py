@@ -82,6 +82,7 @@ def test_reading_a_threshold(tiny_run, tmp_path):
     assert refused(2, 0.01) == f"{path} has none for far 0.01 and ensemble size 2: {reason}{others}"
     pd.DataFrame(rows[1:], columns=list(COLUMNS)).to_csv(path, index=False)
     assert f"what would do: {command}; or" in refused(1, 0.1)
+    assert f"ensemble size 2: {command}; what would do: far 0.1, " in refused(2, 0.5)
     for damage in ("ensemble_size,far\n1,0.1\n", "", "\0"):
         path.write_text(damage)
         assert "is missing or damaged" in refused(2, 0.1)

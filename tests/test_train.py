@@ -514,8 +514,8 @@ def test_pooled_features_of_the_saved_members(pooled_run, tiny_run, tiny_cache):
         embeddings.append(np.load(pooled_run / f"pooled_00{member}.npy"))
         assert embeddings[-1].dtype == np.float32 and embeddings[-1].shape == (36, 512)
         np.testing.assert_allclose(embeddings[-1], seen[0], rtol=1e-4, atol=1e-4)
-        record = read_record(pooled_run / f"member_00{member}.json")
-        assert record["sha256"] == digests(pooled_run, f"*_00{member}.[ns]*")
+        checksums = digests(pooled_run, f"*_00{member}.[ns]*")
+        assert read_record(pooled_run / f"member_00{member}.json")["sha256"] == checksums
     expected = 100 * slow_recall(embeddings, labels, [1, 4])
     lines = (pooled_run / "recall_pooled.csv").read_text().splitlines()
     assert lines == ["ensemble_size,R@1,R@4", *(f"{n},{r1:.4f},{r4:.4f}" for n, (r1, r4) in enumerate(expected, 1))]
@@ -545,15 +545,12 @@ def test_nothing_is_made_twice(small_pooled_run, tiny_data, tmp_path, no_trainin
 
 def test_defaults_are_those_of_the_original_command_line():
     args = train.parse_args([])
-    assert args.data_name == "car"
-    assert (args.recalls, args.batch_size, args.num_epochs) == ([1, 2, 4, 8], 128, 12)
+    assert (args.data_name, args.recalls, args.batch_size, args.num_epochs) == ("car", [1, 2, 4, 8], 128, 12)
     assert (args.ensemble_size, args.meta_class_size, args.weights) == (12, 12, "imagenet")
-    assert settings_of(args).lr == 1e-4
-    assert args.progress_seconds == 30
+    assert (settings_of(args).lr, args.progress_seconds) == (1e-4, 30)
     assert train.parse_args("--data_name sop --recalls 1,10,100,1000".split()).recalls == [1, 10, 100, 1000]
     assert train.parse_args("--data_name sop".split()).recalls == [1, 2, 4, 8]
     assert train.parse_args("--data_name isc".split()).recalls == [1, 10, 20, 30]
-    assert train.parse_args("--data_name isc --recalls 1".split()).recalls == [1]
 
 
 @pytest.mark.parametrize(
