@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         figures.check_matplotlib()
     device = cli.pick_device(args.device)
-    runs = [read_run(folder, args.num_members) for folder in args.folders]
+    runs = [read_run(folder, args.num_members, args.embedding) for folder in args.folders]
     groups = group_by_settings(runs)
     targets = [args.output or one.folder for one in runs]
     if args.output and len(runs) > 1:
@@ -161,7 +161,6 @@ def run(args: argparse.Namespace) -> None:
             raise InputError("two run folders have the same name: --output would mix their files; rename one")
     ks = args.recalls or default_recalls(runs[0].settings.data_name)
     for one in runs:
-        one.require(args.embedding)
         size = int(one.test.is_gallery.sum())
         if not len(one.test):
             raise InputError(f"{one.folder}: its data set has no test images: there is nothing to score")
@@ -210,12 +209,11 @@ def write_scores(run: Run, scores: dict[str, pd.DataFrame], folder: Path, suffix
             write_csv(folder / f"{name}{suffix}.csv", scores[name], float_format=float_format)
         if not plot:
             return
-        records = [run.members.records[member] for member in range(1, run.num_members + 1)]
         with figures.drawing():
             recall = figures.draw_recall(scores["evaluation"], scores["members"], read_baseline(run.folder))
             figures.save_figure(recall, folder, f"evaluation{suffix}")
             figures.save_figure(figures.draw_found(scores["found"]), folder, f"thresholds{suffix}")
-            figures.save_figure(figures.draw_training(records), folder, "training")
+            figures.save_figure(figures.draw_training(run.members), folder, "training")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -149,11 +149,10 @@ def run(args: argparse.Namespace) -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"an export needs: pip install {' '.join(missing)}")
-    trained = read_run(args.folder, args.num_members)
+    trained = read_run(args.folder, args.num_members, args.embedding)
     number = trained.num_members
     test_images = None
     if args.check_recall:
-        trained.require(args.embedding)
         test_images = trained.read_cache(args.data_path).array("test_images")
         if not len(test_images):
             raise InputError(f"{args.folder}: its data set has no test images")

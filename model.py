@@ -14,9 +14,9 @@ from torch import nn
 
 from dreml.backbones import build_backbone, gains_from_bf16, without_drawing
 from dreml.batches import image_batches, input_memory, normalize, spans
-from dreml.cli import InputError, counted, with_less_memory
+from dreml.cli import with_less_memory
 from dreml.images import ImageSpec
-from dreml.runs import METADATA, WEIGHTS, Members, member_numbers, member_path, read_run_record
+from dreml.runs import METADATA, WEIGHTS, finished_members, member_path, read_run_record
 from dreml.settings import EMBEDDINGS, Settings
 from utils import full_float32, rng_for
 
@@ -128,18 +128,16 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 Statistics = tuple[torch.Tensor, torch.Tensor]  # mean and standard deviation of the data set's channels, (3,) each
 
 
-def features(model: nn.Module, pixels: torch.Tensor, embedding: str) -> torch.Tensor:
-    """Compute a member's embedding before it is scaled to length 1: `(N, 3, S, S) float` -> `(N, d) float32`.
+def features(model: nn.Module, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Compute a member's embeddings before they are scaled to length 1: `(N, 3, S, S) float` -> `(N, d) float32` each.
 
     "logits": the D logits (the method). "pooled": the input of the last layer, in most networks the feature after
     average pooling.
     """
-    if embedding == "logits":
-        return model(pixels)
     inputs_of_head = []
     with head_of(model).register_forward_pre_hook(lambda head, inputs: inputs_of_head.append(inputs[0])):
-        model(pixels)
-    return inputs_of_head[0].float()
+        logits = model(pixels)
+    return {"logits": logits, "pooled": inputs_of_head[0].float()}
 
 
 def channel_statistics(data: object, device: torch.device) -> Statistics:
@@ -148,27 +146,27 @@ def channel_statistics(data: object, device: torch.device) -> Statistics:
 
 
 def extract_features(
-    model: nn.Module, images: np.ndarray, statistics: Statistics, batch_size: int, embedding: str = "logits"
-) -> torch.Tensor:
-    """Compute the `features` of many images, `(N, d) float32` on the device. Always in full float32.
+    model: nn.Module, images: np.ndarray, statistics: Statistics, batch_size: int
+) -> dict[str, torch.Tensor]:
+    """Compute the `features` of many images, `(N, d) float32` each, on the device. Always in full float32.
 
     `images`: `(N, S, S, 3) uint8`, memory-mapped or not. `statistics`: on the device. `batch_size`: images of a batch,
     halved while memory is too short.
     """
     model.eval()
-    return with_less_memory(lambda size: features_in_batches(model, images, statistics, size, embedding), batch_size)
+    return with_less_memory(lambda size: features_in_batches(model, images, statistics, size), batch_size)
 
 
 @torch.inference_mode()
 def features_in_batches(
-    model: nn.Module, images: np.ndarray, statistics: Statistics, batch_size: int, embedding: str
-) -> torch.Tensor:
+    model: nn.Module, images: np.ndarray, statistics: Statistics, batch_size: int
+) -> dict[str, torch.Tensor]:
     """`extract_features` in batches of this size."""
     device = statistics[0].device
     batches = spans(0, len(images), batch_size)
     head = head_of(model)
-    width = head.out_features if embedding == "logits" else head.in_features
-    outputs = torch.empty((len(images), width), device=device)
+    widths = {"logits": head.out_features, "pooled": head.in_features}
+    outputs = {name: torch.empty((len(images), width), device=device) for name, width in widths.items()}
     memory = input_memory(min(batch_size, len(images)), images.shape[1], device)
 
     def fill(start: int, stop: int, out: np.ndarray) -> None:
@@ -177,7 +175,8 @@ def features_in_batches(
     loaded = image_batches(fill, batches, images.shape[1], device)
     with full_float32(device.type):
         for (start, stop), batch in zip(batches, loaded, strict=True):
-            outputs[start:stop] = features(model, normalize(batch, *statistics, memory), embedding)
+            for name, rows in features(model, normalize(batch, *statistics, memory)).items():
+                outputs[name][start:stop] = rows
     return outputs
 
 
@@ -223,7 +222,7 @@ class Ensemble(nn.Module):
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """As `forward`, from normalised pixels `(N, 3, S, S) float`, in the precision that the caller has set."""
-        return unit_rows([features(member, pixels, self.embedding) for member in self.members])
+        return unit_rows([features(member, pixels)[self.embedding] for member in self.members])
 
 
 def load_member(path: Path) -> nn.Module:
@@ -244,23 +243,14 @@ def load_ensemble(
 ) -> Ensemble:
     """Load the first members of a run folder (`results/...`), ready to embed images in float32.
 
-    `num_members` None: up to the first that is missing, as in every score. Raises InputError if the folder is no run,
-    has too few finished members, or a file does not match its checksum.
+    `num_members` None: all before the first that is missing, or damaged, of which a warning is printed. Raises
+    InputError if the folder is no run or has too few members.
     """
     if embedding not in EMBEDDINGS:
         raise ValueError(f"embedding has to be one of {', '.join(EMBEDDINGS)}, not {embedding!r}")
     run_folder = Path(run_folder)
     record = read_run_record(run_folder)
-    finished = [member for place, member in enumerate(member_numbers(run_folder), 1) if member == place]
-    if len(finished) < (num_members or 1):
-        raise InputError(f"{run_folder} has {counted(len(finished), 'finished member')}, not {num_members or 1}")
-    members = Members(run_folder, record.settings_hash, needed=(WEIGHTS,))
-    networks = []
-    for member in finished[:num_members]:
-        _, damaged = members.read(member)
-        if damaged:
-            text = f"member {member} is damaged ({', '.join(damaged)}); train.py makes it again"
-            raise InputError(f"{run_folder}: {text}")
-        networks.append(load_member(member_path(run_folder, member, WEIGHTS)))
+    members = finished_members(run_folder, record, num_members, WEIGHTS)
+    networks = [load_member(member_path(run_folder, each.member, WEIGHTS)) for each in members]
     ensemble = Ensemble(networks, record.settings.image_spec, record.data.mean, record.data.std, embedding)
     return ensemble.to(device).eval()

@@ -10,7 +10,6 @@ command trains only what is missing; a larger --ensemble_size adds members to th
 
 import argparse
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -79,7 +78,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise InputError(f"--members {args.members[-1]} is above --ensemble_size {args.ensemble_size}")
     check_backbone(args.backbone, args.image_size)
     args.recalls = args.recalls or default_recalls(args.data_name)
-    args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])  # for args.json
     return args
 
 
@@ -274,45 +272,29 @@ def with_outlook(batches: Iterable[Pair], num_images: int, num_epochs: int, num_
     yield from batches
 
 
-def embed_test_images(experiment: Experiment, model: nn.Module, member: int, embedding: str) -> torch.Tensor:
-    """Embed all test images, `(M, d) float32`, in batches twice as large as in training if memory allows."""
+def embed_test_images(experiment: Experiment, model: nn.Module, member: int) -> dict[str, torch.Tensor]:
+    """Embed all test images, see `extract_features`, in batches twice as large as in training if memory allows."""
     images, batch_size = experiment.cache.array("test_images"), 2 * experiment.settings.batch_size
-    outputs = extract_features(model, images, experiment.statistics, batch_size, embedding)
-    if not torch.isfinite(outputs).all():
+    embeddings = extract_features(model, images, experiment.statistics, batch_size)
+    if not all(torch.isfinite(rows).all() for rows in embeddings.values()):
         raise RunError(f"member {member}: its embedding is not finite; {experiment.compute.overflow_remedy()}")
-    return outputs
+    return embeddings
 
 
-def make_member(experiment: Experiment, members: Members, member: int, embedding: str, title: str) -> str:
-    """Train or re-embed one member. The caller holds its lock. Returns a log message."""
-    remove_leftovers(members.folder, f"*_{member:03d}.*")
-    message = "pooled features"
-    if member not in members.records:
-        record = finish_member(experiment, members, member, title)
-        accuracy = record.history[record.best_epoch]["accuracy"]
-        message = f"training accuracy {accuracy:.2f} % in epoch {record.best_epoch}"
-        members.refresh()
-    if embedding == "pooled" and member in members.records:
-        model = load_member(member_path(members.folder, member, WEIGHTS)).to(experiment.compute.device)
-        pooled = embed_test_images(experiment, model, member, "pooled")
-        runs.save_pooled(members.folder, members.records[member], pooled)
-    return message
-
-
-def finish_member(experiment: Experiment, members: Members, member: int, title: str) -> MemberRecord:
-    """Train, embed and save one member. If only its embedding is missing or damaged, do not train it again."""
+def make_member(experiment: Experiment, members: Members, member: int, title: str) -> MemberRecord:
+    """Train, embed and save one member. The caller holds its lock. If only embeddings are missing, do not train it."""
     folder, meta = members.folder, experiment.cache.meta
-    progress = Progress(folder, member, members.settings_hash, experiment.progress_seconds)
+    remove_leftovers(folder, f"*_{member:03d}.*")
     record, damaged = members.read(member)
-    if record and damaged == [member_path(folder, member, "npy").name]:
+    if record and set(damaged) <= {member_path(folder, member, suffix).name for suffix in runs.SAVED.values()}:
         model = load_member(member_path(folder, member, WEIGHTS)).to(experiment.compute.device)
     else:
+        progress = Progress(folder, member, members.settings_hash, experiment.progress_seconds)
         model, result = train_member(experiment, member, title, progress)
         record = MemberRecord(member, members.settings_hash, **result, environment=experiment.environment, sha256={})
-    logits = embed_test_images(experiment, model, member, "logits")
     metadata = {"settings": asdict(experiment.settings), "partition": record.partition}
     metadata |= {"mean": meta.mean, "std": meta.std}
-    runs.save_member(folder, record, model, logits, metadata)
+    runs.save_member(folder, record, model, metadata, embed_test_images(experiment, model, member))
     remove_progress(folder, member)
     return record
 
@@ -350,7 +332,7 @@ def run(args: argparse.Namespace) -> None:
         members = runs.open_members(folder, earlier, record)
         missing = members.missing(wanted)
         weights = read_weights(settings.backbone, args.weights) if missing else None
-        if members.missing(wanted, args.embedding):  # then pixels are read
+        if missing:  # then pixels are read
             verify_cache(cache)
         with writable(args.results_path, "--results_path"):
             runs.write_run_record(members, record, cache)
@@ -366,25 +348,25 @@ def run(args: argparse.Namespace) -> None:
         runs.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
     if len(split.labels):
         update_baseline(folder, settings, args.weights, cache, split, args.recalls, device)
-    while (locked := members.lock_next_missing(wanted, args.embedding)) is not None:
+    while (locked := members.lock_next_missing(wanted)) is not None:
         member, lock = locked
         start = time.perf_counter()
         title = f"member {member}/{args.ensemble_size}"
         with lock:
-            message = make_member(experiment, members, member, args.embedding, title)
-        print(f"{title}: {message}, {time.perf_counter() - start:.1f} s")
+            record = make_member(experiment, members, member, title)
+        best = f"training accuracy {record.history[record.best_epoch]['accuracy']:.2f} % in epoch {record.best_epoch}"
+        print(f"{title}: {best}, {time.perf_counter() - start:.1f} s")
         runs.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
-        members.refresh(args.embedding)
-        if members.missing([member], args.embedding):
+        if member not in members.records:
             raise RunError(f"member {member} was finished, but its files read back otherwise: is the disk sound?")
         experiment = replace(experiment, num_ahead=0)
 
     # 4. The final recall: the last process to finish computes it
     table, embeddings = runs.update_logs(members, args.ensemble_size, split, args.recalls, args.embedding, device)
-    absent = members.missing(whole, args.embedding)
+    absent = members.missing(whole)
     if absent:
         numbers = ", ".join(map(str, absent))
-        print(f"{args.embedding} still missing of member {numbers}: the process that finishes the last one scores")
+        print(f"still missing: member {numbers}; the process that finishes the last one scores")
         return
     if not len(split.labels):
         print(f"{cli.counted(len(embeddings), 'member')} finished in {folder}; there are no test images, so no recall")

@@ -73,7 +73,7 @@ def train_rival(cache: Cache, settings: Settings, weights: str, compute: model.C
             for group, factor in zip(optimizer.param_groups, (1, PROXY_RATE), strict=True):
                 group["lr"] = factor * rate
             with compute.autocast():
-                rows = model.features(network, prepare(batch, *statistics), "pooled")
+                rows = model.features(network, prepare(batch, *statistics))["pooled"]
             value = proxy_anchor(loss, rows, class_shares(batch.targets, num_classes))
             optimizer.zero_grad()
             state.scaler.scale(value).backward()
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     network = train_rival(cache, settings, args.weights, model.Compute(device, precision))
     seconds = time.perf_counter() - start
     statistics = model.channel_statistics(cache.meta, device)
-    rows = model.extract_features(network, cache.array("test_images"), statistics, 256, "pooled")
+    rows = model.extract_features(network, cache.array("test_images"), statistics, 256)["pooled"]
     split = TestSplit.from_arrays(*(cache.array(f"test_{name}") for name in TestSplit._fields))
     masks = {"is_query": split.is_query, "is_gallery": split.is_gallery}
     recall = recall_at_k(rows, split.labels, [1], **masks).item()

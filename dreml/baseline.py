@@ -43,7 +43,7 @@ def initial_features(settings: Settings, weights: str, cache: Cache, device: tor
     state = read_weights(settings.backbone, weights)
     model = initial_model(settings, 1, state).to(device)
     scaling = own_scaling(settings.backbone, device) if state else channel_statistics(cache.meta, device)
-    features = extract_features(model, cache.array("test_images"), scaling, 2 * settings.batch_size, "pooled")
+    features = extract_features(model, cache.array("test_images"), scaling, 2 * settings.batch_size)["pooled"]
     if not torch.isfinite(features).all():
         raise InputError("their features are not finite")
     return features
@@ -120,7 +120,7 @@ def print_baseline(folder: Path, ensembles: pd.DataFrame, embedding: str, weight
     best = table.loc[table[name].idxmax()]
     after = ensembles[name].iloc[-1]
     if best[name] > round(after, 4):  # rounded as the baselines are
-        remedies = ["--embedding pooled (seconds)"] if embedding == "logits" else []
+        remedies = ["--embedding pooled"] if embedding == "logits" else []
         remedies += ["pretrained --weights"] if weights == "none" else []
         remedies += ["more --num_epochs"]
         ahead = f"{name} {best[name]:.2f} ({best.baseline}), {after:.2f} after"

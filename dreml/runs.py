@@ -29,6 +29,7 @@ T = TypeVar("T")
 FORMAT = 3  # of a run folder; folders of another format are refused
 WEIGHTS = "safetensors"  # suffix of the files of weights
 METADATA = "dreml"  # key in their header; its value is JSON: settings, partition, mean and std
+SAVED = {"logits": "npy", "pooled": "pooled.npy"}  # suffixes of the files of embeddings
 SUFFIXES = {"logits": "", "pooled": "_pooled"}  # end of the names of tables made from an embedding
 TEST_COLUMNS = {"path": str, "label": np.int64, "is_query": bool, "is_gallery": bool, "class_name": str}  # test.csv
 HISTORY_COLUMNS = ("epoch", "loss", "accuracy", "lr", "seconds", "images_per_second")  # train.csv
@@ -84,7 +85,7 @@ class MemberRecord:
     history: list[dict]  # for each epoch, HISTORY_COLUMNS and more
     partition: list[int]  # the meta-class of each training class
     environment: dict
-    sha256: dict[str, str]  # file name -> checksum; of pooled features, too, where they were made
+    sha256: dict[str, str]  # file name -> checksum
 
 
 def read_run_record(folder: Path) -> RunRecord:
@@ -110,11 +111,6 @@ def member_path(folder: Path, member: int, suffix: str) -> Path:
     return folder / f"member_{member:03d}.{suffix}"
 
 
-def pooled_path(folder: Path, member: int) -> Path:
-    """Path of a member's pooled features: folder/pooled_007.npy."""
-    return folder / f"pooled_{member:03d}.npy"
-
-
 def member_numbers(folder: Path) -> list[int]:
     """List the members that have a record in a run folder, damaged or not, in order."""
     matches = (re.fullmatch(r"member_([0-9]{3,})\.json", path.name) for path in folder.glob("member_*.json"))
@@ -128,32 +124,19 @@ class Members:
     folder: Path
     settings_hash: str
     records: dict[int, MemberRecord] = field(default_factory=dict)
-    pooled: set[int] = field(default_factory=set)  # the members whose pooled features are saved
-    needed: tuple[str, ...] = (WEIGHTS, "npy")  # suffixes of the files that must be undamaged
+    needed: tuple[str, ...] = (WEIGHTS, *SAVED.values())  # suffixes of the files that must be undamaged
     warnings: set[str] = field(default_factory=set)  # each is printed once
 
-    def refresh(self, embedding: str = "logits") -> None:
-        """Add newly finished members, for "pooled" also their features. Warn of damaged ones. Does not write."""
+    def refresh(self) -> None:
+        """Add newly finished members. Warn of damaged ones. Does not write."""
         for member in self.missing(member_numbers(self.folder)):
             record, damaged = self.read(member)
-            if damaged:
-                self.warn(f"member {member} is damaged ({', '.join(damaged)})")
-            else:
+            warning = f"member {member} is damaged ({', '.join(damaged)}); train.py makes it again"
+            if not damaged:
                 self.records[member] = record
-        for member in self.missing(self.records, "pooled") if embedding == "pooled" else []:
-            path = pooled_path(self.folder, member)
-            self.records[member] = read_record(member_path(self.folder, member, "json"), MemberRecord)
-            checksum = self.records[member].sha256.get(path.name)
-            if checksum and path.exists() and sha256(path) == checksum:
-                self.pooled.add(member)
-            elif checksum:
-                self.warn(f"{path.name} is missing or damaged")
-
-    def warn(self, problem: str) -> None:
-        """Print a warning, once per problem."""
-        if problem not in self.warnings:
-            print(f"warning: {problem}; train.py makes it again", file=sys.stderr)
-        self.warnings.add(problem)
+            elif warning not in self.warnings:
+                print(f"warning: {warning}", file=sys.stderr)
+                self.warnings.add(warning)
 
     def read(self, member: int) -> tuple[MemberRecord | None, list[str]]:
         """Read a member's record (None if unreadable). List its files that are missing, damaged or of another run."""
@@ -168,47 +151,46 @@ class Members:
         damaged = [path.name for path in paths if not path.exists() or sha256(path) != record.sha256.get(path.name)]
         return record, damaged
 
-    def missing(self, wanted: Iterable[int], embedding: str = "logits") -> list[int]:
-        """List the wanted members that are not finished or, for "pooled", that have no pooled features."""
-        finished = self.pooled if embedding == "pooled" else self.records
-        return [member for member in wanted if member not in finished]
+    def missing(self, wanted: Iterable[int]) -> list[int]:
+        """List the wanted members that are not finished."""
+        return [member for member in wanted if member not in self.records]
 
-    def lock_next_missing(self, wanted: Iterable[int], embedding: str) -> tuple[int, AbstractContextManager] | None:
+    def lock_next_missing(self, wanted: Iterable[int]) -> tuple[int, AbstractContextManager] | None:
         """Lock the first wanted member that is missing and not locked elsewhere. Returns it and its lock, or None."""
-        for member in self.missing(wanted, embedding):
+        for member in self.missing(wanted):
             lock = take_lock(self.folder / f".member_{member:03d}.lock", timeout=0)
             if lock is None:  # another process makes it
                 continue
-            self.refresh(embedding)
-            if self.missing([member], embedding):
+            self.refresh()
+            if member not in self.records:
                 return member, lock
             with lock:  # another process has finished it in the meantime
                 pass
         return None
 
-    def embeddings(self, num_members: int, embedding: str, device: torch.device) -> list[torch.Tensor]:
-        """Load the saved embeddings of members 1 to `num_members`, or up to the first missing one.
+    def num_first(self) -> int:
+        """Return the number of finished members before the first missing one."""
+        return next(member for member in itertools.count() if member + 1 not in self.records)
 
-        Returns tensors `(M, d) float32`; d is the number of meta-classes ("logits") or of pooled features ("pooled").
-        They are on the device, or on the CPU if the device has too little memory.
-        """
-        self.refresh(embedding)
-        missing = self.missing(range(1, num_members + 1), embedding)
-        stop = missing[0] if missing else num_members + 1
-        paths = [member_path(self.folder, member, "npy") for member in range(1, stop)]
-        if embedding == "pooled":
-            paths = [pooled_path(self.folder, member) for member in range(1, stop)]
-        arrays = [torch.from_numpy(np.load(path)) for path in paths]
-        try:
-            on_device = [array.to(device) for array in arrays]
-            if device.type != "cpu":
-                _ = [torch.empty_like(array) for array in on_device]  # scoring makes a sorted copy of them
-            return on_device
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-        print(f"warning: the embeddings do not fit on {device}: they are scored on the CPU", file=sys.stderr)
-        return arrays
+
+def load_embeddings(folder: Path, num_members: int, embedding: str, device: torch.device) -> list[torch.Tensor]:
+    """Load the saved embeddings of members 1 to `num_members`, `(M, d) float32` each.
+
+    d is the number of meta-classes ("logits") or of pooled features ("pooled"). They are on the device, or on the CPU
+    if the device has too little memory.
+    """
+    paths = [member_path(folder, member, SAVED[embedding]) for member in range(1, num_members + 1)]
+    arrays = [torch.from_numpy(np.load(path)) for path in paths]
+    try:
+        on_device = [array.to(device) for array in arrays]
+        if device.type != "cpu":
+            _ = [torch.empty_like(array) for array in on_device]  # scoring makes a sorted copy of them
+        return on_device
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    print(f"warning: the embeddings do not fit on {device}: they are scored on the CPU", file=sys.stderr)
+    return arrays
 
 
 # ------------------------------------------------------------------------------------------------ reading a run
@@ -233,9 +215,12 @@ class Run:
 
     folder: Path
     record: RunRecord
-    members: Members
-    num_members: int
+    members: list[MemberRecord]
     test: pd.DataFrame  # TEST_COLUMNS; row i is row i of the embeddings
+
+    @property
+    def num_members(self) -> int:
+        return len(self.members)
 
     @property
     def settings(self) -> Settings:
@@ -253,8 +238,7 @@ class Run:
     @property
     def weights(self) -> list[str]:
         """The SHA-256 of each member's file of weights, in order."""
-        names = {number: member_path(self.folder, number, WEIGHTS).name for number in range(1, self.num_members + 1)}
-        return [self.members.records[number].sha256[name] for number, name in names.items()]
+        return [each.sha256[member_path(self.folder, each.member, WEIGHTS).name] for each in self.members]
 
     def data_path(self, named: Path | None) -> Path:
         """Find the folder of data sets: `named` if given, else the one used in training, else data/ here.
@@ -272,40 +256,38 @@ class Run:
             raise InputError(f"{cache.folder} is not the cache of this run: it was made from other images")
         return cache
 
-    def require(self, embedding: str) -> None:
-        """Raise InputError unless every member has this embedding."""
-        self.members.refresh(embedding)
-        missing = self.members.missing(range(1, self.num_members + 1), embedding)
-        if missing:
-            command = self.record.options.get("command", "python train.py, with the options in args.json,")
-            command = re.sub(r" --(members|ensemble_size|embedding)[ =]\S+", "", command)
-            command += f" --ensemble_size {self.num_members} --embedding {embedding}"
-            text = f"the {embedding} embedding of member {missing[0]} is missing; make it from the saved member with"
-            raise InputError(f"{self.folder}: {text}: {command}")
-
     def embeddings(self, embedding: str, device: torch.device) -> list[torch.Tensor]:
-        """Load the members' embeddings of the test images, `(M, d) float32` each; see `Members.embeddings`."""
-        arrays = self.members.embeddings(self.num_members, embedding, device)
+        """Load the members' embeddings of the test images, see `load_embeddings`."""
+        arrays = load_embeddings(self.folder, self.num_members, embedding, device)
         if len(arrays[0]) != len(self.test):
             raise InputError(f"{self.folder}: test.csv has {len(self.test)} images, the embeddings {len(arrays[0])}")
         return arrays
 
 
-def read_run(folder: Path, num_members: int | None = None) -> Run:
+def read_run(folder: Path, num_members: int | None, embedding: str) -> Run:
     """Open a run folder with its members 1 to `num_members`; None: all before the first missing one.
 
-    Needs neither data nor weights, and writes nothing. Raises InputError if the folder is not a run, is damaged or has
-    too few members.
+    Needs neither data nor weights, only what the members embedded the test images to. Writes nothing. Raises InputError
+    if the folder is not a run, is damaged or has too few members.
+    """
+    record = read_run_record(folder)
+    members = finished_members(folder, record, num_members, SAVED[embedding])
+    return Run(folder, record, members, read_test(folder))
+
+
+def finished_members(folder: Path, record: RunRecord, num_members: int | None, needed: str) -> list[MemberRecord]:
+    """Read the records of members 1 to `num_members`; None: of all before the first missing one.
+
+    `needed`: the suffix of the files that must be undamaged. Raises InputError if there are too few.
     """
     if num_members is not None and num_members < 1:
         raise InputError(f"num_members has to be at least 1, not {num_members}")
-    record = read_run_record(folder)
-    members = Members(folder, record.settings_hash, needed=("npy",))
+    members = Members(folder, record.settings_hash, needed=(needed,))
     members.refresh()
-    finished = next(member for member in itertools.count() if member + 1 not in members.records)
+    finished = members.num_first()
     if finished < (num_members or 1):
         raise InputError(f"{folder}: member {finished + 1} of {num_members or 1} is missing; train.py makes it")
-    return Run(folder, record, members, num_members or finished, read_test(folder))
+    return [members.records[number] for number in range(1, (num_members or finished) + 1)]
 
 
 def read_test(folder: Path) -> pd.DataFrame:
@@ -372,21 +354,16 @@ def write_run_record(members: Members, record: RunRecord, cache: Cache) -> None:
     write_csv(folder / "test.csv", table, header=list(TEST_COLUMNS))
 
 
-def save_member(folder: Path, record: MemberRecord, model: nn.Module, logits: torch.Tensor, metadata: dict) -> None:
-    """Write `member_007.safetensors`, `.npy` and, last, `.json`, which makes the member finished."""
-    weights = member_path(folder, record.member, WEIGHTS)
-    embedding = member_path(folder, record.member, "npy")
-    save_weights(weights, model, metadata)
-    save_array(embedding, logits)
-    record.sha256 |= {path.name: sha256(path) for path in (weights, embedding)}
-    write_record(member_path(folder, record.member, "json"), record)
-
-
-def save_pooled(folder: Path, record: MemberRecord, features: torch.Tensor) -> None:
-    """Write `pooled_007.npy` and, last, its checksum into the record of the member."""
-    path = pooled_path(folder, record.member)
-    save_array(path, features)
-    record.sha256[path.name] = sha256(path)
+def save_member(
+    folder: Path, record: MemberRecord, model: nn.Module, metadata: dict, embeddings: dict[str, torch.Tensor]
+) -> None:
+    """Write `member_007.safetensors`, `.npy`, `.pooled.npy` and, last, `.json`, which makes the member finished."""
+    paths = [member_path(folder, record.member, suffix) for suffix in (WEIGHTS, *SAVED.values())]
+    save_weights(paths[0], model, metadata)
+    for path, name in zip(paths[1:], SAVED, strict=True):
+        with files.atomic_open(path, "wb") as file:
+            np.save(file, embeddings[name].cpu().numpy(), allow_pickle=False)
+    record.sha256 = {path.name: sha256(path) for path in paths}
     write_record(member_path(folder, record.member, "json"), record)
 
 
@@ -401,12 +378,6 @@ def save_weights(path: Path, model: nn.Module, metadata: dict) -> None:
         file.write(safetensors.torch.save(tensors, {METADATA: json.dumps(metadata, sort_keys=True)}))
 
 
-def save_array(path: Path, array: torch.Tensor) -> None:
-    """Write a tensor as .npy."""
-    with files.atomic_open(path, "wb") as file:
-        np.save(file, array.cpu().numpy(), allow_pickle=False)
-
-
 def update_logs(
     members: Members, num_members: int, split: TestSplit, ks: list[int], embedding: str, device: torch.device
 ) -> tuple[pd.DataFrame, list[torch.Tensor]]:
@@ -415,8 +386,9 @@ def update_logs(
     Returns, for the first `num_members`, the table of Recall@K, one row per ensemble size, and the embeddings.
     """
     with run_lock(members.folder):
-        largest = max([num_members, *member_numbers(members.folder)])  # a smaller ensemble must not shorten a log
-        embeddings = members.embeddings(largest, embedding, device)
+        members.refresh()
+        # Not only the first `num_members`: a smaller ensemble must not shorten a log.
+        embeddings = load_embeddings(members.folder, members.num_first(), embedding, device)
         is_scored = embeddings and len(split.labels)
         recalls = recall_percent(embeddings, split, ks) if is_scored else np.empty((0, len(ks)))
         table = pd.DataFrame(recalls, columns=[f"R@{k}" for k in ks])

@@ -134,7 +134,7 @@ class Searcher:
     def __post_init__(self, run: str | Path, num_members: int | None, index: str | Path | None):
         if self.embedding not in EMBEDDINGS:
             raise InputError(f"embedding has to be one of {', '.join(EMBEDDINGS)}, not {self.embedding!r}")
-        self.run = read_run(Path(run), num_members)
+        self.run = read_run(Path(run), num_members, self.embedding)
         self.device = cli.pick_device(str(self.device))
         self.data_path = self.run.data_path(self.data_path)
         self.data_folder = self.data_path / self.run.settings.data_name  # where the raw data set is, or was
@@ -144,7 +144,6 @@ class Searcher:
         if self.gallery is None:
             if not self.test_rows:
                 raise InputError(f"{run}: its data set has no test images to search: name a gallery")
-            self.run.require(self.embedding)
             return
         self.gallery = Path(self.gallery)
         if not cli.is_utf8(str(self.gallery)):
@@ -163,7 +162,6 @@ class Searcher:
     @functools.cached_property
     def saved(self) -> torch.Tensor:
         """The embeddings of all test images, `(M, d) float32`, rows of length 1."""
-        self.run.require(self.embedding)
         return unit_rows(self.run.embeddings(self.embedding, self.device))
 
     @functools.cached_property
