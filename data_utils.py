@@ -24,9 +24,8 @@ from dreml.cli import MANY, InputError, Parser, RunError, check_ranges, counted,
 from dreml.datasets import OTHER_LAYOUT, PUBLISHED, hold_out
 from dreml.demo import draw_demo
 from dreml.files import writable
-from dreml.folders import subfolders
 from dreml.images import RESIZES, ImageSpec, load_rgb, resize_test
-from dreml.lists import UnknownLayout
+from dreml.lists import UnknownLayout, subfolders
 from dreml.settings import Settings
 
 __all__ = ["ImageSpec", "load_rgb", "main", "resize_test"]  # the images: for embedding one of your own (README)
@@ -87,14 +86,9 @@ def run(args: argparse.Namespace) -> None:
                 if name == "demo" and not (data_path / name).exists():
                     with writable(data_path, "--data_path"):
                         draw_demo(data_path / name)
-                force = args.force
                 if args.holdout:
-                    name = hold_out(data_path, name, args.holdout, args.holdout_seed or 0, args.force)
-                    listed = data_path / name / "images.csv"
-                    meta = cache_folder(data_path, name, spec) / "meta.json"
-                    if meta.exists() and meta.stat().st_mtime < listed.stat().st_mtime:
-                        force = True  # the cache is of another share
-                cache = build_cache(data_path, name, spec, args.num_workers, force, args.skip_bad)
+                    name = hold_out(data_path, name, args.holdout, args.holdout_seed or 0)
+                cache = build_cache(data_path, name, spec, args.num_workers, args.force, args.skip_bad)
             rows.append((cache, time.perf_counter() - start))
         except InputError as error:
             if isinstance(error, UnknownLayout) and not args.data_name:

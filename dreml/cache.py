@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,13 +134,6 @@ def make_command(data_path: Path, name: str, spec: ImageSpec) -> str:
     return f"python data_utils.py {cache_options(data_path, name, spec)}"
 
 
-def holdout_command(data_path: Path, name: str, spec: ImageSpec, share: float = 0.2) -> str:
-    """The command that makes the data set NAME_holdout, or NAME_holdout3, and its cache."""
-    origin, _, seed = name.rpartition("_holdout")
-    command = f"{make_command(data_path, origin, spec)} --holdout {share:g}"
-    return f"{command} --holdout_seed {seed}" if seed else command
-
-
 def read_cache(data_path: Path, name: str, spec: ImageSpec) -> Cache:
     """Open the cache of a data set.
 
@@ -150,8 +142,6 @@ def read_cache(data_path: Path, name: str, spec: ImageSpec) -> Cache:
     """
     folder = cache_folder(data_path, name, spec)
     command = make_command(data_path, name, spec)
-    if not folder.parent.is_dir() and re.fullmatch(".+_holdout[0-9]*", name):
-        raise InputError(f"{folder.parent}: no such folder; make it with: {holdout_command(data_path, name, spec)}")
     if not folder.parent.is_dir() and name != "demo":
         raise InputError(
             f"{folder.parent}: no such folder; put the data set there (README, Data), then: {command}; to try it "

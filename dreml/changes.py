@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from pandas.util import hash_array
 
-from dreml.cache import Cache, holdout_command, make_command
+from dreml.cache import Cache, make_command
 from dreml.cli import counted
-from dreml.folders import LeftOut, class_folders
+from dreml.lists import LeftOut, class_folders
 
 LISTED = "files.bin"  # in a cache: `list_files` of when it was made
 MAX_COMPARED = 100_000  # files whose size and time are looked at before each training, in half a second
@@ -54,11 +54,6 @@ def warn_of_changes(cache: Cache) -> None:
     num_changed = 0 if are_all_changed else is_changed.sum()
     if num_new + num_changed + num_gone > 0:
         changes = f"{counted(num_new, 'file')} {'is' if num_new == 1 else 'are'} new, {num_changed:,} changed"
-        data_path = cache.folder.parents[1]
-        command = make_command(data_path, cache.name, cache.spec)
-        origin = cache.name.rpartition("_holdout")[0]
-        if origin and (cache.folder.parent / origin).is_symlink():
-            num_train, num_test = (num_classes for num_classes, _ in cache.counts.values())
-            command = holdout_command(data_path, cache.name, cache.spec, num_test / (num_train + num_test))
+        command = make_command(cache.folder.parents[1], cache.name, cache.spec)
         changes += f", {num_gone:,} gone since {cache.folder} was made: {command} --force"
         print(f"warning: {changes}", file=sys.stderr)

@@ -16,8 +16,7 @@ import pandas as pd
 
 from dreml.cli import InputError, counted, format_problems, one_line
 from dreml.files import atomic_open, writable
-from dreml.folders import subfolders
-from dreml.lists import Listing, UnknownLayout, list_csv, list_image_folder, text_rows
+from dreml.lists import Listing, UnknownLayout, list_csv, list_image_folder, subfolders, text_rows
 
 OTHER_LAYOUT = "train/ and test/ with a folder of images for each class, or images.csv with columns path,label,split"
 OTHER_DATA_PATH = "--data_path (a folder of your own there, with links in it to what is in this one)"  # if read-only
@@ -177,12 +176,12 @@ def list_data_set(name: str, folder: Path) -> pd.DataFrame:
     raise UnknownLayout(f"{folder} holds no {name}: expected is {layout}; found: {found}{hint}")
 
 
-def hold_out(data_path: Path, name: str, share: float, seed: int, force: bool) -> str:
+def hold_out(data_path: Path, name: str, share: float, seed: int) -> str:
     """Make the data set NAME_holdout, or NAME_holdout3 with seed 3, and return its name.
 
     Its images.csv lists the training images of NAME. A random share of their classes is its test split. A link in its
-    folder leads to the images. Raises InputError if a split would have fewer than two classes, or if something else
-    has that name. An images.csv of another share is replaced only with `force`.
+    folder leads to the images. Caches of another share are no longer valid. Raises InputError if a split would have
+    fewer than two classes, or if something else has that name.
     """
     images = list_data_set(name, data_path / name)
     images = images[images["split"] == "train"]
@@ -209,14 +208,13 @@ def hold_out(data_path: Path, name: str, share: float, seed: int, force: bool) -
     others = [each.name for each in folder.glob("[!.]*") if not each.name.startswith("cache_")]
     if others and not link.is_symlink():
         raise InputError(f"{folder} is there already, and was not made by --holdout: remove or rename it")
-    if path.exists():
-        if path.read_bytes() == text.encode():
-            return folder.name
-        if not force:
-            raise InputError(f"{path} is of another share or of other images: --force makes it again")
+    if path.exists() and path.read_bytes() == text.encode():
+        return folder.name
     with writable(folder, OTHER_DATA_PATH):
         if not link.is_symlink():
             link.symlink_to(Path("..", name), target_is_directory=True)
+        for meta in folder.glob("cache_*/meta.json"):
+            meta.unlink()  # of another share
         with atomic_open(path) as file:
             file.write(text)
     return folder.name

@@ -21,8 +21,8 @@ import torch
 from dreml.batches import spans
 from dreml.cli import InputError, format_problems, num_cores, one_line, progress_bar
 from dreml.files import json_sha256, read_record, sha256, wait_for_lock, writable, write_record
-from dreml.folders import LeftOut, class_folders
 from dreml.images import IMAGE_VERSION, BadImage, ImageSpec, bad_image, read_pixels
+from dreml.lists import LeftOut, class_folders
 from dreml.runs import Run
 
 T = TypeVar("T")
