@@ -218,11 +218,7 @@ class Ensemble(nn.Module):
         """
         pixels = normalize(images.to(self.mean.device), self.mean, self.std)
         with full_float32(self.mean.device.type):
-            return self.embed(pixels)
-
-    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """As `forward`, from normalised pixels `(N, 3, S, S) float`, in the precision that the caller has set."""
-        return unit_rows([features(member, pixels)[self.embedding] for member in self.members])
+            return unit_rows([features(member, pixels)[self.embedding] for member in self.members])
 
 
 def load_member(path: Path) -> nn.Module:

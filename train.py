@@ -9,6 +9,7 @@ command trains only what is missing; a larger --ensemble_size adds members to th
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -90,13 +91,10 @@ class Sums:
 
     loss: torch.Tensor  # () float32, sum over the images
     correct: torch.Tensor  # () int64, number of images
-    finite_steps: torch.Tensor  # () int64, steps before the first whose loss is not finite
-    steps: int = 0
 
     @classmethod
     def zeros(cls, device: torch.device) -> "Sums":
-        counts = torch.zeros(2, dtype=torch.int64, device=device)
-        return cls(torch.zeros((), device=device), counts[0], counts[1])
+        return cls(torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device))
 
 
 def cross_entropy(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
@@ -120,12 +118,9 @@ def train_step(state: TrainState, compute: Compute, pixels: torch.Tensor, target
     state.scaler.scale(loss).backward()
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    loss = loss.detach()
-    sums.loss += loss * len(pixels)
+    sums.loss += loss.detach() * len(pixels)
     right_answers = targets if isinstance(targets, torch.Tensor) else targets.larger
     sums.correct += (logits.detach().argmax(1) == right_answers).sum()
-    sums.finite_steps += torch.isfinite(loss) & (sums.finite_steps == sums.steps)
-    sums.steps += 1
 
 
 def train_epoch(
@@ -158,11 +153,10 @@ def train_epoch(
     loss = sums.loss.item() / num_images  # waits for the device
     num_correct = sums.correct.item()
     accuracy = 100 * num_correct / num_images
-    finite_steps = sums.finite_steps.item()
     seconds = time.perf_counter() - start
     print(f"{title}: loss {loss:.4f}, accuracy {accuracy:.2f}%, {num_images / seconds:,.0f} images/s", flush=True)
-    if finite_steps < sums.steps:
-        raise RunError(f"{title}, batch {finite_steps}: the loss is not finite; {compute.overflow_remedy()}")
+    if not math.isfinite(loss):
+        raise RunError(f"{title}: the loss is not finite; {compute.overflow_remedy()}")
     result = {"loss": loss, "accuracy": accuracy, "correct": num_correct, "images": num_images}
     return result | {"seconds": seconds, "images_per_second": num_images / seconds}
 

@@ -8,7 +8,6 @@ A part that fails is named, does not stop the others, and is tried again the nex
 """
 
 import argparse
-import contextlib
 import functools
 import os
 import statistics
@@ -153,7 +152,7 @@ def epochs(plan: Plan) -> list[Row]:
     for threads in (1, 2, 4)[: plan.of(3, 2)]:
         evict(pixels)
         before = bytes_from_disk()
-        with loader_threads(threads):
+        with mock.patch.object(dreml.batches, "BATCHES_AHEAD", threads):
             cold, warm = training.two_epochs(plan.experiment())
         text = f"loader threads {threads} / one resident batch"
         if bytes_from_disk() - before > pixels.stat().st_size / 2:
@@ -162,17 +161,6 @@ def epochs(plan: Plan) -> list[Row]:
             rows.append([f"epoch, cold cache, {text}", "not measured: the files stay in memory", "", ""])
         rows.append(speed_row(f"epoch, warm cache, {text}", warm, ceiling))
     return rows
-
-
-@contextlib.contextmanager
-def loader_threads(number: int) -> Iterator[None]:
-    """Load batches in `number` threads inside the block."""
-    pool = dreml.batches.ThreadPoolExecutor
-    with (
-        mock.patch.object(dreml.batches, "ThreadPoolExecutor", lambda _: pool(number)),
-        mock.patch.object(dreml.batches, "BATCHES_AHEAD", number + 1),
-    ):
-        yield
 
 
 def evict(path: Path) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from dreml.cache import Cache
 from dreml.settings import Settings
 
-BATCHES_AHEAD = 2  # batches loaded while one is computed on
+BATCHES_AHEAD = 4  # batches loaded while one is computed on, each in a thread: so a slow disk gets several requests
 
 
 def spans(start: int, stop: int, step: int) -> list[tuple[int, int]]:
@@ -33,30 +33,25 @@ def image_batches(
     batches: Sequence[tuple[int, int]],
     image_size: int,
     device: torch.device,
-    read_ahead: Callable[[int, int], None] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield a batch `(stop - start, S, S, 3) uint8` on the device for each (start, stop) of `batches`.
 
-    `fill(start, stop, out)` writes a batch's pixels. It runs in a thread, two batches ahead. A thread is enough, since
-    copying from a memory map releases the GIL; the processes of a DataLoader were slower (benchmarks/README.md). Before
-    each `fill`, `read_ahead` is called with the next (start, stop), so that a slow disk starts reading early.
+    `fill(start, stop, out)` writes a batch's pixels. It runs in threads, ahead of the batches. Copying from a memory
+    map releases the GIL; the processes of a DataLoader were slower (benchmarks/README.md).
     """
 
-    def load(number: int) -> torch.Tensor:
-        if read_ahead and number + 1 < len(batches):
-            read_ahead(*batches[number + 1])
-        start, stop = batches[number]
+    def load(start: int, stop: int) -> torch.Tensor:
         shape = (stop - start, image_size, image_size, 3)
         # The host does not wait for a copy from pinned memory. PyTorch reuses that memory when the copy is done.
         batch = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
         fill(start, stop, batch.numpy())
         return batch
 
-    with ThreadPoolExecutor(1) as loader:
+    with ThreadPoolExecutor(BATCHES_AHEAD) as loaders:
         loading = collections.deque()
         for number in range(len(batches) + BATCHES_AHEAD):
             if number < len(batches):
-                loading.append(loader.submit(load, number))
+                loading.append(loaders.submit(load, *batches[number]))
             if number >= BATCHES_AHEAD:
                 yield loading.popleft().result().to(device, non_blocking=device.type == "cuda")
 
@@ -122,14 +117,11 @@ def epoch_batches(
     def fill(start: int, stop: int, out: np.ndarray) -> None:
         cache.train_crops(order[start:stop], corners[start:stop], sides[start:stop], out)
 
-    def read_ahead(start: int, stop: int) -> None:
-        cache.read_ahead(order[start:stop], corners[start:stop], sides[start:stop])
-
     all_targets = torch.from_numpy(targets[order]).to(device)
     all_sides = torch.from_numpy(sides).to(device) if settings.scale_min < 1 else None
     if settings.mixup:
         all_partners, all_shares = (values.to(device) for values in draw_mixing(batches, draw("mix")))
-    loaded = image_batches(fill, batches, size, device, read_ahead)
+    loaded = image_batches(fill, batches, size, device)
     for (start, stop), pixels, mirror in zip(batches, loaded, num_mirrored, strict=True):
         batch_targets = all_targets[start:stop]
         batch_sides = None if all_sides is None else all_sides[start:stop]

@@ -1,7 +1,5 @@
 """The cached pixels of a data set: opening them, and whether they are sound. `cache_writer` makes them."""
 
-import contextlib
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,27 +83,6 @@ class Cache:
             crop[:side, :side] = image[top : top + side, left : left + side]
             crop[side:] = 0
             crop[:side, side:] = 0
-
-    def read_ahead(self, indices: np.ndarray, corners: np.ndarray, sides: np.ndarray) -> None:
-        """Ask the system for the rows of windows that `train_crops` will cut soon, without waiting for them.
-
-        So a slow disk gets many requests at once. A file that fits into half the memory stays there once it was read,
-        and needs no requests. Systems without `posix_fadvise` get none.
-        """
-        pixels = self.arrays["train_pixels"]
-        if not hasattr(os, "posix_fadvise"):
-            return
-        if pixels.nbytes <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
-            return
-        row_bytes = 3 * self.arrays["train_sizes"][indices, 1]
-        starts = pixels.offset + self.arrays["train_offsets"][indices] + corners[:, 0] * row_bytes
-        lengths = sides * row_bytes
-        with (
-            contextlib.suppress(OSError),  # what is wrong, reading itself will tell
-            open(self.folder / "train_pixels.npy", "rb", buffering=0) as file,
-        ):
-            for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-                os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
 
 def cache_folder(data_path: Path, name: str, spec: ImageSpec) -> Path:

@@ -82,9 +82,9 @@ def run_main(script: str, run: Callable[[], None], save_memory: str, resumable: 
 
     code = 0
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        earlier = signal.signal(signal.SIGTERM, terminate)
         try:
-            with signals_as_exceptions():
-                run()
+            run()
         except InputError as error:
             code = ended(2, error)
         except (RuntimeError, MemoryError) as error:
@@ -98,6 +98,7 @@ def run_main(script: str, run: Callable[[], None], save_memory: str, resumable: 
         except Terminated:
             code = ended(143, f"terminated{again}")
         finally:
+            signal.signal(signal.SIGTERM, earlier)
             output.flush()
             errors.flush()
     if code == 0 and isinstance(output.error, BrokenPipeError):
@@ -133,21 +134,10 @@ class Output:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # Python flushes the rest at exit
 
 
-@contextlib.contextmanager
-def signals_as_exceptions() -> Iterator[None]:
-    """Raise KeyboardInterrupt on Ctrl-C, and Terminated on SIGTERM, inside the block."""
-
-    def terminate(signum: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it twice
-        raise Terminated
-
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
-    earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+def terminate(signum: int, frame: object) -> None:
+    """Handle SIGTERM: raise Terminated, once, since schedulers send it twice."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
 
 
 def progress_bar(items: Iterable[T], title: str, total: int, unit: str = " images") -> Iterator[T]:

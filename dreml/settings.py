@@ -16,16 +16,6 @@ LEARNING_RATES = {"adam": 1e-4, "sgd": 1e-2}  # sgd: as in the authors' code, wi
 MILESTONES = {"adam": (0.5, 0.7), "sgd": (0.5, 0.8)}
 
 
-def weights_in_name(tag: str) -> str:
-    """The initial weights in a run's name: "wnone", "wabcdef01" for a file, nothing for ImageNet's."""
-    return "" if tag.startswith("imagenet") else f"w{tag.removeprefix('sha256:')[:8]}"
-
-
-def backbone_in_name(backbone: str) -> str:
-    """The backbone in a run's name, without colons, which Windows does not allow in file names."""
-    return backbone.replace(":", "-")
-
-
 def number_of_meta_classes(text: str) -> int:
     """argparse type: a positive integer, or "all", which is ALL_CLASSES."""
     if text == "all":
@@ -66,7 +56,10 @@ class Settings:
         "car", "{}".format, "data set: car (default), cub, sop, isc, or your own", "NAME", data_set_name
     )
     backbone: str = option(
-        "resnet18", backbone_in_name, "network of torchvision, or timm:NAME (default: resnet18)", "NAME"
+        "resnet18",
+        lambda name: name.replace(":", "-"),  # Windows allows no colons in file names
+        "network of torchvision, or timm:NAME (default: resnet18)",
+        "NAME",
     )
     meta_class_size: int = option(12, "D{}".format, META_CLASSES_HELP, "D", number_of_meta_classes, limits=(0, MANY))
     num_epochs: int = option(12, "e{}".format, "epochs of each member (default: 12)", "E", int, limits=(1, MANY))
@@ -84,7 +77,10 @@ class Settings:
         None, "lr{!r}".format, "learning rate (default: 1e-4; of sgd 0.01)", "LR", float, limits=(1e-30, 1e30)
     )
     weights: str = option(
-        "imagenet", weights_in_name, "initial weights: imagenet (default), none, or a file of your own", "W"
+        "imagenet",
+        lambda tag: "" if tag.startswith("imagenet") else f"w{tag.removeprefix('sha256:')[:8]}",
+        "initial weights: imagenet (default), none, or a file of your own",
+        "W",
     )
     flip: bool = option(True, "noflip".format, "do not mirror images, where a mirror image is another class")
     scale_min: float = option(

@@ -24,7 +24,7 @@ from dreml.batches import (
     resize_windows,
     spans,
 )
-from dreml.cache import Cache, read_cache
+from dreml.cache import read_cache
 from dreml.cli import run_main
 from dreml.images import ImageSpec
 from utils import rng_for
@@ -198,15 +198,6 @@ def test_corners_fit_images_of_every_shape(squashed_data, tiny_settings, seen):
     corners = np.concatenate([corners for _, corners, _ in seen])
     last = cache.array("train_sizes")[0] - 32
     assert last[1] > last[0] and (corners.max(0) == last).all()
-
-
-def test_the_windows_of_all_batches_but_the_first_are_asked_for_ahead(tiny_cache, tiny_settings, seen, monkeypatch):
-    asked = []
-    monkeypatch.setattr(Cache, "read_ahead", lambda self, *windows: asked.append(windows))
-    batches_of(tiny_cache, replace(tiny_settings, scale_min=0.5))
-    assert len(asked) == len(seen) - 1 > 1
-    for ahead, cut in zip(asked, seen[1:], strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(ahead, cut, strict=True))
 
 
 def test_prepare_mirrors_enlarges_and_normalises():

@@ -42,27 +42,6 @@ def test_paths_of_all_kinds(tmp_path, threads):
     assert cache.counts == {"train": (2, 9), "test": (2, 4)}
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no hints")
-def test_the_rows_of_windows_are_asked_for_ahead(tiny_data, monkeypatch):
-    """Of a file larger than half the memory, and no byte more: what is read there holds the windows."""
-    asked = []
-    cache = read_cache(tiny_data, "tiny", SPEC)
-    windows = np.array([5, 0, 35, 7]), np.array([[0, 0], [3, 1], [0, 3], [10, 14]]), np.array([SIZE, SIZE, SIZE, 20])
-    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *what: asked.append(what))
-    cache.read_ahead(*windows)
-    assert not asked
-    monkeypatch.setattr(os, "sysconf", lambda name: 100)
-    cache.read_ahead(*windows)
-    crops = np.empty((4, SIZE, SIZE, 3), np.uint8)
-    cache.train_crops(*windows, crops)
-    content = (cache.folder / "train_pixels.npy").read_bytes()
-    for crop, index, (_, left), side, (start, length, advice) in zip(crops, *windows, asked, strict=True):
-        width = cache.array("train_sizes")[index, 1]
-        rows = np.frombuffer(content[start : start + length], np.uint8).reshape(side, width, 3)
-        np.testing.assert_array_equal(rows[:, left : left + side], crop[:side, :side])
-        assert advice == os.POSIX_FADV_WILLNEED
-
-
 def test_both_caches_of_a_data_set_lie_beside_each_other(tmp_path, threads):
     """And the refusals speak of the one that is asked for."""
     write_image_folder(tmp_path / "mine")
