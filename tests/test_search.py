@@ -193,6 +193,9 @@ def test_what_cannot_be_asked(small_run, tmp_path):
     with pytest.raises(InputError, match=r"^gallery 'a\\udcff': the name is not valid UTF-8$"):
         Searcher(small_run, "a\udcff")
     run = copy_run(small_run, tmp_path / "run")
+    (run / "member_001.pooled.npy").unlink()
+    with pytest.raises(InputError, match="member 1 of 1 is missing"):
+        Searcher(run, embedding="pooled")
     (run / "test.csv").write_text((run / "test.csv").read_text().splitlines()[0] + "\n")
     with pytest.raises(InputError, match="its data set has no test images to search: name a gallery"):
         Searcher(run)
