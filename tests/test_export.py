@@ -32,12 +32,12 @@ def call(*arguments: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def exported(_small_runs, tiny_data, tmp_path_factory) -> Path:
+def exported(_small_run, tiny_data, tmp_path_factory) -> Path:
     """The exported model of `small_run`, compared with its R@1. Not to be changed."""
     target = tmp_path_factory.mktemp("exported") / "model"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "build_model", build_small_model)
-        call(_small_runs[0], "--output", target, "--data_path", tiny_data, "--check_recall")
+        call(_small_run, "--output", target, "--data_path", tiny_data, "--check_recall")
     return target
 
 

@@ -21,6 +21,7 @@ from dreml.runs import MemberRecord, read_run, read_run_record
 from model import (
     Compute,
     Ensemble,
+    Head,
     build_model,
     channel_statistics,
     extract_features,
@@ -121,20 +122,16 @@ def test_features_are_computed_in_float32():
     assert all(torch.equal(found[name], expected[name]) for name in ("logits", "pooled"))
 
 
-class Mean(nn.Module):
+def mean_times(matrix: list[list[float]]) -> nn.Module:
     """A member: mean colours times a matrix."""
-
-    def __init__(self, matrix: list[list[float]]):
-        super().__init__()
-        self.matrix = nn.Parameter(torch.tensor(matrix))
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.mean((2, 3)) @ self.matrix
+    head = Head(3, len(matrix), bias=False)
+    head.weight = nn.Parameter(torch.tensor(matrix))
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
 def test_an_embedding_is_the_logits_of_each_member_with_length_1():
     """And no graph for gradients is built, although the members have parameters; another network may learn from it."""
-    members = [Mean([[3.0, 4.0], [0.0, 0.0], [0.0, 1.0]]), Mean([[-2.0], [0.0], [0.0]])]
+    members = [mean_times([[3.0, 0.0, 0.0], [4.0, 0.0, 1.0]]), mean_times([[-2.0, 0.0, 0.0]])]
     ensemble = Ensemble(members, ImageSpec(2), mean=[0.0] * 3, std=[1 / 255] * 3)
     images = torch.zeros(2, 2, 2, 3, dtype=torch.uint8)
     images[0, :, :, 0], images[1, :, :, 2] = 1, 5
