@@ -321,10 +321,7 @@ def write_run(
     pooled: list[np.ndarray] | None = None,
     **settings,
 ) -> Path:
-    """A finished run with these logits and changed settings, else as the run `like`. Its weights are no weights.
-
-    Its pooled features, unless given, are the logits of other images: whoever reads the wrong ones finds other numbers.
-    """
+    """A finished run with these logits and changed settings, else as the run `like`. Its weights are no weights."""
     folder.mkdir(parents=True)
     record, every = read_run_record(like), np.ones(len(labels), bool)
     record.settings = dataclasses.replace(record.settings, **settings)
@@ -333,7 +330,7 @@ def write_run(
     table |= {"is_query": every if is_query is None else is_query}
     table |= {"is_gallery": every if is_gallery is None else is_gallery, "class_name": CLASS_NAMES[labels]}
     pd.DataFrame(table).to_csv(folder / "test.csv", index=False)
-    pooled = pooled or [rows[::-1] for rows in member_embeddings]
+    pooled = pooled or [rows[::-1] for rows in member_embeddings]  # so whoever reads the wrong ones notices
     for number, embeddings in enumerate(zip(member_embeddings, pooled, strict=True), 1):
         member = read_record(member_path(like, 1, "json"), MemberRecord)
         files = [member_path(folder, number, suffix) for suffix in (WEIGHTS, *SAVED.values())]

@@ -31,26 +31,11 @@ import train
 from dreml import files, runs
 from dreml.cli import InputError
 from dreml.files import json_sha256, read_record, take_lock, write_record
-from dreml.runs import (
-    TEST_COLUMNS,
-    WEIGHTS,
-    MemberRecord,
-    Members,
-    Run,
-    TestSplit,
-    read_run,
-    read_run_record,
-    read_test,
-    run_lock,
-)
+from dreml.runs import WEIGHTS, MemberRecord, Members, Run, TestSplit, read_run, read_run_record
 from dreml.settings import Settings
 from model import load_ensemble
 
 CPU = torch.device("cpu")
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-9])
 
 
 def members_of(folder: Path) -> Members:
@@ -326,11 +311,10 @@ def test_the_next_missing_member_is_locked(small_run, tmp_path):
     assert members.lock_next_missing([1, 2]) is None
 
 
-@pytest.mark.parametrize("change", [{"member": 1}, {"settings_hash": "another run"}])
-def test_a_member_of_another_run_or_number_is_not_taken(small_run, tmp_path, capsys, change):
+@pytest.mark.parametrize(("key", "value"), [("member", 1), ("settings_hash", "another run")])
+def test_a_member_of_another_run_or_number_is_not_taken(small_run, tmp_path, capsys, key, value):
     folder = copy_run(small_run, tmp_path / "run")
-    record = read_record(folder / "member_002.json", MemberRecord)
-    write_record(folder / "member_002.json", replace(record, **change))
+    edit_record(folder / "member_002.json", key, value=value)
     members = members_of(folder)
     members.refresh()
     assert list(members.records) == [1] and "from another run or member" in capsys.readouterr().err
@@ -340,7 +324,7 @@ def test_a_member_of_another_run_or_number_is_not_taken(small_run, tmp_path, cap
 def test_a_damaged_member_is_named_once_and_trained_again(tiny_data, small_run, tmp_path, capsys, suffix):
     folder = copy_run(small_run, tmp_path / small_run.name)
     path = folder / f"member_001.{suffix}"
-    truncate(path)
+    flip_a_bit(path)
     assert train_tiny(tiny_data, tmp_path) == 0
     output = capsys.readouterr()
     assert output.err.count(f"warning: member 1 is damaged ({path.name}") == 1
@@ -349,11 +333,10 @@ def test_a_damaged_member_is_named_once_and_trained_again(tiny_data, small_run, 
         assert digests(folder, pattern) == digests(small_run, pattern)
 
 
-@pytest.mark.parametrize("change", [Path.unlink, truncate])
+@pytest.mark.parametrize("change", [Path.unlink, flip_a_bit])
 @pytest.mark.parametrize("suffixes", [["npy"], ["pooled.npy"], ["npy", "pooled.npy"]])
-def test_bad_embeddings_are_named_once_and_made_again_without_training(
-    small_run, tiny_data, tmp_path, capsys, no_training, suffixes, change
-):
+def test_bad_embeddings_are_named_and_made_again(small_run, tiny_data, tmp_path, capsys, no_training, suffixes, change):
+    """Once, and without training."""
     folder = copy_run(small_run, tmp_path / small_run.name)
     names = [f"member_001.{suffix}" for suffix in suffixes]
     for name in names:
@@ -413,7 +396,7 @@ def test_a_run_is_read_up_to_the_first_member_that_is_missing(tiny_run, tmp_path
 def test_only_the_embedding_that_is_read_has_to_be_sound(tiny_run, tmp_path, capsys):
     folder = write_run(tmp_path / "run", tiny_run, random_embeddings(0))
     for name in ("member_001.safetensors", "member_001.npy", "member_002.pooled.npy"):
-        truncate(folder / name)
+        flip_a_bit(folder / name)
     assert opened(folder, 1, "pooled").num_members == opened(folder, None, "pooled").num_members == 1
     warning = "warning: member {} is damaged ({}); train.py makes it again\n"
     assert capsys.readouterr().err == 2 * warning.format(2, "member_002.pooled.npy")
@@ -440,7 +423,7 @@ def test_a_damaged_list_of_test_images_is_refused(tiny_run, tmp_path, change, me
 def test_a_process_that_waits_for_another_says_so(tmp_path, capsys, monkeypatch):
     timeouts, locks = [], iter([None, "held"])
     monkeypatch.setattr(files, "take_lock", lambda path, timeout=-1: timeouts.append(timeout) or next(locks))
-    assert run_lock(tmp_path / "run") == "held" and timeouts == [2, -1]
+    assert runs.run_lock(tmp_path / "run") == "held" and timeouts == [2, -1]
     assert capsys.readouterr().out == f"{tmp_path / 'run'}: waiting for another process\n"
 
 
@@ -449,6 +432,6 @@ def test_every_name_comes_back_from_test_csv(tiny_run, tmp_path):
     names = ["a\rb", "a\r\nb", 'a"b', "a,b", "NA", "", "ä 猫", "\ufeffa"]
     with open(tmp_path / "test.csv", "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(TEST_COLUMNS)
+        table.writerow(runs.TEST_COLUMNS)
         table.writerows([f"{number}.png", number, True, True, name] for number, name in enumerate(names))
-    assert read_test(tmp_path).class_name.tolist() == names
+    assert runs.read_test(tmp_path).class_name.tolist() == names

@@ -1,19 +1,26 @@
 """search.py: the searcher, its queries and galleries, nearest neighbours."""
 
-import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import LABELS, copy_run, embed_files, random_embeddings, random_image, save_image, write_colored_run
+from builders import (
+    LABELS,
+    copy_run,
+    edit_record,
+    embed_files,
+    random_embeddings,
+    random_image,
+    save_image,
+    write_colored_run,
+)
 from PIL import Image
 from reference import mean_cosines
 
 from dreml.cli import InputError
-from dreml.files import read_record, write_record
-from dreml.runs import MemberRecord, member_path, read_run_record
+from dreml.runs import read_run_record
 from dreml.search import Searcher, nearest
 from model import load_ensemble
 
@@ -115,11 +122,8 @@ def test_a_gallery_gives_what_there_is(tiny_run, tmp_path):
 def test_photos_are_embedded_in_the_runs_own_way(tiny_run, photos, tmp_path, capsys):
     """--resize squash: all of a wide image. A bad photo is named and left out."""
     run = copy_run(tiny_run, tmp_path / "run")
-    record = read_run_record(run)
-    record.settings = dataclasses.replace(record.settings, resize="squash")
-    write_record(run / "args.json", record)
-    path = member_path(run, 1, "json")
-    write_record(path, dataclasses.replace(read_record(path, MemberRecord), settings_hash=record.settings_hash))
+    edit_record(run / "args.json", "settings", "resize", value="squash")
+    edit_record(run / "member_001.json", "settings_hash", value=read_run_record(run).settings_hash)
     files = [photos / f"{number}.png" for number in range(5)]
     for number, file in enumerate(files):
         save_image(file, number, width=150)
