@@ -14,17 +14,7 @@ import pandas as pd
 import pytest
 import safetensors
 import torch
-from builders import (
-    CLASS_NAMES,
-    LABELS,
-    copy_run,
-    digests,
-    edit_record,
-    flip_a_bit,
-    random_embeddings,
-    train_tiny,
-    write_run,
-)
+from builders import CLASS_NAMES, copy_run, digests, edit_record, flip_a_bit, random_embeddings, train_tiny, write_run
 from torch import nn
 
 import train
@@ -367,17 +357,17 @@ def test_embeddings_that_do_not_fit_on_the_device_are_scored_on_the_cpu(small_ru
 
 def test_a_run_is_read_up_to_the_first_member_that_is_missing(tiny_run, tmp_path):
     """Its members, the images that they embedded, and by what they are scored. Nothing is written."""
-    is_query, is_gallery = np.arange(len(LABELS)) % 3 > 0, np.arange(len(LABELS)) % 4 > 0
+    labels, is_query, is_gallery = np.arange(12) // 3, np.arange(12) % 3 > 0, np.arange(12) % 4 > 0
     saved = {"logits": random_embeddings(0, 4), "pooled": random_embeddings(1, 4)}
     folder = write_run(
-        tmp_path / "run", tiny_run, saved["logits"], LABELS, is_query, is_gallery, saved["pooled"], lr=0.5
+        tmp_path / "run", tiny_run, saved["logits"], labels, is_query, is_gallery, saved["pooled"], lr=0.5
     )
     (folder / "member_003.json").unlink()
     run = opened(folder)
     assert (run.folder, run.num_members, run.settings.lr) == (folder, 2, 0.5)
     assert run.settings == run.record.settings and [each.member for each in run.members] == [1, 2]
-    assert run.test.class_name.tolist() == CLASS_NAMES[LABELS].tolist() and run.test.path[11] == "11.png"
-    for found, expected in zip(run.split, (LABELS, is_query, is_gallery), strict=True):
+    assert run.test.class_name.tolist() == CLASS_NAMES[labels].tolist() and run.test.path[11] == "11.png"
+    for found, expected in zip(run.split, (labels, is_query, is_gallery), strict=True):
         assert found.tolist() == expected.tolist()
     assert [tensor.dtype for tensor in run.split] == [torch.int64, torch.bool, torch.bool]
     for (number, size), (name, rows) in itertools.product(((None, 2), (2, 2), (1, 1)), saved.items()):

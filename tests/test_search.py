@@ -6,16 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import (
-    LABELS,
-    copy_run,
-    edit_record,
-    embed_files,
-    random_embeddings,
-    random_image,
-    save_image,
-    write_colored_run,
-)
+from builders import copy_run, edit_record, embed_files, random_embeddings, random_image, save_image, write_colored_run
 from PIL import Image
 from reference import mean_cosines
 
@@ -110,8 +101,8 @@ def test_several_threads_get_their_own_answers(small_run):
 
 def test_a_gallery_gives_what_there_is(tiny_run, tmp_path):
     """A query in the gallery does not find itself; where it is not, there is one image more."""
-    is_gallery = np.arange(len(LABELS)) >= 4
-    run = write_colored_run(tmp_path, tiny_run, random_embeddings(2), LABELS, ~is_gallery, is_gallery)
+    is_gallery = np.arange(12) >= 4
+    run = write_colored_run(tmp_path, tiny_run, random_embeddings(2), is_query=~is_gallery, is_gallery=is_gallery)
     searcher = Searcher(run, device="cpu")
     for row, expected in ((5, 7), (0, 8)):
         answer = searcher.find(row, top=100)

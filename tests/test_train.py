@@ -495,9 +495,7 @@ def test_pooled_features(tiny_run, tiny_cache):
         np.testing.assert_allclose(pooled, seen[0], rtol=1e-4, atol=1e-4)
 
 
-def test_either_embedding_is_scored_and_nothing_is_made_twice(
-    small_run, tiny_data, tmp_path, no_training, capsys, monkeypatch
-):
+def test_each_embedding_is_scored_and_not_made_twice(small_run, tiny_data, tmp_path, no_training, capsys, monkeypatch):
     """Neither trained nor embedded; the table and the last line are of the embedding that was asked for."""
     folder = copy_run(small_run, tmp_path / small_run.name)
     monkeypatch.setattr(train, "extract_features", None)  # would fail if called
