@@ -23,7 +23,7 @@ from dreml.cli import InputError
 from dreml.files import read_record, sha256, write_record
 from dreml.images import ImageSpec, load_rgb, resize_test
 from dreml.index import PhotoIndex
-from dreml.runs import WEIGHTS, MemberRecord, member_path, read_run_record, save_pooled
+from dreml.runs import SAVED, WEIGHTS, MemberRecord, member_path, read_run_record
 from model import Ensemble, Head
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # real data beside the checkout, where there is any
@@ -318,9 +318,10 @@ def write_run(
     labels: np.ndarray = LABELS,
     is_query: np.ndarray | None = None,
     is_gallery: np.ndarray | None = None,
+    pooled: list[np.ndarray] | None = None,
     **settings,
 ) -> Path:
-    """A finished run with these embeddings and changed settings, else as the run `like`. Its weights are no weights."""
+    """A finished run with these logits and changed settings, else as the run `like`. Its weights are no weights."""
     folder.mkdir(parents=True)
     record, every = read_run_record(like), np.ones(len(labels), bool)
     record.settings = dataclasses.replace(record.settings, **settings)
@@ -329,27 +330,22 @@ def write_run(
     table |= {"is_query": every if is_query is None else is_query}
     table |= {"is_gallery": every if is_gallery is None else is_gallery, "class_name": CLASS_NAMES[labels]}
     pd.DataFrame(table).to_csv(folder / "test.csv", index=False)
-    for number, embedding in enumerate(member_embeddings, 1):
+    pooled = pooled or [rows[::-1] for rows in member_embeddings]  # so whoever reads the wrong ones notices
+    for number, embeddings in enumerate(zip(member_embeddings, pooled, strict=True), 1):
         member = read_record(member_path(like, 1, "json"), MemberRecord)
-        files = [member_path(folder, number, suffix) for suffix in (WEIGHTS, "npy")]
+        files = [member_path(folder, number, suffix) for suffix in (WEIGHTS, *SAVED.values())]
         files[0].write_bytes(b"no weights")
-        np.save(files[1], embedding)
+        for file, rows in zip(files[1:], embeddings, strict=True):
+            np.save(file, rows)
         checksums = {file.name: sha256(file) for file in files}
         member = dataclasses.replace(member, member=number, settings_hash=record.settings_hash, sha256=checksums)
         write_record(member_path(folder, number, "json"), member)
     return folder
 
 
-def write_pooled(folder: Path, member_embeddings: list[np.ndarray]) -> None:
-    """Adds pooled features to what `write_run` wrote."""
-    for number, embedding in enumerate(member_embeddings, 1):
-        record = read_record(member_path(folder, number, "json"), MemberRecord)
-        save_pooled(folder, record, torch.from_numpy(embedding))
-
-
-def write_colored_run(folder: Path, like: Path, member_embeddings: list[np.ndarray], *arguments) -> Path:
+def write_colored_run(folder: Path, like: Path, member_embeddings: list[np.ndarray], *arguments, **options) -> Path:
     """As `write_run`, at `folder`/run, and the test images, each of one of IMAGE_COLORS, in `folder`/data/colors."""
-    run = write_run(folder / "run", like, member_embeddings, *arguments, data_name="colors")
+    run = write_run(folder / "run", like, member_embeddings, *arguments, data_name="colors", **options)
     (folder / "data" / "colors").mkdir(parents=True)
     for number, color in enumerate(IMAGE_COLORS):
         Image.new("RGB", (30, 20), tuple(color.tolist())).save(folder / "data" / "colors" / f"{number}.png")

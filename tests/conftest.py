@@ -3,7 +3,6 @@
 import collections
 import itertools
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,19 +46,8 @@ def tiny_cache(tiny_data) -> Cache:
 def tiny_run(tiny_data, tmp_path_factory) -> Path:
     """The run folder of two members trained on `tiny`. Not to be changed."""
     results = tmp_path_factory.mktemp("results")
-    assert train.main([*TINY, "--data_path", str(tiny_data), "--results_path", str(results)]) == 0
-    (folder,) = (path for path in results.iterdir() if path.is_dir())
-    return folder
-
-
-@pytest.fixture(scope="session")
-def pooled_run(tiny_data, tiny_run, tmp_path_factory) -> Path:
-    """A copy of `tiny_run` with the pooled features of its members. Not to be changed."""
-    folder = tmp_path_factory.mktemp("pooled") / tiny_run.name
-    shutil.copytree(tiny_run, folder)
-    options = ["--data_path", str(tiny_data), "--results_path", str(folder.parent), "--embedding", "pooled"]
-    assert train.main([*TINY, *options]) == 0
-    return folder
+    assert train_tiny(tiny_data, results) == 0
+    return only_folder(results)
 
 
 @pytest.fixture
@@ -83,28 +71,18 @@ def small_network(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def _small_runs(tiny_data, tmp_path_factory) -> tuple[Path, Path]:
-    """A run of small networks, and a copy with its pooled features."""
-    results = [tmp_path_factory.mktemp(name) for name in ("small", "small_pooled")]
+def _small_run(tiny_data, tmp_path_factory) -> Path:
+    results = tmp_path_factory.mktemp("small")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "build_model", build_small_model)
-        assert train_tiny(tiny_data, results[0]) == 0
-        run = only_folder(results[0])
-        shutil.copytree(run, results[1] / run.name)
-        assert train_tiny(tiny_data, results[1], "--embedding", "pooled") == 0
-    return run, results[1] / run.name
+        assert train_tiny(tiny_data, results) == 0
+    return only_folder(results)
 
 
 @pytest.fixture
-def small_run(_small_runs, small_network) -> Path:
+def small_run(_small_run, small_network) -> Path:
     """The run folder of two small networks trained on `tiny`, which are built from now on. Not to be changed."""
-    return _small_runs[0]
-
-
-@pytest.fixture
-def small_pooled_run(_small_runs, small_network) -> Path:
-    """A copy of `small_run` with the pooled features of its members. Not to be changed."""
-    return _small_runs[1]
+    return _small_run
 
 
 @pytest.fixture

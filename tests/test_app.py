@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def site(_small_runs, tiny_data, tmp_path_factory):
+def site(_small_run, tiny_data, tmp_path_factory):
     """The page of `small_run` with a gallery of the tiny test photos, whose folder has a link out of it."""
     pytest.importorskip("lancedb", reason="LanceDB is an extra: pip install lancedb")
     import httpx
@@ -44,7 +44,7 @@ def site(_small_runs, tiny_data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "build_model", build_small_model)
         patch.setattr(thresholds, "FEWEST_ABOVE", 1)
-        run = shutil.copytree(_small_runs[0], folder / "tiny_run")  # it gets an index
+        run = shutil.copytree(_small_run, folder / "tiny_run")  # it gets an index
         searcher = Searcher(run, gallery=folder / "photos", device="cpu", data_path=tiny_data)
         found = learned.Learned(searcher)
         page = app.open_page(searcher, found, "tiny", "127.0.0.1", port)
@@ -212,7 +212,7 @@ def test_what_is_refused(small_run, tmp_path, monkeypatch, capsys):
 
 
 @needs_gradio
-def test_a_port_that_is_taken_is_named(site, _small_runs, small_run, tiny_data, capsys):
+def test_a_port_that_is_taken_is_named(site, small_run, tiny_data, capsys):
     port = site.url.rpartition(":")[2]
     line = refused(capsys, app, small_run, "--port", port, "--device", "cpu", "--data_path", tiny_data)
     assert f"cannot listen on 127.0.0.1:{port}" in line and "--port takes another port" in line

@@ -106,11 +106,12 @@ def test_a_small_network_trains_and_embeds(backbone, small, tiny_cache, tiny_set
     experiment = Experiment(tiny_cache, settings, None, Compute(torch.device("cpu")), {})
     record = runs.make_run_record(settings, tiny_cache, {"data_path": "data"}, {})
     write_record(tmp_path / "args.json", record)
-    train.make_member(experiment, Members(tmp_path, record.settings_hash), 1, "pooled", "member")
+    train.make_member(experiment, Members(tmp_path, record.settings_hash), 1, "member")
     again, images = train.train_member(experiment, 1, "again")[0], np.array(tiny_cache.array("test_images"))
-    saved = {"logits": np.load(tmp_path / "member_001.npy"), "pooled": np.load(tmp_path / "pooled_001.npy")}
+    computed = extract_features(again, images, experiment.statistics, 72)
+    saved = {name: np.load(tmp_path / f"member_001.{suffix}") for name, suffix in runs.SAVED.items()}
     for embedding, rows in saved.items():
-        assert np.array_equal(rows, extract_features(again, images, experiment.statistics, 72, embedding).numpy())
+        assert np.array_equal(rows, computed[embedding].numpy())
         unit_rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         embedded = load_ensemble(tmp_path, embedding=embedding)(torch.from_numpy(images))
         np.testing.assert_allclose(embedded.numpy(), unit_rows, atol=1e-5)

@@ -43,7 +43,7 @@ def test_the_baseline_of_a_run_is_the_recall_before_its_first_step(
     lines, folder = capsys.readouterr().out.splitlines(), only_folder(tmp_path)
     settings, images = read_run_record(folder).settings, np.array(tiny_cache.array("test_images"))
     statistics = channel_statistics(tiny_cache.meta, torch.device("cpu"))
-    features = extract_features(initial_model(settings, 1, None), images, statistics, 36, "pooled").numpy()
+    features = extract_features(initial_model(settings, 1, None), images, statistics, 36)["pooled"].numpy()
     labels = np.array(tiny_cache.array("test_labels"))
     every = np.ones(len(labels), bool)
     table = pd.read_csv(folder / "baseline.csv")
@@ -68,7 +68,7 @@ def test_pretrained_weights_are_scored_with_their_own_scaling(tiny_cache, tiny_s
 
     def look(model, images, scaling, *_):
         scalings.append(torch.stack(scaling))
-        return torch.zeros(len(images), 3)
+        return {"pooled": torch.zeros(len(images), 3)}
 
     monkeypatch.setattr(baseline, "extract_features", look)
     state = {name: value for name, value in build_small_model("", 3, None).state_dict().items() if "fc" not in name}
@@ -105,7 +105,7 @@ def test_a_finished_run_does_without_its_initial_weights(tiny_data, tmp_path, sm
         raise InputError("no route to host")
 
     def not_finite(model, images, *_):
-        return torch.full((len(images), 3), float("nan"))
+        return {"pooled": torch.full((len(images), 3), float("nan"))}
 
     folder = copy_run(small_run, tmp_path / small_run.name)
     problems = {"read_weights": (offline, "no route to host"), "extract_features": (not_finite, "are not finite")}
@@ -142,7 +142,7 @@ def test_a_baseline_that_is_ahead_says_what_to_try(tmp_path, capsys, initial, co
         f"before training: R@2 {colours:.2f}, mAP@R 9.50 (colour histogram, 216 numbers an image)",
     ]
     if ahead:
-        first = "--embedding pooled (seconds), then " if embedding == "logits" else ""
+        first = "--embedding pooled, then " if embedding == "logits" else ""
         second = "pretrained --weights, then " if weights == "none" else ""
         remedies = f"{first}{second}more --num_epochs"
         lines.append(f"training has not helped: before it, {ahead}, 30.00 after; try {remedies}")
@@ -186,7 +186,7 @@ def test_without_test_images_all_but_scores_works(tiny_data, tmp_path, small_net
     out, folder = capsys.readouterr().out, only_folder(results)
     assert "no test images: all classes are trained on, and there will be no recall" in out
     assert out.endswith(f"2 members finished in {folder}; there are no test images, so no recall\n")
-    assert not (folder / "baseline.json").exists() and (folder / "pooled_002.npy").exists()
+    assert not (folder / "baseline.json").exists() and (folder / "member_002.pooled.npy").exists()
     assert (folder / "recall.csv").read_text() == "ensemble_size,R@1,R@1000\n"
     assert load_ensemble(folder)(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).shape == (1, 6)
 

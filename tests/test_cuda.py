@@ -90,7 +90,7 @@ def bits(start, tmp_path_factory) -> dict[str, str]:
     script = start(results, *BITS)
     assert script.wait() == 0, script.err
     found = digests(only_folder(results), "member_*.npy")
-    assert len(found) == 2
+    assert len(found) == 4
     return found
 
 

@@ -59,23 +59,23 @@ def test_from_raw_folders_to_neighbours(processes, tmp_path):
     assert (folder / "retrieval" / "neighbours.png").stat().st_size > 0
 
 
-def test_a_run_taken_elsewhere(small_pooled_run, tiny_data, tmp_path, monkeypatch, capsys):
+def test_a_run_taken_elsewhere(small_run, tiny_data, tmp_path, monkeypatch, capsys):
     """Under another name, without the data; then with them in data/. Pictures alone need them."""
     home, folder = tmp_path / "home", tmp_path / "elsewhere"
-    shutil.copytree(small_pooled_run, home / "results" / small_pooled_run.name)
+    shutil.copytree(small_run, home / "results" / small_run.name)
     shutil.copytree(tiny_data / "tiny" / "cache_32", home / "data" / "tiny" / "cache_32")
     monkeypatch.chdir(home)
     assert train.main([*TINY, "--embedding", "pooled"]) == 0  # writes down where the data are; nothing is trained
-    options = read_record(home / "results" / small_pooled_run.name / "args.json")["options"]
+    options = read_record(home / "results" / small_run.name / "args.json")["options"]
     assert (options["data_path"], options["results_path"]) == (str(home / "data"), str(home / "results"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "tiny").mkdir(parents=True)  # another one
     search = ["--query", "test:3", "--top", "2"]
-    assert retrieve.main([f"home/results/{small_pooled_run.name}", *search]) == 0  # from any folder
-    (home / "results" / small_pooled_run.name / "retrieval" / "neighbours.png").unlink()
+    assert retrieve.main([f"home/results/{small_run.name}", *search]) == 0  # from any folder
+    (home / "results" / small_run.name / "retrieval" / "neighbours.png").unlink()
 
     folder.mkdir()
-    (home / "results" / small_pooled_run.name).rename(folder / "my cars")
+    (home / "results" / small_run.name).rename(folder / "my cars")
     shutil.rmtree(home)
     monkeypatch.chdir(folder)
     save_image(Path("photo.jpg"))

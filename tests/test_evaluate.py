@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import CLASS_NAMES, LABELS, copy_run, random_embeddings, refused, write_pooled, write_run
+from builders import CLASS_NAMES, LABELS, copy_run, random_embeddings, refused, write_run
 from PIL import Image
 from reference import slow_best_similarities, slow_map, slow_recall
 
@@ -83,8 +83,9 @@ def test_all_runs_are_checked_before_any_is_scored(tiny_run, tmp_path, capsys):
 
 def test_fewer_members_and_the_pooled_embedding(tiny_run, tmp_path):
     """The pooled embedding has files of its own."""
-    folder, pooled = write_run(tmp_path / "run", tiny_run, random_embeddings(0, 3)), random_embeddings(7, 3)
-    write_pooled(folder, pooled)
+    pooled = random_embeddings(7, 3)
+    folder = write_run(tmp_path / "run", tiny_run, random_embeddings(0, 3), pooled=pooled)
+    (folder / "member_001.npy").unlink()
     score(folder, "--recalls", "1", "--embedding", "pooled", "--num_members", "2")
     names = {f"{name}_pooled.csv" for name in evaluate.WRITTEN}
     assert {path.name for path in folder.glob("*.csv")} == names | {"test.csv"}
@@ -187,7 +188,8 @@ def test_runs_of_one_setting_and_data_set_are_a_group(tiny_run, tmp_path):
     different = [{}, {"seed": 1}, {"meta_class_size": 5}, {"meta_class_size": 5, "lr": 0.5}]
     runs = []
     for number, settings in enumerate(different):
-        runs.append(read_run(write_run(tmp_path / str(number), tiny_run, random_embeddings(0, 1), **settings)))
+        folder = write_run(tmp_path / str(number), tiny_run, random_embeddings(0, 1), **settings)
+        runs.append(read_run(folder, None, "logits"))
     groups = evaluate.group_by_settings(runs)
     assert [[run.name for run in group] for group in groups] == [["0", "1"], ["2"], ["3"]]
     data = dataclasses.replace(runs[0].record.data, fingerprint="0123456789")
@@ -230,7 +232,6 @@ def test_what_is_refused(tiny_run, tmp_path, capsys):
     assert "member 3 of 3 is missing" in refused(capsys, evaluate, tiny_run, "--num_members", "3")
     assert "invalid choice: 'pixels'" in refused(capsys, evaluate, tiny_run, "--embedding", "pixels")
     assert "RUN_FOLDER" in refused(capsys, evaluate)
-    assert "the pooled embedding of member 1 is" in refused(capsys, evaluate, tiny_run, "--embedding", "pooled")
     assert "device 'gpu' is not there" in refused(capsys, evaluate, tiny_run, "--device", "gpu")
     for other in (tiny_run, copy_run(tiny_run, tmp_path / "run")):
         assert "are the same run, seed 0: give one" in refused(capsys, evaluate, tiny_run, other)

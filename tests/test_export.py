@@ -20,7 +20,7 @@ import model
 from dreml.cli import RunError
 from dreml.images import ImageSpec, read_pixels
 from dreml.index import model_checksum
-from dreml.runs import read_run
+from dreml.runs import read_run, read_test
 from model import Ensemble, build_model, head_of, load_ensemble
 
 pytest.importorskip("onnxscript")
@@ -32,12 +32,12 @@ def call(*arguments: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def exported(_small_runs, tiny_data, tmp_path_factory) -> Path:
+def exported(_small_run, tiny_data, tmp_path_factory) -> Path:
     """The exported model of `small_run`, compared with its R@1. Not to be changed."""
     target = tmp_path_factory.mktemp("exported") / "model"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "build_model", build_small_model)
-        call(_small_runs[0], "--output", target, "--data_path", tiny_data, "--check_recall")
+        call(_small_run, "--output", target, "--data_path", tiny_data, "--check_recall")
     return target
 
 
@@ -172,11 +172,11 @@ def test_an_export_embeds_photos_as_the_run_did(exported, small_run, tiny_data):
     found = json.loads((exported / "model.json").read_text())
     names = {}
     exec(found["code"], names)
-    files = [tiny_data / "tiny" / path for path in read_run(small_run).test.path]
+    files = [tiny_data / "tiny" / path for path in read_test(small_run).path]
     images = np.stack([names["preprocess"](file) for file in files])
     np.testing.assert_allclose(names["embed"](names["load"](exported), images), expected, atol=1e-5)
     assert sorted(path.name for path in exported.iterdir()) == ["member_001.onnx", "member_002.onnx", "model.json"]
-    assert found["model"] == model_checksum(read_run(small_run), "logits")
+    assert found["model"] == model_checksum(read_run(small_run, None, "logits"), "logits")
     assert found["source"] == f"{small_run.name}, 2 members, logits"
     assert (found["image_size"], found["resize"], found["members"], found["d"]) == (32, "crop", 2, 6)
     recall = float((small_run / "recall.csv").read_text().splitlines()[2].split(",")[1])
@@ -184,7 +184,7 @@ def test_an_export_embeds_photos_as_the_run_did(exported, small_run, tiny_data):
     assert 0 <= checked["1 - cosine"] < 1e-6 and checked["R@1"] == checked["R@1 of the run"] == recall
 
 
-def test_where_an_export_goes_and_what_it_replaces(small_pooled_run, tmp_path, capsys, monkeypatch):
+def test_where_an_export_goes_and_what_it_replaces(small_run, tmp_path, capsys, monkeypatch):
     """A folder of its own for each embedding and size; it appears when all is done, and replaces an export only.
 
     The graphs are drawn by PyTorch here. No data is needed.
@@ -200,7 +200,7 @@ def test_where_an_export_goes_and_what_it_replaces(small_pooled_run, tmp_path, c
 
     monkeypatch.setattr(export, "write_graph", write_graph)
     monkeypatch.setattr(export, "open_graphs", lambda *_: embed)
-    run = shutil.copytree(small_pooled_run, tmp_path / "run")
+    run = shutil.copytree(small_run, tmp_path / "run")
     for options in ([], [], ["--embedding", "pooled", "--num_members", "1"]):
         networks.clear()
         call(run, *options)
@@ -224,16 +224,16 @@ def test_where_an_export_goes_and_what_it_replaces(small_pooled_run, tmp_path, c
         line = refused(capsys, export, run, "--output", other)
         assert f"{other} is no export, or holds other files: --output names another folder" in line
     assert file.read_text() == "mine"
+    (run / "member_001.pooled.npy").unlink()
+    assert export.main([str(run), "--embedding", "pooled"]) == 2
 
 
 def test_bad_input_is_refused_in_one_line(small_run, tiny_data, tmp_path, capsys):
-    """--check_recall needs the cache of the training, and the saved embedding."""
+    """--check_recall needs the cache of the training."""
     recall = ["--check_recall", "--output", tmp_path / "model", "--data_path"]
     assert "is not a run folder" in refused(capsys, export, tmp_path)
     assert "member 3 of 3 is missing" in refused(capsys, export, small_run, "--num_members", "3")
     assert "no such folder" in refused(capsys, export, small_run, *recall, tmp_path)
-    line = refused(capsys, export, small_run, *recall, tiny_data, "--embedding", "pooled")
-    assert "the pooled embedding of member 1 is missing" in line
     shutil.copytree(tiny_data, tmp_path / "data", copy_function=os.link)  # records are replaced, not written over
     edit_record(tmp_path / "data" / "tiny" / "cache_32" / "meta.json", "mean", value=[0.5, 0.5, 0.5])
     line = refused(capsys, export, small_run, *recall, tmp_path / "data")

@@ -118,7 +118,7 @@ def test_some_members_only(finished, tmp_path, capsys):
         assert train.main([*EIGHT_MEMBERS, *here(root), "--members", members]) == 0
         output = capsys.readouterr().out
         assert trained(output) == expected
-        assert missing is None or f"still missing of member {missing}: " in output
+        assert missing is None or f"still missing: member {missing}; " in output
     check_same(root, eight_members(finished, tmp_path / "expected"))
 
 

@@ -105,7 +105,7 @@ def test_the_thresholds_curve_shows_its_table():
 
 
 def test_training_curves_show_the_histories(tiny_run):
-    records = [record for _, record in sorted(read_run(tiny_run).members.records.items())]
+    records = read_run(tiny_run, None, "logits").members
     with drawing():
         figure = figures.draw_training(records)
     labels = [axes.get_ylabel() for axes in figure.axes]
@@ -149,7 +149,7 @@ def frame_shares(picture: np.ndarray, column: int) -> list[float]:
 
 def test_the_picture(tiny_run, tmp_path, monkeypatch):
     """Images, frames and captions: right, wrong, of a class that is not known, not found. A second query below."""
-    run = read_run(write_colored_run(tmp_path, tiny_run, random_embeddings(3)))
+    run = read_run(write_colored_run(tmp_path, tiny_run, random_embeddings(3)), None, "logits")
     folder = tmp_path / "data" / "colors"
 
     def found(row: int, name: str | None, similarity: float, right: bool | None) -> Item:
@@ -234,7 +234,7 @@ def test_the_picture_shows_what_the_network_sees(tiny_run, tiny_data, tmp_path):
     image = Image.new("RGB", (300, 100))
     image.paste((255, 255, 255), (100, 0, 200, 100))
     image.save(photo)
-    item, run = Item("", None, photo), read_run(tiny_run)
+    item, run = Item("", None, photo), read_run(tiny_run, None, "logits")
     for resize, expected in (("crop", 255), ("squash", 85)):
         run.record.settings = dataclasses.replace(run.settings, resize=resize)
         pixels = figures.thumbnail(SimpleNamespace(run=run, data_path=tiny_data), item)

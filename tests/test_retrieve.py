@@ -12,16 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import (
-    CLASS_NAMES,
-    LABELS,
-    copy_run,
-    random_embeddings,
-    refused,
-    save_image,
-    write_colored_run,
-    write_pooled,
-)
+from builders import CLASS_NAMES, LABELS, copy_run, random_embeddings, refused, save_image, write_colored_run
 from PIL import Image
 from reference import mean_cosines
 
@@ -30,7 +21,7 @@ import retrieve
 from dreml import search
 from dreml.confusions import confident_errors, first_neighbour_table
 from dreml.figures import tile_corner
-from dreml.runs import read_run
+from dreml.runs import read_test
 from model import load_ensemble
 
 loaded = functools.cache(load_ensemble)
@@ -62,8 +53,8 @@ def found_in(folder: Path, name: str = "neighbours") -> dict[str, pd.DataFrame]:
 def drawn(tiny_run, tmp_path):
     """Makes a run with random embeddings whose test images each have one colour. Returns arguments for retrieve.py."""
 
-    def make(*arguments) -> list[str]:
-        folder = write_colored_run(tmp_path, tiny_run, *arguments)
+    def make(*arguments, **options) -> list[str]:
+        folder = write_colored_run(tmp_path, tiny_run, *arguments, **options)
         return [str(folder), "--data_path", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
 
     return make
@@ -173,8 +164,7 @@ def test_far_takes_the_threshold_that_evaluate_wrote(drawn, tmp_path, capsys, mo
     """Of this embedding and number of members, made by the very command that is named where it is missing."""
     monkeypatch.setattr(builders, "IMAGE_COLORS", np.full((200, 3), 9, np.uint8))
     members = {"": random_embeddings(0, 3, 200), "_pooled": random_embeddings(1, 3, 200)}
-    arguments = drawn(members[""], np.arange(200) % 4)
-    write_pooled(tmp_path / "run", members["_pooled"])
+    arguments = drawn(members[""], np.arange(200) % 4, pooled=members["_pooled"])
     queries = ["--query", *(f"test:{row}" for row in range(30)), "--top", "2", "--num_members", "2", "--no_picture"]
     for embedding, suffix in (("logits", ""), ("pooled", "_pooled")):
         options = [*arguments, *queries, "--embedding", embedding, "--far", "0.1", "--export"]
@@ -198,7 +188,7 @@ def test_worst_are_the_most_confident_errors(drawn, tmp_path, capsys):
     is_gallery = np.arange(12) != 7  # so 6 has nothing right to find
     members = random_embeddings(6, 2)
     arguments = drawn(members, labels, np.arange(12) != 4, is_gallery)
-    test = read_run(tmp_path / "run").test
+    test = read_test(tmp_path / "run")
     errors = confident_errors(first_neighbour_table([torch.from_numpy(rows) for rows in members], test))
     assert len(errors) > 4  # else the case says little
     for number in (3, 100):
@@ -287,7 +277,6 @@ def test_the_run_folder_is_left_alone_if_told_so(tiny_run, tmp_path, capsys):
         (["--query", "test:36"], "--query: test:36: the test split has 36 images, the first is test:0"),
         (["--worst", "0"], "--worst 0 has to be at least 1"),
         (["--worst", "--query", "test:0"], "--worst is for the test split, without --query and --gallery"),
-        (["--query", "test:0", "--embedding", "pooled"], "--ensemble_size 2 --embedding pooled"),
         (["--query", "test:0", "--gallery", "."], "a gallery of photos needs LanceDB: pip install lancedb"),
         (["--query", "test:0", "--ann"], "--index, --refresh and --ann are for the photos of --gallery"),
         (["--query", "test:0", "--far", "2"], "--far 2.0 has to be above 0 and at most 1"),

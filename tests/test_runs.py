@@ -1,10 +1,10 @@
 """dreml/runs.py: what a run folder holds and when it is refused; finished and damaged members; reading a run."""
 
 import csv
+import itertools
 import json
 import os
 import re
-import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,48 +14,26 @@ import pandas as pd
 import pytest
 import safetensors
 import torch
-from builders import (
-    CLASS_NAMES,
-    LABELS,
-    copy_run,
-    digests,
-    edit_record,
-    flip_a_bit,
-    only_folder,
-    random_embeddings,
-    train_tiny,
-    write_run,
-)
+from builders import CLASS_NAMES, copy_run, digests, edit_record, flip_a_bit, random_embeddings, train_tiny, write_run
 from torch import nn
 
-import evaluate
 import train
 from dreml import files, runs
 from dreml.cli import InputError
 from dreml.files import json_sha256, read_record, take_lock, write_record
-from dreml.runs import (
-    TEST_COLUMNS,
-    WEIGHTS,
-    MemberRecord,
-    Members,
-    TestSplit,
-    read_run,
-    read_run_record,
-    read_test,
-    run_lock,
-)
+from dreml.runs import WEIGHTS, MemberRecord, Members, Run, TestSplit, read_run, read_run_record
 from dreml.settings import Settings
 from model import load_ensemble
 
 CPU = torch.device("cpu")
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-9])
+def members_of(folder: Path) -> Members:
+    return Members(folder, read_run_record(folder).settings_hash)
 
 
-def members_of(folder: Path, settings_hash: str | None = None) -> Members:
-    return Members(folder, settings_hash or read_run_record(folder).settings_hash)
+def opened(folder: Path, num_members: int | None = None, embedding: str = "logits") -> Run:
+    return read_run(folder, num_members, embedding)
 
 
 # ------------------------------------------------------------------------------------------------ what is written
@@ -64,7 +42,9 @@ def members_of(folder: Path, settings_hash: str | None = None) -> Members:
 def test_run_folder(tiny_run, tiny_data, tiny_cache):
     assert tiny_run.name == "tiny_resnet18_D3_e2_s0_i32_b16_lr0.001_wnone_fp32"
     names = {"args.json", "baseline.csv", "baseline.json", "recall.csv", "test.csv", "train.csv"}
-    names |= {f"member_00{member}.{suffix}" for member in (1, 2) for suffix in ("json", "npy", "safetensors")}
+    names |= {
+        f"member_00{member}.{suffix}" for member in (1, 2) for suffix in ("json", "npy", "pooled.npy", "safetensors")
+    }
     assert {path.name for path in tiny_run.iterdir() if not path.name.endswith(".lock")} == names
 
     record = json.loads((tiny_run / "args.json").read_text())
@@ -81,9 +61,11 @@ def test_run_folder(tiny_run, tiny_data, tiny_cache):
 
     for member in (1, 2):
         finished = json.loads((tiny_run / f"member_00{member}.json").read_text())
-        hashes = digests(tiny_run, f"member_00{member}.[ns]*")
+        hashes = digests(tiny_run, f"member_00{member}.[nps]*")
         assert finished["sha256"] == hashes and finished["member"] == member
-        assert np.load(tiny_run / f"member_00{member}.npy").dtype == np.float32
+        for suffix, width in (("npy", 3), ("pooled.npy", 512)):
+            rows = np.load(tiny_run / f"member_00{member}.{suffix}")
+            assert rows.dtype == np.float32 and rows.shape == (36, width)
 
 
 def test_train_log(tiny_run):
@@ -97,7 +79,7 @@ def test_train_log(tiny_run):
 
 
 def test_a_member_is_finished_by_its_last_file(tmp_path, monkeypatch):
-    """Its record, with the checksums of the others, follows the weights and the embedding."""
+    """Its record, with the checksums of the others, follows the weights and the embeddings."""
     written, replace_file = [], os.replace
 
     def spy(source, target):
@@ -107,19 +89,18 @@ def test_a_member_is_finished_by_its_last_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", spy)
     record = MemberRecord(1, "r", best_epoch=0, history=[], partition=[0, 1], environment={}, sha256={})
     model = nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last)
-    runs.save_member(tmp_path, record, model, torch.tensor([[1.0, 2.0]]), {"settings": {"lr": 0.1}, "mean": [0.5]})
-    assert written == ["member_001.safetensors", "member_001.npy", "member_001.json"]
+    metadata = {"settings": {"lr": 0.1}, "mean": [0.5]}
+    embeddings = {"pooled": torch.tensor([[3.0]]), "logits": torch.tensor([[1.0, 2.0]])}
+    runs.save_member(tmp_path, record, model, metadata, embeddings)
+    assert written == [f"member_001.{suffix}" for suffix in ("safetensors", "npy", "pooled.npy", "json")]
     members = Members(tmp_path, "r")
     members.refresh()
-    assert members.records == {1: record} and record.sha256 == digests(tmp_path, "*.[ns]*")
-    assert members.embeddings(1, "logits", CPU)[0].tolist() == [[1, 2]]
+    assert members.records == {1: record} and record.sha256 == digests(tmp_path, "*.[nps]*")
+    for name, rows in embeddings.items():
+        assert torch.equal(runs.load_embeddings(tmp_path, 1, name, CPU)[0], rows)
     with safetensors.safe_open(tmp_path / "member_001.safetensors", framework="pt") as file:
-        assert json.loads(file.metadata()["dreml"]) == {"settings": {"lr": 0.1}, "mean": [0.5]}
+        assert json.loads(file.metadata()["dreml"]) == metadata
         assert all(torch.equal(file.get_tensor(name), value) for name, value in model.state_dict().items())
-    del written[:]
-    runs.save_pooled(tmp_path, record, torch.tensor([[3.0]]))
-    assert written == ["pooled_001.npy", "member_001.json"]
-    assert members.embeddings(1, "pooled", CPU)[0].tolist() == [[3]]
 
 
 def test_one_process_at_a_time_writes_the_logs(small_run, tmp_path, monkeypatch):
@@ -131,7 +112,7 @@ def test_one_process_at_a_time_writes_the_logs(small_run, tmp_path, monkeypatch)
         return np.array([[7.0]])
 
     monkeypatch.setattr(runs, "recall_percent", recalls)
-    members = Members(folder, read_run_record(folder).settings_hash)
+    members = members_of(folder)
     split = TestSplit(torch.arange(36) // 6, torch.ones(36).bool(), torch.ones(36).bool())
     runs.update_logs(members, 2, split, [1], "logits", CPU)
     assert (folder / "recall.csv").read_text() == "ensemble_size,R@1\n1,7.0000\n"
@@ -206,17 +187,19 @@ def test_a_full_disk_costs_the_member_but_no_file(tiny_data, small_run, tmp_path
 # ------------------------------------------------------------------------------------------------ the cache
 
 
-@pytest.mark.parametrize("options", [["--ensemble_size", "3"], ["--embedding", "pooled"]])
-def test_a_damaged_cache_is_found_before_its_pixels_are_read(tiny_data, small_run, tmp_path, capsys, options):
+def test_a_damaged_cache_is_found_before_its_pixels_are_read(tiny_data, small_run, tmp_path, capsys, no_training):
     """Where nothing is to be trained or embedded, no pixels are read."""
     data, results = tmp_path / "data", tmp_path / "results"
-    copy_run(small_run, results / small_run.name)
+    folder = copy_run(small_run, results / small_run.name)
     shutil.copytree(tiny_data, data)
     flip_a_bit(data / "tiny" / "cache_32" / "test_images.npy")
-    assert train_tiny(data, results, *options) == 2
-    error = capsys.readouterr().err
-    assert re.search(r"damaged: test_images; make it again with: python data_utils\.py .*--force\n$", error)
-    assert digests(only_folder(results)) == digests(small_run) and train_tiny(data, results) == 0
+    error = r"damaged: test_images; make it again with: python data_utils\.py .*--force\n$"
+    assert train_tiny(data, results, "--ensemble_size", "3") == 2
+    assert re.search(error, capsys.readouterr().err)
+    assert digests(folder) == digests(small_run) and train_tiny(data, results) == 0
+    (folder / "member_002.npy").unlink()
+    assert train_tiny(data, results) == 2
+    assert re.search(error, capsys.readouterr().err) and not (folder / "member_002.npy").exists()
 
 
 def test_a_lost_run_record_is_made_again(tiny_data, small_run, tmp_path, capsys, no_training, monkeypatch):
@@ -240,23 +223,13 @@ def test_a_lost_run_record_is_made_again(tiny_data, small_run, tmp_path, capsys,
     assert digests(folder) == before
 
 
-def test_a_member_without_its_embedding_is_not_trained_again(tiny_data, small_pooled_run, tmp_path, monkeypatch):
-    """And keeps its pooled features."""
-    monkeypatch.setattr(train, "train_member", None)
-    folder = copy_run(small_pooled_run, tmp_path / small_pooled_run.name)
-    (folder / "member_001.npy").unlink()
-    (folder / "member_002.npy").write_bytes(b"damaged")
-    assert train_tiny(tiny_data, tmp_path) == 0
-    assert digests(folder, "member_*") == digests(small_pooled_run, "member_*")
-
-
 # ------------------------------------------------------------------------------------------------ records
 
 
 def test_what_is_no_run_is_not_opened(tiny_run, tmp_path):
     def refused(message: str, folder: Path = tmp_path) -> None:
         with pytest.raises(InputError, match=message) as error:
-            read_run(folder)
+            opened(folder)
         assert "\n" not in str(error.value)
 
     refused("is not a run folder: it has no args.json$")
@@ -279,7 +252,7 @@ def test_a_run_of_another_format_is_refused(tiny_run, tiny_data, tmp_path, capsy
     assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "3") == 2
     message = capsys.readouterr().err
     assert "is of format 2, and this version of the program reads format 3: train it again under" in message
-    for read in (read_run, load_ensemble):
+    for read in (opened, load_ensemble):
         with pytest.raises(InputError) as error:
             read(folder)
         assert message == f"train.py: {error.value}\n"
@@ -307,43 +280,41 @@ def test_runs_from_before_a_setting_go_on(small_run, tiny_data, tmp_path, capsys
 # ------------------------------------------------------------------------------------------------ members
 
 
-def test_the_next_missing_member_is_locked(small_pooled_run, tmp_path):
+def test_the_next_missing_member_is_locked(small_run, tmp_path):
     """One that another process makes, or has made in the meantime, is passed over; its lock is free again."""
-    folder = copy_run(small_pooled_run, tmp_path / "run")
+    folder = copy_run(small_run, tmp_path / "run")
     (folder / "member_002.json").rename(tmp_path / "member_002.json")
     members = members_of(folder)
     members.refresh()
     with take_lock(folder / ".member_003.lock"):
-        member, lock = members.lock_next_missing([1, 3, 2], "logits")
+        member, lock = members.lock_next_missing([1, 3, 2])
         with lock:
             assert member == 2 and take_lock(folder / ".member_002.lock", timeout=0) is None
-            assert members.lock_next_missing([2, 3], "logits") is None
+            assert members.lock_next_missing([2, 3]) is None
     (tmp_path / "member_002.json").rename(folder / "member_002.json")
-    member, lock = members.lock_next_missing([1, 2, 3], "logits")
+    member, lock = members.lock_next_missing([1, 2, 3])
     with lock:
         assert member == 3 and sorted(members.records) == [1, 2]
     for path in folder.glob(".member_*.lock"):
         with take_lock(path, timeout=0):
             pass
-    assert members.lock_next_missing([1, 2], "logits") is members.lock_next_missing([1, 2], "pooled") is None
-    assert members.pooled == {1, 2}
+    assert members.lock_next_missing([1, 2]) is None
 
 
-@pytest.mark.parametrize("change", [{"member": 1}, {"settings_hash": "another run"}])
-def test_a_member_of_another_run_or_number_is_not_taken(small_run, tmp_path, capsys, change):
+@pytest.mark.parametrize(("key", "value"), [("member", 1), ("settings_hash", "another run")])
+def test_a_member_of_another_run_or_number_is_not_taken(small_run, tmp_path, capsys, key, value):
     folder = copy_run(small_run, tmp_path / "run")
-    record = read_record(folder / "member_002.json", MemberRecord)
-    write_record(folder / "member_002.json", replace(record, **change))
+    edit_record(folder / "member_002.json", key, value=value)
     members = members_of(folder)
     members.refresh()
     assert list(members.records) == [1] and "from another run or member" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("suffix", [WEIGHTS, "json", "npy"])
+@pytest.mark.parametrize("suffix", [WEIGHTS, "json"])
 def test_a_damaged_member_is_named_once_and_trained_again(tiny_data, small_run, tmp_path, capsys, suffix):
     folder = copy_run(small_run, tmp_path / small_run.name)
     path = folder / f"member_001.{suffix}"
-    truncate(path)
+    flip_a_bit(path)
     assert train_tiny(tiny_data, tmp_path) == 0
     output = capsys.readouterr()
     assert output.err.count(f"warning: member 1 is damaged ({path.name}") == 1
@@ -352,36 +323,33 @@ def test_a_damaged_member_is_named_once_and_trained_again(tiny_data, small_run, 
         assert digests(folder, pattern) == digests(small_run, pattern)
 
 
-# ------------------------------------------------------------------------------------------------ pooled features
-
-
-@pytest.mark.parametrize("change", [Path.unlink, truncate])
-def test_bad_pooled_features_are_named_and_made_again(
-    small_pooled_run, tiny_data, tmp_path, capsys, no_training, change
-):
-    """Whoever scores logits does not look at them."""
-    folder = copy_run(small_pooled_run, tmp_path / small_pooled_run.name)
-    change(folder / "pooled_001.npy")
-    assert train_tiny(tiny_data, tmp_path) == 0 and capsys.readouterr().err == ""
-    assert train_tiny(tiny_data, tmp_path, "--embedding", "pooled") == 0
+@pytest.mark.parametrize("change", [Path.unlink, flip_a_bit])
+@pytest.mark.parametrize("suffixes", [["npy"], ["pooled.npy"], ["npy", "pooled.npy"]])
+def test_bad_embeddings_are_named_and_made_again(small_run, tiny_data, tmp_path, capsys, no_training, suffixes, change):
+    """Once, and without training."""
+    folder = copy_run(small_run, tmp_path / small_run.name)
+    names = [f"member_001.{suffix}" for suffix in suffixes]
+    for name in names:
+        change(folder / name)
+    assert train_tiny(tiny_data, tmp_path) == 0
     output = capsys.readouterr()
-    assert output.err == "warning: pooled_001.npy is missing or damaged; train.py makes it again\n"
-    assert re.search(r"^member 1/2: pooled features, [\d.]+ s$", output.out, re.MULTILINE)
-    for pattern in ("member_*", "pooled_*", "*.csv"):
-        assert digests(folder, pattern) == digests(small_pooled_run, pattern)
+    assert output.err == f"warning: member 1 is damaged ({', '.join(names)}); train.py makes it again\n"
+    assert "1 of 2 members finished" in output.out
+    for pattern in ("member_*", "*.csv"):
+        assert digests(folder, pattern) == digests(small_run, pattern)
 
 
 # ------------------------------------------------------------------------------------------------ embeddings
 
 
-def test_embeddings_that_do_not_fit_on_the_device_are_scored_on_the_cpu(small_pooled_run, capsys, monkeypatch):
+def test_embeddings_that_do_not_fit_on_the_device_are_scored_on_the_cpu(small_run, capsys, monkeypatch):
     def full(array, device):
         raise RuntimeError("MPS backend out of memory")
 
     monkeypatch.setattr(torch.Tensor, "to", full)
-    arrays = read_run(small_pooled_run).embeddings("logits", torch.device("mps"))
+    arrays = opened(small_run).embeddings("logits", torch.device("mps"))
     assert capsys.readouterr().err == "warning: the embeddings do not fit on mps: they are scored on the CPU\n"
-    assert np.array_equal(arrays[1], np.load(small_pooled_run / "member_002.npy"))
+    assert np.array_equal(arrays[1], np.load(small_run / "member_002.npy"))
 
 
 # ------------------------------------------------------------------------------------------------ a run
@@ -389,42 +357,42 @@ def test_embeddings_that_do_not_fit_on_the_device_are_scored_on_the_cpu(small_po
 
 def test_a_run_is_read_up_to_the_first_member_that_is_missing(tiny_run, tmp_path):
     """Its members, the images that they embedded, and by what they are scored. Nothing is written."""
-    is_query, is_gallery = np.arange(len(LABELS)) % 3 > 0, np.arange(len(LABELS)) % 4 > 0
-    saved = random_embeddings(0, 4)
-    folder = write_run(tmp_path / "run", tiny_run, saved, LABELS, is_query, is_gallery, lr=0.5)
+    labels, is_query, is_gallery = np.arange(12) // 3, np.arange(12) % 3 > 0, np.arange(12) % 4 > 0
+    saved = {"logits": random_embeddings(0, 4), "pooled": random_embeddings(1, 4)}
+    folder = write_run(
+        tmp_path / "run", tiny_run, saved["logits"], labels, is_query, is_gallery, saved["pooled"], lr=0.5
+    )
     (folder / "member_003.json").unlink()
-    run = read_run(folder)
+    run = opened(folder)
     assert (run.folder, run.num_members, run.settings.lr) == (folder, 2, 0.5)
-    assert run.settings == run.record.settings and sorted(run.members.records) == [1, 2, 4]
-    assert run.test.class_name.tolist() == CLASS_NAMES[LABELS].tolist() and run.test.path[11] == "11.png"
-    for found, expected in zip(run.split, (LABELS, is_query, is_gallery), strict=True):
+    assert run.settings == run.record.settings and [each.member for each in run.members] == [1, 2]
+    assert run.test.class_name.tolist() == CLASS_NAMES[labels].tolist() and run.test.path[11] == "11.png"
+    for found, expected in zip(run.split, (labels, is_query, is_gallery), strict=True):
         assert found.tolist() == expected.tolist()
     assert [tensor.dtype for tensor in run.split] == [torch.int64, torch.bool, torch.bool]
-    for number, size in ((None, 2), (2, 2), (1, 1)):
-        found = read_run(folder, number).embeddings("logits", CPU)
+    for (number, size), (name, rows) in itertools.product(((None, 2), (2, 2), (1, 1)), saved.items()):
+        found = opened(folder, number, name).embeddings(name, CPU)
         assert len(found) == size
-        assert all(np.array_equal(*pair) for pair in zip(found, saved[:size], strict=True))
+        assert all(np.array_equal(*pair) for pair in zip(found, rows[:size], strict=True))
     with pytest.raises(InputError, match=r"member 3 of 4 is missing; train\.py makes it$"):
-        read_run(folder, 4)
+        opened(folder, 4)
     with pytest.raises(InputError, match=r"num_members has to be at least 1, not 0$"):
-        read_run(folder, 0)
+        opened(folder, 0)
     (folder / "member_001.json").unlink()
     with pytest.raises(InputError, match=r"member 1 of 1 is missing; train\.py makes it$"):
-        read_run(folder)
+        opened(folder)
 
 
-def test_a_missing_embedding_names_the_command_that_makes_it(tiny_data, small_run, tmp_path):
-    """The one that trained the run, as a whole: it works."""
-    results = tmp_path / "my results"
-    folder = copy_run(small_run, results / small_run.name)
-    assert train_tiny(tiny_data, results, "--members", "2") == 0
-    read_run(folder).require("logits")
-    with pytest.raises(InputError, match=r"the pooled embedding of member 1 is missing; make it from the") as error:
-        read_run(folder).require("pooled")
-    script, *command = shlex.split(str(error.value).partition("saved member with: python ")[2])
-    assert script == "train.py" and "--batch_size" in command and train.main(command) == 0
-    read_run(folder).require("pooled")
-    assert evaluate.main([str(folder), "--embedding", "pooled", "--recalls", "1"]) == 0
+def test_only_the_embedding_that_is_read_has_to_be_sound(tiny_run, tmp_path, capsys):
+    folder = write_run(tmp_path / "run", tiny_run, random_embeddings(0))
+    for name in ("member_001.safetensors", "member_001.npy", "member_002.pooled.npy"):
+        flip_a_bit(folder / name)
+    assert opened(folder, 1, "pooled").num_members == opened(folder, None, "pooled").num_members == 1
+    warning = "warning: member {} is damaged ({}); train.py makes it again\n"
+    assert capsys.readouterr().err == 2 * warning.format(2, "member_002.pooled.npy")
+    with pytest.raises(InputError, match="member 1 of 1 is missing"):
+        opened(folder)
+    assert capsys.readouterr().err == warning.format(1, "member_001.npy")
 
 
 @pytest.mark.parametrize(
@@ -439,13 +407,13 @@ def test_a_damaged_list_of_test_images_is_refused(tiny_run, tmp_path, change, me
     folder = write_run(tmp_path / "run", tiny_run, random_embeddings(0))
     change(pd.read_csv(folder / "test.csv")).to_csv(folder / "test.csv", index=False)
     with pytest.raises(InputError, match=message):
-        read_run(folder).embeddings("logits", CPU)
+        opened(folder).embeddings("logits", CPU)
 
 
 def test_a_process_that_waits_for_another_says_so(tmp_path, capsys, monkeypatch):
     timeouts, locks = [], iter([None, "held"])
     monkeypatch.setattr(files, "take_lock", lambda path, timeout=-1: timeouts.append(timeout) or next(locks))
-    assert run_lock(tmp_path / "run") == "held" and timeouts == [2, -1]
+    assert runs.run_lock(tmp_path / "run") == "held" and timeouts == [2, -1]
     assert capsys.readouterr().out == f"{tmp_path / 'run'}: waiting for another process\n"
 
 
@@ -454,6 +422,6 @@ def test_every_name_comes_back_from_test_csv(tiny_run, tmp_path):
     names = ["a\rb", "a\r\nb", 'a"b', "a,b", "NA", "", "ä 猫", "\ufeffa"]
     with open(tmp_path / "test.csv", "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(TEST_COLUMNS)
+        table.writerow(runs.TEST_COLUMNS)
         table.writerows([f"{number}.png", number, True, True, name] for number, name in enumerate(names))
-    assert read_test(tmp_path).class_name.tolist() == names
+    assert runs.read_test(tmp_path).class_name.tolist() == names

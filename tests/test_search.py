@@ -1,19 +1,17 @@
 """search.py: the searcher, its queries and galleries, nearest neighbours."""
 
-import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import LABELS, copy_run, embed_files, random_embeddings, random_image, save_image, write_colored_run
+from builders import copy_run, edit_record, embed_files, random_embeddings, random_image, save_image, write_colored_run
 from PIL import Image
 from reference import mean_cosines
 
 from dreml.cli import InputError
-from dreml.files import read_record, write_record
-from dreml.runs import MemberRecord, member_path, read_run_record
+from dreml.runs import read_run_record
 from dreml.search import Searcher, nearest
 from model import load_ensemble
 
@@ -103,8 +101,8 @@ def test_several_threads_get_their_own_answers(small_run):
 
 def test_a_gallery_gives_what_there_is(tiny_run, tmp_path):
     """A query in the gallery does not find itself; where it is not, there is one image more."""
-    is_gallery = np.arange(len(LABELS)) >= 4
-    run = write_colored_run(tmp_path, tiny_run, random_embeddings(2), LABELS, ~is_gallery, is_gallery)
+    is_gallery = np.arange(12) >= 4
+    run = write_colored_run(tmp_path, tiny_run, random_embeddings(2), is_query=~is_gallery, is_gallery=is_gallery)
     searcher = Searcher(run, device="cpu")
     for row, expected in ((5, 7), (0, 8)):
         answer = searcher.find(row, top=100)
@@ -115,11 +113,8 @@ def test_a_gallery_gives_what_there_is(tiny_run, tmp_path):
 def test_photos_are_embedded_in_the_runs_own_way(tiny_run, photos, tmp_path, capsys):
     """--resize squash: all of a wide image. A bad photo is named and left out."""
     run = copy_run(tiny_run, tmp_path / "run")
-    record = read_run_record(run)
-    record.settings = dataclasses.replace(record.settings, resize="squash")
-    write_record(run / "args.json", record)
-    path = member_path(run, 1, "json")
-    write_record(path, dataclasses.replace(read_record(path, MemberRecord), settings_hash=record.settings_hash))
+    edit_record(run / "args.json", "settings", "resize", value="squash")
+    edit_record(run / "member_001.json", "settings_hash", value=read_run_record(run).settings_hash)
     files = [photos / f"{number}.png" for number in range(5)]
     for number, file in enumerate(files):
         save_image(file, number, width=150)
@@ -193,6 +188,9 @@ def test_what_cannot_be_asked(small_run, tmp_path):
     with pytest.raises(InputError, match=r"^gallery 'a\\udcff': the name is not valid UTF-8$"):
         Searcher(small_run, "a\udcff")
     run = copy_run(small_run, tmp_path / "run")
+    (run / "member_001.pooled.npy").unlink()
+    with pytest.raises(InputError, match="member 1 of 1 is missing"):
+        Searcher(run, embedding="pooled")
     (run / "test.csv").write_text((run / "test.csv").read_text().splitlines()[0] + "\n")
     with pytest.raises(InputError, match="its data set has no test images to search: name a gallery"):
         Searcher(run)

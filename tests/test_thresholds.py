@@ -69,14 +69,14 @@ def test_reading_a_threshold(tiny_run, tmp_path):
 
     def refused(size: int, far: float) -> str:
         with pytest.raises(InputError) as refusal:
-            read_threshold(read_run(folder, size), "logits", far)
+            read_threshold(read_run(folder, size, "logits"), "logits", far)
         return str(refusal.value)
 
     command = f"make it with: python evaluate.py {folder} --embedding logits"
     assert refused(1, 0.1).startswith(f"far needs {path}, which is missing") and refused(1, 0.1).endswith(command)
     pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(path, index=False, float_format="%.6f")
-    assert read_threshold(read_run(folder, 1), "logits", 0.1) == 0.5
-    assert read_threshold(read_run(folder, 2), "logits", 0.05) == 0.75
+    assert read_threshold(read_run(folder, 1, "logits"), "logits", 0.1) == 0.5
+    assert read_threshold(read_run(folder, 2, "logits"), "logits", 0.05) == 0.75
     others = "; what would do: far 0.1, far 0.05, or a threshold of your own"
     reason = "it takes 1,000 test queries, and there are 36"
     assert refused(2, 0.01) == f"{path} has none for far 0.01 and ensemble size 2: {reason}{others}"

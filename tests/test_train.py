@@ -6,7 +6,6 @@ import re
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -27,16 +26,7 @@ from dreml.files import read_record
 from dreml.runs import MemberRecord, read_run_record
 from dreml.settings import Settings, settings_of
 from model import Compute, Head, build_model, extract_features, features_in_batches, load_ensemble
-from train import (
-    Experiment,
-    Sums,
-    TrainState,
-    copy_weights,
-    make_optimizer,
-    train_epoch,
-    train_member,
-    train_step,
-)
+from train import Experiment, Sums, TrainState, copy_weights, make_optimizer, train_epoch, train_member, train_step
 from utils import capped_images, meta_class_partition, recall_at_k, rng_for
 
 CPU = torch.device("cpu")
@@ -143,8 +133,8 @@ def test_steps_never_wait_for_the_device():
         train_step(state, compute, prepare(batch, *statistics, memory), batch.targets, sums)
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert {value.device for value in copy_weights(model).values()} == {meta}
-    logits = extract_features(model, np.zeros((5, 64, 64, 3), np.uint8), statistics, batch_size=2)
-    assert logits.device == meta and logits.shape == (5, 12)
+    logits, pooled = extract_features(model, np.zeros((5, 64, 64, 3), np.uint8), statistics, batch_size=2).values()
+    assert logits.device == pooled.device == meta and logits.shape == (5, 12)
     with pytest.raises((RuntimeError, NotImplementedError)):
         sums.loss.item()
 
@@ -261,16 +251,16 @@ def test_what_is_not_finite_ends_the_run(tiny_data, tmp_path, small_network, cap
     assert f"{message}, or --precision fp32 (fp16 was used)\n" in capsys.readouterr().err
 
 
-def test_an_embedding_that_is_not_finite_ends_the_run(tiny_data, small_run, tmp_path, capsys, monkeypatch):
-    """Logits of a new member and pooled features of a saved one."""
-    nothing_finite = torch.full((36, 3), float("nan"))
-    monkeypatch.setattr(train, "extract_features", lambda *_: nothing_finite)
-    copy_run(small_run, tmp_path / small_run.name)
-    for options in (["--ensemble_size", "3"], ["--embedding", "pooled"]):
-        assert train_tiny(tiny_data, tmp_path, *options) == 1
-        member = 3 if options[1] == "3" else 1
-        assert f"member {member}: its embedding is not finite; try a lower --lr" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*/member_003*")) and not list(tmp_path.glob("*/pooled_*"))
+@pytest.mark.parametrize("embedding", ["logits", "pooled"])
+def test_an_embedding_that_is_not_finite_ends_the_run(tiny_data, small_run, tmp_path, capsys, monkeypatch, embedding):
+    """No file of the member is written."""
+    embeddings = {"logits": torch.ones(36, 3), "pooled": torch.ones(36, 16)}
+    embeddings[embedding][35, 2] = float("inf")
+    monkeypatch.setattr(train, "extract_features", lambda *_: embeddings)
+    folder = copy_run(small_run, tmp_path / small_run.name)
+    assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "3") == 1
+    assert "member 3: its embedding is not finite; try a lower --lr" in capsys.readouterr().err
+    assert digests(folder, "member_*") == digests(small_run, "member_*")
 
 
 def test_method_options_reach_the_training(tiny_data, tmp_path, small_network, seen, monkeypatch):
@@ -367,8 +357,7 @@ def test_a_run_in_another_precision(tiny_data, tmp_path, small_network, precisio
     assert folder.name.endswith(f"_wnone_{precision}")
     assert json.loads((folder / "args.json").read_text())["settings"]["precision"] == precision
     assert 10 < pd.read_csv(folder / "recall.csv")["R@1"][0] < 100
-    assert pool(tiny_data, tmp_path, *options) == 0
-    features = torch.from_numpy(np.load(folder / "pooled_001.npy"))
+    features = torch.from_numpy(np.load(folder / "member_001.pooled.npy"))
     assert features.dtype == torch.float32 and not torch.equal(features.to(dtype).float(), features)
 
 
@@ -412,7 +401,7 @@ def test_growing_an_ensemble(tiny_data, small_run, tmp_path, capsys, monkeypatch
     capsys.readouterr()
     assert train_tiny(tiny_data, tmp_path, "--ensemble_size", "4", "--members", "1") == 0
     output = capsys.readouterr().out
-    text = "logits still missing of member 3, 4: the process that finishes the last one scores"
+    text = "still missing: member 3, 4; the process that finishes the last one scores"
     assert "2 of 4 members finished" in output and output.endswith(f"\n{text}\n")
 
 
@@ -444,9 +433,9 @@ def test_out_of_memory_in_the_evaluation_costs_time_only(tiny_data, small_run, t
         if size > largest:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    def extract(model, images, statistics, batch_size, embedding):
+    def extract(model, images, statistics, batch_size):
         limited("batch", batch_size, 8)
-        return features_in_batches(model, images, statistics, batch_size, embedding)
+        return features_in_batches(model, images, statistics, batch_size)
 
     def recall(embeddings, labels, ks, *, max_bytes, **masks):
         limited("block", max_bytes, 2**28)
@@ -492,55 +481,39 @@ def test_a_cut_of_large_classes_is_said(tiny_data, tmp_path, small_network, caps
     assert "a random 4" not in capsys.readouterr().out  # nothing was trained
 
 
-def pool(data: Path, results: Path, *options: str) -> int:
-    return train_tiny(data, results, "--embedding", "pooled", *options)
-
-
-def test_pooled_features_of_the_saved_members(pooled_run, tiny_run, tiny_cache):
-    """Against torchvision's own network and transforms with the saved weights; the members stay as they are."""
-    names = {path.name for path in pooled_run.iterdir()} - {path.name for path in tiny_run.iterdir()}
-    assert names == {"recall_pooled.csv", "pooled_001.npy", "pooled_002.npy"}
-    for pattern in ("member_*.[ns]*", "train.csv", "recall.csv"):
-        assert digests(pooled_run, pattern) == digests(tiny_run, pattern)
+def test_pooled_features(tiny_run, tiny_cache):
+    """Against torchvision's own network and transforms with the saved weights."""
     images = torch.from_numpy(np.array(tiny_cache.array("test_images"))).permute(0, 3, 1, 2) / 255
     images = torchvision.transforms.functional.normalize(images, tiny_cache.meta.mean, tiny_cache.meta.std)
-    embeddings, labels = [], pd.read_csv(pooled_run / "test.csv").label.to_numpy()
     for member in (1, 2):
         model, seen = torchvision.models.resnet18(num_classes=3).eval(), []
-        model.load_state_dict(load_file(pooled_run / f"member_00{member}.safetensors"))
+        model.load_state_dict(load_file(tiny_run / f"member_00{member}.safetensors"))
         model.avgpool.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.flatten(1)))
         with torch.no_grad():
             model(images)
-        embeddings.append(np.load(pooled_run / f"pooled_00{member}.npy"))
-        assert embeddings[-1].dtype == np.float32 and embeddings[-1].shape == (36, 512)
-        np.testing.assert_allclose(embeddings[-1], seen[0], rtol=1e-4, atol=1e-4)
-        checksums = digests(pooled_run, f"*_00{member}.[ns]*")
-        assert read_record(pooled_run / f"member_00{member}.json")["sha256"] == checksums
-    expected = 100 * slow_recall(embeddings, labels, [1, 4])
-    lines = (pooled_run / "recall_pooled.csv").read_text().splitlines()
-    assert lines == ["ensemble_size,R@1,R@4", *(f"{n},{r1:.4f},{r4:.4f}" for n, (r1, r4) in enumerate(expected, 1))]
-    assert lines != (pooled_run / "recall.csv").read_text().splitlines()
+        pooled = np.load(tiny_run / f"member_00{member}.pooled.npy")
+        np.testing.assert_allclose(pooled, seen[0], rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_is_made_twice(small_pooled_run, tiny_data, tmp_path, no_training, capsys, monkeypatch):
-    """Neither trained nor pooled; the table and the last line are of the embedding that was asked for."""
-    folder = copy_run(small_pooled_run, tmp_path / small_pooled_run.name)
-    monkeypatch.setattr(train, "load_member", None)  # would fail if called
-    for embedding, csv in (("pooled", "recall_pooled.csv"), ("logits", "recall.csv")):
+def test_each_embedding_is_scored_and_not_made_twice(small_run, tiny_data, tmp_path, no_training, capsys, monkeypatch):
+    """Neither trained nor embedded; the table and the last line are of the embedding that was asked for."""
+    folder = copy_run(small_run, tmp_path / small_run.name)
+    monkeypatch.setattr(train, "extract_features", None)  # would fail if called
+    cases = [("pooled", "recall_pooled.csv", "pooled.npy"), ("logits", "recall.csv", "npy")]
+    for embedding, csv, suffix in cases:
         assert train_tiny(tiny_data, tmp_path, "--embedding", embedding) == 0
         output = capsys.readouterr()
-        r1, r4 = (float(value) for value in (small_pooled_run / csv).read_text().splitlines()[2].split(",")[1:])
+        members = [np.load(folder / f"member_00{member}.{suffix}") for member in (1, 2)]
+        recalls = 100 * slow_recall(members, np.arange(36) // 6, [1, 4])
+        lines = ["ensemble_size,R@1,R@4", *(f"{n},{r1:.4f},{r4:.4f}" for n, (r1, r4) in enumerate(recalls, 1))]
+        assert (folder / csv).read_text().splitlines() == lines
         *_, row, _, last = output.out.splitlines()
-        assert last.startswith(f"2 members: R@1 {r1:.2f}, R@4 {r4:.2f}, mAP@R ") and last.endswith(
-            f" in {folder / csv}"
-        )
-        assert output.err == ""
-        kind = "pooled" if embedding == "pooled" else "member"
-        member = torch.from_numpy(np.load(folder / f"{kind}_002.npy"))
-        alone = 100 * recall_at_k(member, torch.arange(36) // 6, [1]).item()
-        assert [float(value) for value in row.split()] == pytest.approx([2, r1, r4, alone], abs=0.006)
-    for pattern in ("member_*", "pooled_*", "*.csv"):
-        assert digests(folder, pattern) == digests(small_pooled_run, pattern)
+        assert last.startswith(f"2 members: R@1 {recalls[1, 0]:.2f}, R@4 {recalls[1, 1]:.2f}, mAP@R ")
+        assert last.endswith(f" in {folder / csv}") and output.err == ""
+        alone = 100 * slow_recall(members[1:], np.arange(36) // 6, [1]).item()
+        assert [float(value) for value in row.split()] == pytest.approx([2, *recalls[1], alone], abs=0.006)
+    (folder / "recall_pooled.csv").unlink()
+    assert digests(folder, "[!a]*") == digests(small_run, "[!a]*")  # all but args.json
 
 
 def test_defaults_are_those_of_the_original_command_line():
