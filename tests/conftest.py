@@ -16,7 +16,7 @@ from processes import Processes
 import data_utils
 import model
 import train
-from dreml import cache_writer
+from dreml import batches, cache_writer
 from dreml.cache import Cache, read_cache
 from dreml.demo import draw_demo
 from dreml.images import ImageSpec
@@ -95,6 +95,7 @@ def seen(monkeypatch) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         original(self, indices, corners, sides, out)
 
     monkeypatch.setattr(Cache, "train_crops", train_crops)
+    monkeypatch.setattr(batches, "BATCHES_AHEAD", 1)  # so that they come in order
     return cuts
 
 

@@ -16,7 +16,7 @@ import data_utils
 import train
 from dreml import cache_writer
 from dreml.cache import read_cache
-from dreml.cli import RunError
+from dreml.cli import InputError, RunError
 from dreml.demo import draw_demo
 from dreml.images import ImageSpec
 
@@ -276,40 +276,30 @@ def test_a_holdout_is_a_data_set_as_any_other(tmp_path, capsys, threads):
     capsys.readouterr()
     assert call(tmp_path, "--data_name", "mine", "--holdout", "0.4") == 0
     said = capsys.readouterr().err
-    command = f"--data_name mine --data_path {tmp_path} --image_size 32 --holdout 0.4 --force"
+    command = f"--data_name mine_holdout --data_path {tmp_path} --image_size 32 --force"
     assert said.startswith("warning: 0 files are new, 1 changed, 0 gone since ") and said.endswith(f"{command}\n")
     assert data_utils.main(command.split()) == 0 and capsys.readouterr().err == ""
-    assert call(tmp_path, "--data_name", "mine", "--holdout", "0.6", "--force") == 0
+    assert call(tmp_path, "--data_name", "mine", "--holdout", "0.6") == 0
+    with pytest.raises(InputError, match=r"cache_24/meta\.json is missing"):  # of the other share
+        read_cache(tmp_path, "mine_holdout", ImageSpec(24))
     assert data_utils.main([*here(tmp_path), *"--data_name mine --image_size 24 --holdout 0.6".split()]) == 0
     assert read_cache(tmp_path, "mine_holdout", ImageSpec(24)).counts == {"train": (2, 4), "test": (3, 6)}
 
 
 def test_what_a_holdout_refuses(tmp_path, capsys, threads):
-    """Too few classes; another share, without --force; a folder of something else; odd names."""
+    """Too few classes; a folder of something else; odd names."""
     write_image_folder(tmp_path / "mine", classes=5)
     hold_out = [*here(tmp_path), "--data_name", "mine", "--holdout"]
     assert data_utils.main([*hold_out, "0.4"]) == 0
     before = tree(tmp_path)
-    for options, message in (
-        (["0.6"], "mine_holdout/images.csv is of another share or of other images: --force makes it again"),
-        (["0.9", "--force"], "--holdout 0.9 of 5 training classes leaves 1 to train on and 4 to test on"),
-        (["0.1", "--force"], "and 0 to test on; it takes at least two of each"),
+    for share, message in (
+        ("0.9", "--holdout 0.9 of 5 training classes leaves 1 to train on and 4 to test on"),
+        ("0.1", "and 0 to test on; it takes at least two of each"),
     ):
-        assert message in refused(capsys, data_utils, *hold_out, *options)
+        assert message in refused(capsys, data_utils, *hold_out, share)
     assert tree(tmp_path) == before
-    assert data_utils.main([*hold_out, "0.6", "--force"]) == 0
-    assert read_cache(tmp_path, "mine_holdout", SPEC).counts == {"train": (2, 4), "test": (3, 6)}
     write_image_folder(tmp_path / "mine_holdout4")
     said = refused(capsys, data_utils, *hold_out, "0.4", "--holdout_seed", "4", "--force")
     assert "mine_holdout4 is there already, and was not made by --holdout: remove or rename it" in said
     (tmp_path / "mine/train/train_0").rename(tmp_path / "mine/train/ a")
     assert "a holdout cannot list ' a': rename it" in refused(capsys, data_utils, *hold_out, "0.4")
-
-
-def test_the_command_that_makes_a_holdout_is_named_and_works(tmp_path, capsys, threads):
-    write_image_folder(tmp_path / "mine", classes=10)
-    options = ["--data_name", "mine_holdout", "--data_path", str(tmp_path), "--image_size", "32"]
-    command = f"--data_name mine --data_path {tmp_path} --image_size 32 --holdout 0.2"
-    assert refused(capsys, train, *options).endswith(f"make it with: python data_utils.py {command}\n")
-    assert data_utils.main(command.split()) == 0
-    assert read_cache(tmp_path, "mine_holdout", SPEC).counts == {"train": (8, 16), "test": (2, 4)}

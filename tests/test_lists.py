@@ -9,8 +9,7 @@ import pytest
 from builders import build, check_refused, put, rewrite, save_image, write_csv, write_image_folder
 
 from dreml.cli import InputError
-from dreml.folders import LeftOut, class_folders, subfolders
-from dreml.lists import list_csv, list_image_folder
+from dreml.lists import LeftOut, class_folders, list_csv, list_image_folder, subfolders
 
 
 def test_csv_data_set(tmp_path, capsys, threads):
