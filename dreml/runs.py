@@ -127,9 +127,9 @@ class Members:
     needed: tuple[str, ...] = (WEIGHTS, *SAVED.values())  # suffixes of the files that must be undamaged
     warnings: set[str] = field(default_factory=set)  # each is printed once
 
-    def refresh(self) -> None:
-        """Add newly finished members. Warn of damaged ones. Does not write."""
-        for member in self.missing(member_numbers(self.folder)):
+    def refresh(self, number: int | None = None) -> None:
+        """Add newly finished members, or only the first `number`. Warn of damaged ones. Does not write."""
+        for member in self.missing(member_numbers(self.folder)[:number]):
             record, damaged = self.read(member)
             warning = f"member {member} is damaged ({', '.join(damaged)}); train.py makes it again"
             if not damaged:
@@ -283,7 +283,7 @@ def finished_members(folder: Path, record: RunRecord, num_members: int | None, n
     if num_members is not None and num_members < 1:
         raise InputError(f"num_members has to be at least 1, not {num_members}")
     members = Members(folder, record.settings_hash, needed=(needed,))
-    members.refresh()
+    members.refresh(num_members)
     finished = members.num_first()
     if finished < (num_members or 1):
         raise InputError(f"{folder}: member {finished + 1} of {num_members or 1} is missing; train.py makes it")
