@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from dreml import cli, figures
-from dreml.baseline import print_baseline, read_baseline
+from dreml.baseline import print_baseline
 from dreml.cache import default_recalls
 from dreml.cli import InputError
 from dreml.confusions import class_table, confident_errors, confusion_table, first_neighbour_table
@@ -176,7 +176,7 @@ def run(args: argparse.Namespace) -> None:
         tables[one.folder] = sizes
         first = sizes.columns[1]
         print(f"{one.folder}: {args.embedding}, percent")
-        print_baseline(one.folder, sizes, args.embedding, one.settings.weights)
+        print_baseline(one.record, sizes, args.embedding)
         print(sizes.assign(alone=scores["members"][first]).round(2).to_string(index=False))
         print(f"(alone: {first} of the last member of the row by itself)")
         print(threshold_text(scores["thresholds"], one))
@@ -210,7 +210,7 @@ def write_scores(run: Run, scores: dict[str, pd.DataFrame], folder: Path, suffix
         if not plot:
             return
         with figures.drawing():
-            recall = figures.draw_recall(scores["evaluation"], scores["members"], read_baseline(run.folder))
+            recall = figures.draw_recall(scores["evaluation"], scores["members"], pd.DataFrame(run.record.baseline))
             figures.save_figure(recall, folder, f"evaluation{suffix}")
             figures.save_figure(figures.draw_found(scores["found"]), folder, f"thresholds{suffix}")
             figures.save_figure(figures.draw_training(run.members), folder, "training")

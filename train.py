@@ -341,14 +341,14 @@ def run(args: argparse.Namespace) -> None:
     if members.records:
         runs.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
     if len(split.labels):
-        update_baseline(folder, settings, args.weights, cache, split, args.recalls, device)
+        update_baseline(folder, record, args.weights, cache, split, args.recalls, device)
     while (locked := members.lock_next_missing(wanted)) is not None:
         member, lock = locked
         start = time.perf_counter()
         title = f"member {member}/{args.ensemble_size}"
         with lock:
-            record = make_member(experiment, members, member, title)
-        best = f"training accuracy {record.history[record.best_epoch]['accuracy']:.2f} % in epoch {record.best_epoch}"
+            made = make_member(experiment, members, member, title)
+        best = f"training accuracy {made.history[made.best_epoch]['accuracy']:.2f} % in epoch {made.best_epoch}"
         print(f"{title}: {best}, {time.perf_counter() - start:.1f} s")
         runs.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
         if member not in members.records:
@@ -367,7 +367,7 @@ def run(args: argparse.Namespace) -> None:
         return
     alone = [runs.recall_percent([embedding], split, args.recalls[:1]).item() for embedding in embeddings]
     final = table.tail(1).assign(**map_percent(embeddings, split))
-    print_baseline(folder, final, args.embedding, settings.weights)
+    print_baseline(record, final, args.embedding)
     if missing:  # only after training: it reads all test images
         print_near_copies(embeddings, split, cache.array("test_images"))
     print("\n" + table.assign(alone=alone).round(2).to_string(index=False))

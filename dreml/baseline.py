@@ -9,9 +9,9 @@ import torch
 
 from dreml.backbones import own_scaling, read_weights
 from dreml.cache import Cache
-from dreml.cli import InputError, one_line
-from dreml.files import read_record, write_csv, write_record
-from dreml.runs import TestSplit, recall_percent, run_lock, scored
+from dreml.cli import InputError
+from dreml.files import write_csv, write_record
+from dreml.runs import RunRecord, TestSplit, recall_percent, run_lock, scored
 from dreml.settings import Settings
 from model import channel_statistics, extract_features, initial_model, unit_rows
 from utils import first_neighbours, map_at_r
@@ -50,18 +50,19 @@ def initial_features(settings: Settings, weights: str, cache: Cache, device: tor
 
 
 def update_baseline(
-    folder: Path, settings: Settings, weights: str, cache: Cache, split: TestSplit, ks: list[int], device: torch.device
+    folder: Path, record: RunRecord, weights: str, cache: Cache, split: TestSplit, ks: list[int], device: torch.device
 ) -> None:
-    """Compute and print a run's baselines, unless they are saved for these K. Write their JSON and CSV.
+    """Compute and print a run's baselines, unless its record has them for these K. Write them into it, and as CSV.
 
-    `weights`: the value of --weights. Warns if they are unusable.
+    Each is a dict of "baseline", "dimensions" and, in percent, "R@1", ..., "mAP@R". `weights`: the value of --weights.
+    Warns if they are unusable.
     """
     wanted = [f"R@{k}" for k in ks]
-    table = read_baseline(folder)
-    if table is None or len(table) < 2 or not set(wanted) <= set(table):
+    table = pd.DataFrame(record.baseline)
+    if len(table) < 2 or not set(wanted) <= set(table):
         features = {}
         try:
-            features["initial weights"] = initial_features(settings, weights, cache, device)
+            features["initial weights"] = initial_features(record.settings, weights, cache, device)
         except InputError as error:
             print(f"warning: the initial weights are not scored: {error}", file=sys.stderr)
         features["colour histogram"] = colour_histograms(cache.array("test_images")).to(device)
@@ -71,8 +72,9 @@ def update_baseline(
             rows.append({"baseline": name, **recalls, **map_percent([vectors], split), "dimensions": vectors.shape[1]})
         table = pd.DataFrame(rows).round(4)
         print_scores(table, [*wanted, "mAP@R"])
+        record.baseline = table.to_dict("records")
     with run_lock(folder):
-        write_record(folder / "baseline.json", {"recalls": table.to_dict("records")})
+        write_record(folder / "args.json", record)
         csv = table.drop(columns=["mAP@R", "dimensions"], errors="ignore")
         write_csv(folder / "baseline.csv", csv, float_format="%.4f")
 
@@ -84,21 +86,6 @@ def map_percent(embeddings: list[torch.Tensor], split: TestSplit) -> dict[str, f
     return {"mAP@R": 100 * scored(map_at_r, [unit_rows(embeddings)], split)[0].item()}
 
 
-def read_baseline(folder: Path) -> pd.DataFrame | None:
-    """Read a run's baselines, one per row: "baseline", "dimensions" and, in percent, "R@1", ..., "mAP@R".
-
-    None if missing; warns if damaged.
-    """
-    path = folder / "baseline.json"
-    try:
-        return pd.DataFrame(read_record(path)["recalls"])
-    except FileNotFoundError:
-        return None
-    except (ValueError, OSError) as error:
-        print(f"warning: {path} is damaged ({one_line(error)}); train.py makes it again", file=sys.stderr)
-        return None
-
-
 def print_scores(table: pd.DataFrame, names: list[str]) -> None:
     """Print one line per baseline, with the scores in `names` that it has."""
     for row in table.to_dict("records"):
@@ -106,13 +93,13 @@ def print_scores(table: pd.DataFrame, names: list[str]) -> None:
         print(f"before training: {scores} ({row['baseline']}, {row['dimensions']} numbers an image)", flush=True)
 
 
-def print_baseline(folder: Path, ensembles: pd.DataFrame, embedding: str, weights: str) -> None:
+def print_baseline(record: RunRecord, ensembles: pd.DataFrame, embedding: str) -> None:
     """Print a run's baselines. If one is better than the ensemble, print what to try.
 
     `ensembles`: a column of ensemble sizes, then scores. The last row is compared, by the first score that both have.
     """
-    table = read_baseline(folder)
-    names = [name for name in list(ensembles)[1:] if table is not None and name in table]
+    table = pd.DataFrame(record.baseline)
+    names = [name for name in list(ensembles)[1:] if name in table]
     if not names:
         return
     print_scores(table, names)
@@ -121,7 +108,7 @@ def print_baseline(folder: Path, ensembles: pd.DataFrame, embedding: str, weight
     after = ensembles[name].iloc[-1]
     if best[name] > round(after, 4):  # rounded as the baselines are
         remedies = ["--embedding pooled"] if embedding == "logits" else []
-        remedies += ["pretrained --weights"] if weights == "none" else []
+        remedies += ["pretrained --weights"] if record.settings.weights == "none" else []
         remedies += ["more --num_epochs"]
         ahead = f"{name} {best[name]:.2f} ({best.baseline}), {after:.2f} after"
         print(f"training has not helped: before it, {ahead}; try {', then '.join(remedies)}")

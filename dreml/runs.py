@@ -57,6 +57,7 @@ class RunRecord:
     data: DataRecord
     options: dict
     environment: dict
+    baseline: list[dict] = field(default_factory=list)  # see `update_baseline`
 
     def __post_init__(self):
         if isinstance(self.settings, dict):
@@ -320,7 +321,7 @@ def make_run_record(settings: Settings, cache: Cache, options: dict[str, object]
 
 
 def open_members(folder: Path, earlier: RunRecord | None, record: RunRecord) -> Members:
-    """Find the finished members of a run folder. `earlier` is the record in it, or None.
+    """Find the finished members of a run folder. `earlier` is the record in it, or None; its baselines are kept.
 
     Raises InputError if they belong to other settings or data, since they would be overwritten.
     """
@@ -336,6 +337,7 @@ def open_members(folder: Path, earlier: RunRecord | None, record: RunRecord) -> 
     members.refresh()
     if not earlier and members.warnings and not members.records:
         raise InputError(f"{folder} has no args.json, and no sound member of these settings: {remedy}")
+    record.baseline = earlier.baseline if earlier else []
     return members
 
 
@@ -343,7 +345,7 @@ def write_run_record(members: Members, record: RunRecord, cache: Cache) -> None:
     """Write `args.json` and `test.csv`, and remove temporary files of killed processes."""
     folder = members.folder
     folder.mkdir(exist_ok=True)
-    for name in ("args.json", "baseline.json", "*.csv"):
+    for name in ("args.json", "*.csv"):
         files.remove_leftovers(folder, name)
     for member in members.records:
         remove_progress(folder, member)

@@ -47,7 +47,7 @@ def final_state(root: Path) -> dict[str, object]:
             state[name] = None
         elif path.name == "args.json":
             record = read_record(path)
-            state[name] = {key: record[key] for key in ("settings", "data")}
+            state[name] = {key: record[key] for key in ("settings", "data", "baseline")}
         elif re.fullmatch(r"member_\d+\.json", path.name):
             record = read_record(path)
             for epoch in record["history"]:

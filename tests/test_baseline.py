@@ -1,12 +1,13 @@
 """dreml/baseline.py: what finds images without training, and who is told of it. And data without test images."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import build_small_model, copy_run, digests, only_folder, refused, train_tiny
+from builders import build_small_model, copy_run, digests, edit_record, only_folder, refused, train_tiny
 from reference import slow_map, slow_recall
 
 import data_utils
@@ -14,9 +15,8 @@ import evaluate
 import retrieve
 import train
 from dreml import baseline
-from dreml.baseline import colour_histograms, print_baseline, read_baseline
+from dreml.baseline import colour_histograms, print_baseline
 from dreml.cli import InputError
-from dreml.files import write_record
 from dreml.runs import TestSplit, read_run_record
 from model import channel_statistics, extract_features, initial_model, load_ensemble
 
@@ -80,8 +80,8 @@ def test_pretrained_weights_are_scored_with_their_own_scaling(tiny_cache, tiny_s
     torch.testing.assert_close(torch.stack(scalings), expected)
 
 
-def test_it_is_scored_once(tiny_data, tmp_path, small_run, monkeypatch, capsys):
-    """And again for other K, and if its file is damaged; the CSV is written again at each run."""
+def test_it_is_scored_once(tiny_data, tmp_path, small_run, monkeypatch):
+    """And again for other K, and if the run's record is lost; the CSV is written again at each run."""
     calls, original = [], baseline.colour_histograms
     monkeypatch.setattr(baseline, "colour_histograms", lambda images: calls.append("colours") or original(images))
     monkeypatch.setattr(train, "print_near_copies", lambda *_: None)
@@ -89,13 +89,13 @@ def test_it_is_scored_once(tiny_data, tmp_path, small_run, monkeypatch, capsys):
     (folder / "baseline.csv").unlink()
     for options in ([], ["--recalls", "4"], ["--ensemble_size", "3"]):
         assert train_tiny(tiny_data, tmp_path, *options) == 0
-    assert not calls and digests(folder, "baseline.*") == digests(small_run, "baseline.*")
+    assert not calls and digests(folder, "baseline.csv") == digests(small_run, "baseline.csv")
     assert train_tiny(tiny_data, tmp_path, "--recalls", "1,2") == 0
     assert len(calls) == 1 and list(pd.read_csv(folder / "baseline.csv")) == ["baseline", "R@1", "R@2"]
-    (folder / "baseline.json").write_bytes(b"{")
+    (folder / "args.json").unlink()
     assert train_tiny(tiny_data, tmp_path) == 0
-    assert "baseline.json is damaged" in capsys.readouterr().err
-    assert len(calls) == 2 and digests(folder, "baseline.*") == digests(small_run, "baseline.*")
+    assert len(calls) == 2 and digests(folder, "baseline.csv") == digests(small_run, "baseline.csv")
+    assert read_run_record(folder).baseline == read_run_record(small_run).baseline
 
 
 def test_a_finished_run_does_without_its_initial_weights(tiny_data, tmp_path, small_run, monkeypatch, capsys):
@@ -110,15 +110,15 @@ def test_a_finished_run_does_without_its_initial_weights(tiny_data, tmp_path, sm
     folder = copy_run(small_run, tmp_path / small_run.name)
     problems = {"read_weights": (offline, "no route to host"), "extract_features": (not_finite, "are not finite")}
     for name, (fail, problem) in problems.items():
-        (folder / "baseline.json").unlink()
+        edit_record(folder / "args.json", "baseline", value=[])
         with monkeypatch.context() as patch:
             patch.setattr(baseline, name, fail)
             assert train_tiny(tiny_data, tmp_path) == 0
         line = capsys.readouterr().err
         assert line.startswith("warning: the initial weights are not scored: ") and problem in line
-        assert read_baseline(folder).equals(read_baseline(small_run).iloc[[1]].reset_index(drop=True))
+        assert read_run_record(folder).baseline == read_run_record(small_run).baseline[1:]
     assert train_tiny(tiny_data, tmp_path) == 0  # the network is back
-    assert digests(folder, "baseline.*") == digests(small_run, "baseline.*")
+    assert digests(folder, "baseline.csv") == digests(small_run, "baseline.csv")
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,15 @@ def test_a_finished_run_does_without_its_initial_weights(tiny_data, tmp_path, sm
         (31.25, 93, "pooled", "imagenet:x", "R@2 93.00 (colour histogram)"),
     ],
 )
-def test_a_baseline_that_is_ahead_says_what_to_try(tmp_path, capsys, initial, colours, embedding, weights, ahead):
+def test_a_baseline_that_is_ahead_says_what_to_try(tiny_run, capsys, initial, colours, embedding, weights, ahead):
     """In the order of cost; what was tried is left out. By the first score that both have."""
     rows = [{"baseline": "initial weights", "R@2": initial, "mAP@R": 8.0, "dimensions": 512}]
     rows += [{"baseline": "colour histogram", "R@2": colours, "mAP@R": 9.5, "dimensions": 216}]
-    write_record(tmp_path / "baseline.json", {"recalls": rows})
+    record = read_run_record(tiny_run)
+    record.settings = replace(record.settings, weights=weights)
+    record.baseline = rows
     table = pd.DataFrame({"ensemble_size": [1, 2], "R@1": [99.0, 99.0], "R@2": [10.0, 30.0], "mAP@R": [1.0, 9.0]})
-    print_baseline(tmp_path, table, embedding, weights)
+    print_baseline(record, table, embedding)
     lines = [
         f"before training: R@2 {initial:.2f}, mAP@R 8.00 (initial weights, 512 numbers an image)",
         f"before training: R@2 {colours:.2f}, mAP@R 9.50 (colour histogram, 216 numbers an image)",
@@ -147,8 +149,9 @@ def test_a_baseline_that_is_ahead_says_what_to_try(tmp_path, capsys, initial, co
         remedies = f"{first}{second}more --num_epochs"
         lines.append(f"training has not helped: before it, {ahead}, 30.00 after; try {remedies}")
     assert capsys.readouterr().out.splitlines() == lines
-    print_baseline(tmp_path, table[["ensemble_size", "R@1"]], "logits", "none")
-    print_baseline(tmp_path / "nowhere", table, "logits", "none")
+    print_baseline(record, table[["ensemble_size", "R@1"]], "logits")
+    record.baseline = []
+    print_baseline(record, table, "logits")
     assert capsys.readouterr().out == ""
 
 
@@ -186,7 +189,7 @@ def test_without_test_images_all_but_scores_works(tiny_data, tmp_path, small_net
     out, folder = capsys.readouterr().out, only_folder(results)
     assert "no test images: all classes are trained on, and there will be no recall" in out
     assert out.endswith(f"2 members finished in {folder}; there are no test images, so no recall\n")
-    assert not (folder / "baseline.json").exists() and (folder / "member_002.pooled.npy").exists()
+    assert not (folder / "baseline.csv").exists() and (folder / "member_002.pooled.npy").exists()
     assert (folder / "recall.csv").read_text() == "ensemble_size,R@1,R@1000\n"
     assert load_ensemble(folder)(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).shape == (1, 6)
 
