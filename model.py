@@ -76,12 +76,6 @@ class Compute:
         """Make a loss scaler for fp16, where small gradients would vanish. It does nothing in other precisions."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
-    def overflow_remedy(self) -> str:
-        """Return advice to the user for numbers that are not finite."""
-        if self.precision == "fp32":
-            return "try a lower --lr"
-        return f"try a lower --lr, or --precision fp32 ({self.precision} was used)"
-
 
 @dataclass
 class TrainState:

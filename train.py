@@ -44,6 +44,7 @@ MAX_IMAGES_PER_CLASS = 300  # docs/METHOD.md, step 5: a larger class is cut to a
 SECONDS_BETWEEN_READINGS = 2  # of the loss, for the progress bar; each reading waits for the device
 SECONDS_BETWEEN_LINES = 60  # of log output, without a terminal
 TIMED_STEPS = 20  # steps from which the training time is estimated
+OVERFLOW_REMEDY = "try a lower --lr, or --precision fp32"
 Pair = tuple[torch.Tensor, Targets]  # a batch: pixels and targets
 
 # ------------------------------------------------------------------------------------------------ options
@@ -66,10 +67,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--results_path", type=Path, default=Path("results"), metavar="DIR", help=results_help)
     group.add_argument("--device", default="auto", metavar="DEVICE", help=cli.DEVICE_HELP)
     group.add_argument("--threads", type=int, metavar="N", help="cores to compute on (default: all)")
-    progress_help = "seconds between two progress files of a member, at least (default: 30)"
-    group.add_argument(
-        "--progress_seconds", type=float, default=SECONDS_BETWEEN_WRITES, metavar="S", help=progress_help
-    )
+    wait_help = "seconds between two progress files of a member, at least (default: 30)"
+    group.add_argument("--progress_seconds", type=float, default=SECONDS_BETWEEN_WRITES, metavar="S", help=wait_help)
     deterministic_help = "the same bits each time on CUDA too, where it can; slower"
     group.add_argument("--deterministic", action="store_true", help=deterministic_help)
     args = parser.parse_args(argv)
@@ -156,7 +155,7 @@ def train_epoch(
     seconds = time.perf_counter() - start
     print(f"{title}: loss {loss:.4f}, accuracy {accuracy:.2f}%, {num_images / seconds:,.0f} images/s", flush=True)
     if not math.isfinite(loss):
-        raise RunError(f"{title}: the loss is not finite; {compute.overflow_remedy()}")
+        raise RunError(f"{title}: the loss is not finite in {compute.precision}; {OVERFLOW_REMEDY}")
     result = {"loss": loss, "accuracy": accuracy, "correct": num_correct, "images": num_images}
     return result | {"seconds": seconds, "images_per_second": num_images / seconds}
 
@@ -271,7 +270,7 @@ def embed_test_images(experiment: Experiment, model: nn.Module, member: int) -> 
     images, batch_size = experiment.cache.array("test_images"), 2 * experiment.settings.batch_size
     embeddings = extract_features(model, images, experiment.statistics, batch_size)
     if not all(torch.isfinite(rows).all() for rows in embeddings.values()):
-        raise RunError(f"member {member}: its embedding is not finite; {experiment.compute.overflow_remedy()}")
+        raise RunError(f"member {member}: its embedding is not finite; {OVERFLOW_REMEDY}")
     return embeddings
 
 

@@ -27,7 +27,6 @@ class CacheMeta:
     train: dict[str, list[str] | int]  # "classes": the names of labels 0, 1, ...; "images": their number
     test: dict[str, list[str] | int]
     arrays: dict[str, int]  # name -> CRC-32 of its file
-    holdout: None = None  # not used: earlier versions wrote it
 
 
 @dataclass(frozen=True)
