@@ -93,33 +93,6 @@ def test_the_curves_show_the_tables():
     assert axes.get_xlabel() == "ensemble size (members)" and axes.get_ylabel() == "Recall@K (%)"
 
 
-def test_the_thresholds_curve_shows_its_table():
-    """A curve for each size; without any threshold, empty axes."""
-    curves = pd.DataFrame({"ensemble_size": [1, 1, 4, 4], "far": [0.01, 0.1] * 2, "found": [10.0, 20, 30, 40]})
-    with drawing():
-        axes, empty = (figures.draw_found(table).axes[0] for table in (curves, curves[:0]))
-    assert [line.get_label() for line in axes.lines] == ["1 member", "4 members"]
-    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 10], [10, 20]], [[1, 30], [10, 40]]]
-    assert axes.get_xlabel() == "queries whose class is absent that are accepted (%)"
-    assert axes.get_xscale() == "log" and not empty.lines
-
-
-def test_training_curves_show_the_histories(tiny_run):
-    records = [record for _, record in sorted(read_run(tiny_run).members.records.items())]
-    with drawing():
-        figure = figures.draw_training(records)
-    labels = [axes.get_ylabel() for axes in figure.axes]
-    assert labels == ["training loss (nats)", "training accuracy (%)"] and figure.axes[1].get_xlabel() == "epoch"
-    for axes, name in zip(figure.axes, ("loss", "accuracy"), strict=True):
-        first, second = ([epoch[name] for epoch in record.history] for record in records)
-        best = [[values[record.best_epoch]] for values, record in zip((first, second), records, strict=True)]
-        mean = [(one + other) / 2 for one, other in zip(first, second, strict=True)]
-        for line, expected in zip(axes.lines, (first, best[0], second, best[1], mean), strict=True):
-            np.testing.assert_allclose(line.get_ydata(), expected)
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["a member", "epoch that is kept", "mean of 2"]
-
-
 @pytest.mark.parametrize(("size", "ticks"), [(1, [1]), (48, [1, 5, 10, 15, 20, 25, 30, 35, 40, 45])])
 def test_small_and_large_ensembles_have_whole_numbers_at_the_axis(size, ticks):
     sizes = pd.DataFrame({"ensemble_size": range(1, size + 1), "R@1": np.linspace(30, 80, size)})
