@@ -28,7 +28,6 @@ from dreml.batches import spans
 from dreml.cli import MANY, InputError, Parser, RunError, check_ranges, one_line, progress_bar, run_main
 from dreml.files import replace_folder, writable, write_record
 from dreml.images import ImageSpec
-from dreml.index import model_checksum
 from dreml.runs import SUFFIXES, Run, read_run
 from dreml.settings import EMBEDDINGS
 from model import Ensemble, load_ensemble
@@ -175,7 +174,6 @@ def run(args: argparse.Namespace) -> None:
         code = python_code(spec, number)
         embed = open_graphs(folder, code)
         description = {
-            "model": model_checksum(trained, args.embedding),  # of the settings and data, the members, the embedding
             "source": f"{trained.name}, {number} members, {args.embedding}",
             "members": number,
             "image_size": spec.size,

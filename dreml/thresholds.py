@@ -66,8 +66,7 @@ def read_threshold(run: Run, embedding: str, far: float) -> float:
     if len(found):
         return float(found.iloc[0])
     needed = math.ceil(FEWEST_ABOVE / far)
-    num_queries = run.test.is_query.sum()
-    reason = f"it takes {needed:,} test queries, and there are {num_queries:,}" if needed > num_queries else remedy
+    reason = f"it takes {needed:,} test queries, and there are {run.test.is_query.sum():,}"
     known = "".join(f"far {value:g}, " for value in table.far) or f"{remedy}; "
-    problem = f"{path} has none for far {far:g} and ensemble size {run.num_members}: {reason}"
-    raise InputError(f"{problem}; what would do: {known}or a threshold of your own")
+    problem = f"{path} has none for far {far:g} and ensemble size {run.num_members}"
+    raise InputError(f"{problem}: {reason}; what would do: {known}or a threshold of your own")
