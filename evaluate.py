@@ -27,8 +27,7 @@ from dreml.cache import default_recalls
 from dreml.cli import InputError
 from dreml.confusions import class_table, confident_errors, confusion_table, first_neighbour_table
 from dreml.files import writable, write_csv
-from dreml.runs import SUFFIXES, Run, TestSplit, read_run, run_lock, scored
-from dreml.settings import EMBEDDINGS
+from dreml.runs import SUFFIXES, Run, TestSplit, add_run_options, read_run, run_lock, scored
 from dreml.thresholds import FARS, threshold_table
 from utils import best_similarities, map_at_r, recall_at_k
 
@@ -38,17 +37,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="run folders of train.py")
     recalls_help = "values of K for Recall@K, separated by commas (default: 1,2,4,8; for isc 1,10,20,30)"
     parser.add_argument("--recalls", type=cli.recall_list, metavar="K,K", help=recalls_help)
-    members_help = "score the ensembles of members 1 to L (default: all that are finished)"
-    parser.add_argument("--num_members", type=int, metavar="L", help=members_help)
-    embedding_help = "logits, or pooled: the features before the last layer (default: logits)"
-    parser.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
+    add_run_options(parser)
     parser.add_argument("--plot", action="store_true", help="draw the recall, as PNG and SVG")
     output_help = "folder for all files, in place of the run folders (default: each run's files into its folder)"
     parser.add_argument("--output", type=Path, metavar="DIR", help=output_help)
     parser.add_argument("--device", default="auto", help=cli.DEVICE_HELP)
-    args = parser.parse_args(argv)
-    cli.check_ranges(args, num_members=(1, cli.MANY))
-    return args
+    return parser.parse_args(argv)
 
 
 def score_run(run: Run, ks: list[int], embedding: str, device: torch.device) -> dict[str, pd.DataFrame]:

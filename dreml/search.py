@@ -18,7 +18,7 @@ from dreml import cli
 from dreml.cli import InputError
 from dreml.images import read_pixels, resize_test, to_rgb
 from dreml.index import PhotoIndex, class_of, default_place, embed_images, list_photos, model_checksum
-from dreml.runs import read_run
+from dreml.runs import add_run_options, read_run
 from dreml.settings import EMBEDDINGS
 from dreml.thresholds import read_threshold
 from model import Ensemble, load_ensemble, unit_rows
@@ -242,8 +242,7 @@ class Searcher:
             raise InputError(f"{name!a}: the name is not valid UTF-8")
         if not os.path.isdir(name):  # unlike Path.is_dir, also for a text that is too long for a name
             return [self.file_item(name)]
-        photos = list_photos(Path(name), problems)
-        return [self.file_item(str(Path(name, photo.path)), class_of(photo.path)) for photo in photos]
+        return [self.file_item(str(Path(name, path)), class_of(path)) for path in list_photos(Path(name), problems)]
 
     def file_item(self, name: str, class_name: str | None = None) -> Item:
         """An image file. That of a test image counts as the test image; a photo of the gallery has its class there."""
@@ -305,15 +304,12 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gallery", type=Path, metavar="DIR", help=gallery_help)
     index_help = "index of --gallery (default: in RUN_FOLDER/index); needs LanceDB: pip install lancedb"
     group.add_argument("--index", type=Path, metavar="DIR", help=index_help)
-    group.add_argument("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
-    embedding_help = "logits (default), or pooled: the features before the last layer"
-    group.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
+    add_run_options(group)
     group.add_argument("--data_path", type=Path, metavar="DIR", help="data sets (default: as in training)")
     group.add_argument("--device", default="auto", help=cli.DEVICE_HELP)
 
 
 def searcher_of(args: argparse.Namespace, **options: bool) -> Searcher:
     """The searcher for parsed options."""
-    cli.check_ranges(args, num_members=(1, cli.MANY))
     names = ("embedding", "num_members", "device", "index", "data_path")
     return Searcher(args.folder, args.gallery, **{name: getattr(args, name) for name in names}, **options)

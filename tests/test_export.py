@@ -19,7 +19,7 @@ import export
 import model
 from dreml.cli import RunError
 from dreml.images import ImageSpec, read_pixels
-from dreml.runs import read_run
+from dreml.runs import TestSplit, read_run
 from model import Ensemble, build_model, head_of, load_ensemble
 
 pytest.importorskip("onnxscript")
@@ -136,7 +136,8 @@ def test_a_model_that_finds_other_neighbours_is_refused(capsys):
         for image, row in changes.items():
             rows[image] = torch.tensor(row)
         ensemble = Rows(rows)
-        run = SimpleNamespace(split=(labels, is_query, torch.ones(7, dtype=torch.bool)), embeddings=lambda *_: [right])
+        split = TestSplit(labels, is_query, torch.ones(7, dtype=torch.bool))
+        run = SimpleNamespace(split=split, embeddings=lambda *_: [right])
         found = export.check(run, ensemble, lambda batch: ensemble(torch.from_numpy(batch)).numpy(), images)
         assert found["R@1 of the run"] == 100
         return found["R@1"]

@@ -270,8 +270,7 @@ def test_a_photo_from_the_year_2300(tmp_path):
     """Its time of change in nanoseconds is above what the table can hold."""
     save_image(tmp_path / "a" / "late.png")
     os.utime(tmp_path / "a" / "late.png", (0, 10_413_792_000))
-    (photo,) = list_photos(tmp_path, [])
-    assert photo.mtime == 2**63 - 1
+    assert list_photos(tmp_path, [])["a/late.png"][1] == 2**63 - 1
 
 
 @pytest.mark.xdist_group("processes")
