@@ -167,12 +167,13 @@ def thumbnail(searcher: Searcher, item: Item) -> np.ndarray:
     return resize_test(Image.fromarray(images[item.row]), spec)
 
 
-def draw_neighbours(answers: list[Answer], searcher: Searcher, title: str, folder: Path, name: str) -> None:
+def draw_neighbours(answers: list[Answer], searcher: Searcher, folder: Path, name: str) -> None:
     """Write NAME.png: rows of a query and its neighbours, with frames and captions, and what the frames mean."""
     width = tile_corner(0, 1 + max(len(answer.neighbours) for answer in answers))[0]
     threshold = answers[0].threshold
     below = "" if threshold is None else f", dotted grey: not found, below {threshold:.3f}"
-    legend = textwrap.fill(f"{MEANINGS}{below}; {title}", round(19 * width))
+    similarity = f"similarity: cosine, mean of the ensemble (size {searcher.run.num_members})"
+    legend = textwrap.fill(f"{MEANINGS}{below}; {similarity}", round(19 * width))
     height = PITCH[1] * len(answers) + 0.13 * (legend.count("\n") + 1) + 2 * MARGIN
     with drawing():
         figure = new_figure(width, height, DPI, layout=None)

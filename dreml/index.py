@@ -18,7 +18,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from dreml.batches import spans
 from dreml.cli import InputError, format_problems, num_cores, one_line, progress_bar
 from dreml.files import json_sha256, read_record, sha256, wait_for_lock, writable, write_record
 from dreml.images import IMAGE_VERSION, ImageSpec, bad_image, read_pixels
@@ -32,7 +31,7 @@ BATCH_SIZE = 128  # images embedded at a time
 TABLE = "photos"
 RECORD = "index.json"  # beside the table: the folder and the model that it was made for
 KEPT_VERSIONS = timedelta(minutes=10)  # older versions of the table are removed: nobody reads for so long
-OPTIMIZE_AFTER = 100  # batches; each adds a small file, and many slow the table down
+OPTIMIZE_AFTER = 100  # versions of the table; each adds a small file, and many slow it down
 MIN_ROWS = 1000  # photos for a vector index: an exact search among fewer takes milliseconds
 
 
@@ -71,10 +70,10 @@ def embed_images(
 
     `read(item)` returns the pixels `(S, S, 3) uint8`, or None for an image that needs no embedding. It runs in threads.
     """
-    pieces = spans(0, len(items), BATCH_SIZE)
+    starts = range(0, len(items), BATCH_SIZE)
     with ThreadPoolExecutor(num_cores()) as threads:
-        for start, stop in progress_bar(pieces, title, len(pieces), " batches"):
-            futures = {item: threads.submit(read, item) for item in items[start:stop]}
+        for start in progress_bar(starts, title, len(starts), " batches"):
+            futures = {item: threads.submit(read, item) for item in items[start : start + BATCH_SIZE]}
             batch = {}
             for item, future in futures.items():
                 try:
@@ -175,8 +174,8 @@ class PhotoIndex:
             write_record(self.place / RECORD, self.made_for)
             pending = [path for path in photos if path not in usable]
             num_embedded = 0
-            for number, batch in enumerate(embed_images(pending, read, embed, "gallery", problems), 1):
-                num_embedded += self.store(batch, photos, hashes, number % OPTIMIZE_AFTER == 0)
+            for batch in embed_images(pending, read, embed, "gallery", problems):
+                num_embedded += self.store(batch, photos, hashes)
                 usable |= batch.keys()
             gone = old_hashes.keys() - usable
             if pending or gone or vector_index:
@@ -187,9 +186,7 @@ class PhotoIndex:
             print(f"warning: files that cannot be used ({len(problems):,}):{found}", file=sys.stderr)
         return num_embedded
 
-    def store(
-        self, batch: dict[str, torch.Tensor | None], photos: Photos, hashes: dict[str, str], optimize: bool
-    ) -> int:
+    def store(self, batch: dict[str, torch.Tensor | None], photos: Photos, hashes: dict[str, str]) -> int:
         """Store photos with their embeddings, or only the new time of change. Returns how many have an embedding."""
         import pyarrow as pa
 
@@ -210,7 +207,7 @@ class PhotoIndex:
             columns |= {"hash": pa.string(), "vector": pa.list_(pa.float32(), len(new[0]["vector"]))}
             with self.opened(pa.schema(columns)) as table:
                 table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all().execute(new)
-                if optimize:
+                if table.version % OPTIMIZE_AFTER == 0:
                     table.optimize()
         return len(new)
 

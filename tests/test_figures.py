@@ -114,8 +114,8 @@ def inside(picture: np.ndarray, row: int, column: int) -> np.ndarray:
 def frame_shares(picture: np.ndarray, column: int) -> list[float]:
     """How many of the pixels around an image of the first row are green, red, grey, white, each 0 to 1."""
     left, top = (round(DPI * inches) for inches in tile_corner(0, column))
-    sides = [picture[y, left : left + 150] for y in (top - 3, top + 152)]
-    sides += [picture[top : top + 150, x] for x in (left - 3, left + 152)]
+    sides = [picture[y, left : left + 150] for y in (top - 2, top + 151)]
+    sides += [picture[top : top + 150, x] for x in (left - 2, left + 151)]
     pixels = np.concatenate(sides).astype(int)
     return [float((abs(pixels - color).max(1) < 60).mean()) for color in (GREEN, RED, GREY, WHITE)]
 
@@ -144,7 +144,7 @@ def test_the_picture(tiny_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(figures, "save_figure", save)
     searcher = SimpleNamespace(run=run, data_path=tmp_path / "data")
-    figures.draw_neighbours(answers, searcher, "cosine", tmp_path, "x")
+    figures.draw_neighbours(answers, searcher, tmp_path, "x")
     picture = read(tmp_path / "x.png")
     for place, row in (((0, 0), 0), ((0, 1), 1), ((0, 2), 7), ((0, 3), 2), ((1, 0), 8), ((1, 1), 1)):
         np.testing.assert_allclose(inside(picture, *place), IMAGE_COLORS[row], atol=3)
@@ -160,7 +160,8 @@ def test_the_picture(tiny_run, tmp_path, monkeypatch):
     lines += ["4   not found   0.300\nant", "5   not found   -0.250\nbee", "8.png\n", "1   ✓   0.988\nant"]
     assert texts[:-1] == ["test:0\nant", *lines]
     meanings = "green ✓: the query's class, dashed red ✗: another class, grey –: class not known"
-    assert texts[-1].replace("\n", " ") == f"{meanings}, dotted grey: not found, below 0.400; cosine"
+    rest = "dotted grey: not found, below 0.400; similarity: cosine, mean of the ensemble (size 2)"
+    assert texts[-1].replace("\n", " ") == f"{meanings}, {rest}"
 
 
 def test_a_long_name_is_cut_in_its_middle():

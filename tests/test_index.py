@@ -70,7 +70,7 @@ def test_bad_files_are_skipped_and_named(indexed, capsys):
 def test_a_refresh_that_is_cut_off_goes_on(indexed, monkeypatch):
     """The index can be searched as it is. Its small files are joined now and then. What is stored is not made again."""
     monkeypatch.setattr(index_module, "BATCH_SIZE", 2)
-    monkeypatch.setattr(index_module, "OPTIMIZE_AFTER", 6)
+    monkeypatch.setattr(index_module, "OPTIMIZE_AFTER", 7)
 
     def embed_ten(images):
         if len(indexed.ensemble.batches) == 10:
@@ -81,7 +81,7 @@ def test_a_refresh_that_is_cut_off_goes_on(indexed, monkeypatch):
         indexed.index().refresh(embed_ten, ImageSpec(8))
     assert len(indexed.index().read()[0]) == 20
     with indexed.index().opened() as table:
-        assert table.stats()["fragment_stats"]["num_fragments"] == 5  # ten batches, of which six were joined
+        assert table.stats()["fragment_stats"]["num_fragments"] == 5  # ten batches, of which six were joined: version 7
     assert indexed.refresh() == 28
     indexed.check()
 
