@@ -1,4 +1,4 @@
-"""The photos below a folder, their embeddings, and the index that keeps these: a LanceDB table on disk.
+"""The embeddings of photos, and the index that keeps those of a folder: a LanceDB table on disk.
 
 The table `photos` has a row for each photo; docs/SEARCH.md names its columns and says how to open it elsewhere. LanceDB
 is an extra: it is imported where it is used.
@@ -21,11 +21,10 @@ import torch
 from dreml.cli import InputError, format_problems, num_cores, one_line, progress_bar
 from dreml.files import json_sha256, read_record, sha256, wait_for_lock, writable, write_record
 from dreml.images import IMAGE_VERSION, ImageSpec, bad_image, read_pixels
-from dreml.lists import LeftOut, class_folders
+from dreml.lists import Photos, class_of, list_photos
 from dreml.runs import Run
 
 T = TypeVar("T")
-Photos = dict[str, tuple[int, int]]  # path relative to the folder, with "/" -> bytes, time of change in nanoseconds
 Embedder = Callable[[torch.Tensor], torch.Tensor]  # images (N, S, S, 3) uint8 -> rows (N, d) float32 on the CPU
 BATCH_SIZE = 128  # images embedded at a time
 TABLE = "photos"
@@ -33,34 +32,6 @@ RECORD = "index.json"  # beside the table: the folder and the model that it was 
 KEPT_VERSIONS = timedelta(minutes=10)  # older versions of the table are removed: nobody reads for so long
 OPTIMIZE_AFTER = 100  # versions of the table; each adds a small file, and many slow it down
 MIN_ROWS = 1000  # photos for a vector index: an exact search among fewer takes milliseconds
-
-
-def class_of(path: str) -> str | None:
-    """The class of a photo, as in data sets: the path of its folder; None for a photo outside any."""
-    return path.rpartition("/")[0] or None
-
-
-def list_photos(folder: Path, problems: list[str]) -> Photos:
-    """All photos below a folder, at any depth. What cannot be read is added to `problems`.
-
-    Prints which files are left out for their types. Raises InputError if there are no photos.
-    """
-    photos = {}
-    left_out = LeftOut()
-    for class_name, files in class_folders(folder, problems, left_out):
-        for name in files:
-            path = f"{class_name}/{name}".removeprefix("/")
-            if not os.path.isfile(folder / path):  # a link to nowhere, or a pipe: opening that would wait without end
-                problems.append(f"{folder / path}: not a regular file")
-                continue
-            found = os.stat(folder / path)
-            mtime = max(-(2**63), min(found.st_mtime_ns, 2**63 - 1))  # int64 ends in 2262
-            photos[path] = (found.st_size, mtime)
-    if not photos:
-        raise InputError(f"{folder}: no images below it{f' ({left_out})' if left_out else format_problems(problems)}")
-    if left_out:
-        print(f"warning: {folder}: {left_out}", file=sys.stderr)
-    return photos
 
 
 def embed_images(

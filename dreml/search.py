@@ -17,7 +17,8 @@ from PIL import Image
 from dreml import cli
 from dreml.cli import InputError
 from dreml.images import read_pixels, resize_test, to_rgb
-from dreml.index import PhotoIndex, class_of, default_place, embed_images, list_photos, model_checksum
+from dreml.index import PhotoIndex, default_place, embed_images, model_checksum
+from dreml.lists import class_of, list_photos
 from dreml.runs import add_run_options, read_run
 from dreml.settings import EMBEDDINGS
 from dreml.thresholds import read_threshold

@@ -17,7 +17,8 @@ import retrieve
 from dreml import index as index_module
 from dreml.cli import InputError
 from dreml.images import ImageSpec
-from dreml.index import PhotoIndex, default_place, list_photos, model_checksum
+from dreml.index import PhotoIndex, default_place, model_checksum
+from dreml.lists import list_photos
 from dreml.runs import read_run
 from dreml.search import Searcher
 from model import load_ensemble
