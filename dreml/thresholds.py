@@ -66,7 +66,8 @@ def read_threshold(run: Run, embedding: str, far: float) -> float:
     if len(found):
         return float(found.iloc[0])
     needed = math.ceil(FEWEST_ABOVE / far)
-    reason = f"it takes {needed:,} test queries, and there are {run.test.is_query.sum():,}"
+    num_queries = run.test.is_query.sum()
+    reason = f": it takes {needed:,} test queries, and there are {num_queries:,}" if needed > num_queries else ""
     known = "".join(f"far {value:g}, " for value in table.far) or f"{remedy}; "
     problem = f"{path} has none for far {far:g} and ensemble size {run.num_members}"
-    raise InputError(f"{problem}: {reason}; what would do: {known}or a threshold of your own")
+    raise InputError(f"{problem}{reason}; what would do: {known}or a threshold of your own")
