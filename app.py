@@ -22,11 +22,10 @@ from dreml.cli import InputError, Parser, check_ranges, run_main
 from dreml.confusions import class_table
 from dreml.figures import FRAMES, MARKS
 from dreml.learned import MAP_METHODS, Learned
-from dreml.search import Query, Searcher, add_search_options, searcher_of
+from dreml.search import Query, add_search_options, searcher_of
 from dreml.thresholds import threshold_at
 
 NO_QUERY = "Drop a photo, or pick a test image."
-MAX_UPLOAD = "20mb"
 STYLE = """
 .caption-label { white-space: normal !important; max-width: 100% !important; }
 #grid .thumbnail-lg { aspect-ratio: 19 / 23; }
@@ -47,48 +46,48 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def framed(image: Image.Image, color: str, faded: bool) -> Image.Image:
-    """A thumbnail with a frame. A faded one has no colours and little contrast."""
-    if faded:
+def framed(image: Image.Image, color: str | None) -> Image.Image:
+    """A thumbnail with a frame of this colour. None: grey, and the image with little contrast."""
+    if color is None:
         image = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "white"), 0.6)
-    image = ImageOps.expand(image, 5, "lightgrey" if faded else color)
+    image = ImageOps.expand(image, 5, color or "lightgrey")
     return ImageOps.expand(image, (0, 0, 0, 40), "white")  # where the caption will be
 
 
-def find(searcher: Searcher, learned: Learned, query: Query | None, top: int, far: float) -> tuple[list, str, list]:
+def find(learned: Learned, query: Query | None, top: int, far: float) -> tuple[list, str, list]:
     """The neighbours' pictures with captions, a sentence, and the neighbours. `far`: false-accept rate in percent."""
     if query is None:
         return [], NO_QUERY, []
     threshold = threshold_at(learned.others, far / 100)
     try:
-        answer = searcher.find(query, top=top, threshold=threshold)
+        answer = learned.searcher.find(query, top=top, threshold=threshold)
     except InputError as error:
         return [], str(error).replace(str(query), "the photo"), []
     pictures = []
     for neighbour in answer:
         mark = MARKS[neighbour.right] if neighbour.found else "not found:"
         caption = f"{mark} {neighbour.similarity:.3f} {neighbour.class_name or neighbour.file.name}"
-        color = FRAMES[neighbour.right]["edgecolor"]
-        pictures.append((framed(learned.photo(neighbour), color, not neighbour.found), caption))
-    text = f"Class of the query: {answer.query.class_name}. " if answer.query.class_name else ""
-    if threshold is None:
-        text += f"The run has too few test images for a threshold at {far:g} %."
-    else:
+        color = FRAMES[neighbour.right]["edgecolor"] if neighbour.found else None
+        pictures.append((framed(learned.photo(neighbour), color), caption))
+    text = f"The run has too few test images for a threshold at {far:g} %."
+    if threshold is not None:
         num_found = sum(neighbour.found for neighbour in answer)
-        text += f"{num_found} of {len(pictures)} reach the threshold, {threshold:.3f}."
+        text = f"{num_found} of {len(pictures)} reach the threshold, {threshold:.3f}."
+    if answer.query.class_name:
+        text = f"Class of the query: {answer.query.class_name}. {text}"
     return pictures, text, answer.neighbours
 
 
-def open_page(searcher: Searcher, learned: Learned, title: str, host: str, port: int):
+def open_page(learned: Learned, title: str, host: str, port: int):
     """Start to serve the page, a `gradio.Blocks`: only Gradio's own files, and the pictures that it was given."""
     import gradio as gr
 
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"### {title}")
         with gr.Tab("Search"):
-            fill_search_tab(searcher, learned)
+            fill_search_tab(learned)
         with gr.Tab("What the run has learned"):
-            fill_learned_tab(searcher, learned)
+            fill_learned_tab(learned)
     try:
         page.launch(
             server_name=host,
@@ -96,7 +95,7 @@ def open_page(searcher: Searcher, learned: Learned, title: str, host: str, port:
             share=False,
             quiet=True,
             prevent_thread_lock=True,
-            max_file_size=MAX_UPLOAD,
+            max_file_size="20mb",
             footer_links=[],
             css=STYLE,
             run_history=False,
@@ -109,11 +108,11 @@ def open_page(searcher: Searcher, learned: Learned, title: str, host: str, port:
     return page
 
 
-def fill_search_tab(searcher: Searcher, learned: Learned) -> None:
+def fill_search_tab(learned: Learned) -> None:
     """A photo or a test image, two sliders, and the neighbours."""
     import gradio as gr
 
-    last = len(searcher.run.test) - 1
+    last = len(learned.run.test) - 1
     query = gr.State()
     neighbours = gr.State([])
     with gr.Row():
@@ -137,23 +136,21 @@ def fill_search_tab(searcher: Searcher, learned: Learned) -> None:
         return None
 
     def picked(number: int | None):
-        return None if number is None else learned.test_photo(number), number
+        return None if number is None else learned.photo(number), number
 
     def clicked(neighbours: list, event: gr.SelectData):
         neighbour = neighbours[event.index]
-        return learned.photo(neighbour), neighbour.file if neighbour.row is None else neighbour.row
-
-    def search(query: Query | None, top: int, far: float):
-        return find(searcher, learned, query, top, far)
+        return learned.photo(neighbour), neighbour.file
 
     photo.preprocess = lambda payload: payload and payload.path  # Gradio would open the photo, and refuse some
     photo.input(dropped, photo, query)
     row.submit(picked, row, [photo, query])
     grid.select(clicked, neighbours, [photo, query])
-    gr.on([query.change, top.release, far.release], search, [query, top, far], [grid, text, neighbours])
+    changes = [query.change, top.release, far.release]
+    gr.on(changes, functools.partial(find, learned), [query, top, far], [grid, text, neighbours], api_name="search")
 
 
-def fill_learned_tab(searcher: Searcher, learned: Learned) -> None:
+def fill_learned_tab(learned: Learned) -> None:
     """Figures, pairs of photos, the map and tables."""
     import gradio as gr
 
@@ -163,7 +160,7 @@ def fill_learned_tab(searcher: Searcher, learned: Learned) -> None:
         title = "Recall against ensemble size"
         gr.LinePlot(learned.recalls(), "ensemble_size", "recall (%)", color="K", title=title, elem_id="recalls")
     label = "The most confident errors: a query and its first neighbour, of another class"
-    pictures(learned.worst(), label=label, elem_id="errors")
+    pictures(learned.pairs(learned.errors), label=label, elem_id="errors")
     label = "Classes that are most often taken for another one: two photos of both"
     pictures(learned.confusions(), label=label, elem_id="confusions")
     label = "Test images that look the same and have two class names (none if empty)"
@@ -177,7 +174,7 @@ def fill_learned_tab(searcher: Searcher, learned: Learned) -> None:
     with gr.Row():
         classes = class_table(learned.queries).round(2)
         gr.Dataframe(classes, label="R@1 of each class in percent, worst first", max_height=400)
-        settings = [[name, str(value)] for name, value in asdict(searcher.run.settings).items()]
+        settings = [[name, str(value)] for name, value in asdict(learned.run.settings).items()]
         gr.Dataframe(settings, headers=["setting", "value"], label="Settings", max_height=400)
 
     def on_map(method: str, event: gr.SelectData):
@@ -201,9 +198,9 @@ def run(args: argparse.Namespace) -> None:
     learned = Learned(searcher)
 
     # 2. The page, until Ctrl-C
-    run = searcher.run
+    run = learned.run
     title = f"{run.name}: ensemble size {run.num_members}, {args.embedding}, {args.gallery or 'test images'}"
-    page = open_page(searcher, learned, title, args.host, args.port)
+    page = open_page(learned, title, args.host, args.port)
     print(f"the page is at http://{args.host}:{args.port}; Ctrl-C ends it")
     try:
         threading.Event().wait()

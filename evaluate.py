@@ -1,6 +1,6 @@
 """Scores runs again from their saved embeddings: Recall@K, mAP@R, R-Precision. Needs no images and trains nothing.
 
-    python evaluate.py results/RUN --recalls 1,10,100 --plot      tables and figures, into the run folder
+    python evaluate.py results/RUN --recalls 1,10,100 --plot      tables and a figure, into the run folder
     python evaluate.py results/demo_* --output compared           several runs in one table; all files go to compared/
 
 Each run is scored for every ensemble size, and for each member alone. classes.csv has the Recall@1 of each class, worst
@@ -27,8 +27,7 @@ from dreml.cache import default_recalls
 from dreml.cli import InputError
 from dreml.confusions import class_table, confident_errors, confusion_table, first_neighbour_table
 from dreml.files import writable, write_csv
-from dreml.runs import SUFFIXES, Run, TestSplit, read_run, run_lock, scored
-from dreml.settings import EMBEDDINGS
+from dreml.runs import SUFFIXES, Run, TestSplit, add_run_options, read_run, run_lock, scored
 from dreml.thresholds import FARS, threshold_table
 from utils import best_similarities, map_at_r, recall_at_k
 
@@ -38,24 +37,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="run folders of train.py")
     recalls_help = "values of K for Recall@K, separated by commas (default: 1,2,4,8; for isc 1,10,20,30)"
     parser.add_argument("--recalls", type=cli.recall_list, metavar="K,K", help=recalls_help)
-    members_help = "score the ensembles of members 1 to L (default: all that are finished)"
-    parser.add_argument("--num_members", type=int, metavar="L", help=members_help)
-    embedding_help = "logits, or pooled: the features before the last layer (default: logits)"
-    parser.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
-    parser.add_argument("--plot", action="store_true", help="draw the scores and the training, as PNG and SVG")
+    add_run_options(parser)
+    parser.add_argument("--plot", action="store_true", help="draw the recall, as PNG and SVG")
     output_help = "folder for all files, in place of the run folders (default: each run's files into its folder)"
     parser.add_argument("--output", type=Path, metavar="DIR", help=output_help)
     parser.add_argument("--device", default="auto", help=cli.DEVICE_HELP)
-    args = parser.parse_args(argv)
-    cli.check_ranges(args, num_members=(1, cli.MANY))
-    return args
-
-
-WRITTEN = ("evaluation", "members", "thresholds", "classes", "confusions")  # each as a CSV
+    return parser.parse_args(argv)
 
 
 def score_run(run: Run, ks: list[int], embedding: str, device: torch.device) -> dict[str, pd.DataFrame]:
-    """Compute all tables of a run from its saved embeddings: those of WRITTEN, and "found" for `draw_found`."""
+    """Compute the tables of a run from its saved embeddings, by the names of their files."""
     split = run.split
     members = run.embeddings(embedding, device)
     sizes = score(members, split, ks)
@@ -64,15 +55,13 @@ def score_run(run: Run, ks: list[int], embedding: str, device: torch.device) -> 
     alone = pd.concat([score([member], split, ks) for member in bar], ignore_index=True)
     alone.insert(0, "member", range(1, len(members) + 1))
     others, own = scored(best_similarities, members, split)
-    num_gallery = int(split.is_gallery.sum())
     queries = first_neighbour_table(members, run.test)
     return {
         "evaluation": sizes,
         "members": alone,
-        "thresholds": threshold_table(others, own, FARS, num_gallery),
+        "thresholds": threshold_table(others, own, int(split.is_gallery.sum())),
         "classes": class_table(queries),
         "confusions": confusion_table(confident_errors(queries), run.test),
-        "found": found_curves(others, own, num_gallery),
     }
 
 
@@ -82,14 +71,6 @@ def score(members: list[torch.Tensor], split: TestSplit, ks: list[int]) -> pd.Da
     precisions = torch.stack(scored(map_at_r, members, split), dim=1)
     values = 100 * torch.cat([recalls, precisions], dim=1).numpy()
     return pd.DataFrame(values, columns=[*(f"R@{k}" for k in ks), "mAP@R", "R-Precision"])
-
-
-def found_curves(others: torch.Tensor, own: torch.Tensor, num_gallery: int) -> pd.DataFrame:
-    """As `threshold_table`, for many false-accept rates and at most four ensemble sizes."""
-    most = len(others)
-    sizes = np.unique(np.maximum([1, most // 4, most // 2, most], 1))
-    table = threshold_table(others[sizes - 1], own[sizes - 1], tuple(np.logspace(-4, 0, 81)), num_gallery)
-    return table.assign(ensemble_size=sizes[table.ensemble_size - 1])
 
 
 def threshold_text(table: pd.DataFrame, run: Run) -> str:
@@ -181,8 +162,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"(alone: {first} of the last member of the row by itself)")
         print(threshold_text(scores["thresholds"], one))
         write_scores(one, scores, target, suffix, args.plot)
-        written = ", ".join(f"{name}{suffix}.csv" for name in WRITTEN)
-        print(f"{target}/: {written}{', figures' if args.plot else ''}\n")
+        written = ", ".join(f"{name}{suffix}.csv" for name in scores)
+        print(f"{target}/: {written}{', a figure' if args.plot else ''}\n")
 
     # 3. All of them together
     if len(runs) == 1:
@@ -200,20 +181,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write_scores(run: Run, scores: dict[str, pd.DataFrame], folder: Path, suffix: str, plot: bool) -> None:
-    """Write the tables; with `plot`, evaluation.png, thresholds.png and training.png and all as SVG."""
+    """Write the tables; with `plot`, also evaluation.png and evaluation.svg."""
     own_folder = run.folder.resolve()
     is_own = folder.resolve() == own_folder  # there, train.py removes half-written files while it holds the lock
     with writable(folder, "--output"), run_lock(own_folder) if is_own else contextlib.nullcontext():
-        for name in WRITTEN:
+        for name, table in scores.items():
             float_format = "%.6f" if name == "thresholds" else "%.4f"
-            write_csv(folder / f"{name}{suffix}.csv", scores[name], float_format=float_format)
-        if not plot:
-            return
-        with figures.drawing():
-            recall = figures.draw_recall(scores["evaluation"], scores["members"], pd.DataFrame(run.record.baseline))
-            figures.save_figure(recall, folder, f"evaluation{suffix}")
-            figures.save_figure(figures.draw_found(scores["found"]), folder, f"thresholds{suffix}")
-            figures.save_figure(figures.draw_training(run.members), folder, "training")
+            write_csv(folder / f"{name}{suffix}.csv", table, float_format=float_format)
+        if plot:
+            with figures.drawing():
+                recall = figures.draw_recall(scores["evaluation"], scores["members"], pd.DataFrame(run.record.baseline))
+                figures.save_figure(recall, folder, f"evaluation{suffix}")
 
 
 def main(argv: list[str] | None = None) -> int:

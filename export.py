@@ -25,14 +25,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dreml import images as images_module
 from dreml.batches import spans
-from dreml.cli import MANY, InputError, Parser, RunError, check_ranges, one_line, progress_bar, run_main
+from dreml.cli import InputError, Parser, RunError, one_line, progress_bar, run_main
 from dreml.files import replace_folder, writable, write_record
 from dreml.images import ImageSpec
-from dreml.index import model_checksum
-from dreml.runs import SUFFIXES, Run, read_run
-from dreml.settings import EMBEDDINGS
+from dreml.runs import SUFFIXES, Run, add_run_options, read_run, recall_percent
 from model import Ensemble, load_ensemble
-from utils import recall_at_k
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 NUM_CHECKED = 32  # images whose embeddings are compared
@@ -72,15 +69,11 @@ def python_code(spec: ImageSpec, num_members: int) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="export.py", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a run folder of train.py")
-    parser.add_argument("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
-    embedding_help = "logits (default), or pooled: the features before the last layer"
-    parser.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
+    add_run_options(parser)
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN_FOLDER/export_L<members>")
     parser.add_argument("--check_recall", action="store_true", help="embed all test images, too, and compare R@1")
     parser.add_argument("--data_path", type=Path, metavar="DIR", help="data sets (default: as in training)")
-    args = parser.parse_args(argv)
-    check_ranges(args, num_members=(1, MANY))
-    return args
+    return parser.parse_args(argv)
 
 
 def write_graph(network: torch.nn.Module, image_size: int, path: Path) -> None:
@@ -133,12 +126,10 @@ def check(run: Run, ensemble: Ensemble, embed: Callable, test_images: np.ndarray
         pieces = spans(0, len(test_images), NUM_CHECKED)
         bar = progress_bar(pieces, "embedding the test images", len(pieces), f" x {NUM_CHECKED} images")
         rows = torch.from_numpy(np.concatenate([embed(np.array(test_images[start:stop])) for start, stop in bar]))
-        labels, is_query, is_gallery = run.split
-        for name, embeddings in (("R@1", rows), ("R@1 of the run", run.embeddings(ensemble.embedding, rows.device))):
-            recall = recall_at_k(embeddings, labels, [1], is_query=is_query, is_gallery=is_gallery)[-1].item()
-            found[name] = round(100 * recall, 4)
-        apart = round(abs(found["R@1"] - found["R@1 of the run"]) / 100 * int(is_query.sum()))
-        if apart > MAX_QUERIES_APART:
+        for name, members in (("R@1", [rows]), ("R@1 of the run", run.embeddings(ensemble.embedding, rows.device))):
+            found[name] = round(recall_percent(members, run.split, [1])[-1].item(), 4)
+        num_apart = abs(found["R@1"] - found["R@1 of the run"]) / 100 * int(run.split.is_query.sum())
+        if round(num_apart) > MAX_QUERIES_APART:
             raise RunError(f"R@1 is {found['R@1']}, that of the run {found['R@1 of the run']}; nothing is exported")
     print(f"compared with PyTorch: {', '.join(f'{name} {value}' for name, value in found.items())}")
     return found
@@ -175,7 +166,6 @@ def run(args: argparse.Namespace) -> None:
         code = python_code(spec, number)
         embed = open_graphs(folder, code)
         description = {
-            "model": model_checksum(trained, args.embedding),  # of the settings and data, the members, the embedding
             "source": f"{trained.name}, {number} members, {args.embedding}",
             "members": number,
             "image_size": spec.size,
@@ -186,8 +176,7 @@ def run(args: argparse.Namespace) -> None:
         }
         write_record(folder / "model.json", description)
         replace_folder(folder, output)
-    megabytes = sum(path.stat().st_size for path in output.iterdir()) / 1e6
-    print(f"{output}/: member_001.onnx … model.json ({megabytes:,.1f} MB); {description['d']:,} numbers an image")
+    print(f"{output}/: member_001.onnx … model.json; {description['d']:,} numbers an image")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ import pandas as pd
 
 from dreml.cli import MANY, InputError, Parser, check_ranges, run_main
 from dreml.confusions import confident_errors, first_neighbour_table
-from dreml.figures import MAX_ROWS, NoPictures, check_matplotlib, draw_neighbours
+from dreml.figures import MAX_ROWS, check_matplotlib, draw_neighbours
 from dreml.files import atomic_open, writable, write_csv
 from dreml.runs import SUFFIXES
 from dreml.search import Answer, Searcher, add_search_options, refuse, searcher_of
@@ -97,16 +97,15 @@ def run(args: argparse.Namespace) -> None:
             print(f"{share} in {searcher.run.test.is_gallery.sum():,} images, and more do in larger galleries")
         print(f"\n{path}{' (an earlier one was replaced; --output names another folder)' if replaces else ''}")
     if answers and draws:
-        title = f"similarity: cosine, mean of the ensemble (size {searcher.run.num_members})"
-        try:
-            with writable(output, "--output"):
-                draw_neighbours(answers[:MAX_ROWS], searcher, title, output, path.stem)
-            rest = f", the first {MAX_ROWS} of {len(answers)} queries" if len(answers) > MAX_ROWS else ""
-            print(f"{path.with_suffix('.png')}{rest}")
-        except NoPictures as error:  # a search needs only the saved embeddings
-            if args.data_path:
-                raise
-            print(error)
+        rest = f", the first {MAX_ROWS} of {len(answers)} queries" if len(answers) > MAX_ROWS else ""
+        with writable(output, "--output"):
+            try:
+                draw_neighbours(answers[:MAX_ROWS], searcher, output, path.stem)
+                print(f"{path.with_suffix('.png')}{rest}")
+            except InputError as error:  # there are no images; a search needs only the saved embeddings
+                if args.data_path:
+                    raise
+                print(error)
     refuse("--query", problems, len(answers))  # now that the others are answered
 
 
@@ -118,8 +117,7 @@ def export(searcher: Searcher, path: Path, suffix: str) -> None:
     if searcher.gallery:
         suffix = f"_gallery{suffix}"
         images, rows, _ = searcher.searched
-        items = [searcher.item(path) for path in images]
-        table = pd.DataFrame({"path": [item.path for item in items], "class_name": [item.class_name for item in items]})
+        table = pd.DataFrame([searcher.item(image) for image in images])[["path", "class_name"]]
     else:
         rows = searcher.saved
         table = searcher.run.test

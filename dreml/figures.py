@@ -17,10 +17,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from dreml.cli import InputError, counted
+from dreml.cli import InputError
 from dreml.files import atomic_open
 from dreml.images import BadImage, ImageSpec, read_pixels, resize_test
-from dreml.runs import MemberRecord
 from dreml.search import Answer, Item, Searcher
 
 if TYPE_CHECKING:
@@ -130,49 +129,6 @@ def draw_recall(sizes: pd.DataFrame, alone: pd.DataFrame, baseline: pd.DataFrame
     return figure
 
 
-def draw_found(curves: pd.DataFrame) -> "Figure":
-    """Share of queries that find their class against the false-accept rate, for a few ensemble sizes.
-
-    `curves` has the columns ensemble_size, far and found (percent).
-    """
-    figure = new_figure(COLUMN_WIDTH, 2.9)
-    axes = figure.subplots()
-    axes.set_prop_cycle(**CURVES)
-    for size, rows in curves.groupby("ensemble_size"):
-        axes.plot(100 * rows.far, rows.found, label=counted(size, "member"), markevery=-(-len(rows) // 12))
-    axes.set_xscale("log")
-    axes.set_xlabel("queries whose class is absent that are accepted (%)")
-    axes.set_ylabel("queries that are found, and right (%)")
-    axes.xaxis.set_major_formatter("{x:g}")
-    if len(curves):
-        figure.legend(loc="outside upper center", ncols=4, **LEGEND)
-    return figure
-
-
-def draw_training(records: list[MemberRecord]) -> "Figure":
-    """Loss and accuracy of every epoch: all members, the epoch that each of them keeps, and their mean."""
-    figure = new_figure(COLUMN_WIDTH, 3.6)
-    panels = figure.subplots(2, sharex=True)
-    histories = [pd.DataFrame(record.history) for record in records]
-    thin = {"color": COLORS[0], "linewidth": 0.7, "alpha": max(0.25, 1 / len(records) ** 0.5)}
-    dot = {"color": COLORS[0], "marker": "o", "markersize": 3 if len(records) <= 16 else 2, "linestyle": ""}
-    for axes, name, unit in zip(panels, ("loss", "accuracy"), ("nats", "%"), strict=True):
-        for record, history in zip(records, histories, strict=True):
-            (line,) = axes.plot(history.epoch, history[name], **thin)
-            (kept,) = axes.plot(record.best_epoch, history[name][record.best_epoch], **dot)
-        line.set_label("a member")
-        kept.set_label("epoch that is kept")
-        if len(records) > 1:
-            mean = pd.concat(histories).groupby("epoch")[name].mean()
-            axes.plot(mean.index, mean, color=COLORS[1], linestyle="--", linewidth=1.5, label=f"mean of {len(records)}")
-        axes.set_ylabel(f"training {name} ({unit})")
-    axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, **LEGEND)
-    figure.align_ylabels()
-    return figure
-
-
 MAX_ROWS = 40  # queries in the picture; the CSV has all
 DPI = 150
 TILE = 1.0  # inches: side of an image
@@ -192,34 +148,32 @@ NOT_FOUND = {"edgecolor": "#999999", "linewidth": 1.2, "linestyle": (0, (1, 1.5)
 MEANINGS = "green ✓: the query's class, dashed red ✗: another class, grey –: class not known"
 
 
-class NoPictures(InputError):
-    """The images are not there: neither their files nor the cache of this run."""
-
-
 def thumbnail(searcher: Searcher, item: Item) -> np.ndarray:
     """An image as the network sees it, `(S, S, 3) uint8`, S pixels for a tile.
 
-    A test image whose file is gone comes from the run's cache. Raises NoPictures where there is no image.
+    A test image whose file is gone comes from the run's cache. Raises InputError where there is no image.
     """
     spec = ImageSpec(round(TILE * DPI), searcher.run.settings.resize)
-    name = searcher.run.settings.data_name
     try:
         if item.row is None or item.file.exists():
             return read_pixels(item.file, spec)
-        if not (searcher.data_path / name).is_dir():
-            raise InputError(f"the images of {name} are not in {searcher.data_path}/ (see --data_path)")
+        if not searcher.data_folder.is_dir():
+            raise InputError(
+                f"the images of {searcher.data_folder.name} are not in {searcher.data_path}/ (see --data_path)"
+            )
         images = searcher.run.read_cache(searcher.data_path).array("test_images")
     except (BadImage, InputError) as error:
-        raise NoPictures(f"no picture: {error}") from None
+        raise InputError(f"no picture: {error}") from None
     return resize_test(Image.fromarray(images[item.row]), spec)
 
 
-def draw_neighbours(answers: list[Answer], searcher: Searcher, title: str, folder: Path, name: str) -> None:
+def draw_neighbours(answers: list[Answer], searcher: Searcher, folder: Path, name: str) -> None:
     """Write NAME.png: rows of a query and its neighbours, with frames and captions, and what the frames mean."""
     width = tile_corner(0, 1 + max(len(answer.neighbours) for answer in answers))[0]
     threshold = answers[0].threshold
     below = "" if threshold is None else f", dotted grey: not found, below {threshold:.3f}"
-    legend = textwrap.fill(f"{MEANINGS}{below}; {title}", round(19 * width))
+    similarity = f"similarity: cosine, mean of the ensemble (size {searcher.run.num_members})"
+    legend = textwrap.fill(f"{MEANINGS}{below}; {similarity}", round(19 * width))
     height = PITCH[1] * len(answers) + 0.13 * (legend.count("\n") + 1) + 2 * MARGIN
     with drawing():
         figure = new_figure(width, height, DPI, layout=None)

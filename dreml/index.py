@@ -1,4 +1,4 @@
-"""The photos below a folder, their embeddings, and the index that keeps these: a LanceDB table on disk.
+"""The embeddings of photos, and the index that keeps those of a folder: a LanceDB table on disk.
 
 The table `photos` has a row for each photo; docs/SEARCH.md names its columns and says how to open it elsewhere. LanceDB
 is an extra: it is imported where it is used.
@@ -13,16 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from dreml.batches import spans
 from dreml.cli import InputError, format_problems, num_cores, one_line, progress_bar
 from dreml.files import json_sha256, read_record, sha256, wait_for_lock, writable, write_record
-from dreml.images import IMAGE_VERSION, BadImage, ImageSpec, bad_image, read_pixels
-from dreml.lists import LeftOut, class_folders
+from dreml.images import IMAGE_VERSION, ImageSpec, bad_image, read_pixels
+from dreml.lists import Photos, class_of, list_photos
 from dreml.runs import Run
 
 T = TypeVar("T")
@@ -31,44 +30,8 @@ BATCH_SIZE = 128  # images embedded at a time
 TABLE = "photos"
 RECORD = "index.json"  # beside the table: the folder and the model that it was made for
 KEPT_VERSIONS = timedelta(minutes=10)  # older versions of the table are removed: nobody reads for so long
-OPTIMIZE_AFTER = 100  # batches; each adds a small file, and many slow the table down
+OPTIMIZE_AFTER = 100  # versions of the table; each adds a small file, and many slow it down
 MIN_ROWS = 1000  # photos for a vector index: an exact search among fewer takes milliseconds
-
-
-class Photo(NamedTuple):
-    """A photo as its folder shows it."""
-
-    path: str  # relative to the photo folder, with forward slashes
-    size: int  # bytes
-    mtime: int  # time of change, in nanoseconds
-
-
-def class_of(path: str) -> str | None:
-    """The class of a photo, as in data sets: the path of its folder; None for a photo outside any."""
-    return path.rpartition("/")[0] or None
-
-
-def list_photos(folder: Path, problems: list[str]) -> list[Photo]:
-    """All photos below a folder, at any depth. What cannot be read is added to `problems`.
-
-    Prints which files are left out for their types. Raises InputError if there are no photos.
-    """
-    photos = []
-    left_out = LeftOut()
-    for class_name, files in class_folders(folder, problems, left_out):
-        for name in files:
-            path = f"{class_name}/{name}".removeprefix("/")
-            if not os.path.isfile(folder / path):  # a link to nowhere, or a pipe: opening that would wait without end
-                problems.append(f"{folder / path}: not a regular file")
-                continue
-            found = os.stat(folder / path)
-            mtime = max(-(2**63), min(found.st_mtime_ns, 2**63 - 1))  # int64 ends in 2262
-            photos.append(Photo(path, found.st_size, mtime))
-    if not photos:
-        raise InputError(f"{folder}: no images below it{f' ({left_out})' if left_out else format_problems(problems)}")
-    if left_out:
-        print(f"warning: {folder}: {left_out}", file=sys.stderr)
-    return photos
 
 
 def embed_images(
@@ -78,22 +41,19 @@ def embed_images(
 
     `read(item)` returns the pixels `(S, S, 3) uint8`, or None for an image that needs no embedding. It runs in threads.
     """
-
-    def read_or_say(item: T) -> np.ndarray | BadImage | None:
-        try:
-            return read(item)
-        except Exception as error:  # of the disk, and whatever a damaged image makes Pillow raise
-            return bad_image(getattr(error, "filename", None) or "image", error)
-
-    pieces = spans(0, len(items), BATCH_SIZE)
+    starts = range(0, len(items), BATCH_SIZE)
     with ThreadPoolExecutor(num_cores()) as threads:
-        for start, stop in progress_bar(pieces, title, len(pieces), " batches"):
-            batch = dict(zip(items[start:stop], threads.map(read_or_say, items[start:stop]), strict=True))
-            problems += [str(pixels) for pixels in batch.values() if isinstance(pixels, BadImage)]
-            batch = {item: pixels for item, pixels in batch.items() if not isinstance(pixels, BadImage)}
-            new = {item: pixels for item, pixels in batch.items() if pixels is not None}
+        for start in progress_bar(starts, title, len(starts), " batches"):
+            futures = {item: threads.submit(read, item) for item in items[start : start + BATCH_SIZE]}
+            batch = {}
+            for item, future in futures.items():
+                try:
+                    batch[item] = future.result()
+                except Exception as error:  # of the disk, and whatever a damaged image makes Pillow raise
+                    problems.append(str(bad_image(getattr(error, "filename", None) or "image", error)))
+            new = [item for item, pixels in batch.items() if pixels is not None]
             if new:
-                rows = embed(torch.from_numpy(np.stack(list(new.values()))))
+                rows = embed(torch.from_numpy(np.stack([batch[item] for item in new])))
                 batch |= zip(new, rows, strict=True)
             yield batch
 
@@ -171,24 +131,23 @@ class PhotoIndex:
         problems: list[str] = []
         hashes: dict[str, str] = {}
 
-        def read(photo: Photo) -> np.ndarray | None:
-            file = self.folder / photo.path
-            hashes[photo.path] = sha256(file)  # first: if the photo changes after this, the next search embeds it
-            return None if hashes[photo.path] == old_hashes.get(photo.path) else read_pixels(file, spec)
+        def read(path: str) -> np.ndarray | None:
+            file = self.folder / path
+            hashes[path] = sha256(file)  # first: if the photo changes after this, the next search embeds it
+            return None if hashes[path] == old_hashes.get(path) else read_pixels(file, spec)
 
         with writable(self.place, "index"), wait_for_lock(self.place / ".lock", self.place):
             photos = list_photos(self.folder, problems)
             with self.opened() as table:
-                rows = table.search().select([*Photo._fields, "hash"]).to_arrow().to_pylist() if table else []
-            old_hashes = {row["path"]: row.pop("hash") for row in rows}
-            stored = {Photo(**row) for row in rows}
+                rows = table.search().select(["path", "size", "mtime", "hash"]).to_arrow().to_pylist() if table else []
+            old_hashes = {row["path"]: row["hash"] for row in rows}
+            usable = {row["path"] for row in rows if photos.get(row["path"]) == (row["size"], row["mtime"])}
             write_record(self.place / RECORD, self.made_for)
-            pending = [photo for photo in photos if photo not in stored]
-            usable = {photo.path for photo in photos if photo in stored}
+            pending = [path for path in photos if path not in usable]
             num_embedded = 0
-            for number, batch in enumerate(embed_images(pending, read, embed, "gallery", problems), 1):
-                num_embedded += self.store(batch, hashes, number % OPTIMIZE_AFTER == 0)
-                usable |= {photo.path for photo in batch}
+            for batch in embed_images(pending, read, embed, "gallery", problems):
+                num_embedded += self.store(batch, photos, hashes)
+                usable |= batch.keys()
             gone = old_hashes.keys() - usable
             if pending or gone or vector_index:
                 self.finish(usable, vector_index)
@@ -198,27 +157,29 @@ class PhotoIndex:
             print(f"warning: files that cannot be used ({len(problems):,}):{found}", file=sys.stderr)
         return num_embedded
 
-    def store(self, batch: dict[Photo, torch.Tensor | None], hashes: dict[str, str], optimize: bool) -> int:
+    def store(self, batch: dict[str, torch.Tensor | None], photos: Photos, hashes: dict[str, str]) -> int:
         """Store photos with their embeddings, or only the new time of change. Returns how many have an embedding."""
         import pyarrow as pa
 
-        columns = {"path": pa.string(), "class": pa.string(), "size": pa.int64(), "mtime": pa.int64()}
         new = []
         touched = []
-        for photo, row in batch.items():
-            values = photo._asdict()
-            if row is None:
-                touched.append(values)
-                continue
-            new.append(values | {"class": class_of(photo.path), "hash": hashes[photo.path], "vector": row.numpy()})
-            columns |= {"hash": pa.string(), "vector": pa.list_(pa.float32(), len(row))}
-        with self.opened(pa.schema(columns) if new else None) as table:
-            if touched:
+        for path, vector in batch.items():
+            size, mtime = photos[path]
+            row = {"path": path, "size": size, "mtime": mtime}
+            if vector is None:
+                touched.append(row)
+            else:
+                new.append(row | {"class": class_of(path), "hash": hashes[path], "vector": vector.numpy()})
+        if touched:
+            with self.opened() as table:
                 table.merge_insert("path").when_matched_update_all().execute(touched)
-            if new:
+        if new:
+            columns = {"path": pa.string(), "class": pa.string(), "size": pa.int64(), "mtime": pa.int64()}
+            columns |= {"hash": pa.string(), "vector": pa.list_(pa.float32(), len(new[0]["vector"]))}
+            with self.opened(pa.schema(columns)) as table:
                 table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all().execute(new)
-            if new and optimize:
-                table.optimize()
+                if table.version % OPTIMIZE_AFTER == 0:
+                    table.optimize()
         return len(new)
 
     def finish(self, usable: set[str], vector_index: bool) -> None:

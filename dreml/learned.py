@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ from PIL import Image, ImageDraw
 from dreml.cli import InputError
 from dreml.confusions import confident_errors, confusion_table, first_neighbour_table
 from dreml.figures import drawing, new_figure, thumbnail
-from dreml.runs import SUFFIXES
+from dreml.runs import SUFFIXES, scored
 from dreml.search import Item, Searcher
 from dreml.thresholds import FARS, threshold_at
 from utils import best_similarities
@@ -33,62 +32,54 @@ class Learned:
     def __init__(self, searcher: Searcher):
         self.searcher = searcher
         self.run = searcher.run
-        split = self.run.split
-        masks = {"is_query": split.is_query, "is_gallery": split.is_gallery}
-        others, own = best_similarities(searcher.saved, split.labels, **masks)
+        others, own = scored(best_similarities, [searcher.saved], self.run.split)
         self.others = others[-1]  # (queries,), similarity to the nearest image of another class
         self.own = own[-1]  # and of the own class
         self.queries = first_neighbour_table([searcher.saved], self.run.test)
         self.errors = confident_errors(self.queries)
 
-    @functools.lru_cache(4096)  # noqa: B019 - there is one, for as long as the page runs
-    def photo(self, item: Item) -> Image.Image:
-        """An image as a small square. Grey if it cannot be read."""
+    def photo(self, image: Item | int) -> Image.Image:
+        """An image, or a test image by its row, as a small square. Grey if it cannot be read."""
+        item = image if isinstance(image, Item) else self.searcher.item(int(image))
         try:
             return Image.fromarray(thumbnail(self.searcher, item))
         except InputError:
             return Image.new("RGB", (SIDE, SIDE), "lightgrey")
 
-    def test_photo(self, row: int) -> Image.Image:
-        """A test image as a small square."""
-        return self.photo(self.searcher.item(int(row)))
-
-    def side_by_side(self, rows: list[int], caption: str) -> Picture:
-        """Test images, two in a row, and below them a place for the caption."""
+    def side_by_side(self, rows: list[int]) -> Image.Image:
+        """Test images, two in a row, and below them a place for a caption."""
         picture = Image.new("RGB", (2 * (SIDE + 4), len(rows) // 2 * (SIDE + 4) + 60), "white")
         for place, row in enumerate(rows):
-            picture.paste(self.test_photo(row), (place % 2 * (SIDE + 4), place // 2 * (SIDE + 4)))
-        return picture, caption
+            picture.paste(self.photo(row), (place % 2 * (SIDE + 4), place // 2 * (SIDE + 4)))
+        return picture
 
-    def pair(self, error: NamedTuple) -> Picture:
-        """A query and its neighbour, from a row of `errors`."""
-        caption = f"{error.class_name} | {error.neighbour_class}   {error.similarity:.3f}"
-        return self.side_by_side([error.row, error.neighbour], caption)
-
-    def worst(self) -> list[Picture]:
-        """The most confident errors."""
-        return [self.pair(error) for error in self.errors.head(NUM_SHOWN).itertuples()]
+    def pairs(self, errors: pd.DataFrame) -> list[Picture]:
+        """Queries and their neighbours, of the first rows of `errors`."""
+        pictures = []
+        for error in errors.head(NUM_SHOWN).itertuples():
+            caption = f"{error.class_name} | {error.neighbour_class}   {error.similarity:.3f}"
+            pictures.append((self.side_by_side([error.row, error.neighbour]), caption))
+        return pictures
 
     def confusions(self) -> list[Picture]:
         """The classes that are most often taken for another one, and two pictures of both."""
-        test = self.run.test
         pictures = []
-        for each in confusion_table(self.errors, test).head(NUM_SHOWN).itertuples():
+        for each in confusion_table(self.errors, self.run.test).head(NUM_SHOWN).itertuples():
             names = [each.class_name, each.neighbour_class]
-            rows = [row for name in names for row in np.resize(np.flatnonzero(test.class_name == name), 2)]
-            pictures.append(self.side_by_side(rows, f"{names[0]} → {names[1]}   {each.times} times"))
+            rows = [row for name in names for row in np.resize(np.flatnonzero(self.run.test.class_name == name), 2)]
+            pictures.append((self.side_by_side(rows), f"{names[0]} → {names[1]}   {each.times} times"))
         return pictures
 
     def copies(self) -> list[Picture]:
         """Errors of which both images look the same: near copies under two class names, each pair once."""
-        found = {}
+        pairs = {}
         for error in self.errors.head(NUM_COMPARED).itertuples():
             rows = (error.row, error.neighbour)
-            photos = [self.test_photo(row).resize((16, 16), Image.Resampling.BOX) for row in rows]
+            photos = [self.photo(row).resize((16, 16), Image.Resampling.BOX) for row in rows]
             first, second = (np.asarray(photo, np.float32) for photo in photos)
             if abs(first - second).mean() <= COPY_DIFFERENCE:
-                found.setdefault(frozenset(rows), self.pair(error))
-        return list(found.values())[:NUM_SHOWN]
+                pairs.setdefault(frozenset(rows), error.Index)
+        return self.pairs(self.errors.loc[list(pairs.values())])
 
     def histograms(self):
         """A figure of the similarities to the own class and to others, with the thresholds."""
@@ -106,17 +97,16 @@ class Learned:
         return figure
 
     def recalls(self) -> pd.DataFrame:
-        """Recall against the ensemble size, from recall.csv or recall_pooled.csv: a row for each K and size."""
-        path = self.run.folder / f"recall{SUFFIXES[self.searcher.embedding]}.csv"
-        table = pd.read_csv(path) if path.exists() else pd.DataFrame({"ensemble_size": []})
+        """Recall against the ensemble size, a row for each K and size: of train.py or, if it has none, evaluate.py."""
+        files = [self.run.folder / f"{name}{SUFFIXES[self.searcher.embedding]}.csv" for name in ("recall", "evaluation")]
+        table = next((pd.read_csv(file) for file in files if file.exists()), pd.DataFrame({"ensemble_size": []}))
         return table.melt("ensemble_size", list(table.filter(like="R@")), "K", "recall (%)")
 
-    @functools.lru_cache(2)  # noqa: B019 - as above
+    @functools.lru_cache(2)  # noqa: B019 - there is one, for as long as the page runs
     def map_points(self, method: str) -> tuple[np.ndarray, np.ndarray]:
         """Rows of test.csv `(P,)` and their places `(P, 2)` on the map in pixels, by one of MAP_METHODS."""
-        saved = self.searcher.saved.cpu()
-        chosen = np.unique(np.linspace(0, len(saved) - 1, MAX_POINTS).astype(int))
-        rows = saved[torch.from_numpy(chosen)]
+        chosen = np.unique(np.linspace(0, len(self.run.test) - 1, MAX_POINTS).astype(int))
+        rows = self.searcher.saved[torch.from_numpy(chosen)].cpu()
         if method == "t-SNE":
             from sklearn.manifold import TSNE
 
@@ -141,4 +131,4 @@ class Learned:
         """The photo that lies nearest to a place on the map."""
         chosen, places = self.map_points(method)
         row = chosen[np.argmin(((places - (x, y)) ** 2).sum(1))]
-        return self.test_photo(row), f"test image {row}: {self.run.test.class_name[row]}"
+        return self.photo(row), f"test image {row}: {self.run.test.class_name[row]}"

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dreml.cli import InputError, is_utf8, one_line
+from dreml.cli import InputError, format_problems, is_utf8, one_line
 from dreml.images import HEIF_REMEDY, HEIF_SUFFIXES, image_suffixes
 
+Photos = dict[str, tuple[int, int]]  # path relative to their folder, with "/" -> bytes, time of change in nanoseconds
 COLUMNS = ("path", "label", "split", "is_query", "is_gallery")
 SPLITS = {"train": "train", "test": "test", "validation": "test", "val": "test"}
 TRUTH_VALUES = {"0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True}  # the last: pandas
@@ -27,7 +28,7 @@ PROGRAM_FOLDERS = {"@eadir", "#recycle", "@recycle", "$recycle.bin", "#snapshot"
 PROGRAM_FOLDERS |= {"system volume information", "lost+found", "__macosx"}
 OF_PROGRAMS = "of programs (folders such as @eaDir, results of this one)"
 OWN_RECORDS = {"args.json", "index.json", "train_pixels.npy"}  # of a run, an index, a cache
-OWN_PICTURE = re.compile(r"(neighbours|worst|evaluation|thresholds)(_pooled)?\.png")  # beside a CSV of the same name
+OWN_PICTURE = re.compile(r"(neighbours|worst|evaluation)(_pooled)?\.png")  # beside a CSV of the same name
 
 # ------------------------------------------------------------------------------------------------ folders
 
@@ -86,6 +87,34 @@ def class_folders(root: Path, problems: list[str], left_out: LeftOut) -> Iterato
         folders[:] = visited
         if images:
             yield os.path.relpath(folder, root).replace(os.sep, "/").removeprefix("."), images
+
+
+def class_of(path: str) -> str | None:
+    """The class of a photo, as in data sets: the path of its folder; None for a photo outside any."""
+    return path.rpartition("/")[0] or None
+
+
+def list_photos(folder: Path, problems: list[str]) -> Photos:
+    """All photos below a folder, at any depth. What cannot be read is added to `problems`.
+
+    Prints which files are left out for their types. Raises InputError if there are no photos.
+    """
+    photos = {}
+    left_out = LeftOut()
+    for class_name, files in class_folders(folder, problems, left_out):
+        for name in files:
+            path = f"{class_name}/{name}".removeprefix("/")
+            if not os.path.isfile(folder / path):  # a link to nowhere, or a pipe: opening that would wait without end
+                problems.append(f"{folder / path}: not a regular file")
+                continue
+            found = os.stat(folder / path)
+            mtime = max(-(2**63), min(found.st_mtime_ns, 2**63 - 1))  # int64 ends in 2262
+            photos[path] = (found.st_size, mtime)
+    if not photos:
+        raise InputError(f"{folder}: no images below it{f' ({left_out})' if left_out else format_problems(problems)}")
+    if left_out:
+        print(f"warning: {folder}: {left_out}", file=sys.stderr)
+    return photos
 
 
 def subfolders(folder: Path) -> list[Path]:

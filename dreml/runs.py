@@ -1,5 +1,6 @@
 """A run folder: its record, its members (finished, missing, or being trained elsewhere), its test split, its logs."""
 
+import argparse
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ from dreml.cache import Cache, read_cache
 from dreml.checkpoint import remove_progress
 from dreml.cli import InputError, one_line, out_of_memory, with_less_memory
 from dreml.files import read_record, sha256, take_lock, wait_for_lock, write_csv, write_record
-from dreml.settings import Settings
+from dreml.settings import EMBEDDINGS, Settings
 from utils import recall_at_k, similarity_memory
 
 T = TypeVar("T")
@@ -263,6 +264,14 @@ class Run:
         if len(arrays[0]) != len(self.test):
             raise InputError(f"{self.folder}: test.csv has {len(self.test)} images, the embeddings {len(arrays[0])}")
         return arrays
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose what `read_run` takes from a run folder."""
+    members_help = "members 1 to L (default: all that are finished)"
+    parser.add_argument("--num_members", type=int, metavar="L", help=members_help)
+    embedding_help = "logits (default), or pooled: the features before the last layer"
+    parser.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
 
 
 def read_run(folder: Path, num_members: int | None, embedding: str) -> Run:

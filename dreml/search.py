@@ -17,8 +17,9 @@ from PIL import Image
 from dreml import cli
 from dreml.cli import InputError
 from dreml.images import read_pixels, resize_test, to_rgb
-from dreml.index import PhotoIndex, class_of, default_place, embed_images, list_photos, model_checksum
-from dreml.runs import read_run
+from dreml.index import PhotoIndex, default_place, embed_images, model_checksum
+from dreml.lists import class_of, list_photos
+from dreml.runs import add_run_options, read_run
 from dreml.settings import EMBEDDINGS
 from dreml.thresholds import read_threshold
 from model import Ensemble, load_ensemble, unit_rows
@@ -68,27 +69,17 @@ class Gallery(NamedTuple):
     classes: set[str]  # folders with other names are not known as classes
 
 
-def paths_below(file: str | Path, folder: Path) -> list[str]:
-    """The paths of a file relative to a folder, as it is written and with links followed; [] for a file elsewhere."""
-    found = []
-    for resolve in (os.path.abspath, os.path.realpath):
-        path = resolve(file)
-        root = resolve(folder) + os.sep
-        if path.startswith(root):
-            found.append(path.removeprefix(root).replace(os.sep, "/"))
-    return found
+def path_below(file: str, folder: str) -> str | None:
+    """The path of a file relative to a folder, with forward slashes; None for a file elsewhere."""
+    path = Path(file)
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else None
 
 
-def itself(query: Item, items: list[Item]) -> Item | None:
-    """The query among some images: the same test image, else the same path, else the same file by another path."""
-    if query.file is None:  # in memory
-        return None
-    path = os.path.abspath(query.file)
-    same = [item for item in items if item.row is not None and item.row == query.row]
-    same = same or [item for item in items if os.path.abspath(item.file) == path]
-    if not same and os.path.exists(path):
-        same = [item for item in items if os.path.exists(item.file) and os.path.samefile(path, item.file)]
-    return same[0] if same else None
+def is_same(query: Item, item: Item) -> bool:
+    """Whether both are one test image, or one file, which links may lead to."""
+    if query.row is not None and item.row is not None:
+        return query.row == item.row
+    return query.file is not None and os.path.realpath(query.file) == os.path.realpath(item.file)
 
 
 @torch.inference_mode()
@@ -252,16 +243,17 @@ class Searcher:
             raise InputError(f"{name!a}: the name is not valid UTF-8")
         if not os.path.isdir(name):  # unlike Path.is_dir, also for a text that is too long for a name
             return [self.file_item(name)]
-        photos = list_photos(Path(name), problems)
-        return [self.file_item(str(Path(name, photo.path)), class_of(photo.path)) for photo in photos]
+        return [self.file_item(str(Path(name, path)), class_of(path)) for path in list_photos(Path(name), problems)]
 
     def file_item(self, name: str, class_name: str | None = None) -> Item:
         """An image file. That of a test image counts as the test image; a photo of the gallery has its class there."""
-        for path in paths_below(name, self.data_folder):
-            if path in self.test_rows:
-                return self.item(self.test_rows[path])._replace(name=name)
-        for path in paths_below(name, self.gallery)[:1] if self.gallery else []:
-            class_name = class_of(path)
+        for resolve in (os.path.abspath, os.path.realpath):
+            row = self.test_rows.get(path_below(resolve(name), resolve(self.data_folder)))
+            if row is not None:
+                return self.item(row)._replace(name=name)
+        if self.gallery:
+            path = path_below(os.path.abspath(name), os.path.abspath(self.gallery))
+            class_name = class_of(path) if path else class_name
         return Item(name, class_name, Path(name), name=name)
 
     def embed_queries(self, items: list[Item], problems: list[str]) -> dict[int, torch.Tensor]:
@@ -283,18 +275,16 @@ class Searcher:
     def answer(self, query: Item, row: torch.Tensor, top: int, threshold: float | None) -> Answer:
         """The neighbours of a query with this embedding, `(d,) float32`."""
         searched = self.photos(row, 4 * (top + 1)) if self.gallery and self.ann else self.searched
-        similarities, numbers = nearest(row, searched.vectors, top + 1)  # one may be the query itself
-        items = []
-        for similarity, number in zip(similarities, numbers, strict=True):
-            items.append(self.item(searched.images[number])._replace(similarity=similarity))
-        own = itself(query, items)
-        neighbours = [item for item in items if item is not own]
         known = searched.classes if query.row is None else self.test_classes
-        for place, item in enumerate(neighbours):
+        neighbours = []
+        for similarity, number in zip(*nearest(row, searched.vectors, top + 1), strict=True):
+            item = self.item(searched.images[number])
+            if is_same(query, item):
+                continue
             both_known = {query.class_name, item.class_name} <= known
             right = query.class_name == item.class_name if both_known else None
-            is_found = threshold is None or item.similarity >= threshold - 5e-7  # as rounded as the similarity
-            neighbours[place] = item._replace(right=right, found=is_found)
+            is_found = threshold is None or similarity >= threshold - 5e-7  # as rounded as the similarity
+            neighbours.append(item._replace(similarity=similarity, right=right, found=is_found))
         return Answer(query, neighbours[:top], threshold)
 
 
@@ -315,15 +305,12 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gallery", type=Path, metavar="DIR", help=gallery_help)
     index_help = "index of --gallery (default: in RUN_FOLDER/index); needs LanceDB: pip install lancedb"
     group.add_argument("--index", type=Path, metavar="DIR", help=index_help)
-    group.add_argument("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
-    embedding_help = "logits (default), or pooled: the features before the last layer"
-    group.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
+    add_run_options(group)
     group.add_argument("--data_path", type=Path, metavar="DIR", help="data sets (default: as in training)")
     group.add_argument("--device", default="auto", help=cli.DEVICE_HELP)
 
 
 def searcher_of(args: argparse.Namespace, **options: bool) -> Searcher:
     """The searcher for parsed options."""
-    cli.check_ranges(args, num_members=(1, cli.MANY))
     names = ("embedding", "num_members", "device", "index", "data_path")
     return Searcher(args.folder, args.gallery, **{name: getattr(args, name) for name in names}, **options)

@@ -30,8 +30,8 @@ def threshold_at(others: torch.Tensor, far: float) -> float | None:
     return (others[allowed].item() + 1) / 1e6 if allowed < len(others) else -1.0
 
 
-def threshold_table(others: torch.Tensor, own: torch.Tensor, fars: tuple[float, ...], num_gallery: int) -> pd.DataFrame:
-    """A row of COLUMNS for each ensemble size and each of `fars` that enough queries can tell.
+def threshold_table(others: torch.Tensor, own: torch.Tensor, num_gallery: int) -> pd.DataFrame:
+    """thresholds.csv: a row for each ensemble size and each of FARS that enough queries can tell.
 
     `others` and `own` `(L, queries)`: each query's similarity to the nearest image of another class, and of its own;
     row l-1 is of the first l members. `found` is the percentage of queries whose first neighbour is of their class and
@@ -42,7 +42,7 @@ def threshold_table(others: torch.Tensor, own: torch.Tensor, fars: tuple[float, 
     for size, (of_others, of_own) in enumerate(zip(others, own, strict=True), 1):
         is_right = of_others < of_own - TIE_TOLERANCE
         rounded = torch.round(of_own.double() * 1e6)
-        for far in fars:
+        for far in FARS:
             threshold = threshold_at(of_others, far)
             if threshold is not None:
                 found = is_right & (rounded >= round(threshold * 1e6))
@@ -67,7 +67,7 @@ def read_threshold(run: Run, embedding: str, far: float) -> float:
         return float(found.iloc[0])
     needed = math.ceil(FEWEST_ABOVE / far)
     num_queries = run.test.is_query.sum()
-    reason = f"it takes {needed:,} test queries, and there are {num_queries:,}" if needed > num_queries else remedy
+    reason = f": it takes {needed:,} test queries, and there are {num_queries:,}" if needed > num_queries else ""
     known = "".join(f"far {value:g}, " for value in table.far) or f"{remedy}; "
-    problem = f"{path} has none for far {far:g} and ensemble size {run.num_members}: {reason}"
-    raise InputError(f"{problem}; what would do: {known}or a threshold of your own")
+    problem = f"{path} has none for far {far:g} and ensemble size {run.num_members}"
+    raise InputError(f"{problem}{reason}; what would do: {known}or a threshold of your own")

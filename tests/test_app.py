@@ -47,7 +47,7 @@ def site(_small_run, tiny_data, tmp_path_factory):
         run = shutil.copytree(_small_run, folder / "tiny_run")  # it gets an index
         searcher = Searcher(run, gallery=folder / "photos", device="cpu", data_path=tiny_data)
         found = learned.Learned(searcher)
-        page = app.open_page(searcher, found, "tiny", "127.0.0.1", port)
+        page = app.open_page(found, "tiny", "127.0.0.1", port)
         client = httpx.Client(base_url=url, timeout=60)
         functions = {each["api_name"]: each["id"] for each in client.get("/config").json()["dependencies"]}
         page_parts = {"searcher": searcher, "learned": found, "folder": folder}
@@ -198,8 +198,8 @@ def test_the_page_in_a_browser(site, tmp_path):
 
 def test_a_neighbour_below_the_threshold_is_grey():
     image = Image.new("RGB", (180, 180), "red")
-    assert app.framed(image, "green", False).getpixel((90, 90)) == (255, 0, 0)
-    red, green, blue = app.framed(image, "green", True).getpixel((90, 90))
+    assert app.framed(image, "green").getpixel((90, 90)) == (255, 0, 0)
+    red, green, blue = app.framed(image, None).getpixel((90, 90))
     assert red == green == blue > 128
 
 

@@ -93,33 +93,6 @@ def test_the_curves_show_the_tables():
     assert axes.get_xlabel() == "ensemble size (members)" and axes.get_ylabel() == "Recall@K (%)"
 
 
-def test_the_thresholds_curve_shows_its_table():
-    """A curve for each size; without any threshold, empty axes."""
-    curves = pd.DataFrame({"ensemble_size": [1, 1, 4, 4], "far": [0.01, 0.1] * 2, "found": [10.0, 20, 30, 40]})
-    with drawing():
-        axes, empty = (figures.draw_found(table).axes[0] for table in (curves, curves[:0]))
-    assert [line.get_label() for line in axes.lines] == ["1 member", "4 members"]
-    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 10], [10, 20]], [[1, 30], [10, 40]]]
-    assert axes.get_xlabel() == "queries whose class is absent that are accepted (%)"
-    assert axes.get_xscale() == "log" and not empty.lines
-
-
-def test_training_curves_show_the_histories(tiny_run):
-    records = read_run(tiny_run, None, "logits").members
-    with drawing():
-        figure = figures.draw_training(records)
-    labels = [axes.get_ylabel() for axes in figure.axes]
-    assert labels == ["training loss (nats)", "training accuracy (%)"] and figure.axes[1].get_xlabel() == "epoch"
-    for axes, name in zip(figure.axes, ("loss", "accuracy"), strict=True):
-        first, second = ([epoch[name] for epoch in record.history] for record in records)
-        best = [[values[record.best_epoch]] for values, record in zip((first, second), records, strict=True)]
-        mean = [(one + other) / 2 for one, other in zip(first, second, strict=True)]
-        for line, expected in zip(axes.lines, (first, best[0], second, best[1], mean), strict=True):
-            np.testing.assert_allclose(line.get_ydata(), expected)
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["a member", "epoch that is kept", "mean of 2"]
-
-
 @pytest.mark.parametrize(("size", "ticks"), [(1, [1]), (48, [1, 5, 10, 15, 20, 25, 30, 35, 40, 45])])
 def test_small_and_large_ensembles_have_whole_numbers_at_the_axis(size, ticks):
     sizes = pd.DataFrame({"ensemble_size": range(1, size + 1), "R@1": np.linspace(30, 80, size)})
@@ -141,8 +114,8 @@ def inside(picture: np.ndarray, row: int, column: int) -> np.ndarray:
 def frame_shares(picture: np.ndarray, column: int) -> list[float]:
     """How many of the pixels around an image of the first row are green, red, grey, white, each 0 to 1."""
     left, top = (round(DPI * inches) for inches in tile_corner(0, column))
-    sides = [picture[y, left : left + 150] for y in (top - 3, top + 152)]
-    sides += [picture[top : top + 150, x] for x in (left - 3, left + 152)]
+    sides = [picture[y, left : left + 150] for y in (top - 2, top + 151)]
+    sides += [picture[top : top + 150, x] for x in (left - 2, left + 151)]
     pixels = np.concatenate(sides).astype(int)
     return [float((abs(pixels - color).max(1) < 60).mean()) for color in (GREEN, RED, GREY, WHITE)]
 
@@ -171,7 +144,7 @@ def test_the_picture(tiny_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(figures, "save_figure", save)
     searcher = SimpleNamespace(run=run, data_path=tmp_path / "data")
-    figures.draw_neighbours(answers, searcher, "cosine", tmp_path, "x")
+    figures.draw_neighbours(answers, searcher, tmp_path, "x")
     picture = read(tmp_path / "x.png")
     for place, row in (((0, 0), 0), ((0, 1), 1), ((0, 2), 7), ((0, 3), 2), ((1, 0), 8), ((1, 1), 1)):
         np.testing.assert_allclose(inside(picture, *place), IMAGE_COLORS[row], atol=3)
@@ -187,7 +160,8 @@ def test_the_picture(tiny_run, tmp_path, monkeypatch):
     lines += ["4   not found   0.300\nant", "5   not found   -0.250\nbee", "8.png\n", "1   ✓   0.988\nant"]
     assert texts[:-1] == ["test:0\nant", *lines]
     meanings = "green ✓: the query's class, dashed red ✗: another class, grey –: class not known"
-    assert texts[-1].replace("\n", " ") == f"{meanings}, dotted grey: not found, below 0.400; cosine"
+    rest = "dotted grey: not found, below 0.400; similarity: cosine, mean of the ensemble (size 2)"
+    assert texts[-1].replace("\n", " ") == f"{meanings}, {rest}"
 
 
 def test_a_long_name_is_cut_in_its_middle():

@@ -15,7 +15,7 @@ def test_captions_of_errors_and_confusions(small_run, tmp_path):
     searcher = Searcher(write_run(tmp_path / "run", small_run, random_embeddings(3)), device="cpu")
     found = Learned(searcher)
     worst = found.errors.iloc[0]
-    picture, caption = found.worst()[0]
+    picture, caption = found.pairs(found.errors)[0]
     assert caption == f"{worst.class_name} | {worst.neighbour_class}   {worst.similarity:.3f}"
     table = confusion_table(found.errors, searcher.run.test)
     captions = [caption for _, caption in found.confusions()]

@@ -87,21 +87,27 @@ def test_neighbours_are_those_of_the_definition(drawn, tmp_path, capsys):
 
 
 def test_the_file_of_a_test_image_is_that_image(drawn, tmp_path, monkeypatch):
-    """By any path that leads to it, also where the data set has links: its class is known; it does not find itself."""
+    """By any path that leads to it, also where the data set has links: its class is known; it does not find itself.
+
+    Another test image that is a link to the same file is found, as evaluate.py counts it.
+    """
     arguments = drawn(random_embeddings(5))
     colors = tmp_path / "data" / "colors"
     (colors / "3.png").rename(tmp_path / "elsewhere.png")
-    (colors / "3.png").symlink_to(tmp_path / "elsewhere.png")
+    (colors / "6.png").unlink()
+    for name in ("3.png", "6.png"):
+        (colors / name).symlink_to(tmp_path / "elsewhere.png")
     (tmp_path / "view").symlink_to(colors)
     (tmp_path / "link.png").symlink_to(tmp_path / "view" / "4.png")
     monkeypatch.chdir(tmp_path / "data")
     paths = {Path("colors/../colors/3.png"): 3, tmp_path / "link.png": 4, tmp_path / "view" / "5.png": 5}
-    call(*arguments, "--query", *paths, *(f"test:{row}" for row in paths.values()), "colors", "--top", "5")
+    call(*arguments, "--query", *paths, *(f"test:{row}" for row in paths.values()), "colors", "--top", "11")
     found = found_in(tmp_path / "out")
     assert len(found) == len(paths) + 3 + len(LABELS)
     for path, row in {**paths, "colors/3.png": 3}.items():
         assert f"{row}.png" not in found[f"test:{row}"].path.tolist()
         assert found[str(path)].iloc[:, 3:].equals(found[f"test:{row}"].iloc[:, 3:])
+    assert "6.png" in found["test:3"].path.tolist()
 
 
 def test_queries_from_a_folder(tiny_run, tiny_data, tmp_path, capsys):

@@ -44,16 +44,16 @@ def test_found_are_right_first_neighbours_at_or_above_the_threshold(monkeypatch)
     own = torch.tensor([0.6, 0.7, 0.5 + 2e-7, 0.3, 0.4, -torch.inf])
     for threshold, expected in ((-1.0, 3), (0.3, 3), (0.300001, 2), (0.6, 1), (0.600001, 0)):
         monkeypatch.setattr(thresholds, "threshold_at", lambda *_, threshold=threshold: threshold)
-        table = threshold_table(others[None], own[None], (0.1,), 6)
+        table = threshold_table(others[None], own[None], 6)
         assert table.found[0] == pytest.approx(100 * expected / 6)
 
 
 def test_the_table_has_a_row_for_each_size_and_rate():
     generator = torch.Generator().manual_seed(0)
-    others, own = torch.rand((2, 500), generator=generator), torch.rand((2, 500), generator=generator)
-    table = threshold_table(others, own, (0.1, 0.05, 0.001), 77)
-    assert list(table.columns) == list(COLUMNS) and (table.queries == 500).all() and (table.gallery == 77).all()
-    assert list(zip(table.ensemble_size, table.far, strict=True)) == [(1, 0.1), (1, 0.05), (2, 0.1), (2, 0.05)]
+    others, own = torch.rand((2, 1000), generator=generator), torch.rand((2, 1000), generator=generator)
+    table = threshold_table(others, own, 77)
+    assert list(table.columns) == list(COLUMNS) and (table.queries == 1000).all() and (table.gallery == 77).all()
+    assert list(zip(table.ensemble_size, table.far, strict=True)) == [(1, 0.1), (1, 0.01), (2, 0.1), (2, 0.01)]
     for row in table.itertuples():
         of_others, of_own = others[row.ensemble_size - 1], own[row.ensemble_size - 1]
         assert (of_others >= row.threshold).double().mean() == pytest.approx(row.far)
@@ -78,11 +78,11 @@ def test_reading_a_threshold(tiny_run, tmp_path):
     assert read_threshold(read_run(folder, 1, "logits"), "logits", 0.1) == 0.5
     assert read_threshold(read_run(folder, 2, "logits"), "logits", 0.05) == 0.75
     others = "; what would do: far 0.1, far 0.05, or a threshold of your own"
-    reason = "it takes 1,000 test queries, and there are 36"
-    assert refused(2, 0.01) == f"{path} has none for far 0.01 and ensemble size 2: {reason}{others}"
+    reason = ": it takes 1,000 test queries, and there are 36"
+    assert refused(2, 0.01) == f"{path} has none for far 0.01 and ensemble size 2{reason}{others}"
+    assert refused(2, 0.5) == f"{path} has none for far 0.5 and ensemble size 2{others}"
     pd.DataFrame(rows[1:], columns=list(COLUMNS)).to_csv(path, index=False)
     assert f"what would do: {command}; or" in refused(1, 0.1)
-    assert f"ensemble size 2: {command}; what would do: far 0.1, " in refused(2, 0.5)
     for damage in ("ensemble_size,far\n1,0.1\n", "", "\0"):
         path.write_text(damage)
         assert "is missing or damaged" in refused(2, 0.1)
