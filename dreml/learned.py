@@ -98,7 +98,8 @@ class Learned:
 
     def recalls(self) -> pd.DataFrame:
         """Recall against the ensemble size, a row for each K and size: of train.py or, if it has none, evaluate.py."""
-        files = [self.run.folder / f"{name}{SUFFIXES[self.searcher.embedding]}.csv" for name in ("recall", "evaluation")]
+        suffix = SUFFIXES[self.searcher.embedding]
+        files = [self.run.folder / f"{name}{suffix}.csv" for name in ("recall", "evaluation")]
         table = next((pd.read_csv(file) for file in files if file.exists()), pd.DataFrame({"ensemble_size": []}))
         return table.melt("ensemble_size", list(table.filter(like="R@")), "K", "recall (%)")
 
