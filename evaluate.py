@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog="evaluate.py", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="run folders of train.py")
     recalls_help = "values of K for Recall@K, separated by commas (default: 1,2,4,8; for isc 1,10,20,30)"
-    parser.add_argument("--recalls", type=cli.recall_list, metavar="K,K", help=recalls_help)
+    parser.add_argument("--recalls", type=cli.number_list, metavar="K,K", help=recalls_help)
     add_run_options(parser)
     parser.add_argument("--plot", action="store_true", help="draw the recall, as PNG and SVG")
     output_help = "folder for all files, in place of the run folders (default: each run's files into its folder)"

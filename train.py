@@ -56,9 +56,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("the rest")
     group.add_argument("--ensemble_size", type=int, default=12, metavar="L", help="members (default: 12)")
     members_help = "only these, such as 13-24 (default: all)"
-    group.add_argument("--members", type=cli.member_list, metavar="I-J", help=members_help)
+    group.add_argument("--members", type=cli.number_list, metavar="I-J", help=members_help)
     recalls_help = "the K of Recall@K (default: 1,2,4,8; of isc 1,10,20,30)"
-    group.add_argument("--recalls", type=cli.recall_list, metavar="K,K", help=recalls_help)
+    group.add_argument("--recalls", type=cli.number_list, metavar="K,K", help=recalls_help)
     embedding_help = "what is scored: logits (default), or pooled features"
     group.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
     data_help = "folder of the data sets (default: data)"
@@ -74,8 +74,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     cli.check_ranges(args, ensemble_size=(1, cli.MAX_ENSEMBLE_SIZE), progress_seconds=(0, cli.MANY), threads=(1, 1024))
     settings_of(args)
-    if args.members and args.members[-1] > args.ensemble_size:
-        raise InputError(f"--members {args.members[-1]} is above --ensemble_size {args.ensemble_size}")
+    if args.members and max(args.members) > args.ensemble_size:
+        raise InputError(f"--members {max(args.members)} is above --ensemble_size {args.ensemble_size}")
     check_backbone(args.backbone, args.image_size)
     args.recalls = args.recalls or default_recalls(args.data_name)
     return args

@@ -160,12 +160,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a name can be encoded as UTF-8. Some names from the disk or the command line cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    """Whether a name can be encoded as UTF-8. On the disk or the command line, some hold other bytes: surrogates."""
+    return re.search("[\ud800-\udfff]", text) is None
 
 
 def data_set_name(text: str) -> str:
@@ -186,26 +182,18 @@ def check_ranges(args: argparse.Namespace, **ranges: tuple[float, float]) -> Non
         raise InputError(f"--{name} {value} has to be {least}{most}")
 
 
-def member_list(text: str) -> list[int]:
-    """argparse type: members such as "13-24" or "1,5,7-9", sorted."""
-    members = set()
+def number_list(text: str) -> list[int]:
+    """argparse type: distinct positive integers and ranges of them, such as "1,2,4,8" or "13-24,30"."""
+    numbers: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", part)
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= first <= last <= MAX_ENSEMBLE_SIZE:
-            raise argparse.ArgumentTypeError(f"{part!r} is no range of members")
-        members.update(range(first, last + 1))
-    return sorted(members)
-
-
-def recall_list(text: str) -> list[int]:
-    """argparse type: distinct positive integers, separated by commas."""
-    if not re.fullmatch(r"0*[1-9][0-9]{0,8}(,0*[1-9][0-9]{0,8})*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of positive integers such as 1,2,4,8")
-    ks = [int(k) for k in text.split(",")]
-    if len(set(ks)) < len(ks):
-        raise argparse.ArgumentTypeError(f"{text!r} names a K twice")
-    return ks
+        if not 1 <= first <= last < first + MAX_ENSEMBLE_SIZE:
+            raise argparse.ArgumentTypeError(f"{part!r} is no positive integer, and no range of them such as 13-24")
+        numbers += range(first, last + 1)
+    if len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} names a number twice")
+    return numbers
 
 
 # ------------------------------------------------------------------------------------------------ the machine

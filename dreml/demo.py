@@ -12,9 +12,7 @@ from dreml.cli import progress_bar
 from dreml.files import temporary_name
 
 
-def draw_demo(
-    folder: Path, num_classes: int = 100, images_per_class: int = 20, image_side: int = 64, seed: int = 0
-) -> None:
+def draw_demo(folder: Path, num_classes: int = 100, images_per_class: int = 20, image_side: int = 64) -> None:
     """Draw an image folder of handwriting-like characters: `num_classes` to train on and as many unseen ones.
 
     A character is a few random strokes. Each image is that character written anew: the strokes jitter, the whole is
@@ -24,7 +22,7 @@ def draw_demo(
     new = temporary_name(folder, "new")
     try:
         for number in progress_bar(range(2 * num_classes), f"drawing {folder.name}", 2 * num_classes, " classes"):
-            generator = np.random.default_rng((seed, number))
+            generator = np.random.default_rng((0, number))
             strokes = new_character(generator)
             class_folder = new / ("train" if number < num_classes else "test") / f"character_{number:03d}"
             class_folder.mkdir(parents=True)

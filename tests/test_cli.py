@@ -139,18 +139,12 @@ def test_options_are_not_abbreviated_and_errors_are_one_line():
     ("kind", "right", "wrong", "message"),
     [
         (
-            cli.member_list,
-            {"13-15": [13, 14, 15], "9,1-3,2": [1, 2, 3, 9], "1-10000": list(range(1, 10_001))},
-            ["3-1", "1-99999", "10001", "1-", "-3", "", "1,,2", "0", "1-2-3"],
-            "is no range of members",
+            cli.number_list,
+            {"13-15": [13, 14, 15], "9,1-3": [9, 1, 2, 3], "1-10000": list(range(1, 10_001)), "1,2,4": [1, 2, 4]},
+            ["3-1", "1-99999", "1-", "-3", "", "1,,2", "0", "0,1", "1-2-3", "1234567890"],
+            "is no positive integer, and no range of them",
         ),
-        (
-            cli.recall_list,
-            {"1,2,4,8": [1, 2, 4, 8], "8,1": [8, 1]},
-            ["1,,2", "0,1", ""],
-            "is no list of positive integers",
-        ),
-        (cli.recall_list, {"1": [1]}, ["2,1,2"], "names a K twice"),
+        (cli.number_list, {"1": [1]}, ["2,1,2", "9,1-3,2"], "names a number twice"),
         (
             cli.data_set_name,
             {"car": "car", "Ünï 猫": "Ünï 猫", "a.b-c": "a.b-c"},

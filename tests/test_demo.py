@@ -7,13 +7,11 @@ from PIL import Image
 from dreml.demo import draw_demo
 
 
-def test_demo_is_the_same_for_the_same_seed(tmp_path):
-    tiny = {"num_classes": 2, "images_per_class": 3, "image_side": 40}
-    for name, seed in (("demo", 0), ("again", 0), ("other", 1)):
-        draw_demo(tmp_path / name, **tiny, seed=seed)
+def test_demo_is_the_same_each_time(tmp_path):
+    for name in ("demo", "again"):
+        draw_demo(tmp_path / name, num_classes=2, images_per_class=3, image_side=40)
     drawn = tree(tmp_path / "demo")
     assert len(drawn) == 12 and tree(tmp_path / "again") == drawn
-    assert not set(tree(tmp_path / "other").values()) & set(drawn.values())
 
 
 def test_demo_images_of_a_class_are_alike_but_never_the_same(tmp_path):
