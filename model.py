@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
-from dreml.backbones import build_backbone, gains_from_bf16, without_drawing
+from dreml.backbones import TIMM, build_backbone, without_drawing
 from dreml.batches import image_batches, input_memory, normalize, spans
 from dreml.cli import with_less_memory
 from dreml.images import ImageSpec
@@ -59,6 +59,8 @@ def head_of(model: nn.Module) -> Head:
 
 # ------------------------------------------------------------------------------------------------ precision
 
+# Networks that a CPU trains faster in bf16 than in fp32 (measured: docs/RESULTS.md, "Networks"). MobileNets are slower.
+FASTER_IN_BF16 = ("resnet", "resnext", "wide_resnet", "vgg", "densenet", "regnet", "convnext", "vit", "swin", "maxvit")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -96,7 +98,7 @@ class TrainState:
 def pick_precision(device: torch.device, backbone: str) -> str:
     """Choose the precision for `--precision auto`: bf16 if it is native to the device, else fp16 on CUDA, else fp32.
 
-    On a CPU, also fp32 for networks that bf16 would slow down. fp16 needs tensor cores to be worth its gradient
+    On a CPU, also fp32 for all but the networks of FASTER_IN_BF16. fp16 needs tensor cores to be worth its gradient
     scaling: compute capability 7.0 (V100) and above.
     """
     if device.type == "cuda":
@@ -107,7 +109,8 @@ def pick_precision(device: torch.device, backbone: str) -> str:
         has_tensor_cores = torch.cuda.get_device_capability(device) >= (7, 0)
         return "fp16" if has_tensor_cores and "GTX" not in torch.cuda.get_device_name(device) else "fp32"
     is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if device.type == "cpu" and is_native and gains_from_bf16(backbone) else "fp32"
+    is_faster = backbone.removeprefix(TIMM).startswith(FASTER_IN_BF16)
+    return "bf16" if device.type == "cpu" and is_native and is_faster else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

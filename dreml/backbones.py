@@ -112,16 +112,6 @@ def check_image_size(backbone: str, size: int) -> None:
         raise InputError(f"--image_size {size}: {reason}; it takes {possible or 'none'} of the usual sizes")
 
 
-def gains_from_bf16(backbone: str) -> bool:
-    """Whether a CPU trains the network faster in bf16 than in fp32 (measured: docs/RESULTS.md).
-
-    False for depthwise convolutions, as in MobileNet and EfficientNet, unless there is a LayerNorm, as in ConvNeXt.
-    """
-    layers = list(without_drawing(lambda: build_backbone(backbone, 2)[0]).modules())
-    depthwise = any(isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in layers)
-    return not depthwise or any(isinstance(layer, nn.LayerNorm) for layer in layers)
-
-
 def weights_tag(backbone: str, weights: str) -> str:
     """Identify initial weights: "none", "imagenet:" and the library's file, or "sha256:" and a checksum."""
     if weights == "none":

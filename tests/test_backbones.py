@@ -20,7 +20,7 @@ from torchvision.models import efficientnet, mnasnet, regnet, vision_transformer
 
 import train
 from dreml import runs
-from dreml.backbones import check_backbone, gains_from_bf16, read_weights, weights_tag, without_drawing
+from dreml.backbones import check_backbone, read_weights, weights_tag, without_drawing
 from dreml.cli import InputError
 from dreml.files import sha256, write_record
 from dreml.runs import Members
@@ -65,12 +65,6 @@ def test_images_of_a_size_that_a_network_cannot_take_are_refused(backbone, size,
     with pytest.raises(InputError, match=f"^--image_size {size}: {backbone} cannot take it .*; it takes {possible}"):
         check_backbone(backbone, size)
     check_backbone(backbone, 224)
-
-
-def test_which_networks_gain_from_bf16_on_a_cpu():
-    gaining = {name for name in FAMILIES if gains_from_bf16(name)}
-    names = {"resnet18", "resnext50_32x4d", "alexnet", "vgg11", "convnext_tiny", "swin_t", "vit_b_32"}
-    assert names <= gaining and not gaining & {"efficientnet_b0", "mobilenet_v2", "shufflenet_v2_x0_5"}
 
 
 # Families with dropout, with a loader of their own, and that cannot be built on meta, each in small for 32 pixels.

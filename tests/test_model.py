@@ -74,6 +74,7 @@ def test_the_backbone_computes_in_the_precision_and_the_head_in_fp32(precision, 
         ("mps", False, None, "", "resnet18", "fp32"),
         ("cpu", True, None, "", "resnet18", "bf16"),
         ("cpu", False, None, "", "resnet18", "fp32"),
+        ("cpu", True, None, "", "timm:vit_tiny_patch16_224", "bf16"),
         ("cpu", True, None, "", "efficientnet_b0", "fp32"),  # no gain there (docs/RESULTS.md)
     ],
 )
