@@ -166,6 +166,9 @@ def test_approximate_search(small_run, tmp_path, capsys):
         for name in names[:50]:
             (photos / name).unlink(missing_ok=True)
         save_colors(photos, [f"dog/new{number}.png" for number in range(60)], seed=4)
+    searcher = Searcher(small_run, **options, refresh=False)
+    paths, vectors = searcher.index.read(searcher.saved[0], 5)
+    assert len(paths) == len(vectors) == 5 and paths == sorted(paths)
 
 
 def test_an_index_of_another_model_or_folder_is_refused_and_left_alone(indexed, tmp_path):

@@ -188,6 +188,8 @@ def test_first_neighbours_equal_the_definition(seed):
         assert masks[1][rows].all() and (rows != queries_found).all()
         assert np.array_equal(labels[rows] != labels[queries_found], wrong)
         np.testing.assert_allclose(cosines[queries_found, rows], expected[~alone], atol=2e-6)
+    only = torch.tensor([True, False, False])
+    assert first_neighbours(torch.eye(3), torch.tensor([0, 0, 1]), is_gallery=only)[0].tolist() == [-1, 0, 0]
 
 
 def test_scores_by_hand():
