@@ -157,8 +157,7 @@ def fill_learned_tab(learned: Learned) -> None:
     pictures = functools.partial(gr.Gallery, columns=4, height=320, interactive=False, object_fit="contain", buttons=[])
     with gr.Row():
         gr.Plot(learned.histograms(), show_label=False, elem_id="histograms")
-        title = "Recall against ensemble size"
-        gr.LinePlot(learned.recalls(), "ensemble_size", "recall (%)", color="K", title=title, elem_id="recalls")
+        gr.LinePlot(learned.recalls(), "ensemble_size", "recall (%)", color="K", title="Recall@K", elem_id="recalls")
     label = "The most confident errors: a query and its first neighbour, of another class"
     pictures(learned.pairs(learned.errors), label=label, elem_id="errors")
     label = "Classes that are most often taken for another one: two photos of both"
@@ -198,8 +197,7 @@ def run(args: argparse.Namespace) -> None:
     learned = Learned(searcher)
 
     # 2. The page, until Ctrl-C
-    run = learned.run
-    title = f"{run.name}: ensemble size {run.num_members}, {args.embedding}, {args.gallery or 'test images'}"
+    title = f"{learned.run.name}: size {learned.run.num_members}, {args.embedding}, {args.gallery or 'test images'}"
     page = open_page(learned, title, args.host, args.port)
     print(f"the page is at http://{args.host}:{args.port}; Ctrl-C ends it")
     try:

@@ -278,8 +278,8 @@ def make_member(experiment: Experiment, members: Members, member: int, title: st
     """Train, embed and save one member. The caller holds its lock. If only embeddings are missing, do not train it."""
     folder, meta = members.folder, experiment.cache.meta
     remove_leftovers(folder, f"*_{member:03d}.*")
-    record, damaged = members.read(member)
-    if record and set(damaged) <= {member_path(folder, member, suffix).name for suffix in runs.SAVED.values()}:
+    record = members.trained(member)
+    if record:
         model = load_member(member_path(folder, member, WEIGHTS)).to(experiment.compute.device)
     else:
         progress = Progress(folder, member, members.settings_hash, experiment.progress_seconds)
@@ -303,10 +303,8 @@ def run(args: argparse.Namespace) -> None:
         settings = replace(settings, meta_class_size=cache.counts["train"][0])
     split = TestSplit.from_arrays(*(cache.array(f"test_{name}") for name in TestSplit._fields))
     check_counts(settings, args.recalls, cache, split)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     device = cli.pick_device(args.device)
-    cli.set_up_device(device, args.deterministic)
+    cli.set_up_device(device, args.deterministic, args.threads)
     here = cli.environment(device) | {"deterministic": args.deterministic}
 
     # 2. The run folder and what it holds
@@ -324,7 +322,8 @@ def run(args: argparse.Namespace) -> None:
         record = runs.make_run_record(settings, cache, vars(args), here)
         members = runs.open_members(folder, earlier, record)
         missing = members.missing(wanted)
-        weights = read_weights(settings.backbone, args.weights) if missing else None
+        untrained = [member for member in missing if not members.trained(member)]
+        weights = read_weights(settings.backbone, args.weights) if untrained else None
         if missing:  # then pixels are read
             verify_cache(cache)
         with writable(args.results_path, "--results_path"):
@@ -332,11 +331,11 @@ def run(args: argparse.Namespace) -> None:
     finished = args.ensemble_size - len(members.missing(whole))
     where = f"device {here['device']}, {settings.precision}"
     print(f"{folder}: {finished} of {cli.counted(args.ensemble_size, 'member')} finished; {where}")
-    print_exceptions(cache, split, training=bool(missing))
+    print_exceptions(cache, split, training=bool(untrained))
 
     # 3. The missing members, one after the other; other processes may train other members at the same time
     compute = Compute(device, settings.precision)
-    experiment = Experiment(cache, settings, weights, compute, here, args.progress_seconds, len(missing))
+    experiment = Experiment(cache, settings, weights, compute, here, args.progress_seconds, len(untrained))
     if members.records:
         runs.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
     if len(split.labels):
@@ -352,7 +351,8 @@ def run(args: argparse.Namespace) -> None:
         runs.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
         if member not in members.records:
             raise RunError(f"member {member} was finished, but its files read back otherwise: is the disk sound?")
-        experiment = replace(experiment, num_ahead=0)
+        if member in untrained:
+            experiment = replace(experiment, num_ahead=0)
 
     # 4. The final recall: the last process to finish computes it
     table, embeddings = runs.update_logs(members, args.ensemble_size, split, args.recalls, args.embedding, device)

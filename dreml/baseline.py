@@ -11,7 +11,7 @@ from dreml.backbones import own_scaling, read_weights
 from dreml.cache import Cache
 from dreml.cli import InputError
 from dreml.files import write_csv, write_record
-from dreml.runs import RunRecord, TestSplit, recall_percent, run_lock, scored
+from dreml.runs import RunRecord, TestSplit, read_run_record, recall_percent, run_lock, scored
 from dreml.settings import Settings
 from model import channel_statistics, extract_features, initial_model, unit_rows
 from utils import first_neighbours, map_at_r
@@ -73,8 +73,11 @@ def update_baseline(
         table = pd.DataFrame(rows).round(4)
         print_scores(table, [*wanted, "mAP@R"])
         record.baseline = table.to_dict("records")
+        with run_lock(folder):
+            latest = read_run_record(folder)  # another process may have written its options
+            latest.baseline = record.baseline
+            write_record(folder / "args.json", latest)
     with run_lock(folder):
-        write_record(folder / "args.json", record)
         csv = table.drop(columns=["mAP@R", "dimensions"], errors="ignore")
         write_csv(folder / "baseline.csv", csv, float_format="%.4f")
 

@@ -27,6 +27,7 @@ class CacheMeta:
     train: dict[str, list[str] | int]  # "classes": the names of labels 0, 1, ...; "images": their number
     test: dict[str, list[str] | int]
     arrays: dict[str, int]  # name -> CRC-32 of its file
+    holdout: None = None  # not used: caches that exist have it
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def read_cache(data_path: Path, name: str, spec: ImageSpec) -> Cache:
     command = make_command(data_path, name, spec)
     if not folder.parent.is_dir() and name != "demo":
         raise InputError(
-            f"{folder.parent}: no such folder; put the data set there (README, Data), then: {command}; to try it "
-            f"without one: {make_command(data_path, 'demo', ImageSpec(32))}"
+            f"{folder.parent}: no such folder; put the data set there (README, Data), then: {command} (or, for "
+            f"NAME_holdout, --holdout); to try it without one: {make_command(data_path, 'demo', ImageSpec(32))}"
         )
     remedy = f"make it with: {command}"
     try:

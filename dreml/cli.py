@@ -82,7 +82,8 @@ def run_main(script: str, run: Callable[[], None], save_memory: str, resumable: 
 
     code = 0
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        earlier = signal.signal(signal.SIGTERM, terminate)
+        handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+        earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             run()
         except InputError as error:
@@ -98,7 +99,8 @@ def run_main(script: str, run: Callable[[], None], save_memory: str, resumable: 
         except Terminated:
             code = ended(143, f"terminated{again}")
         finally:
-            signal.signal(signal.SIGTERM, earlier)
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
             output.flush()
             errors.flush()
     if code == 0 and isinstance(output.error, BrokenPipeError):
@@ -229,10 +231,12 @@ def pick_device(name: str) -> "torch.device":
     return torch.device(name)
 
 
-def set_up_device(device: "torch.device", deterministic: bool) -> None:
-    """Ask PyTorch for its fastest algorithms, or for deterministic ones."""
+def set_up_device(device: "torch.device", deterministic: bool, threads: int | None = None) -> None:
+    """Ask PyTorch for its fastest algorithms, or for deterministic ones; for so many threads, or its own number."""
     import torch
 
+    if threads:
+        torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = not deterministic  # picks the fastest convolution for each batch shape
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if deterministic:

@@ -214,7 +214,7 @@ def hold_out(data_path: Path, name: str, share: float, seed: int) -> str:
         if not link.is_symlink():
             link.symlink_to(Path("..", name), target_is_directory=True)
         for meta in folder.glob("cache_*/meta.json"):
-            meta.unlink()  # of another share
+            meta.unlink(missing_ok=True)  # of another share
         with atomic_open(path) as file:
             file.write(text)
     return folder.name

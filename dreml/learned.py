@@ -97,10 +97,11 @@ class Learned:
         return figure
 
     def recalls(self) -> pd.DataFrame:
-        """Recall against the ensemble size, a row for each K and size: of train.py or, if it has none, evaluate.py."""
+        """Recall against the ensemble size, a row for each K and size: the longer table of train.py and evaluate.py."""
         suffix = SUFFIXES[self.searcher.embedding]
         files = [self.run.folder / f"{name}{suffix}.csv" for name in ("recall", "evaluation")]
-        table = next((pd.read_csv(file) for file in files if file.exists()), pd.DataFrame({"ensemble_size": []}))
+        tables = [pd.read_csv(file) for file in files if file.exists()]
+        table = max(tables, key=len, default=pd.DataFrame({"ensemble_size": []}))
         return table.melt("ensemble_size", list(table.filter(like="R@")), "K", "recall (%)")
 
     @functools.lru_cache(2)  # noqa: B019 - there is one, for as long as the page runs

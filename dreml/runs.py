@@ -133,7 +133,7 @@ class Members:
         """Add newly finished members, or only the first `number`. Warn of damaged ones. Does not write."""
         for member in self.missing(member_numbers(self.folder)[:number]):
             record, damaged = self.read(member)
-            warning = f"member {member} is damaged ({', '.join(damaged)}); train.py makes it again"
+            warning = f"member {member} is incomplete or damaged ({', '.join(damaged)}); train.py makes it again"
             if not damaged:
                 self.records[member] = record
             elif warning not in self.warnings:
@@ -152,6 +152,12 @@ class Members:
         paths = [member_path(self.folder, member, suffix) for suffix in self.needed]
         damaged = [path.name for path in paths if not path.exists() or sha256(path) != record.sha256.get(path.name)]
         return record, damaged
+
+    def trained(self, member: int) -> MemberRecord | None:
+        """Return a member's record if at most its embeddings are missing or damaged, not its weights; else None."""
+        record, damaged = self.read(member)
+        embeddings = {member_path(self.folder, member, suffix).name for suffix in SAVED.values()}
+        return record if embeddings.issuperset(damaged) else None
 
     def missing(self, wanted: Iterable[int]) -> list[int]:
         """List the wanted members that are not finished."""

@@ -76,7 +76,7 @@ def path_below(file: str, folder: str) -> str | None:
 
 
 def is_same(query: Item, item: Item) -> bool:
-    """Whether both are one test image, or one file, which links may lead to."""
+    """Whether both are one test image, or one file, to which links may lead."""
     if query.row is not None and item.row is not None:
         return query.row == item.row
     return query.file is not None and os.path.realpath(query.file) == os.path.realpath(item.file)
@@ -251,8 +251,8 @@ class Searcher:
             row = self.test_rows.get(path_below(resolve(name), resolve(self.data_folder)))
             if row is not None:
                 return self.item(row)._replace(name=name)
-        if self.gallery:
-            path = path_below(os.path.abspath(name), os.path.abspath(self.gallery))
+        for resolve in (os.path.realpath, os.path.abspath) if self.gallery else ():
+            path = path_below(resolve(name), resolve(self.gallery))
             class_name = class_of(path) if path else class_name
         return Item(name, class_name, Path(name), name=name)
 
@@ -276,16 +276,20 @@ class Searcher:
         """The neighbours of a query with this embedding, `(d,) float32`."""
         searched = self.photos(row, 4 * (top + 1)) if self.gallery and self.ann else self.searched
         known = searched.classes if query.row is None else self.test_classes
-        neighbours = []
-        for similarity, number in zip(*nearest(row, searched.vectors, top + 1), strict=True):
-            item = self.item(searched.images[number])
-            if is_same(query, item):
-                continue
+        for number in (top + 1, len(searched.vectors)):  # all of them where several links lead to the query
+            neighbours = []
+            for similarity, place in zip(*nearest(row, searched.vectors, number), strict=True):
+                item = self.item(searched.images[place])._replace(similarity=similarity)
+                if len(neighbours) < top and not is_same(query, item):
+                    neighbours.append(item)
+            if len(neighbours) == top:
+                break
+        for place, item in enumerate(neighbours):
             both_known = {query.class_name, item.class_name} <= known
             right = query.class_name == item.class_name if both_known else None
-            is_found = threshold is None or similarity >= threshold - 5e-7  # as rounded as the similarity
-            neighbours.append(item._replace(similarity=similarity, right=right, found=is_found))
-        return Answer(query, neighbours[:top], threshold)
+            is_found = threshold is None or item.similarity >= threshold - 5e-7  # as rounded as the similarity
+            neighbours[place] = item._replace(right=right, found=is_found)
+        return Answer(query, neighbours, threshold)
 
 
 def refuse(name: str, problems: list[str], num_answered: int = 0) -> None:

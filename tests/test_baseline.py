@@ -90,6 +90,13 @@ def test_it_is_scored_once(tiny_data, tmp_path, small_run, monkeypatch):
     for options in ([], ["--recalls", "4"], ["--ensemble_size", "3"]):
         assert train_tiny(tiny_data, tmp_path, *options) == 0
     assert not calls and digests(folder, "baseline.csv") == digests(small_run, "baseline.csv")
+    record = folder / "args.json"
+    other = {"data_path": "of another process"}
+    patch = {"colour_histograms": lambda images: edit_record(record, "options", value=other) or original(images)}
+    with monkeypatch.context() as context:
+        context.setattr(baseline, *patch.popitem())
+        assert train_tiny(tiny_data, tmp_path, "--recalls", "2") == 0
+    assert read_run_record(folder).options == other and list(pd.read_csv(folder / "baseline.csv"))[1:] == ["R@2"]
     assert train_tiny(tiny_data, tmp_path, "--recalls", "1,2") == 0
     assert len(calls) == 1 and list(pd.read_csv(folder / "baseline.csv")) == ["baseline", "R@1", "R@2"]
     (folder / "args.json").unlink()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -52,6 +53,12 @@ def test_batches_are_prepared_four_ahead():
         assert sorted(filled) == list(range(number + 5)) and batch.shape == (1, 4, 4, 3)
     with pytest.raises(ZeroDivisionError):
         list(batches)
+
+
+def test_four_batches_are_loaded_at_a_time():
+    barrier = threading.Barrier(4, timeout=20)
+    batches = image_batches(lambda *_: barrier.wait(), spans(0, 8, 1), 4, CPU)
+    assert len(list(batches)) == 8
 
 
 def wait_until(condition) -> None:

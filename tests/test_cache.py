@@ -67,6 +67,7 @@ def test_an_open_cache_stays_what_it_was_when_it_is_made_anew(tmp_path, threads)
     random_image(99).save(tmp_path / "mine/train/train_0/0.png")
     anew = build(tmp_path, "mine", force=True)
     assert cache.array("train_pixels").tobytes() == pixels != anew.array("train_pixels").tobytes()
+    assert read_record(cache.folder / "meta.json")["holdout"] is None  # as in caches that exist, which stay readable
 
 
 def set_meta(**entries):
@@ -106,5 +107,5 @@ def test_a_missing_data_set_is_named_and_the_demo_offered(tmp_path):
     with pytest.raises(InputError) as error:
         read_cache(tmp_path, "car", ImageSpec())
     text = f"{tmp_path / 'car'}: no such folder; put the data set there (README, Data), then: python data_utils.py "
-    demo = f"; to try it without one: python data_utils.py --data_name demo --data_path {tmp_path} --image_size 32"
-    assert str(error.value) == f"{text}--data_name car --data_path {tmp_path}{demo}"
+    text += f"--data_name car --data_path {tmp_path} (or, for NAME_holdout, --holdout); to try it without one: "
+    assert str(error.value) == f"{text}python data_utils.py --data_name demo --data_path {tmp_path} --image_size 32"

@@ -105,7 +105,10 @@ def test_characters_that_the_terminal_lacks_are_escaped(monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "code", "word"), [("SIGTERM", 143, "terminated"), ("SIGINT", 130, "interrupted")])
-def test_a_signal_ends_a_run_at_once_in_one_line(capsys, number, code, word):
+def test_a_signal_ends_a_run_at_once_in_one_line(capsys, request, number, code, word):
+    """Ctrl-C also where it was ignored when the script started, as in the background of a shell's script."""
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, earlier))
     reached = []
 
     def run():
@@ -208,14 +211,15 @@ def test_devices(monkeypatch, option, local_rank, gpus, mps, device):
 def test_a_device_is_set_up_for_speed_or_for_the_same_bits(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
-        set_up_device(torch.device("cuda:1"), deterministic=False)
+        set_up_device(torch.device("cuda:1"), deterministic=False, threads=3)
         assert torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
-        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ and chosen == [torch.device("cuda:1")]
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ and chosen == [3, torch.device("cuda:1")]
         set_up_device(torch.device("cpu"), deterministic=True)
         assert not torch.backends.cudnn.benchmark and torch.is_deterministic_algorithms_warn_only_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -276,14 +276,17 @@ def test_a_holdout_is_a_data_set_as_any_other(tmp_path, capsys, threads):
     capsys.readouterr()
     assert call(tmp_path, "--data_name", "mine", "--holdout", "0.4") == 0
     said = capsys.readouterr().err
-    command = f"--data_name mine_holdout --data_path {tmp_path} --image_size 32 --force"
-    assert said.startswith("warning: 0 files are new, 1 changed, 0 gone since ") and said.endswith(f"{command}\n")
-    assert data_utils.main(command.split()) == 0 and capsys.readouterr().err == ""
+    assert said.startswith("warning: 0 files are new, 1 changed, 0 gone since ")
+    assert said.endswith("was made: its --holdout command with --force\n")
+    save_image(tmp_path / "mine/train/train_0/new.png", 9)
+    assert call(tmp_path, "--data_name", "mine", "--holdout", "0.4", "--force") == 0
+    assert capsys.readouterr().err == ""
+    assert read_cache(tmp_path, "mine_holdout", SPEC).counts == {"train": (3, 6), "test": (2, 5)}
     assert call(tmp_path, "--data_name", "mine", "--holdout", "0.6") == 0
     with pytest.raises(InputError, match=r"cache_24/meta\.json is missing"):  # of the other share
         read_cache(tmp_path, "mine_holdout", ImageSpec(24))
     assert data_utils.main([*here(tmp_path), *"--data_name mine --image_size 24 --holdout 0.6".split()]) == 0
-    assert read_cache(tmp_path, "mine_holdout", ImageSpec(24)).counts == {"train": (2, 4), "test": (3, 6)}
+    assert read_cache(tmp_path, "mine_holdout", ImageSpec(24)).counts == {"train": (2, 4), "test": (3, 7)}
 
 
 def test_what_a_holdout_refuses(tmp_path, capsys, threads):

@@ -52,6 +52,9 @@ def test_only_new_and_changed_photos_are_embedded(indexed, capsys):
     indexed.check()
     assert index_rows(indexed.place)["bee/03.png"]["vector"] == before["bee/03.png"]["vector"]
     assert "5 of 46 photos embedded, 5 removed" in capsys.readouterr().out
+    (photos / "cat" / "05.png").unlink()  # nothing else
+    assert indexed.refresh() == 0
+    indexed.check()
 
 
 def test_bad_files_are_skipped_and_named(indexed, capsys):

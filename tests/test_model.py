@@ -173,7 +173,7 @@ def test_a_damaged_member_is_named(tiny_run, tmp_path, capsys):
     flip_a_bit(run / "member_002.safetensors")
     for path in run.glob("*.npy"):
         path.unlink()
-    warning = "warning: member 2 is damaged (member_002.safetensors); train.py makes it again\n"
+    warning = "warning: member 2 is incomplete or damaged (member_002.safetensors); train.py makes it again\n"
     for num_members, said in ((1, ""), (None, warning)):
         assert len(load_ensemble(run, num_members=num_members).members) == 1
         assert capsys.readouterr().err == said

@@ -318,7 +318,7 @@ def test_a_damaged_member_is_named_once_and_trained_again(tiny_data, small_run, 
     flip_a_bit(path)
     assert train_tiny(tiny_data, tmp_path) == 0
     output = capsys.readouterr()
-    assert output.err.count(f"warning: member 1 is damaged ({path.name}") == 1
+    assert output.err.count(f"warning: member 1 is incomplete or damaged ({path.name}") == 1
     assert "1 of 2 members finished" in output.out
     for pattern in ("member_*.npy", "recall.csv"):
         assert digests(folder, pattern) == digests(small_run, pattern)
@@ -326,15 +326,18 @@ def test_a_damaged_member_is_named_once_and_trained_again(tiny_data, small_run, 
 
 @pytest.mark.parametrize("change", [Path.unlink, flip_a_bit])
 @pytest.mark.parametrize("suffixes", [["npy"], ["pooled.npy"], ["npy", "pooled.npy"]])
-def test_bad_embeddings_are_named_and_made_again(small_run, tiny_data, tmp_path, capsys, no_training, suffixes, change):
-    """Once, and without training."""
+def test_bad_embeddings_are_named_and_made_again(
+    small_run, tiny_data, tmp_path, capsys, no_training, monkeypatch, suffixes, change
+):
+    """Once, without training, and without the initial weights."""
+    monkeypatch.setattr(train, "read_weights", None)
     folder = copy_run(small_run, tmp_path / small_run.name)
     names = [f"member_001.{suffix}" for suffix in suffixes]
     for name in names:
         change(folder / name)
     assert train_tiny(tiny_data, tmp_path) == 0
     output = capsys.readouterr()
-    assert output.err == f"warning: member 1 is damaged ({', '.join(names)}); train.py makes it again\n"
+    assert output.err == f"warning: member 1 is incomplete or damaged ({', '.join(names)}); train.py makes it again\n"
     assert "1 of 2 members finished" in output.out
     for pattern in ("member_*", "*.csv"):
         assert digests(folder, pattern) == digests(small_run, pattern)
@@ -389,7 +392,7 @@ def test_only_the_embedding_that_is_read_has_to_be_sound(tiny_run, tmp_path, cap
     for name in ("member_001.safetensors", "member_001.npy", "member_002.pooled.npy"):
         flip_a_bit(folder / name)
     assert opened(folder, 1, "pooled").num_members == opened(folder, None, "pooled").num_members == 1
-    warning = "warning: member {} is damaged ({}); train.py makes it again\n"
+    warning = "warning: member {} is incomplete or damaged ({}); train.py makes it again\n"
     assert capsys.readouterr().err == warning.format(2, "member_002.pooled.npy")  # only where it was asked for
     with pytest.raises(InputError, match="member 1 of 1 is missing"):
         opened(folder)

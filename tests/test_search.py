@@ -171,6 +171,12 @@ def test_the_query_itself_is_left_out(small_run, tiny_data, photos, monkeypatch)
         answer = searcher.find(photos / name, 8)
         assert answer.query.class_name == class_name and {each.path for each in answer} == copies
     assert {each.path for each in searcher.find(photos / "a/6.png", 5)} == copies - {str(photos / "a/6.png")}
+    assert [each.path for each in searcher.find(photos / "b/1.png", 1)] == [str(photos / "a/0.png")]
+    outside = photos.parent / "outside"
+    outside.mkdir()
+    (outside / "link.png").symlink_to(photos / "a/3.png")
+    answer = searcher.find(outside / "link.png", 5)
+    assert answer.query.class_name == "a" and {each.path for each in answer} == copies - {str(photos / "a/3.png")}
     searcher = Searcher(small_run, tiny_data / "tiny", index=photos / "index", device="cpu")
     monkeypatch.setattr("os.path.exists", lambda path: False)
     assert str(searcher.item(0).file) not in [neighbour.path for neighbour in searcher.find(0)]
