@@ -197,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
     learned = Learned(searcher)
 
     # 2. The page, until Ctrl-C
-    title = f"{learned.run.name}: size {learned.run.num_members}, {args.embedding}, {args.gallery or 'test images'}"
+    title = f"{learned.run.name}: L = {learned.run.num_members}, {args.embedding}, {args.gallery or 'test images'}"
     page = open_page(learned, title, args.host, args.port)
     print(f"the page is at http://{args.host}:{args.port}; Ctrl-C ends it")
     try:
