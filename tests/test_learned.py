@@ -49,3 +49,15 @@ def test_a_click_on_the_map_finds_the_nearest_point(small_run, tiny_data):
         image, caption = found.at(method, *(places[7] + 0.1))
         assert caption == f"test image 7: {searcher.run.test.class_name[7]}"
         assert image == found.photo(searcher.item(7))
+
+
+def test_the_recall_is_that_of_the_longer_table(small_run, tmp_path):
+    """Of train.py or evaluate.py; one of the other embedding does not count."""
+    run = write_run(tmp_path / "run", small_run, random_embeddings(3))
+    found = Learned(Searcher(run, device="cpu", embedding="pooled"))
+    assert not len(found.recalls())
+    for name, sizes in (("recall", 4), ("recall_pooled", 2), ("evaluation_pooled", 3), ("recall_pooled", 1)):
+        rows = "".join(f"{size},1{size},2{size}\n" for size in range(1, sizes + 1))
+        (run / f"{name}.csv").write_text(f"ensemble_size,R@1,R@2\n{rows}")
+    table = found.recalls()
+    assert table[table.K == "R@2"].iloc[:, [0, 2]].values.tolist() == [[1, 21], [2, 22], [3, 23]]

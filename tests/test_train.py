@@ -299,6 +299,9 @@ def test_a_run_says_how_long_it_will_take(tiny_data, tmp_path, small_network, ca
     assert train_tiny(tiny_data, tmp_path, *options) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("about ")]
     assert lines == [f"about {said}"]
+    (only_folder(tmp_path) / "member_001.npy").unlink()  # it is only embedded again
+    assert train_tiny(tiny_data, tmp_path, *options[:-1], "1-3") == 0
+    assert f"about {said.split(',')[0]}\n" in capsys.readouterr().out
 
 
 def test_threads_and_deterministic_algorithms_are_no_settings(tiny_data, small_run, tmp_path, monkeypatch, no_training):
