@@ -59,7 +59,8 @@ def update_baseline(
     """
     wanted = [f"R@{k}" for k in ks]
     table = pd.DataFrame(record.baseline)
-    if len(table) < 2 or not set(wanted) <= set(table):
+    is_scored = len(table) == 2 and set(wanted) <= set(table)
+    if not is_scored:
         features = {}
         try:
             features["initial weights"] = initial_features(record.settings, weights, cache, device)
@@ -73,11 +74,11 @@ def update_baseline(
         table = pd.DataFrame(rows).round(4)
         print_scores(table, [*wanted, "mAP@R"])
         record.baseline = table.to_dict("records")
-        with run_lock(folder):
+    with run_lock(folder):
+        if not is_scored:
             latest = read_run_record(folder)  # another process may have written its options
             latest.baseline = record.baseline
             write_record(folder / "args.json", latest)
-    with run_lock(folder):
         csv = table.drop(columns=["mAP@R", "dimensions"], errors="ignore")
         write_csv(folder / "baseline.csv", csv, float_format="%.4f")
 

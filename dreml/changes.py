@@ -55,7 +55,8 @@ def warn_of_changes(cache: Cache) -> None:
     if num_new + num_changed + num_gone > 0:
         changes = f"{counted(num_new, 'file')} {'is' if num_new == 1 else 'are'} new, {num_changed:,} changed"
         command = make_command(cache.folder.parents[1], cache.name, cache.spec)
-        if "_holdout" in cache.name:
+        origin = cache.name.rpartition("_holdout")[0]
+        if origin and (cache.folder.parent / origin).is_symlink():
             command = "its --holdout command with"  # which makes its list again, too
         changes += f", {num_gone:,} gone since {cache.folder} was made: {command} --force"
         print(f"warning: {changes}", file=sys.stderr)
