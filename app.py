@@ -58,7 +58,7 @@ def find(learned: Learned, query: Query | None, top: int, far: float) -> tuple[l
     """The neighbours' pictures with captions, a sentence, and the neighbours. `far`: false-accept rate in percent."""
     if query is None:
         return [], NO_QUERY, []
-    threshold = threshold_at(learned.others, far / 100)
+    threshold = threshold_at(learned.queries, far / 100)
     try:
         answer = learned.searcher.find(query, top=top, threshold=threshold)
     except InputError as error:

@@ -5,7 +5,7 @@
 
 Each run is scored for every ensemble size, and for each member alone. classes.csv has the Recall@1 of each class, worst
 first; confusions.csv the classes that are taken for others, most often first; thresholds.csv the similarities below
-which retrieve.py --far says "not found". Several runs are compared by mAP@R, each with all its members. Runs that
+which a search says "not found". Several runs are compared by mAP@R, each with all its members. Runs that
 differ only in their seed are compared with as many members as all of them have, and averaged, with the sample standard
 deviation. mAP@R and R-Precision: Musgrave et al., "A Metric Learning Reality Check", ECCV 2020.
 """
@@ -27,9 +27,9 @@ from dreml.cache import default_recalls
 from dreml.cli import InputError
 from dreml.confusions import class_table, confident_errors, confusion_table, first_neighbour_table
 from dreml.files import writable, write_csv
-from dreml.runs import SUFFIXES, Run, TestSplit, add_run_options, read_run, run_lock, scored
+from dreml.runs import SUFFIXES, Run, add_run_options, read_run, run_lock, scored
 from dreml.thresholds import FARS, threshold_table
-from utils import best_similarities, map_at_r, recall_at_k
+from utils import map_at_r, recall_at_k
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -47,38 +47,35 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def score_run(run: Run, ks: list[int], embedding: str, device: torch.device) -> dict[str, pd.DataFrame]:
     """Compute the tables of a run from its saved embeddings, by the names of their files."""
-    split = run.split
     members = run.embeddings(embedding, device)
-    sizes = score(members, split, ks)
+    sizes = score(members, run.test, ks)
     sizes.insert(0, "ensemble_size", range(1, len(members) + 1))
     bar = cli.progress_bar(members, f"{run.folder.name}: each member alone", len(members), " members")
-    alone = pd.concat([score([member], split, ks) for member in bar], ignore_index=True)
+    alone = pd.concat([score([member], run.test, ks) for member in bar], ignore_index=True)
     alone.insert(0, "member", range(1, len(members) + 1))
-    others, own = scored(best_similarities, members, split)
     queries = first_neighbour_table(members, run.test)
     return {
         "evaluation": sizes,
         "members": alone,
-        "thresholds": threshold_table(others, own, int(split.is_gallery.sum())),
+        "thresholds": threshold_table(queries, run.test.is_gallery.sum()),
         "classes": class_table(queries),
         "confusions": confusion_table(confident_errors(queries), run.test),
     }
 
 
-def score(members: list[torch.Tensor], split: TestSplit, ks: list[int]) -> pd.DataFrame:
+def score(members: list[torch.Tensor], test: pd.DataFrame, ks: list[int]) -> pd.DataFrame:
     """Recall@K, mAP@R and R-Precision in percent; row l-1 is of the first l members."""
-    recalls = scored(recall_at_k, members, split, ks=ks)
-    precisions = torch.stack(scored(map_at_r, members, split), dim=1)
+    recalls = scored(recall_at_k, members, test, ks=ks)
+    precisions = torch.stack(scored(map_at_r, members, test), dim=1)
     values = 100 * torch.cat([recalls, precisions], dim=1).numpy()
     return pd.DataFrame(values, columns=[*(f"R@{k}" for k in ks), "mAP@R", "R-Precision"])
 
 
 def threshold_text(table: pd.DataFrame, run: Run) -> str:
-    """Thresholds of the whole ensemble, for people."""
-    rows = table[table.ensemble_size == run.num_members]
-    parts = [f"FAR {100 * row.far:g} %: {row.threshold:.4f} (found {row.found:.2f} %)" for row in rows.itertuples()]
+    """Thresholds, for people."""
+    parts = [f"FAR {100 * row.far:g} %: {row.threshold:.4f} (found {row.found:.2f} %)" for row in table.itertuples()]
     if len(parts) < len(FARS):
-        parts.append(f"none for lower rates: {int(run.test.is_query.sum()):,} queries are too few")
+        parts.append(f"none for lower rates: {run.test.is_query.sum():,} queries are too few")
     return f"thresholds of {cli.counted(run.num_members, 'member')}: {'; '.join(parts)}"
 
 

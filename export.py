@@ -127,8 +127,8 @@ def check(run: Run, ensemble: Ensemble, embed: Callable, test_images: np.ndarray
         bar = progress_bar(pieces, "embedding the test images", len(pieces), f" x {NUM_CHECKED} images")
         rows = torch.from_numpy(np.concatenate([embed(np.array(test_images[start:stop])) for start, stop in bar]))
         for name, members in (("R@1", [rows]), ("R@1 of the run", run.embeddings(ensemble.embedding, rows.device))):
-            found[name] = round(recall_percent(members, run.split, [1])[-1].item(), 4)
-        num_apart = abs(found["R@1"] - found["R@1 of the run"]) / 100 * int(run.split.is_query.sum())
+            found[name] = round(recall_percent(members, run.test, [1])[-1].item(), 4)
+        num_apart = abs(found["R@1"] - found["R@1 of the run"]) / 100 * run.test.is_query.sum()
         if round(num_apart) > MAX_QUERIES_APART:
             raise RunError(f"R@1 is {found['R@1']}, that of the run {found['R@1 of the run']}; nothing is exported")
     print(f"compared with PyTorch: {', '.join(f'{name} {value}' for name, value in found.items())}")

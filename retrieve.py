@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from dreml.cli import MANY, InputError, Parser, check_ranges, run_main
-from dreml.confusions import confident_errors, first_neighbour_table
+from dreml.confusions import confident_errors
 from dreml.figures import MAX_ROWS, check_matplotlib, draw_neighbours
 from dreml.files import atomic_open, writable, write_csv
 from dreml.runs import SUFFIXES
@@ -71,10 +71,9 @@ def run(args: argparse.Namespace) -> None:
     # 2. The neighbours
     queries = args.query or []
     if args.worst:
-        table = first_neighbour_table([searcher.saved], searcher.run.test)
-        errors = confident_errors(table)
+        errors = confident_errors(searcher.test_queries)
         queries = errors.row[: args.worst].tolist()
-        number = table.counted.sum()
+        number = searcher.test_queries.counted.sum()
         print(f"wrong first neighbours: {len(errors):,} of {number:,} test queries; listed: {len(queries):,}")
     problems: list[str] = []
     answers = searcher.find_many(queries, args.top, args.far, args.threshold, problems)

@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -35,10 +36,10 @@ from dreml.checkpoint import SECONDS_BETWEEN_WRITES, Progress, remove_progress
 from dreml.cli import InputError, RunError
 from dreml.files import remove_leftovers, writable
 from dreml.optimizers import learning_rate, make_optimizer, with_rates
-from dreml.runs import WEIGHTS, MemberRecord, Members, TestSplit, member_path, read_run_record, run_lock
+from dreml.runs import WEIGHTS, MemberRecord, Members, member_path, read_run_record, run_lock
 from dreml.settings import ALL_CLASSES, EMBEDDINGS, Settings, add_settings, settings_of
 from model import Compute, TrainState, channel_statistics, extract_features, initial_model, load_member, pick_precision
-from utils import capped_images, meta_class_partition, rng_for, unmatched_queries
+from utils import capped_images, meta_class_partition, rng_for
 
 MAX_IMAGES_PER_CLASS = 300  # docs/METHOD.md, step 5: a larger class is cut to a random 300 for each member
 SECONDS_BETWEEN_READINGS = 2  # of the loss, for the progress bar; each reading waits for the device
@@ -301,8 +302,7 @@ def run(args: argparse.Namespace) -> None:
     cache = read_cache(args.data_path, settings.data_name, settings.image_spec)
     if settings.meta_class_size == ALL_CLASSES:
         settings = replace(settings, meta_class_size=cache.counts["train"][0])
-    split = TestSplit.from_arrays(*(cache.array(f"test_{name}") for name in TestSplit._fields))
-    check_counts(settings, args.recalls, cache, split)
+    check_counts(settings, args.recalls, cache)
     device = cli.pick_device(args.device)
     cli.set_up_device(device, args.deterministic, args.threads)
     here = cli.environment(device) | {"deterministic": args.deterministic}
@@ -326,20 +326,21 @@ def run(args: argparse.Namespace) -> None:
         weights = read_weights(settings.backbone, args.weights) if untrained else None
         if missing:  # then pixels are read
             verify_cache(cache)
+        test = cache.test_table()
         with writable(args.results_path, "--results_path"):
-            runs.write_run_record(members, record, cache)
+            runs.write_run_record(members, record, test)
     finished = args.ensemble_size - len(members.missing(whole))
     where = f"device {here['device']}, {settings.precision}"
     print(f"{folder}: {finished} of {cli.counted(args.ensemble_size, 'member')} finished; {where}")
-    print_exceptions(cache, split, training=bool(untrained))
+    print_exceptions(cache, test, training=bool(untrained))
 
     # 3. The missing members, one after the other; other processes may train other members at the same time
     compute = Compute(device, settings.precision)
     experiment = Experiment(cache, settings, weights, compute, here, args.progress_seconds, len(untrained))
     if members.records:
-        runs.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
-    if len(split.labels):
-        update_baseline(folder, record, args.weights, cache, split, args.recalls, device)
+        runs.update_logs(members, args.ensemble_size, test, args.recalls, "logits", device)
+    if len(test):
+        update_baseline(folder, record, args.weights, cache, test, args.recalls, device)
     while (locked := members.lock_next_missing(wanted)) is not None:
         member, lock = locked
         start = time.perf_counter()
@@ -348,27 +349,27 @@ def run(args: argparse.Namespace) -> None:
             made = make_member(experiment, members, member, title)
         best = f"training accuracy {made.history[made.best_epoch]['accuracy']:.2f} % in epoch {made.best_epoch}"
         print(f"{title}: {best}, {time.perf_counter() - start:.1f} s")
-        runs.update_logs(members, args.ensemble_size, split, args.recalls, "logits", device)
+        runs.update_logs(members, args.ensemble_size, test, args.recalls, "logits", device)
         if member not in members.records:
             raise RunError(f"member {member} was finished, but its files read back otherwise: is the disk sound?")
         if member in untrained:
             experiment = replace(experiment, num_ahead=0)
 
     # 4. The final recall: the last process to finish computes it
-    table, embeddings = runs.update_logs(members, args.ensemble_size, split, args.recalls, args.embedding, device)
+    table, embeddings = runs.update_logs(members, args.ensemble_size, test, args.recalls, args.embedding, device)
     absent = members.missing(whole)
     if absent:
         numbers = ", ".join(map(str, absent))
         print(f"still missing: member {numbers}; the process that finishes the last one scores")
         return
-    if not len(split.labels):
+    if not len(test):
         print(f"{cli.counted(len(embeddings), 'member')} finished in {folder}; there are no test images, so no recall")
         return
-    alone = [runs.recall_percent([embedding], split, args.recalls[:1]).item() for embedding in embeddings]
-    final = table.tail(1).assign(**map_percent(embeddings, split))
+    alone = [runs.recall_percent([embedding], test, args.recalls[:1]).item() for embedding in embeddings]
+    final = table.tail(1).assign(**map_percent(embeddings, test))
     print_baseline(record, final, args.embedding)
     if missing:  # only after training: it reads all test images
-        print_near_copies(embeddings, split, cache.array("test_images"))
+        print_near_copies(embeddings, test, cache.array("test_images"))
     print("\n" + table.assign(alone=alone).round(2).to_string(index=False))
     print(f"(alone: {table.columns[1]} of the last member of the row by itself)")
     scores = ", ".join(f"{name} {value:.2f}" for name, value in final.iloc[0, 1:].items())
@@ -377,21 +378,21 @@ def run(args: argparse.Namespace) -> None:
     print(f"{size}: {scores} ({dimensions:,} numbers an image) in {folder}/recall{runs.SUFFIXES[args.embedding]}.csv")
 
 
-def check_counts(settings: Settings, ks: list[int], cache: Cache, split: TestSplit) -> None:
+def check_counts(settings: Settings, ks: list[int], cache: Cache) -> None:
     """Raise InputError if the data set is too small for --meta_class_size or --recalls."""
     num_classes, _ = cache.counts["train"]
-    num_gallery = int(split.is_gallery.sum())
+    num_gallery = cache.array("test_is_gallery").sum()
     size = settings.meta_class_size
     if num_classes < 2:
         raise InputError(f"{settings.data_name} has one training class: telling classes apart needs two")
     if not 2 <= size <= num_classes:
         limits = f"2..{num_classes} (training classes), or all: each its own"
         raise InputError(f"--meta_class_size {size} has to be in {limits}")
-    if len(split.labels) and max(ks) >= num_gallery:
+    if cache.counts["test"][1] and max(ks) >= num_gallery:
         raise InputError(f"--recalls: {max(ks)} is not below the number of gallery images, {num_gallery}")
 
 
-def print_exceptions(cache: Cache, split: TestSplit, training: bool) -> None:
+def print_exceptions(cache: Cache, test: pd.DataFrame, training: bool) -> None:
     """Print which images do not take part: new ones, in large classes, outside the gallery, alone in their class."""
     warn_of_changes(cache)
     class_sizes = np.bincount(cache.array("train_labels"))
@@ -399,11 +400,12 @@ def print_exceptions(cache: Cache, split: TestSplit, training: bool) -> None:
     if training and left_out:
         text = f"each member trains on a random {MAX_IMAGES_PER_CLASS} images of each larger class"
         print(f"{text}, and leaves out {left_out:,} of {class_sizes.sum():,} images")
-    if not len(split.labels):
+    if not len(test):
         print("no test images: all classes are trained on, and there will be no recall")
-    if not (split.is_query & split.is_gallery).all():
-        print(f"{int(split.is_query.sum()):,} queries against a gallery of {int(split.is_gallery.sum()):,} images")
-    unmatched = int(unmatched_queries(*split).sum())
+    if not (test.is_query & test.is_gallery).all():
+        print(f"{test.is_query.sum():,} queries against a gallery of {test.is_gallery.sum():,} images")
+    num_in_gallery = test.is_gallery.groupby(test.label).transform("sum")
+    unmatched = (test.is_query & (num_in_gallery == test.is_gallery)).sum()  # none, or only the query itself
     if unmatched:
         print(f"queries without another image of their class in the gallery: {unmatched:,}; they count as misses")
 

@@ -67,7 +67,7 @@ def recall_at_k(
     The similarity of two images is the sum of the first l members' cosines. The rank of a query is the number of images
     of *other* classes whose similarity is at least the best own-class similarity minus 1e-6 * l; the query itself is
     excluded by index. A query is a hit at K if its rank is below K. So ties count against the query: a constant
-    embedding scores 0, not 1. A query is a miss if its class has no other gallery image (see `unmatched_queries`).
+    embedding scores 0, not 1. A query is a miss if its class has no other gallery image.
 
     Args:
         embeddings: one `(N, d)` tensor, or a sequence of L tensors `(N, d_l)`, one for each member, of any float dtype
@@ -101,13 +101,6 @@ def similarity_memory(device: torch.device) -> int:
     return (torch.cuda.mem_get_info(device)[0] + kept_by_pytorch) // 4
 
 
-def unmatched_queries(labels: torch.Tensor, is_query: torch.Tensor, is_gallery: torch.Tensor) -> torch.Tensor:
-    """Find the queries whose class has no other image in the gallery, `(N,) bool`. They are misses in Recall@K."""
-    names, class_of = torch.unique(labels, return_inverse=True)
-    in_gallery = torch.bincount(class_of[is_gallery], minlength=len(names))[class_of]
-    return is_query & (in_gallery == is_gallery)  # the class has no gallery image, or only the query itself
-
-
 def _best_own_similarities(pairs: "_Pairs") -> torch.Tensor:
     """Best similarity of each query to another image of its class, `(L, queries) float32`; -inf if there is none."""
     best = torch.full((pairs.num_members, pairs.num_queries), -torch.inf, device=pairs.device)
@@ -124,41 +117,33 @@ def _best_own_similarities(pairs: "_Pairs") -> torch.Tensor:
 
 
 def _count_others_above(pairs: "_Pairs", thresholds: torch.Tensor) -> torch.Tensor:
-    """Count the images of other classes that reach each query's threshold, `(L, queries) int32`."""
+    """Count the images of other classes that reach each query's threshold, `(L, queries) int32`, block by block.
+
+    If queries and gallery are the same images, each block of the symmetric matrix is computed once: its columns count
+    as queries, too, from gallery image max(stop, left) on.
+    """
     ranks = torch.zeros((pairs.num_members, pairs.num_queries), dtype=torch.int32, device=pairs.device)
     reached = torch.empty(0, device=pairs.device)
-    for index, (start, stop), (left, right), sums in _other_class_sums(pairs):
-        if reached.shape != sums.shape:
-            reached = torch.empty_like(sums)
-        # Write 0.0 and 1.0, not bool: summing floats took a twentieth of the time on the CPU.
-        torch.ge(sums, thresholds[index, start:stop, None], out=reached)
-        ranks[index, start:stop] += reached.sum(1).int()
-        rest = max(stop, left)
-        if pairs.symmetric and rest < right:
-            torch.ge(sums, thresholds[index, left:right], out=reached)
-            ranks[index, rest:right] += reached[:, rest - left :].sum(0).int()
-    return ranks
-
-
-def _other_class_sums(pairs: "_Pairs") -> Iterator[tuple[int, tuple[int, int], tuple[int, int], torch.Tensor]]:
-    """Yield the similarities of queries to images of other classes, block by block.
-
-    Yields (index of a member, (start, stop) of the queries, (left, right) of the gallery images, sums). The sums
-    `(stop - start, right - left) float32` are the cosines summed over the members up to this index; -inf for a pair of
-    one class. If queries and gallery are the same images, each block of the symmetric matrix is computed once. The
-    caller then also has to use its columns from gallery image max(stop, left) on as queries.
-    """
     width = 4 * pairs.block
     for start in range(0, pairs.num_queries, pairs.block):
         stop = min(start + pairs.block, pairs.num_queries)
         for left in range(start if pairs.symmetric else 0, pairs.num_gallery, width):
             right = min(left + width, pairs.num_gallery)
+            rest = max(stop, left)
             sums = torch.zeros((stop - start, right - left), device=pairs.device)
             if left < pairs.last[stop - 1] and right > pairs.first[start]:  # else the block has no pair of one class
                 sums.masked_fill_(pairs.same_class(start, stop, left, right), -torch.inf)
+            if reached.shape != sums.shape:
+                reached = torch.empty_like(sums)
             for index in range(pairs.num_members):
                 pairs.add_cosines(sums, index, start, left)
-                yield index, (start, stop), (left, right), sums
+                # Write 0.0 and 1.0, not bool: summing floats took a twentieth of the time on the CPU.
+                torch.ge(sums, thresholds[index, start:stop, None], out=reached)
+                ranks[index, start:stop] += reached.sum(1).int()
+                if pairs.symmetric and rest < right:
+                    torch.ge(sums, thresholds[index, left:right], out=reached)
+                    ranks[index, rest:right] += reached[:, rest - left :].sum(0).int()
+    return ranks
 
 
 # ------------------------------------------------------------------------------------------------ mAP@R
@@ -225,61 +210,43 @@ def _precisions(own: torch.Tensor, others: torch.Tensor, num_own: torch.Tensor, 
 
 
 @torch.inference_mode()
-def best_similarities(
+def nearest_images(
     embeddings: torch.Tensor | Sequence[torch.Tensor], labels: torch.Tensor, **options: torch.Tensor | int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Similarity of each query to the nearest image of another class, and of its own, for every ensemble size.
+) -> dict[str, torch.Tensor]:
+    """Find the nearest image of each query, of its own class and of others, in the ensemble of all members.
 
-    The similarity is the mean of the members' cosines. Arguments, options, errors and memory are those of
-    `recall_at_k`.
+    The similarity is the mean of the members' cosines. As in Recall@1, ties count against the query: the first
+    neighbour is of its class if that similarity is more than 1e-6 above the other. Arguments, options and errors are
+    those of `recall_at_k`; blocks hold whole rows of the similarity matrix, at least 16.
 
-    Returns (other class, own class), each `(L, queries) float32` on the CPU, in [-1, 1], queries in row order. Row l-1
-    is the ensemble of the first l members. -inf if there is no such image; the query itself does not count.
-    """
-    pairs = _pairs_by_class(embeddings, labels, **options)
-    others = torch.full((pairs.num_members, pairs.num_queries), -torch.inf, device=pairs.device)
-    with full_float32(pairs.device.type):
-        own = _best_own_similarities(pairs)
-        for index, (start, stop), (left, right), sums in _other_class_sums(pairs):
-            others[index, start:stop] = torch.maximum(others[index, start:stop], sums.amax(1))
-            rest = max(stop, left)
-            if pairs.symmetric and rest < right:
-                others[index, rest:right] = torch.maximum(others[index, rest:right], sums[:, rest - left :].amax(0))
-    sizes = torch.arange(1, pairs.num_members + 1)[:, None]
-    by_row = torch.argsort(pairs.queries.order.cpu())
-    return others.cpu()[:, by_row] / sizes, own.cpu()[:, by_row] / sizes
-
-
-@torch.inference_mode()
-def first_neighbours(
-    embeddings: torch.Tensor | Sequence[torch.Tensor], labels: torch.Tensor, **options: torch.Tensor | int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the nearest neighbour of each query, in the ensemble of all members: its row and its similarity.
-
-    As in Recall@1, ties count against the query: own-class similarities are lowered by 1e-6 per member. So the share of
-    queries whose neighbour has their class is the Recall@1. Arguments, options and errors are those of `recall_at_k`.
-
-    Returns (rows `(queries,) int64`, means of the members' cosines `(queries,) float32`) on the CPU, queries in row
-    order. The row is -1 for a query that is the only image of the gallery.
+    Returns tensors `(queries,)` on the CPU, queries in row order: "own" and "other", the similarities to the nearest
+    image of the query's class and of another one, float32, -inf if there is none; "neighbour", the row of the first
+    neighbour, int64, -1 if there is none; "right", whether it is of the query's class.
     """
     pairs = _pairs_by_class(embeddings, labels, **options, floats_of_a_row=4 * len(labels))
-    tolerance = TIE_TOLERANCE * pairs.num_members
-    best = torch.empty(pairs.num_queries, device=pairs.device)
-    places = torch.empty(pairs.num_queries, dtype=torch.int64, device=pairs.device)
+    best = torch.full((2, pairs.num_queries), -torch.inf, device=pairs.device)
+    places = torch.zeros((2, pairs.num_queries), dtype=torch.int64, device=pairs.device)
     with full_float32(pairs.device.type):
         for start in range(0, pairs.num_queries, pairs.block):
             stop = min(start + pairs.block, pairs.num_queries)
             sums = torch.zeros((stop - start, pairs.num_gallery), device=pairs.device)
             for index in range(pairs.num_members):
                 pairs.add_cosines(sums, index, start, 0)
-            sums -= tolerance * pairs.same_class(start, stop, 0, pairs.num_gallery)
-            sums.masked_fill_(pairs.queries.order[start:stop, None] == pairs.gallery.order, -torch.inf)
-            best[start:stop], places[start:stop] = sums.max(1)
-    is_right = pairs.gallery.labels[places] == pairs.queries.labels
-    similarities = (best + tolerance * is_right) / pairs.num_members
-    rows = torch.where(best.isneginf(), -1, pairs.gallery.order[places])
+            left, right = pairs.first[start], pairs.last[stop - 1]  # outside this range, all classes are others
+            band = sums[:, left:right]
+            if left < right:
+                own = band.masked_fill(~pairs.own(start, stop, left, right), -torch.inf)
+                best[0, start:stop], places[0, start:stop] = own.max(1)
+                places[0, start:stop] += left
+            band.masked_fill_(pairs.same_class(start, stop, left, right), -torch.inf)
+            best[1, start:stop], places[1, start:stop] = sums.max(1)
+    is_right = best[0] - TIE_TOLERANCE * pairs.num_members > best[1]
+    rows = pairs.gallery.order[torch.where(is_right, places[0], places[1])]
+    rows[best.amax(0).isneginf()] = -1
+    own, other = best / pairs.num_members
     by_row = torch.argsort(pairs.queries.order)
-    return rows[by_row].cpu(), similarities[by_row].cpu()
+    found = {"own": own, "other": other, "neighbour": rows, "right": is_right}
+    return {name: values[by_row].cpu() for name, values in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------ images by class

@@ -23,7 +23,7 @@ from dreml.batches import Targets, epoch_batches, prepare
 from dreml.cache import Cache, read_cache
 from dreml.cli import DEVICE_HELP, InputError, Parser, pick_device, run_main, set_up_device
 from dreml.optimizers import learning_rate, make_optimizer
-from dreml.runs import TestSplit
+from dreml.runs import scored
 from dreml.settings import Settings, add_settings, settings_of
 from utils import map_at_r, recall_at_k, rng_for
 
@@ -104,11 +104,10 @@ def run(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     statistics = model.channel_statistics(cache.meta, device)
     rows = model.extract_features(network, cache.array("test_images"), statistics, 256)["pooled"]
-    split = TestSplit.from_arrays(*(cache.array(f"test_{name}") for name in TestSplit._fields))
-    masks = {"is_query": split.is_query, "is_gallery": split.is_gallery}
-    recall = recall_at_k(rows, split.labels, [1], **masks).item()
-    precision_at_r, _ = map_at_r(rows, split.labels, **masks)
-    print(f"R@1 {100 * recall:.2f}, mAP@R {100 * precision_at_r.item():.2f}, {seconds:.0f} s of training")
+    test = cache.test_table()
+    recall = 100 * scored(recall_at_k, [rows], test, ks=[1]).item()
+    precision = 100 * scored(map_at_r, [rows], test)[0].item()
+    print(f"R@1 {recall:.2f}, mAP@R {precision:.2f}, {seconds:.0f} s of training")
 
 
 def main(argv: list[str] | None = None) -> int:

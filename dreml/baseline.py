@@ -10,11 +10,12 @@ import torch
 from dreml.backbones import own_scaling, read_weights
 from dreml.cache import Cache
 from dreml.cli import InputError
+from dreml.confusions import first_neighbour_table
 from dreml.files import write_csv, write_record
-from dreml.runs import RunRecord, TestSplit, read_run_record, recall_percent, run_lock, scored
+from dreml.runs import RunRecord, read_run_record, recall_percent, run_lock, scored
 from dreml.settings import Settings
 from model import channel_statistics, extract_features, initial_model, unit_rows
-from utils import first_neighbours, map_at_r
+from utils import map_at_r
 
 LEVELS = 6  # of each of the three channels: 216 colours
 LARGEST_MAP = 20_000  # test images; mAP@R of more takes minutes on a CPU, so only evaluate.py computes it
@@ -50,7 +51,7 @@ def initial_features(settings: Settings, weights: str, cache: Cache, device: tor
 
 
 def update_baseline(
-    folder: Path, record: RunRecord, weights: str, cache: Cache, split: TestSplit, ks: list[int], device: torch.device
+    folder: Path, record: RunRecord, weights: str, cache: Cache, test: pd.DataFrame, ks: list[int], device: torch.device
 ) -> None:
     """Compute and print a run's baselines, unless its record has them for these K. Write them into it, and as CSV.
 
@@ -69,8 +70,8 @@ def update_baseline(
         features["colour histogram"] = colour_histograms(cache.array("test_images")).to(device)
         rows = []
         for name, vectors in features.items():
-            recalls = dict(zip(wanted, recall_percent([vectors], split, ks)[0].tolist(), strict=True))
-            rows.append({"baseline": name, **recalls, **map_percent([vectors], split), "dimensions": vectors.shape[1]})
+            recalls = dict(zip(wanted, recall_percent([vectors], test, ks)[0].tolist(), strict=True))
+            rows.append({"baseline": name, **recalls, **map_percent([vectors], test), "dimensions": vectors.shape[1]})
         table = pd.DataFrame(rows).round(4)
         print_scores(table, [*wanted, "mAP@R"])
         record.baseline = table.to_dict("records")
@@ -83,11 +84,11 @@ def update_baseline(
         write_csv(folder / "baseline.csv", csv, float_format="%.4f")
 
 
-def map_percent(embeddings: list[torch.Tensor], split: TestSplit) -> dict[str, float]:
+def map_percent(embeddings: list[torch.Tensor], test: pd.DataFrame) -> dict[str, float]:
     """Return {"mAP@R": percent} of the whole ensemble; {} if there are too many images or more than 1 GiB."""
-    if len(split.labels) > LARGEST_MAP or sum(rows.numel() for rows in embeddings) > 2**28:
+    if len(test) > LARGEST_MAP or sum(rows.numel() for rows in embeddings) > 2**28:
         return {}
-    return {"mAP@R": 100 * scored(map_at_r, [unit_rows(embeddings)], split)[0].item()}
+    return {"mAP@R": 100 * scored(map_at_r, [unit_rows(embeddings)], test)[0].item()}
 
 
 def print_scores(table: pd.DataFrame, names: list[str]) -> None:
@@ -118,13 +119,13 @@ def print_baseline(record: RunRecord, ensembles: pd.DataFrame, embedding: str) -
         print(f"training has not helped: before it, {ahead}; try {', then '.join(remedies)}")
 
 
-def print_near_copies(embeddings: list[torch.Tensor], split: TestSplit, images: np.ndarray) -> None:
+def print_near_copies(embeddings: list[torch.Tensor], test: pd.DataFrame, images: np.ndarray) -> None:
     """If many queries have a near copy, print their share. A near copy has nearly the same embedding and colours."""
-    if len(split.labels) > LARGEST_MAP:
+    if len(test) > LARGEST_MAP:
         return
-    rows, similarities = scored(first_neighbours, embeddings, split)
-    colours = torch.nn.functional.normalize(colour_histograms(images))
-    same_colours = (colours[split.is_query] * colours[rows]).sum(1) > NEAR
-    share = 100 * (same_colours & (similarities > NEAR)).float().mean()
+    queries = first_neighbour_table(embeddings, test)
+    colours = torch.nn.functional.normalize(colour_histograms(images)).numpy()
+    same_colours = (colours[queries.row] * colours[queries.neighbour]).sum(1) > NEAR
+    share = 100 * (same_colours & (queries.similarity > NEAR)).mean()
     if share >= MANY_COPIES:
         print(f"{share:.0f} % of the queries have a near copy among the test images: it raises R@1 more than mAP@R")

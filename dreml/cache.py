@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from dreml.cli import InputError, one_line
 from dreml.files import crc32, read_record, sha256
@@ -68,6 +69,14 @@ class Cache:
     def paths(self, split: str) -> list[str]:
         """The paths of the images of a split, relative to data/NAME."""
         return [path.decode() for path in self.array(f"{split}_paths").tolist()]
+
+    def test_table(self) -> pd.DataFrame:
+        """The test images, `runs.TEST_COLUMNS`."""
+        labels = np.array(self.array("test_labels"))
+        class_names = np.array(self.meta.test["classes"], dtype=object)[labels]
+        columns = {"path": self.paths("test"), "label": labels}
+        columns |= {name: np.array(self.array(f"test_{name}")) for name in ("is_query", "is_gallery")}
+        return pd.DataFrame(columns | {"class_name": class_names})
 
     def train_crops(self, indices: np.ndarray, corners: np.ndarray, sides: np.ndarray, out: np.ndarray) -> None:
         """Cut one square window out of each of B training images.

@@ -1,31 +1,27 @@
 """What each test query finds first: the errors, the Recall@1 of each class, and which classes are taken for which."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 import torch
 
-from dreml.runs import TestSplit, scored
-from utils import first_neighbours, unmatched_queries
+from dreml.runs import scored
+from utils import nearest_images
 
 
-def first_neighbour_table(members: Sequence[torch.Tensor], test: pd.DataFrame) -> pd.DataFrame:
-    """The queries of a test split and their first neighbours, in the ensemble of all members `(M, d)`.
+def first_neighbour_table(members: list[torch.Tensor], test: pd.DataFrame) -> pd.DataFrame:
+    """The queries of a test split and their nearest images, in the ensemble of all members `(M, d)`.
 
-    `test` is test.csv. Columns: row and neighbour (rows of `test`), similarity, class_name, neighbour_class, counted:
-    whether another image of the query's class is in the gallery; and right. Queries that do not count are not right.
+    `test` is test.csv. Columns: those of `nearest_images`; row (of the query in `test`), class_name, neighbour_class,
+    similarity (to the first neighbour); and counted: whether another image of the query's class is in the gallery.
     """
-    split = TestSplit.from_arrays(test.label, test.is_query, test.is_gallery)
-    neighbours, similarities = scored(first_neighbours, members, split)
-    table = pd.DataFrame({"row": np.flatnonzero(test.is_query), "neighbour": neighbours.numpy()})
-    table["similarity"] = similarities.numpy()
+    found = scored(nearest_images, members, test)
+    table = pd.DataFrame({name: values.numpy() for name, values in found.items()})
+    table["row"] = np.flatnonzero(test.is_query)
     names = test.class_name.to_numpy()
     table["class_name"] = names[table.row]
     table["neighbour_class"] = names[table.neighbour]
-    table["counted"] = ~unmatched_queries(*split)[split.is_query].numpy()
-    labels = test.label.to_numpy()
-    table["right"] = (labels[table.row] == labels[table.neighbour]) & table.counted
+    table["similarity"] = np.where(table.right, table.own, table.other)
+    table["counted"] = np.isfinite(table.own)
     return table
 
 

@@ -9,12 +9,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from dreml.cli import InputError
-from dreml.confusions import confident_errors, confusion_table, first_neighbour_table
+from dreml.confusions import confident_errors, confusion_table
 from dreml.figures import drawing, new_figure, thumbnail
-from dreml.runs import SUFFIXES, scored
+from dreml.runs import SUFFIXES
 from dreml.search import Item, Searcher
 from dreml.thresholds import FARS, threshold_at
-from utils import best_similarities
 
 SIDE = 150  # pixels of a thumbnail
 NUM_SHOWN = 24  # pairs of each kind
@@ -32,10 +31,7 @@ class Learned:
     def __init__(self, searcher: Searcher):
         self.searcher = searcher
         self.run = searcher.run
-        others, own = scored(best_similarities, [searcher.saved], self.run.split)
-        self.others = others[-1]  # (queries,), similarity to the nearest image of another class
-        self.own = own[-1]  # and of the own class
-        self.queries = first_neighbour_table([searcher.saved], self.run.test)
+        self.queries = searcher.test_queries
         self.errors = confident_errors(self.queries)
 
     def photo(self, image: Item | int) -> Image.Image:
@@ -86,10 +82,10 @@ class Learned:
         with drawing():
             figure = new_figure(7, 3.5, dpi=100)
             axes = figure.subplots()
-            for values, name in ((self.own, "its own class"), (self.others, "another class")):
-                axes.hist(values[torch.isfinite(values)].numpy(), 60, alpha=0.55, label=f"of {name}")
+            for values, name in ((self.queries.own, "its own class"), (self.queries.other, "another class")):
+                axes.hist(values[np.isfinite(values)], 60, alpha=0.55, label=f"of {name}")
             for far, line in zip(FARS, (":", "--", "-"), strict=True):
-                threshold = threshold_at(self.others, far)
+                threshold = threshold_at(self.queries, far)
                 if threshold is not None:
                     axes.axvline(threshold, color="black", linestyle=line, label=f"threshold at {100 * far:g} %")
             axes.set(xlabel="similarity", ylabel="queries", title="Similarity of each query to the nearest image")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -204,19 +204,6 @@ def load_embeddings(folder: Path, num_members: int, embedding: str, device: torc
 # ------------------------------------------------------------------------------------------------ reading a run
 
 
-class TestSplit(NamedTuple):
-    """The classes of the test images, and which are queries and which gallery images, `(M,)` each."""
-
-    labels: torch.Tensor  # int64
-    is_query: torch.Tensor  # bool
-    is_gallery: torch.Tensor  # bool
-
-    @classmethod
-    def from_arrays(cls, labels: np.ndarray, is_query: np.ndarray, is_gallery: np.ndarray) -> "TestSplit":
-        """Make it from copies of the arrays, which may be memory maps."""
-        return cls(*(torch.from_numpy(np.array(array)) for array in (labels, is_query, is_gallery)))
-
-
 @dataclass
 class Run:
     """An opened run folder: its record, its first finished members and its test images."""
@@ -233,10 +220,6 @@ class Run:
     @property
     def settings(self) -> Settings:
         return self.record.settings
-
-    @property
-    def split(self) -> TestSplit:
-        return TestSplit.from_arrays(self.test.label, self.test.is_query, self.test.is_gallery)
 
     @property
     def name(self) -> str:
@@ -356,7 +339,7 @@ def open_members(folder: Path, earlier: RunRecord | None, record: RunRecord) -> 
     return members
 
 
-def write_run_record(members: Members, record: RunRecord, cache: Cache) -> None:
+def write_run_record(members: Members, record: RunRecord, test: pd.DataFrame) -> None:
     """Write `args.json` and `test.csv`, and remove temporary files of killed processes."""
     folder = members.folder
     folder.mkdir(exist_ok=True)
@@ -365,10 +348,7 @@ def write_run_record(members: Members, record: RunRecord, cache: Cache) -> None:
     for member in members.records:
         remove_progress(folder, member)
     write_record(folder / "args.json", record)
-    columns = {name: np.asarray(cache.array(f"test_{name}")) for name in ("labels", "is_query", "is_gallery")}
-    class_names = np.array(cache.meta.test["classes"], dtype=object)[columns["labels"]]
-    table = pd.DataFrame({"path": cache.paths("test"), **columns, "class_name": class_names})
-    write_csv(folder / "test.csv", table, header=list(TEST_COLUMNS))
+    write_csv(folder / "test.csv", test)
 
 
 def save_member(
@@ -396,7 +376,7 @@ def save_weights(path: Path, model: nn.Module, metadata: dict) -> None:
 
 
 def update_logs(
-    members: Members, num_members: int, split: TestSplit, ks: list[int], embedding: str, device: torch.device
+    members: Members, num_members: int, test: pd.DataFrame, ks: list[int], embedding: str, device: torch.device
 ) -> tuple[pd.DataFrame, list[torch.Tensor]]:
     """Write the logs of all finished members, one process at a time.
 
@@ -406,8 +386,8 @@ def update_logs(
         members.refresh()
         # Not only the first `num_members`: a smaller ensemble must not shorten a log.
         embeddings = load_embeddings(members.folder, members.num_first(), embedding, device)
-        is_scored = embeddings and len(split.labels)
-        recalls = recall_percent(embeddings, split, ks) if is_scored else np.empty((0, len(ks)))
+        is_scored = embeddings and len(test)
+        recalls = recall_percent(embeddings, test, ks) if is_scored else np.empty((0, len(ks)))
         table = pd.DataFrame(recalls, columns=[f"R@{k}" for k in ks])
         table.insert(0, "ensemble_size", range(1, len(recalls) + 1))
         write_csv(members.folder / f"recall{SUFFIXES[embedding]}.csv", table, float_format="%.4f")
@@ -418,16 +398,17 @@ def update_logs(
     return table.head(num_members), embeddings[:num_members]
 
 
-def recall_percent(embeddings: list[torch.Tensor], split: TestSplit, ks: list[int]) -> np.ndarray:
+def recall_percent(embeddings: list[torch.Tensor], test: pd.DataFrame, ks: list[int]) -> np.ndarray:
     """Compute `recall_at_k` in percent, `(L, len(ks)) float64`."""
-    return 100 * scored(recall_at_k, embeddings, split, ks=ks).numpy()
+    return 100 * scored(recall_at_k, embeddings, test, ks=ks).numpy()
 
 
-def scored(metric: Callable[..., T], embeddings: list[torch.Tensor], split: TestSplit, **options: object) -> T:
-    """Call a metric of utils.py for the test split. If memory runs out, retry with less."""
-    masks = {"is_query": split.is_query, "is_gallery": split.is_gallery}
+def scored(metric: Callable[..., T], embeddings: list[torch.Tensor], test: pd.DataFrame, **options: object) -> T:
+    """Call a metric of utils.py for the test images (TEST_COLUMNS). If memory runs out, retry with less."""
+    columns = {name: torch.from_numpy(np.array(test[name])) for name in ("label", "is_query", "is_gallery")}
+    labels = columns.pop("label")
 
     def call(max_bytes: int) -> T:
-        return metric(embeddings, split.labels, **masks, max_bytes=max_bytes, **options)
+        return metric(embeddings, labels, **columns, max_bytes=max_bytes, **options)
 
     return with_less_memory(call, similarity_memory(embeddings[0].device))

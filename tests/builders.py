@@ -343,6 +343,12 @@ def write_run(
     return folder
 
 
+def table_of(labels: np.ndarray, is_query: np.ndarray | bool = True, is_gallery: np.ndarray | bool = True):
+    """Test images of these classes, without paths."""
+    columns = {"label": labels, "is_query": is_query, "is_gallery": is_gallery}
+    return pd.DataFrame(columns | {"class_name": labels.astype(str)})
+
+
 def write_colored_run(folder: Path, like: Path, member_embeddings: list[np.ndarray], *arguments, **options) -> Path:
     """As `write_run`, at `folder`/run, and the test images, each of one of IMAGE_COLORS, in `folder`/data/colors."""
     run = write_run(folder / "run", like, member_embeddings, *arguments, data_name="colors", **options)

@@ -20,12 +20,10 @@ from dreml import batches, cache_writer
 from dreml.cache import Cache, read_cache
 from dreml.demo import draw_demo
 from dreml.images import ImageSpec
-from dreml.runs import TestSplit
 from dreml.settings import Settings, settings_of
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 torch.set_num_threads(1)  # the suite runs in several processes; and the same bits everywhere
-TestSplit.__test__ = False  # it is no test
 
 
 @pytest.fixture(scope="session")

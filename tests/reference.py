@@ -63,18 +63,17 @@ def slow_best_similarities(
     parts: list[np.ndarray], labels: np.ndarray, is_query: np.ndarray, is_gallery: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each query's best mean cosine to an image of another class, and to another image of its own; -inf if none."""
-    sizes, similarity = [], np.zeros((len(labels), len(labels)))
-    for size, part in enumerate(parts, 1):
+    similarity = np.zeros((len(labels), len(labels)))
+    for part in parts:
         lengths = np.linalg.norm(part.astype(np.float64), axis=1, keepdims=True)
         unit = part / np.where(lengths > 0, lengths, 1)
-        similarity += unit @ unit.T
-        pairs = []
-        for query in np.flatnonzero(is_query):
-            gallery = [i for i in np.flatnonzero(is_gallery) if i != query]
-            values = [(labels[i] == labels[query], similarity[query, i] / size) for i in gallery]
-            pairs.append([max((value for own, value in values if own == wanted), default=-np.inf) for wanted in (0, 1)])
-        sizes.append(pairs)
-    return tuple(np.moveaxis(np.array(sizes), 2, 0))
+        similarity += unit @ unit.T / len(parts)
+    pairs = []
+    for query in np.flatnonzero(is_query):
+        gallery = [i for i in np.flatnonzero(is_gallery) if i != query]
+        values = [(labels[i] == labels[query], similarity[query, i]) for i in gallery]
+        pairs.append([max((value for own, value in values if own == wanted), default=-np.inf) for wanted in (0, 1)])
+    return tuple(np.array(pairs).T)
 
 
 def mean_cosines(members: list[np.ndarray], others: list[np.ndarray] | None = None) -> np.ndarray:

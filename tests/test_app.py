@@ -165,7 +165,7 @@ def test_the_page_in_a_browser(site, tmp_path):
             page.fill(f"#{slider} input[type=number]", value)
             page.locator(f"#{slider} input[type=number]").blur()
             wait_for_grid(similarities(photo, 3))
-        threshold = thresholds.threshold_at(site.learned.others, 0.2)
+        threshold = thresholds.threshold_at(site.learned.queries, 0.2)
         playwright.expect(page.locator("#text")).to_contain_text(f"reach the threshold, {threshold:.3f}")
         neighbour = list(site.searcher.find(photo, top=3))[1]
         page.locator("#grid button.thumbnail-item").nth(1).click()

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import build_small_model, copy_run, digests, edit_record, only_folder, refused, train_tiny
+from builders import build_small_model, copy_run, digests, edit_record, only_folder, refused, table_of, train_tiny
 from reference import slow_map, slow_recall
 
 import data_utils
@@ -17,7 +17,7 @@ import train
 from dreml import baseline
 from dreml.baseline import colour_histograms, print_baseline
 from dreml.cli import InputError
-from dreml.runs import TestSplit, read_run_record
+from dreml.runs import read_run_record
 from model import channel_statistics, extract_features, initial_model, load_ensemble
 
 
@@ -173,8 +173,7 @@ def test_near_copies_are_counted(capsys, num_copies, said):
         rows[number + 1] = rows[number] + 0.01
     images[19] = images[18]
     rows[17] = rows[16]
-    split = TestSplit(torch.arange(20) // 2, torch.ones(20).bool(), torch.ones(20).bool())
-    baseline.print_near_copies([rows, 2 * rows], split, images)
+    baseline.print_near_copies([rows, 2 * rows], table_of(np.arange(20) // 2), images)
     line = f"{said} of the queries have a near copy among the test images: it raises R@1 more than mAP@R\n"
     assert capsys.readouterr().out == (line if said else "")
 

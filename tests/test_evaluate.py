@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from builders import CLASS_NAMES, LABELS, copy_run, random_embeddings, refused, write_run
 from PIL import Image
 from reference import slow_best_similarities, slow_map, slow_recall
@@ -109,15 +108,16 @@ def test_classes_and_confusions_by_hand(tiny_run, tmp_path):
 
 
 def test_thresholds_are_those_of_the_definition(tiny_run, tmp_path, capsys):
-    """A row for every ensemble size, of the similarities by the definition. Of too few queries, none is told."""
+    """Of the similarities by the definition. Of too few queries, none is told."""
     labels, members = np.arange(150) % 5 % 4, random_embeddings(3, 2, 150)
     masks = np.arange(150) % 3 > 0, np.arange(150) % 7 > 0
     folder = write_run(tmp_path / "run", tiny_run, members, labels, *masks)
     score(folder)
     table = pd.read_csv(folder / "thresholds.csv")
-    best = (torch.from_numpy(values) for values in slow_best_similarities(members, labels, *masks))
-    pd.testing.assert_frame_equal(table, threshold_table(*best, int(masks[1].sum())), atol=2e-6)
-    threshold, found = table.iloc[1][["threshold", "found"]]
+    other, own = slow_best_similarities(members, labels, *masks)
+    queries = pd.DataFrame({"own": own, "other": other, "right": other < own - 1e-6})
+    pd.testing.assert_frame_equal(table, threshold_table(queries, masks[1].sum()), atol=2e-6)
+    threshold, found = table.iloc[0][["threshold", "found"]]
     line = f"FAR 10 %: {threshold:.4f} (found {found:.2f} %); none for lower rates: 100 queries are too few"
     assert line in capsys.readouterr().out
 
@@ -125,7 +125,7 @@ def test_thresholds_are_those_of_the_definition(tiny_run, tmp_path, capsys):
 def test_a_test_split_that_is_too_small_has_no_threshold(tiny_run, tmp_path):
     folder = write_run(tmp_path / "run", tiny_run, random_embeddings(0))
     score(folder, "--recalls", "1")
-    assert (folder / "thresholds.csv").read_text() == "ensemble_size,far,threshold,found,queries,gallery\n"
+    assert (folder / "thresholds.csv").read_text() == "far,threshold,found,queries,gallery\n"
 
 
 def test_runs_are_compared_with_all_their_members_best_first(tiny_run, tmp_path, capsys):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from builders import build_small_model, edit_record, odd_images, random_image, refused
+from builders import build_small_model, edit_record, odd_images, random_image, refused, table_of
 from processes import ROOT
 from torch import nn
 
@@ -19,7 +19,7 @@ import export
 import model
 from dreml.cli import RunError
 from dreml.images import ImageSpec, read_pixels
-from dreml.runs import TestSplit, read_test
+from dreml.runs import read_test
 from model import Ensemble, build_model, head_of, load_ensemble
 
 pytest.importorskip("onnxscript")
@@ -136,8 +136,7 @@ def test_a_model_that_finds_other_neighbours_is_refused(capsys):
         for image, row in changes.items():
             rows[image] = torch.tensor(row)
         ensemble = Rows(rows)
-        split = TestSplit(labels, is_query, torch.ones(7, dtype=torch.bool))
-        run = SimpleNamespace(split=split, embeddings=lambda *_: [right])
+        run = SimpleNamespace(test=table_of(labels.numpy(), is_query.numpy()), embeddings=lambda *_: [right])
         found = export.check(run, ensemble, lambda batch: ensemble(torch.from_numpy(batch)).numpy(), images)
         assert found["R@1 of the run"] == 100
         return found["R@1"]

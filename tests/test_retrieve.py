@@ -166,26 +166,29 @@ def test_neighbours_below_a_threshold_are_not_found(drawn, tmp_path, capsys):
     assert out.count(": none of these\n") == 3 and "not found: nothing for 3 of 3 queries reaches 0.9900\n" in out
 
 
-def test_far_takes_the_threshold_that_evaluate_wrote(drawn, tmp_path, capsys, monkeypatch):
-    """Of this embedding and number of members, made by the very command that is named where it is missing."""
+def test_far_takes_the_threshold_that_evaluate_writes(drawn, tmp_path, capsys, monkeypatch):
+    """Of this embedding and number of members; also a rate that evaluate.py does not write."""
     monkeypatch.setattr(builders, "IMAGE_COLORS", np.full((200, 3), 9, np.uint8))
     members = {"": random_embeddings(0, 3, 200), "_pooled": random_embeddings(1, 3, 200)}
     arguments = drawn(members[""], np.arange(200) % 4, pooled=members["_pooled"])
-    queries = ["--query", *(f"test:{row}" for row in range(30)), "--top", "2", "--num_members", "2", "--no_picture"]
+    queries = ["--query", *(f"test:{row}" for row in range(30)), "--top", "2", "--no_picture", "--export"]
     for embedding, suffix in (("logits", ""), ("pooled", "_pooled")):
-        options = [*arguments, *queries, "--embedding", embedding, "--far", "0.1", "--export"]
-        message = refused(capsys, retrieve, *options)
-        command = re.search(r"missing or damaged .*; make it with: python evaluate\.py (.*)\n", message)
-        assert evaluate.main(shlex.split(command[1])) == 0
-        call(*options)
-        table = pd.read_csv(tmp_path / "run" / f"thresholds{suffix}.csv")
-        row = table[(table.ensemble_size == 2) & (table.far == 0.1)].iloc[0]
+        options = ["--num_members", "2", "--embedding", embedding]
+        assert evaluate.main([str(arguments[0]), *options]) == 0
+        call(*arguments, *queries, *options, "--far", "0.1")
+        assert "10 % reached it in 200 images" in capsys.readouterr().out
+        (row,) = pd.read_csv(tmp_path / "run" / f"thresholds{suffix}.csv").itertuples()
         found = pd.read_csv(tmp_path / "out" / f"neighbours{suffix}.csv")
-        assert found.found.tolist() == (found.similarity >= row.threshold).tolist() and len(set(found.found)) == 2
+        assert row.far == 0.1 and len(set(found.found)) == 2
+        assert found.found.tolist() == (found.similarity >= row.threshold).tolist()
         cosines = mean_cosines(members[suffix][:2])
         np.testing.assert_allclose(found.similarity[:2], np.sort(cosines[0])[::-1][1:3], atol=2e-6)
         assert np.load(tmp_path / "out" / f"embedding{suffix}.npy").shape == (200, 6)
-        assert "10 % reached it in 200 images" in capsys.readouterr().out
+        call(*arguments, *queries, *options, "--far", "0.2")
+        more = pd.read_csv(tmp_path / "out" / f"neighbours{suffix}.csv").found
+        assert more.sum() > found.found.sum() and more[found.found].all()
+    line = "far 0.01 takes 1,000 test queries, and there are 200; what would do: far 0.1, or a threshold of your own"
+    assert line in refused(capsys, retrieve, *arguments, *queries, "--far", "0.01")
 
 
 def test_worst_are_the_most_confident_errors(drawn, tmp_path, capsys):

@@ -14,14 +14,24 @@ import pandas as pd
 import pytest
 import safetensors
 import torch
-from builders import CLASS_NAMES, copy_run, digests, edit_record, flip_a_bit, random_embeddings, train_tiny, write_run
+from builders import (
+    CLASS_NAMES,
+    copy_run,
+    digests,
+    edit_record,
+    flip_a_bit,
+    random_embeddings,
+    table_of,
+    train_tiny,
+    write_run,
+)
 from torch import nn
 
 import train
 from dreml import files, runs
 from dreml.cli import InputError
 from dreml.files import json_sha256, read_record, take_lock, write_record
-from dreml.runs import WEIGHTS, MemberRecord, Members, Run, TestSplit, read_run, read_run_record
+from dreml.runs import WEIGHTS, MemberRecord, Members, Run, read_run, read_run_record
 from dreml.settings import Settings
 from model import load_ensemble
 
@@ -107,14 +117,13 @@ def test_one_process_at_a_time_writes_the_logs(small_run, tmp_path, monkeypatch)
     """Its lock lies outside, and is held from before the embeddings are read until the logs are written."""
     folder = copy_run(small_run, tmp_path / "run")
 
-    def recalls(embeddings, split, ks):
+    def recalls(embeddings, test, ks):
         assert take_lock(tmp_path / ".run.lock", timeout=0) is None
         return np.array([[7.0]])
 
     monkeypatch.setattr(runs, "recall_percent", recalls)
     members = members_of(folder)
-    split = TestSplit(torch.arange(36) // 6, torch.ones(36).bool(), torch.ones(36).bool())
-    runs.update_logs(members, 2, split, [1], "logits", CPU)
+    runs.update_logs(members, 2, table_of(np.arange(36) // 6), [1], "logits", CPU)
     assert (folder / "recall.csv").read_text() == "ensemble_size,R@1\n1,7.0000\n"
     assert (folder / "train.csv").read_text() == (small_run / "train.csv").read_text()
     with take_lock(tmp_path / ".run.lock", timeout=0):
@@ -371,9 +380,8 @@ def test_a_run_is_read_up_to_the_first_member_that_is_missing(tiny_run, tmp_path
     assert (run.folder, run.num_members, run.settings.lr) == (folder, 2, 0.5)
     assert run.settings == run.record.settings and [each.member for each in run.members] == [1, 2]
     assert run.test.class_name.tolist() == CLASS_NAMES[labels].tolist() and run.test.path[11] == "11.png"
-    for found, expected in zip(run.split, (labels, is_query, is_gallery), strict=True):
-        assert found.tolist() == expected.tolist()
-    assert [tensor.dtype for tensor in run.split] == [torch.int64, torch.bool, torch.bool]
+    for name, expected in (("label", labels), ("is_query", is_query), ("is_gallery", is_gallery)):
+        assert run.test[name].tolist() == expected.tolist()
     for (number, size), (name, rows) in itertools.product(((None, 2), (2, 2), (1, 1)), saved.items()):
         found = opened(folder, number, name).embeddings(name, CPU)
         assert len(found) == size

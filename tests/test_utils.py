@@ -1,6 +1,5 @@
 """The draws, the partition, the cut of large classes, and Recall@K and mAP@R against obvious implementations."""
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -11,15 +10,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import (
-    best_similarities,
     capped_images,
-    first_neighbours,
     map_at_r,
     meta_class_partition,
+    nearest_images,
     recall_at_k,
     rng_for,
     similarity_memory,
-    unmatched_queries,
 )
 
 
@@ -152,7 +149,6 @@ def test_all_scores_equal_their_definitions(seed):
     parts, classes, num_members = tensors(embeddings), torch.from_numpy(labels), len(embeddings)
     recall = slow_recall(embeddings, labels, KS, *masks)
     maps = slow_map(embeddings, labels, *masks)
-    best = slow_best_similarities(embeddings, labels, *masks)
     for max_bytes in MAX_BYTES:
         options = {"max_bytes": max_bytes} | (as_masks(*masks) if seed % 4 else {})
         result = recall_at_k(parts, classes, KS, **options)
@@ -161,35 +157,35 @@ def test_all_scores_equal_their_definitions(seed):
         for score, expected in zip(map_at_r(parts, classes, **options), maps, strict=True):
             assert score.dtype == torch.float64 and score.shape == (num_members,)
             np.testing.assert_allclose(score, expected, atol=1e-6)
-        for values, expected in zip(best_similarities(parts, classes, **options), best, strict=True):
-            assert values.dtype == torch.float32 and values.shape == (num_members, masks[0].sum())
-            np.testing.assert_allclose(values, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_first_neighbours_equal_the_definition(seed):
+def test_nearest_images_equal_the_definition(seed):
     """An image of another class that is as similar as the best of the own one comes first; never the query itself."""
     embeddings, labels, masks = random_case(seed)
-    others, own = (values[-1] for values in slow_best_similarities(embeddings, labels, *masks))
-    is_wrong = others >= own - 1e-6
-    expected = np.where(is_wrong, others, own)
+    other, own = slow_best_similarities(embeddings, labels, *masks)
+    is_right = other < own - 1e-6
+    expected = np.where(is_right, own, other)
     alone = np.isneginf(expected)
     units = [part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-9) for part in embeddings]
     cosines = sum(unit.astype(float) @ unit.T for unit in units) / len(units)
     queries = np.flatnonzero(masks[0])
     for max_bytes in MAX_BYTES:
         options = {**as_masks(*masks), "max_bytes": max_bytes}
-        rows, similarities = first_neighbours(tensors(embeddings), torch.from_numpy(labels), **options)
-        assert (rows.dtype, similarities.dtype) == (torch.int64, torch.float32) and rows.shape == queries.shape
-        np.testing.assert_allclose(similarities, expected, atol=2e-6)
-        rows = rows.numpy()
+        found = nearest_images(tensors(embeddings), torch.from_numpy(labels), **options)
+        assert {values.shape for values in found.values()} == {queries.shape}
+        assert [found[name].dtype for name in ("own", "neighbour", "right")] == [torch.float32, torch.int64, torch.bool]
+        np.testing.assert_allclose(found["own"], own, atol=1e-6)
+        np.testing.assert_allclose(found["other"], other, atol=1e-6)
+        assert np.array_equal(found["right"], is_right)
+        rows = found["neighbour"].numpy()
         assert (rows[alone] == -1).all()
-        queries_found, rows, wrong = queries[~alone], rows[~alone], is_wrong[~alone]
+        queries_found, rows, right = queries[~alone], rows[~alone], is_right[~alone]
         assert masks[1][rows].all() and (rows != queries_found).all()
-        assert np.array_equal(labels[rows] != labels[queries_found], wrong)
+        assert np.array_equal(labels[rows] == labels[queries_found], right)
         np.testing.assert_allclose(cosines[queries_found, rows], expected[~alone], atol=2e-6)
     only = torch.tensor([True, False, False])
-    assert first_neighbours(torch.eye(3), torch.tensor([0, 0, 1]), is_gallery=only)[0].tolist() == [-1, 0, 0]
+    assert nearest_images(torch.eye(3), torch.tensor([0, 0, 1]), is_gallery=only)["neighbour"].tolist() == [-1, 0, 0]
 
 
 def test_scores_by_hand():
@@ -203,20 +199,19 @@ def test_scores_by_hand():
     assert recall_at_k(points, labels, [1, 2, 3, 4]).tolist() == pytest.approx(np.array([[0.2, 0.6, 0.8, 1.0]]))
 
 
-def similarities_computed(score: Callable, **masks: torch.Tensor) -> int:
-    """How many numbers the matrix products of one call give, for 1,000 images."""
+def similarities_computed(**masks: torch.Tensor) -> int:
+    """How many numbers the matrix products of one recall give, for 1,000 images."""
     with Products() as products:
-        score(torch.randn(1000, 4), torch.arange(1000) // 4, max_bytes=2**20, **masks)
+        recall_at_k(torch.randn(1000, 4), torch.arange(1000) // 4, [1], max_bytes=2**20, **masks)
     return sum(rows * columns for rows, columns in products.shapes)
 
 
-@pytest.mark.parametrize("score", [partial(recall_at_k, ks=[1]), best_similarities])
-def test_half_of_the_similarities_are_enough_where_all_are_queries_and_gallery(score):
+def test_half_of_the_similarities_are_enough_where_all_are_queries_and_gallery():
     every, all_but_one = torch.ones(1000, dtype=torch.bool), torch.arange(1000) > 0
-    half = similarities_computed(score)
-    assert half < 0.7 * 1000**2 and similarities_computed(score, is_query=every, is_gallery=every) == half
-    assert similarities_computed(score, is_query=all_but_one, is_gallery=all_but_one) < 0.7 * 1000**2
-    assert similarities_computed(score, is_query=all_but_one) > 0.7 * 1000**2
+    half = similarities_computed()
+    assert half < 0.7 * 1000**2 and similarities_computed(is_query=every, is_gallery=every) == half
+    assert similarities_computed(is_query=all_but_one, is_gallery=all_but_one) < 0.7 * 1000**2
+    assert similarities_computed(is_query=all_but_one) > 0.7 * 1000**2
 
 
 @pytest.mark.parametrize("first", [0, 1])  # whichever class lies first in the order
@@ -252,19 +247,6 @@ def test_queries_without_a_class_mate_are_misses_and_left_out_of_map_at_r():
     assert all(score.isnan().all() for score in map_at_r(points, torch.arange(3)))
     masks = as_masks(torch.tensor([1, 1, 0, 1, 1]).bool(), torch.tensor([1, 1, 0, 0, 0]).bool())
     assert recall_at_k(torch.eye(5), torch.tensor([0, 1, 1, 2, 0]), [2, 100], **masks).tolist() == [[0.25, 0.25]]
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_unmatched_queries_are_those_without_a_class_mate_in_the_gallery(seed):
-    """Labels may be negative, and far apart."""
-    _, labels, (is_query, is_gallery) = random_case(seed)
-    labels = labels * 10**12
-    expected = []
-    for query in range(len(labels)):
-        mates = [i for i in range(len(labels)) if i != query and is_gallery[i] and labels[i] == labels[query]]
-        expected.append(bool(is_query[query]) and not mates)
-    result = unmatched_queries(*tensors([labels, is_query, is_gallery]))
-    assert result.dtype == torch.bool and result.tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -306,7 +288,7 @@ def test_scores_ignore_reduced_precision_settings(asked):
         else:
             torch.backends.fp32_precision = "tf32"
         before = [backend.fp32_precision for backend in backends]
-        for score in (partial(recall_at_k, ks=[1, 4]), map_at_r, best_similarities, first_neighbours):
+        for score in (partial(recall_at_k, ks=[1, 4]), map_at_r, nearest_images):
             with torch.autocast("cpu", torch.bfloat16), Products() as products:
                 score(points, labels)
             assert products.precisions == {("ieee", "ieee", False)}
@@ -328,7 +310,7 @@ def test_scoring_takes_a_quarter_of_the_free_memory_of_a_gpu(monkeypatch):
     assert similarity_memory(torch.device("cpu")) == similarity_memory(torch.device("mps")) == 2**30
 
 
-@pytest.mark.parametrize("score", [partial(recall_at_k, ks=[1]), map_at_r, best_similarities, first_neighbours])
+@pytest.mark.parametrize("score", [partial(recall_at_k, ks=[1]), map_at_r, nearest_images])
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("largest_class", [10, 370])
 def test_no_tensor_of_a_score_is_over_max_bytes(score, apart, largest_class):
@@ -344,7 +326,7 @@ def test_no_tensor_of_a_score_is_over_max_bytes(score, apart, largest_class):
 def test_what_is_not_finite_is_refused(value):
     points, labels = torch.randn(10, 4), torch.arange(10) // 2
     points[3, 2] = value
-    for score in (partial(recall_at_k, ks=[1]), map_at_r, best_similarities, first_neighbours):
+    for score in (partial(recall_at_k, ks=[1]), map_at_r, nearest_images):
         with pytest.raises(ValueError, match="not finite: 1 of 10 rows"):
             score([torch.randn(10, 4), points], labels)
 
