@@ -9,6 +9,7 @@ command trains only what is missing; a larger --ensemble_size adds members to th
 """
 
 import argparse
+import copy
 import math
 import os
 import sys
@@ -85,18 +86,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------ one step
 
 
-@dataclass
-class Sums:
-    """Running totals of an epoch, on the device."""
-
-    loss: torch.Tensor  # () float32, sum over the images
-    correct: torch.Tensor  # () int64, number of images
-
-    @classmethod
-    def zeros(cls, device: torch.device) -> "Sums":
-        return cls(torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device))
-
-
 def cross_entropy(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     """Mean softmax cross-entropy over the images, `() float32`. Mixed images: both targets, weighted by share."""
     if isinstance(targets, torch.Tensor):
@@ -106,10 +95,12 @@ def cross_entropy(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     return (targets.shares * own + (1 - targets.shares) * partners).mean()
 
 
-def train_step(state: TrainState, compute: Compute, pixels: torch.Tensor, targets: Targets, sums: Sums) -> None:
-    """Take one training step and add to `sums`. The host never waits for the device.
+def train_step(
+    state: TrainState, compute: Compute, pixels: torch.Tensor, targets: Targets
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take one training step. Returns the mean loss `()` and the number of correct predictions `()`, on the device.
 
-    The backbone computes in `compute.precision`, the head and the loss in fp32.
+    The host never waits for the device. The backbone computes in `compute.precision`, the head and the loss in fp32.
     """
     with compute.autocast():
         logits = state.model(pixels)
@@ -118,9 +109,8 @@ def train_step(state: TrainState, compute: Compute, pixels: torch.Tensor, target
     state.scaler.scale(loss).backward()
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    sums.loss += loss.detach() * len(pixels)
     right_answers = targets if isinstance(targets, torch.Tensor) else targets.larger
-    sums.correct += (logits.detach().argmax(1) == right_answers).sum()
+    return loss.detach(), (logits.detach().argmax(1) == right_answers).sum()
 
 
 def train_epoch(
@@ -131,7 +121,8 @@ def train_epoch(
     Returns the epoch's numbers for the history; accuracy is in percent. Raises RunError if a loss was not finite.
     """
     start = time.perf_counter()
-    sums = Sums.zeros(compute.device)
+    total_loss = torch.zeros((), device=compute.device)
+    total_correct = torch.zeros((), dtype=torch.int64, device=compute.device)
     state.model.train()
     is_hidden = True if "WORLD_SIZE" in os.environ else None  # None: without a terminal
     bar = tqdm(total=num_images, desc=title, unit=" images", leave=False, disable=is_hidden)
@@ -141,17 +132,19 @@ def train_epoch(
     num_done = 0
     with bar:
         for pixels, targets in batches:
-            train_step(state, compute, pixels, targets, sums)
+            loss, num_correct = train_step(state, compute, pixels, targets)
+            total_loss += loss * len(pixels)
+            total_correct += num_correct
             bar.update(len(pixels))
             num_done += len(pixels)
             if time.perf_counter() > next_reading:
-                loss = f"{sums.loss.item() / num_done:.4f}"
+                reading = f"{total_loss.item() / num_done:.4f}"
                 if bar.disable:
-                    print(f"{title}: {num_done:,} of {num_images:,} images, loss {loss}", flush=True)
-                bar.set_postfix(loss=loss, accuracy=f"{sums.correct.item() / num_done:.2%}", refresh=False)
+                    print(f"{title}: {num_done:,} of {num_images:,} images, loss {reading}", flush=True)
+                bar.set_postfix(loss=reading, accuracy=f"{total_correct.item() / num_done:.2%}", refresh=False)
                 next_reading = time.perf_counter() + interval
-    loss = sums.loss.item() / num_images  # waits for the device
-    num_correct = sums.correct.item()
+    loss = total_loss.item() / num_images  # waits for the device
+    num_correct = total_correct.item()
     accuracy = 100 * num_correct / num_images
     seconds = time.perf_counter() - start
     print(f"{title}: loss {loss:.4f}, accuracy {accuracy:.2f}%, {num_images / seconds:,.0f} images/s", flush=True)
@@ -190,11 +183,6 @@ def initial_state(experiment: Experiment, member: int) -> TrainState:
     return TrainState(model, optimizer, compute.grad_scaler())
 
 
-def copy_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copy the state dict, so that it does not change with the network."""
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 def train_member(
     experiment: Experiment, member: int, title: str, progress: Progress | None = None
 ) -> tuple[nn.Module, dict]:
@@ -220,7 +208,7 @@ def train_member(
         state.load_state_dict(earlier)
         history = earlier["history"]
         best_epoch = earlier["best_epoch"]
-        best_model = earlier["best_model"] or copy_weights(state.model)
+        best_model = earlier["best_model"] or copy.deepcopy(state.model.state_dict())
         del earlier  # frees its memory
         print(f"{title}: goes on after epoch {len(history) - 1}", flush=True)
 
@@ -239,7 +227,7 @@ def train_member(
         keeps_last = settings.schedule == "onecycle" or settings.mixup
         if best_epoch < 0 or keeps_last or result["correct"] > history[best_epoch]["correct"]:
             best_epoch = epoch
-            best_model = copy_weights(state.model)
+            best_model = copy.deepcopy(state.model.state_dict())
         if progress:
             other_best = None if best_epoch == epoch else best_model  # None: same as the current model
             done = {"history": history, "best_epoch": best_epoch, "best_model": other_best}

@@ -314,7 +314,7 @@ def resident_cache(plan: Plan) -> list[Row]:
 
     def step(batch: Batch) -> None:
         pixels = prepare(batch, *resident.statistics, resident.memory)
-        train.train_step(resident.state, resident.compute, pixels, batch.targets, resident.sums)
+        train.train_step(resident.state, resident.compute, pixels, batch.targets)
 
     def from_device() -> None:
         for images in cache.random_batches(plan.settings().batch_size, plan.settings().image_size):

@@ -31,7 +31,7 @@ from dreml.cache import Cache, read_cache
 from dreml.images import ImageSpec, resized
 from dreml.settings import Settings
 from model import Compute, extract_features, pick_precision
-from train import Experiment, Sums, initial_state, train_member, train_step
+from train import Experiment, initial_state, train_member, train_step
 from utils import rng_for
 
 
@@ -108,11 +108,10 @@ class ResidentStep:
         nothing = {"cache": None, "weights": None, "environment": {}}
         self.state = initial_state(Experiment(settings=settings, compute=compute, **nothing), 1)
         self.state.model.train()
-        self.sums = Sums.zeros(device)
 
     def __call__(self) -> None:
         pixels = prepare(self.batch, *self.statistics, self.memory)
-        train_step(self.state, self.compute, pixels, self.batch.targets, self.sums)
+        train_step(self.state, self.compute, pixels, self.batch.targets)
 
     def rate(self, num_steps: int) -> float:
         """Return the images per second of `num_steps` steps. The host waits once, at the end."""

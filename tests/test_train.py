@@ -26,7 +26,7 @@ from dreml.files import read_record
 from dreml.runs import MemberRecord, read_run_record
 from dreml.settings import Settings, settings_of
 from model import Compute, Head, build_model, extract_features, features_in_batches, load_ensemble
-from train import Experiment, Sums, TrainState, copy_weights, make_optimizer, train_epoch, train_member, train_step
+from train import Experiment, TrainState, make_optimizer, train_epoch, train_member, train_step
 from utils import capped_images, meta_class_partition, recall_at_k, rng_for
 
 CPU = torch.device("cpu")
@@ -49,16 +49,15 @@ def test_train_step_equals_a_plain_step():
     models = [nn.Sequential(*layers), copy.deepcopy(nn.Sequential(*layers))]
     pixels, targets = torch.randn(8, 3, 32, 32), torch.tensor([0, 2, 1, 1, 0, 2, 0, 1])
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
-    sums = Sums(torch.tensor(10.0), torch.tensor(10))
     models[0][-1].weight.grad = torch.ones(3, 16)  # of an earlier step: must not count
-    train_step(TrainState(models[0], optimizers[0], no_scaling()), FP32, pixels, targets, sums)
+    found, num_correct = train_step(TrainState(models[0], optimizers[0], no_scaling()), FP32, pixels, targets)
 
     logits = models[1](pixels)
     loss = -logits.log_softmax(1)[range(8), targets].mean()
     loss.backward()
     optimizers[1].step()
-    assert sums.correct.item() == 10 + (logits.argmax(1) == targets).sum().item()
-    assert sums.loss.item() == pytest.approx(10 + 8 * loss.item(), rel=1e-5)
+    assert num_correct.item() == (logits.argmax(1) == targets).sum().item()
+    assert found.item() == pytest.approx(loss.item(), rel=1e-5) and not found.requires_grad
     for parameter, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
 
@@ -70,8 +69,8 @@ def test_a_step_on_mixed_images_counts_both_targets_by_their_shares():
     models[1].load_state_dict(models[0].state_dict())
     pixels, own, partners = torch.randn(5, 4), torch.tensor([0, 1, 2, 2, 0]), torch.tensor([1, 2, 2, 0, 0])
     shares = torch.tensor([0.9, 0.2, 0.5, 0.4999, 1.0])
-    sums, states = Sums.zeros(CPU), [TrainState(m, torch.optim.SGD(m.parameters(), 0.1), no_scaling()) for m in models]
-    train_step(states[0], FP32, pixels, MixedTargets(own, partners, shares), sums)
+    states = [TrainState(m, torch.optim.SGD(m.parameters(), 0.1), no_scaling()) for m in models]
+    found, num_correct = train_step(states[0], FP32, pixels, MixedTargets(own, partners, shares))
 
     shares_of_all = nn.functional.one_hot(own, 3) * shares[:, None]
     shares_of_all += nn.functional.one_hot(partners, 3) * (1 - shares)[:, None]
@@ -80,8 +79,8 @@ def test_a_step_on_mixed_images_counts_both_targets_by_their_shares():
     loss.backward()
     states[1].optimizer.step()
     torch.testing.assert_close(models[0].weight, models[1].weight)
-    assert sums.loss.item() == pytest.approx(5 * loss.item(), rel=1e-5)
-    assert sums.correct.item() == (logits.argmax(1) == torch.tensor([0, 2, 2, 0, 0])).sum().item()
+    assert found.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert num_correct.item() == (logits.argmax(1) == torch.tensor([0, 2, 2, 0, 0])).sum().item()
 
 
 def test_fp16_gradients_are_scaled_and_an_overflow_skips_the_step():
@@ -95,7 +94,7 @@ def test_fp16_gradients_are_scaled_and_an_overflow_skips_the_step():
         trained = copy.deepcopy(model)
         optimizer, scaler = make_optimizer("adam", trained, 0.1, CPU), torch.amp.GradScaler("cpu", init_scale=scale)
         state = TrainState(trained, optimizer, scaler)
-        train_step(state, Compute(CPU, "fp16"), pixels, targets, Sums.zeros(CPU))
+        train_step(state, Compute(CPU, "fp16"), pixels, targets)
         gradients[scale] = trained[0].weight.grad.abs().max().item()
         moved = [
             not torch.equal(new.weight, old.weight) for new, old in ((trained[0], model[0]), (trained[3], model[3]))
@@ -115,18 +114,17 @@ def test_steps_never_wait_for_the_device():
     state = TrainState(model, make_optimizer("adam", model, 1e-4, meta), no_scaling())
     images, targets, sides = torch.empty(4, 64, 64, 3, dtype=torch.uint8), torch.zeros(4).long(), torch.ones(4).long()
     statistics = torch.ones(3, device=meta), torch.ones(3, device=meta)
-    sums = Sums.zeros(meta)
     memory = input_memory(5, 64, meta)
     batches = [Batch(images.to(meta), targets.to(meta), 2, s) for s in (None, sides.to(meta))]
     mixed = MixedTargets(targets.to(meta), targets.to(meta), torch.zeros(4, device=meta))
     for batch in [*batches, batches[0]._replace(targets=mixed, partners=targets.to(meta))]:
-        train_step(state, compute, prepare(batch, *statistics, memory), batch.targets, sums)
+        loss, num_correct = train_step(state, compute, prepare(batch, *statistics, memory), batch.targets)
     assert all(parameter.grad is not None for parameter in model.parameters())
-    assert {value.device for value in copy_weights(model).values()} == {meta}
+    assert loss.device == num_correct.device == meta
     logits, pooled = extract_features(model, np.zeros((5, 64, 64, 3), np.uint8), statistics, batch_size=2).values()
     assert logits.device == pooled.device == meta and logits.shape == (5, 12)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        sums.loss.item()
+        loss.item()
 
 
 def linear_state() -> TrainState:
@@ -141,15 +139,17 @@ def random_batches(sizes=(4, 4, 2)) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def test_an_epoch_is_its_steps_and_their_mean(capsys):
-    state, stepwise, sums = linear_state(), linear_state(), Sums.zeros(CPU)
+    state, stepwise, loss, correct = linear_state(), linear_state(), 0, 0
     state.model.eval()
     for pixels, targets in random_batches():
-        train_step(stepwise, FP32, pixels, targets, sums)
+        mean_loss, num_correct = train_step(stepwise, FP32, pixels, targets)
+        loss += len(pixels) * mean_loss.item()
+        correct += num_correct.item()
     result = train_epoch(state, FP32, iter(random_batches()), 10, "member 1/2 epoch 3")
     assert state.model.training
     assert all(torch.equal(*pair) for pair in zip(state.model.parameters(), stepwise.model.parameters(), strict=True))
-    assert result["loss"] == pytest.approx(sums.loss.item() / 10) and result["images"] == 10
-    assert result["correct"] == sums.correct.item() and result["accuracy"] == 10 * sums.correct.item()
+    assert result["loss"] == pytest.approx(loss / 10) and result["images"] == 10
+    assert result["correct"] == correct and result["accuracy"] == 10 * correct
     assert result["images_per_second"] == pytest.approx(10 / result["seconds"])
     rate = f"{result['images_per_second']:,.0f} images/s"
     line = f"member 1/2 epoch 3: loss {result['loss']:.4f}, accuracy {result['accuracy']:.2f}%, {rate}\n"
@@ -162,9 +162,8 @@ def test_on_a_terminal_an_epoch_has_a_bar_too(capsys, monkeypatch):
     monkeypatch.setattr(train, "SECONDS_BETWEEN_READINGS", 0)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     train_epoch(linear_state(), FP32, random_batches(), 10, "title")
-    (pixels, targets), sums = random_batches()[0], Sums.zeros(CPU)
-    train_step(linear_state(), FP32, pixels, targets, sums)
-    readings = [f"accuracy={sums.correct.item() / 4:.2%}", f"loss={sums.loss.item() / 4:.4f}"]
+    loss, num_correct = train_step(linear_state(), FP32, *random_batches()[0])
+    readings = [f"accuracy={num_correct.item() / 4:.2%}", f"loss={loss.item():.4f}"]
     *_, bar, blank, end = capsys.readouterr().err.split("\r")
     assert bar.startswith("title: ") and " 8/10 " in bar and all(reading in bar for reading in readings)
     assert blank.strip() == end == ""  # it goes when the epoch is over
@@ -172,7 +171,7 @@ def test_on_a_terminal_an_epoch_has_a_bar_too(capsys, monkeypatch):
     monkeypatch.setattr(train, "SECONDS_BETWEEN_LINES", 0)
     train_epoch(linear_state(), FP32, random_batches(), 10, "title")
     output = capsys.readouterr()
-    assert output.err == "" and output.out.splitlines()[0] == f"title: 4 of 10 images, loss {sums.loss.item() / 4:.4f}"
+    assert output.err == "" and output.out.splitlines()[0] == f"title: 4 of 10 images, loss {loss.item():.4f}"
 
 
 @pytest.mark.parametrize(("correct", "best"), [([3, 9, 7, 9], 1), ([1, 2, 3, 4], 3), ([0] * 4, 0)])
@@ -183,11 +182,11 @@ def test_the_best_epoch_by_training_accuracy_is_kept(
     settings = replace(tiny_settings, num_epochs=4, batch_size=64)  # one step an epoch
     steps, rates = iter(range(4)), []
 
-    def step(state, compute, pixels, targets, sums):
+    def step(state, compute, pixels, targets):
         epoch = next(steps)
         rates.append(state.optimizer.param_groups[0]["lr"])
         state.model.fc.bias.data.fill_(epoch)
-        sums.correct += correct[epoch]
+        return torch.zeros(()), torch.tensor(correct[epoch])
 
     monkeypatch.setattr(train, "train_step", step)
     model, record = train_member(experiment_of(tiny_cache, settings), 1, "title")
@@ -207,8 +206,9 @@ def test_a_member_learns_the_meta_classes_of_its_images(tiny_cache, tiny_setting
     """By its partition, in each epoch's windows and mirror images, without those left out of large classes."""
     steps = []
 
-    def step(state, compute, pixels, targets, sums):
+    def step(state, compute, pixels, targets):
         steps.append((pixels.clone(), targets))  # the next batch overwrites them
+        return torch.zeros(()), torch.tensor(0)
 
     monkeypatch.setattr(train, "train_step", step)
     monkeypatch.setattr(train, "MAX_IMAGES_PER_CLASS", 4)
@@ -230,9 +230,9 @@ def test_a_member_learns_the_meta_classes_of_its_images(tiny_cache, tiny_setting
 def test_what_is_not_finite_ends_the_run(tiny_data, tmp_path, small_network, capsys, monkeypatch):
     steps = []
 
-    def step(state, compute, pixels, targets, sums):
+    def step(state, compute, pixels, targets):
         steps.append(1)
-        sums.loss += float("inf") if len(steps) == 2 else 1.0
+        return torch.tensor(float("inf") if len(steps) == 2 else 1.0), torch.tensor(0)
 
     monkeypatch.setattr(train, "train_step", step)
     assert train_tiny(tiny_data, tmp_path) == 1
@@ -266,9 +266,9 @@ def test_method_options_reach_the_training(tiny_data, tmp_path, small_network, s
             mirrored.append(batch.num_mirrored)
             yield batch
 
-    def step(state, compute, pixels, targets, sums):
+    def step(state, compute, pixels, targets):
         optimizers.add(type(state.optimizer))
-        train_step(state, compute, pixels, targets, sums)
+        return train_step(state, compute, pixels, targets)
 
     monkeypatch.setattr(train, "epoch_batches", batches)
     monkeypatch.setattr(train, "train_step", step)
@@ -293,7 +293,7 @@ def test_a_run_says_how_long_it_will_take(tiny_data, tmp_path, small_network, ca
     """Once: after so many steps, or the first epoch if it has fewer. By a clock of a second a step."""
     steps = []
     monkeypatch.setattr(train, "TIMED_STEPS", 9)
-    monkeypatch.setattr(train, "train_step", lambda *_: steps.append(1))
+    monkeypatch.setattr(train, "train_step", lambda *_: steps.append(1) or (torch.zeros(()), torch.tensor(0)))
     monkeypatch.setattr(train.time, "perf_counter", lambda: len(steps))
     options = ["--batch_size", batch_size, "--num_epochs", "10", "--ensemble_size", "3", "--members", "1-2"]
     assert train_tiny(tiny_data, tmp_path, *options) == 0
@@ -359,9 +359,9 @@ def test_auto_goes_on_in_the_precision_of_the_run(tiny_data, tmp_path, small_net
     """Begun on a device that is fast in bf16, gone on with on one that is not."""
     precisions = []
 
-    def step(state, compute, pixels, targets, sums):
+    def step(state, compute, pixels, targets):
         precisions.append(compute.precision)
-        train_step(state, compute, pixels, targets, sums)
+        return train_step(state, compute, pixels, targets)
 
     monkeypatch.setattr(train, "train_step", step)
     options = ["--precision", "auto", "--num_epochs", "1", "--ensemble_size"]
