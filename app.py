@@ -22,8 +22,7 @@ from dreml.cli import InputError, Parser, check_ranges, run_main
 from dreml.confusions import class_table
 from dreml.figures import FRAMES, MARKS
 from dreml.learned import MAP_METHODS, Learned
-from dreml.search import Query, add_search_options, searcher_of
-from dreml.thresholds import threshold_at
+from dreml.search import Query, add_search_options, searcher_of, threshold_at
 
 NO_QUERY = "Drop a photo, or pick a test image."
 STYLE = """

@@ -28,7 +28,7 @@ from dreml.cli import InputError
 from dreml.confusions import class_table, confident_errors, confusion_table, first_neighbour_table
 from dreml.files import writable, write_csv
 from dreml.runs import SUFFIXES, Run, add_run_options, read_run, run_lock, scored
-from dreml.thresholds import FARS, threshold_table
+from dreml.search import FARS, threshold_at
 from utils import map_at_r, recall_at_k
 
 
@@ -69,6 +69,21 @@ def score(members: list[torch.Tensor], test: pd.DataFrame, ks: list[int]) -> pd.
     precisions = torch.stack(scored(map_at_r, members, test), dim=1)
     values = 100 * torch.cat([recalls, precisions], dim=1).numpy()
     return pd.DataFrame(values, columns=[*(f"R@{k}" for k in ks), "mAP@R", "R-Precision"])
+
+
+def threshold_table(queries: pd.DataFrame, num_gallery: int) -> pd.DataFrame:
+    """thresholds.csv, from `first_neighbour_table`: a row for each of FARS that enough queries can tell.
+
+    `found` is the percentage of queries whose first neighbour is of their class and reaches the threshold. As in
+    Recall@K, ties count against the query: at a threshold of -1, this is the Recall@1.
+    """
+    rows = []
+    for far in FARS:
+        threshold = threshold_at(queries, far)
+        if threshold is not None:
+            is_found = queries.right & (queries.own >= threshold - 5e-7)  # as rounded as the threshold
+            rows.append((far, threshold, 100 * is_found.mean(), len(queries), num_gallery))
+    return pd.DataFrame(rows, columns=["far", "threshold", "found", "queries", "gallery"])
 
 
 def threshold_text(table: pd.DataFrame, run: Run) -> str:

@@ -32,10 +32,10 @@ from dreml.backbones import check_backbone, read_weights, weights_tag
 from dreml.baseline import map_percent, print_baseline, print_near_copies, update_baseline
 from dreml.batches import Targets, epoch_batches, input_memory, prepare
 from dreml.cache import Cache, default_recalls, read_cache, verify_cache
-from dreml.changes import warn_of_changes
 from dreml.checkpoint import SECONDS_BETWEEN_WRITES, Progress, remove_progress
 from dreml.cli import InputError, RunError
 from dreml.files import remove_leftovers, writable
+from dreml.lists import warn_of_changes
 from dreml.optimizers import learning_rate, make_optimizer, with_rates
 from dreml.runs import WEIGHTS, MemberRecord, Members, member_path, read_run_record, run_lock
 from dreml.settings import ALL_CLASSES, EMBEDDINGS, Settings, add_settings, settings_of

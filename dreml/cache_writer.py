@@ -19,11 +19,11 @@ import numpy as np
 import pandas as pd
 
 from dreml.cache import ARRAYS, CACHE_VERSION, Cache, CacheMeta, cache_folder, read_cache
-from dreml.changes import LISTED, list_files, warn_of_changes
 from dreml.cli import InputError, RunError, counted, progress_bar
 from dreml.datasets import OTHER_DATA_PATH, PUBLISHED, count_images, list_data_set, refuse
 from dreml.files import crc32, flush_to_disk, replace_folder, take_lock, temporary_name, writable, write_record
 from dreml.images import ImageSpec, bad_image, load_rgb, resize_test, resized
+from dreml.lists import LISTED, list_files, warn_of_changes
 
 CHUNK_IMAGES = 32  # that a worker is given at a time
 FACTS = ("height", "width", "file_id")  # of an image: its size in the cache, 0 of a bad one; the same for any path

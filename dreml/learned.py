@@ -12,8 +12,7 @@ from dreml.cli import InputError
 from dreml.confusions import confident_errors, confusion_table
 from dreml.figures import drawing, new_figure, thumbnail
 from dreml.runs import SUFFIXES
-from dreml.search import Item, Searcher
-from dreml.thresholds import FARS, threshold_at
+from dreml.search import FARS, Item, Searcher, threshold_at
 
 SIDE = 150  # pixels of a thumbnail
 NUM_SHOWN = 24  # pairs of each kind

@@ -24,10 +24,11 @@ from dreml.index import PhotoIndex, default_place, embed_images, model_checksum
 from dreml.lists import class_of, list_photos
 from dreml.runs import add_run_options, read_run
 from dreml.settings import EMBEDDINGS
-from dreml.thresholds import FARS, FEWEST_ABOVE, threshold_at
 from model import Ensemble, load_ensemble, unit_rows
 from utils import full_float32
 
+FARS = (0.1, 0.01, 0.001)  # false-accept rates: the share of searches for something that is not there that find it
+FEWEST_ABOVE = 10  # of fewer wrong neighbours above a threshold, their number says little
 Query = str | Path | int | Image.Image | np.ndarray  # a file, a row of test.csv (or "test:17"), (H, W, 3) uint8
 
 
@@ -103,6 +104,21 @@ def nearest(query: torch.Tensor, gallery: torch.Tensor, top: int) -> tuple[list[
     return similarities.tolist(), numbers.tolist()
 
 
+def threshold_at(queries: pd.DataFrame, far: float) -> float | None:
+    """The similarity from which on a share `far` of wrong neighbours would count as found.
+
+    `queries` is a `first_neighbour_table`; those without an image of another class do not count. Similarities are
+    rounded to 1e-6, as in a search, and equal ones reach the threshold all or none, so that the share is at most `far`.
+    None where fewer than FEWEST_ABOVE queries are expected above it.
+    """
+    others = queries.other[np.isfinite(queries.other)].to_numpy(np.float64)
+    others = np.sort(np.round(others * 1e6))[::-1]
+    allowed = math.floor(far * len(others) + 1e-9)
+    if allowed < FEWEST_ABOVE:
+        return None
+    return float(others[allowed] + 1) / 1e6 if allowed < len(others) else -1.0
+
+
 @dataclass(eq=False)
 class Searcher:
     """Finds the images that are most similar to a query, with the ensemble of a run.
@@ -163,7 +179,7 @@ class Searcher:
         """The `first_neighbour_table` of the test split. 60,000 images take 15 seconds on two cores."""
         return first_neighbour_table([self.saved], self.run.test)
 
-    def threshold_at(self, far: float) -> float:
+    def threshold_of(self, far: float) -> float:
         """The threshold of a false-accept rate. Raises InputError if there are too few test queries for it."""
         threshold = threshold_at(self.test_queries, far)
         if threshold is None:
@@ -230,7 +246,7 @@ class Searcher:
         if top < 1:
             raise InputError(f"top has to be at least 1, not {top}")
         if far is not None:
-            threshold = self.threshold_at(far)
+            threshold = self.threshold_of(far)
         bad = [] if problems is None else problems
         items: list[Item] = []
         for query in queries:

@@ -349,6 +349,12 @@ def table_of(labels: np.ndarray, is_query: np.ndarray | bool = True, is_gallery:
     return pd.DataFrame(columns | {"class_name": labels.astype(str)})
 
 
+def queries_of(other: np.ndarray, own: np.ndarray | None = None) -> pd.DataFrame:
+    """A `first_neighbour_table` of queries with these similarities, right where the own class is more similar."""
+    own = np.zeros_like(other) if own is None else own
+    return pd.DataFrame({"own": own, "other": other, "right": own > other}).astype({"own": "f4", "other": "f4"})
+
+
 def write_colored_run(folder: Path, like: Path, member_embeddings: list[np.ndarray], *arguments, **options) -> Path:
     """As `write_run`, at `folder`/run, and the test images, each of one of IMAGE_COLORS, in `folder`/data/colors."""
     run = write_run(folder / "run", like, member_embeddings, *arguments, data_name="colors", **options)

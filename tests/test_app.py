@@ -16,7 +16,7 @@ from PIL import Image
 
 import app
 import model
-from dreml import learned, thresholds
+from dreml import learned, search
 from dreml.search import Searcher
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -43,7 +43,7 @@ def site(_small_run, tiny_data, tmp_path_factory):
     url = f"http://127.0.0.1:{port}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "build_model", build_small_model)
-        patch.setattr(thresholds, "FEWEST_ABOVE", 1)
+        patch.setattr(search, "FEWEST_ABOVE", 1)
         run = shutil.copytree(_small_run, folder / "tiny_run")  # it gets an index
         searcher = Searcher(run, gallery=folder / "photos", device="cpu", data_path=tiny_data)
         found = learned.Learned(searcher)
@@ -165,7 +165,7 @@ def test_the_page_in_a_browser(site, tmp_path):
             page.fill(f"#{slider} input[type=number]", value)
             page.locator(f"#{slider} input[type=number]").blur()
             wait_for_grid(similarities(photo, 3))
-        threshold = thresholds.threshold_at(site.learned.queries, 0.2)
+        threshold = search.threshold_at(site.learned.queries, 0.2)
         playwright.expect(page.locator("#text")).to_contain_text(f"reach the threshold, {threshold:.3f}")
         neighbour = list(site.searcher.find(photo, top=3))[1]
         page.locator("#grid button.thumbnail-item").nth(1).click()

@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from builders import CLASS_NAMES, LABELS, copy_run, random_embeddings, refused, write_run
+from builders import CLASS_NAMES, LABELS, copy_run, queries_of, random_embeddings, refused, write_run
 from PIL import Image
 from reference import slow_best_similarities, slow_map, slow_recall
 
 import evaluate
 from dreml.runs import read_run, run_lock
-from dreml.thresholds import threshold_table
 
 EVERY = np.ones(len(LABELS), bool)
 
@@ -116,10 +115,30 @@ def test_thresholds_are_those_of_the_definition(tiny_run, tmp_path, capsys):
     table = pd.read_csv(folder / "thresholds.csv")
     other, own = slow_best_similarities(members, labels, *masks)
     queries = pd.DataFrame({"own": own, "other": other, "right": other < own - 1e-6})
-    pd.testing.assert_frame_equal(table, threshold_table(queries, masks[1].sum()), atol=2e-6)
+    pd.testing.assert_frame_equal(table, evaluate.threshold_table(queries, masks[1].sum()), atol=2e-6)
     threshold, found = table.iloc[0][["threshold", "found"]]
     line = f"FAR 10 %: {threshold:.4f} (found {found:.2f} %); none for lower rates: 100 queries are too few"
     assert line in capsys.readouterr().out
+
+
+def test_found_are_right_first_neighbours_at_or_above_the_threshold(monkeypatch):
+    """What is right counts, and no similarity alone: a tie is more similar by less than the tolerance."""
+    queries = queries_of(np.array([0.2, 0.8, 0.5, 0.1, -np.inf]), np.array([0.6, 0.7, 0.5 + 2e-7, 0.3, 0.4]))
+    queries.loc[2, "right"] = False
+    for threshold, expected in ((-1.0, 3), (0.3, 3), (0.300001, 2), (0.6, 1), (0.600001, 0)):
+        monkeypatch.setattr(evaluate, "threshold_at", lambda *_, threshold=threshold: threshold)
+        assert evaluate.threshold_table(queries, 5).found[0] == pytest.approx(100 * expected / 5)
+
+
+def test_the_table_has_a_row_for_each_rate():
+    generator = np.random.default_rng(0)
+    queries = queries_of(generator.random(1000), generator.random(1000))
+    table = evaluate.threshold_table(queries, 77)
+    assert (table.queries == 1000).all() and (table.gallery == 77).all()
+    assert table.far.tolist() == [0.1, 0.01]
+    for row in table.itertuples():
+        assert (queries.other.round(6) >= row.threshold).mean() == pytest.approx(row.far)
+        assert row.found == pytest.approx(100 * (queries.right & (queries.own.round(6) >= row.threshold)).mean())
 
 
 def test_a_test_split_that_is_too_small_has_no_threshold(tiny_run, tmp_path):

@@ -1,4 +1,4 @@
-"""search.py: the searcher, its queries and galleries, nearest neighbours."""
+"""search.py: the searcher, its queries and galleries, nearest neighbours, thresholds."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,13 +6,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import copy_run, edit_record, embed_files, random_embeddings, random_image, save_image, write_colored_run
+from builders import (
+    copy_run,
+    edit_record,
+    embed_files,
+    queries_of,
+    random_embeddings,
+    random_image,
+    save_image,
+    write_colored_run,
+)
 from PIL import Image
 from reference import mean_cosines
 
 from dreml.cli import InputError
 from dreml.runs import read_run_record
-from dreml.search import Searcher, nearest
+from dreml.search import Searcher, nearest, threshold_at
 from model import load_ensemble
 
 
@@ -199,3 +208,33 @@ def test_what_cannot_be_asked(small_run, tmp_path):
     (run / "test.csv").write_text((run / "test.csv").read_text().splitlines()[0] + "\n")
     with pytest.raises(InputError, match="its data set has no test images to search: name a gallery"):
         Searcher(run)
+
+
+# ------------------------------------------------------------------------------------------------ thresholds
+
+
+@pytest.mark.parametrize("far", [0.1, 0.01, 0.25, 1.0])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_threshold_lets_its_share_through(far, tied):
+    """As near below the share as ties allow: the next lower value would let too many through."""
+    values = np.random.default_rng(0).uniform(-1, 1, size=2000)
+    values = (values.round(2) if tied else values).astype(np.float32)
+    threshold = threshold_at(queries_of(values), far)
+    rounded = values.astype(float).round(6)
+    assert (rounded >= threshold - 1e-9).mean() <= far
+    lower = rounded[rounded < threshold - 1e-9]
+    if far < 1:
+        assert (rounded >= lower.max()).mean() > far
+        assert tied or (rounded >= threshold - 1e-9).mean() == far
+    else:
+        assert threshold == -1 and not len(lower)
+
+
+def test_no_threshold_where_fewer_than_ten_are_expected_above_it():
+    """Queries without an image of another class are none. Of equal similarities, none passes."""
+    values = np.linspace(0, 1, 1000)
+    assert threshold_at(queries_of(values), 0.01) is not None and threshold_at(queries_of(values[1:]), 0.01) is None
+    values[:1] = -np.inf
+    assert threshold_at(queries_of(values), 0.01) is None
+    assert threshold_at(queries_of(np.full(1000, -np.inf)), 1.0) is None
+    assert threshold_at(queries_of(np.ones(1000)), 0.1) == pytest.approx(1.000001)
