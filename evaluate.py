@@ -106,29 +106,23 @@ def group_by_settings(runs: list[Run]) -> list[list[Run]]:
 
 
 def compare(groups: list[list[Run]], tables: dict[Path, pd.DataFrame]) -> pd.DataFrame:
-    """Table of several runs, by mAP@R, best first: a row for each group of seeds, and below it one for each seed.
+    """Table of several runs, by mAP@R, best first: a row for each group of seeds.
 
     `tables`: run folder -> table "evaluation". A row is of all members; in a group, of as many as all its runs have.
     Columns: run, seeds, n, ensemble_size, then each score and score_std (sample standard deviation, NaN where n is 1).
     """
-
-    def row_of(runs: list[Run], size: int) -> dict:
-        seeds = [str(run.settings.seed) for run in runs]
-        name = runs[0].name if len(runs) == 1 else re.sub(rf"_s{seeds[0]}(?=_|$)", "_s*", runs[0].name)
-        row = {"run": name, "seeds": " ".join(seeds), "n": len(runs), "ensemble_size": size}
-        scores = pd.DataFrame([tables[run.folder].iloc[size - 1, 1:] for run in runs])
+    rows = []
+    for group in groups:
+        size = min(len(tables[run.folder]) for run in group)
+        seeds = [str(run.settings.seed) for run in group]
+        name = group[0].name if len(group) == 1 else re.sub(rf"_s{seeds[0]}(?=_|$)", "_s*", group[0].name)
+        row = {"run": name, "seeds": " ".join(seeds), "n": len(group), "ensemble_size": size}
+        scores = pd.DataFrame([tables[run.folder].iloc[size - 1, 1:] for run in group])
         for score_name in scores:
             row[score_name] = scores[score_name].mean()
             row[f"{score_name}_std"] = scores[score_name].std()
-        return row
-
-    blocks = []
-    for group in groups:
-        size = min(len(tables[run.folder]) for run in group)
-        seeds = [row_of([run], size) for run in group] if len(group) > 1 else []
-        blocks.append([row_of(group, size), *sorted(seeds, key=lambda row: row["mAP@R"], reverse=True)])
-    blocks.sort(key=lambda block: block[0]["mAP@R"], reverse=True)
-    return pd.DataFrame([row for block in blocks for row in block])
+        rows.append(row)
+    return pd.DataFrame(rows).sort_values("mAP@R", ascending=False, kind="stable")
 
 
 def comparison_text(table: pd.DataFrame) -> str:
