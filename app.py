@@ -9,7 +9,6 @@ other hosts. Needs: pip install gradio
 
 import argparse
 import functools
-import importlib.util
 import os
 import sys
 import threading
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from dreml.cli import InputError, Parser, check_ranges, run_main
+from dreml.cli import InputError, Parser, check_ranges, require, run_main
 from dreml.confusions import class_table
 from dreml.figures import FRAMES, MARKS
 from dreml.learned import MAP_METHODS, Learned
@@ -183,8 +182,7 @@ def fill_learned_tab(learned: Learned) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if importlib.util.find_spec("gradio") is None:
-        raise InputError("the page needs: pip install gradio")
+    require("the page", "gradio")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     # 1. The run, its embedding of the test images, and the gallery

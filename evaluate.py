@@ -86,14 +86,6 @@ def threshold_table(queries: pd.DataFrame, num_gallery: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["far", "threshold", "found", "queries", "gallery"])
 
 
-def threshold_text(table: pd.DataFrame, run: Run) -> str:
-    """Thresholds, for people."""
-    parts = [f"FAR {100 * row.far:g} %: {row.threshold:.4f} (found {row.found:.2f} %)" for row in table.itertuples()]
-    if len(parts) < len(FARS):
-        parts.append(f"none for lower rates: {run.test.is_query.sum():,} queries are too few")
-    return f"thresholds of {cli.counted(run.num_members, 'member')}: {'; '.join(parts)}"
-
-
 def group_by_settings(runs: list[Run]) -> list[list[Run]]:
     """Put runs together that differ only in their seed. Raises InputError for a run that is given twice."""
     groups: dict[tuple, dict[int, Run]] = {}
@@ -137,7 +129,7 @@ def comparison_text(table: pd.DataFrame) -> str:
 def run(args: argparse.Namespace) -> None:
     # 1. Whatever can be wrong is found before anything is computed
     if args.plot:
-        figures.check_matplotlib()
+        cli.require("--plot", "matplotlib")
     device = cli.pick_device(args.device)
     runs = [read_run(folder, args.num_members, args.embedding) for folder in args.folders]
     groups = group_by_settings(runs)
@@ -166,7 +158,8 @@ def run(args: argparse.Namespace) -> None:
         print_baseline(one.record, sizes, args.embedding)
         print(sizes.assign(alone=scores["members"][first]).round(2).to_string(index=False))
         print(f"(alone: {first} of the last member of the row by itself)")
-        print(threshold_text(scores["thresholds"], one))
+        thresholds = scores["thresholds"]
+        print(thresholds.round(4).to_string(index=False) if len(thresholds) else "no threshold: too few test queries")
         write_scores(one, scores, target, suffix, args.plot)
         written = ", ".join(f"{name}{suffix}.csv" for name in scores)
         print(f"{target}/: {written}{', a figure' if args.plot else ''}\n")

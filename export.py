@@ -11,7 +11,6 @@ pip install onnx onnxscript onnxruntime
 """
 
 import argparse
-import importlib.util
 import inspect
 import re
 import sys
@@ -25,13 +24,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dreml import images as images_module
 from dreml.batches import spans
-from dreml.cli import InputError, Parser, RunError, one_line, progress_bar, run_main
+from dreml.cli import InputError, Parser, RunError, one_line, progress_bar, require, run_main
 from dreml.files import replace_folder, writable, write_record
 from dreml.images import ImageSpec
 from dreml.runs import SUFFIXES, Run, add_run_options, read_run, recall_percent
 from model import Ensemble, load_ensemble
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 NUM_CHECKED = 32  # images whose embeddings are compared
 MAX_DIFFERENCE = 1e-4  # 1 - cosine between PyTorch's embedding of an image and onnxruntime's
 MAX_QUERIES_APART = 2  # of which rounding may change the nearest neighbour
@@ -137,9 +135,7 @@ def check(run: Run, ensemble: Ensemble, embed: Callable, test_images: np.ndarray
 
 def run(args: argparse.Namespace) -> None:
     # 1. Whatever can be wrong is found before anything is computed
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"an export needs: pip install {' '.join(missing)}")
+    require("an export", "onnx", "onnxscript", "onnxruntime")
     trained = read_run(args.folder, args.num_members, args.embedding)
     number = trained.num_members
     test_images = None

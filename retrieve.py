@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dreml.cli import MANY, InputError, Parser, check_ranges, run_main
+from dreml.cli import MANY, InputError, Parser, check_ranges, require, run_main
 from dreml.confusions import confident_errors
-from dreml.figures import MAX_ROWS, check_matplotlib, draw_neighbours
+from dreml.figures import MAX_ROWS, draw_neighbours
 from dreml.files import atomic_open, writable, write_csv
 from dreml.runs import SUFFIXES
 from dreml.search import Answer, Searcher, add_search_options, refuse, searcher_of
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     searcher = searcher_of(args, refresh=args.refresh != "never", ann=args.ann)
     draws = not args.no_picture and (args.query or args.worst)
     if draws:
-        check_matplotlib()
+        require("a picture", "matplotlib")
     suffix = SUFFIXES[args.embedding]
     output = args.output or searcher.run.folder / "retrieval"
     path = output / f"{'worst' if args.worst else 'neighbours'}{suffix}.csv"

@@ -151,12 +151,7 @@ def _count_others_above(pairs: "_Pairs", thresholds: torch.Tensor) -> torch.Tens
 
 @torch.inference_mode()
 def map_at_r(
-    embeddings: torch.Tensor | Sequence[torch.Tensor],
-    labels: torch.Tensor,
-    *,
-    is_query: torch.Tensor | None = None,
-    is_gallery: torch.Tensor | None = None,
-    max_bytes: int | None = None,
+    embeddings: torch.Tensor | Sequence[torch.Tensor], labels: torch.Tensor, **options: torch.Tensor | int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """mAP@R and R-Precision for every ensemble size (Musgrave et al., "A Metric Learning Reality Check", 2020).
 
@@ -168,12 +163,12 @@ def map_at_r(
     the number of images of *other* classes whose similarity is at least that image's minus 1e-6 * l. So the numbers do
     not depend on the order of the images. A constant embedding scores 0 unless R exceeds the number of these images.
 
-    Arguments and errors are those of `recall_at_k`; blocks hold whole rows of the similarity matrix, at least 16.
-    Returns (mAP@R, R-Precision), each `(L,) float64` on the CPU, in [0, 1], for the first l members.
+    Arguments, options and errors are those of `recall_at_k`; blocks hold whole rows of the similarity matrix, at least
+    16. Returns (mAP@R, R-Precision), each `(L,) float64` on the CPU, in [0, 1], for the first l members.
     """
     # A row needs at most 16 floats per gallery image: its similarities, those to its own class again, and what is
     # computed from the R nearest of both. It needs all 16 if its class is nearly the whole gallery.
-    pairs = _pairs_by_class(embeddings, labels, is_query, is_gallery, max_bytes, floats_of_a_row=16 * len(labels))
+    pairs = _pairs_by_class(embeddings, labels, **options, floats_of_a_row=16 * len(labels))
     scores = torch.zeros((2, pairs.num_members, pairs.num_queries), device=pairs.device)
     with full_float32(pairs.device.type):
         for start in range(0, pairs.num_queries, pairs.block):

@@ -1,6 +1,5 @@
 """Batches of images for the network: loading ahead, random order, crops, mirroring, normalising, mixing."""
 
-import collections
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dreml.cache import Cache
+from dreml.cli import ahead
 from dreml.settings import Settings
 
 BATCHES_AHEAD = 4  # batches loaded while one is computed on, each in a thread: so a slow disk gets several requests
@@ -48,12 +48,9 @@ def image_batches(
         return batch
 
     with ThreadPoolExecutor(BATCHES_AHEAD) as loaders:
-        loading = collections.deque()
-        for number in range(len(batches) + BATCHES_AHEAD):
-            if number < len(batches):
-                loading.append(loaders.submit(load, *batches[number]))
-            if number >= BATCHES_AHEAD:
-                yield loading.popleft().result().to(device, non_blocking=device.type == "cuda")
+        futures = (loaders.submit(load, *batch) for batch in batches)
+        for batch in ahead(futures, BATCHES_AHEAD):
+            yield batch.to(device, non_blocking=device.type == "cuda")
 
 
 class MixedTargets(NamedTuple):

@@ -1,6 +1,5 @@
 """Raw data set -> cache: every image is decoded and resized once, and its pixels are appended to one file a split."""
 
-import collections
 import math
 import multiprocessing
 import os
@@ -9,8 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from dreml.cache import ARRAYS, CACHE_VERSION, Cache, CacheMeta, cache_folder, read_cache
-from dreml.cli import InputError, RunError, counted, progress_bar
+from dreml.cli import InputError, RunError, ahead, counted, progress_bar
 from dreml.datasets import OTHER_DATA_PATH, PUBLISHED, count_images, list_data_set, refuse
 from dreml.files import crc32, flush_to_disk, replace_folder, take_lock, temporary_name, writable, write_record
 from dreml.images import ImageSpec, bad_image, load_rgb, resize_test, resized
@@ -161,8 +159,7 @@ def store_pixels(
             with open(folder / file_name, "wb") as output:
                 write_header(output, (0, *shape))
                 header_bytes = output.tell()
-                for chunk in decoded:
-                    chunk_file, chunk_facts, chunk_bad, chunk_histogram = chunk.result()
+                for chunk_file, chunk_facts, chunk_bad, chunk_histogram in decoded:
                     with open(chunk_file, "rb") as pixels:
                         shutil.copyfileobj(pixels, output)
                     chunk_file.unlink()
@@ -173,16 +170,6 @@ def store_pixels(
                 output.seek(0)
                 write_header(output, (length, *shape))
     return images.assign(**dict(zip(FACTS, np.concatenate(facts).T, strict=True))), bad, histogram
-
-
-def ahead(futures: Iterator[Future], number: int) -> Iterator[Future]:
-    """Yield futures in order, while as many as `number` more are at work."""
-    waiting = collections.deque()
-    for future in futures:
-        waiting.append(future)
-        if len(waiting) > number:
-            yield waiting.popleft()
-    yield from waiting
 
 
 def decode_chunk(

@@ -1,9 +1,11 @@
 """The command line of all scripts: errors, options, signals, exit codes, progress bars, devices."""
 
 import argparse
+import collections
 import contextlib
 import errno
 import functools
+import importlib.util
 import io
 import os
 import platform
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -147,6 +150,17 @@ def progress_bar(items: Iterable[T], title: str, total: int, unit: str = " image
     yield from tqdm(items, title, total, unit=unit, delay=1, disable=None)
 
 
+def ahead(futures: Iterator[Future[T]], number: int) -> Iterator[T]:
+    """Yield the results of futures in order, while as many as `number` more are at work."""
+    waiting = collections.deque()
+    for future in futures:
+        waiting.append(future)
+        if len(waiting) > number:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
 # ------------------------------------------------------------------------------------------------ options
 
 
@@ -199,6 +213,13 @@ def number_list(text: str) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------ the machine
+
+
+def require(what: str, *packages: str) -> None:
+    """Raise InputError if some of the packages are not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"{what} needs: pip install {' '.join(missing)}")
 
 
 def num_cores() -> int:

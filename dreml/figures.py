@@ -56,12 +56,6 @@ STYLE = {
 WIDE_FONTS = ("Noto Sans CJK JP", "WenQuanYi Zen Hei", "Unifont", "Arial Unicode MS", "Microsoft YaHei")
 
 
-def check_matplotlib() -> None:
-    """Raise InputError if matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("drawing needs matplotlib: pip install -r requirements.txt")
-
-
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
     """Use our settings of matplotlib, not the user's, while a figure is made and saved."""

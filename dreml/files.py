@@ -12,14 +12,12 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import filelock
+import pandas as pd
 
 from dreml.cli import InputError, one_line, progress_bar
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Record = TypeVar("Record")
 
@@ -95,7 +93,7 @@ def writable(folder: Path, option: str) -> Iterator[None]:
         raise InputError(f"cannot write into {folder} ({one_line(error)}); {option} names another folder") from None
 
 
-def write_csv(path: Path, table: "pd.DataFrame", **kwargs) -> None:
+def write_csv(path: Path, table: pd.DataFrame, **kwargs) -> None:
     """Write a table as CSV, without its index."""
     with atomic_open(path) as file:
         table.to_csv(file, index=False, lineterminator="\n", **kwargs)

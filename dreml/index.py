@@ -5,7 +5,6 @@ is an extra: it is imported where it is used.
 """
 
 import contextlib
-import importlib.util
 import os
 import re
 import sys
@@ -18,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from dreml.cli import InputError, format_problems, num_cores, one_line, progress_bar
+from dreml.cli import InputError, format_problems, num_cores, one_line, progress_bar, require
 from dreml.files import json_sha256, read_record, sha256, wait_for_lock, writable, write_record
 from dreml.images import IMAGE_VERSION, ImageSpec, bad_image, read_pixels
 from dreml.lists import Photos, class_of, list_photos
@@ -77,8 +76,7 @@ class PhotoIndex:
     """
 
     def __init__(self, folder: Path, place: Path, model: str):
-        if importlib.util.find_spec("lancedb") is None:
-            raise InputError("a gallery of photos needs LanceDB: pip install lancedb")
+        require("a gallery of photos", "lancedb")
         self.folder = folder
         self.place = place
         self.made_for = {"folder": os.path.realpath(folder), "model": model}

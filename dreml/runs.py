@@ -257,8 +257,7 @@ class Run:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose what `read_run` takes from a run folder."""
-    members_help = "members 1 to L (default: all that are finished)"
-    parser.add_argument("--num_members", type=int, metavar="L", help=members_help)
+    parser.add_argument("--num_members", type=int, metavar="L", help="members 1 to L (default: all that are finished)")
     embedding_help = "logits (default), or pooled: the features before the last layer"
     parser.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
 

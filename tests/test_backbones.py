@@ -150,7 +150,7 @@ def test_networks_of_timm_that_cannot_be_taken_are_refused():
 
 def test_without_timm_a_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(InputError, match=r"^--backbone timm:NAME needs timm: pip install timm"):
+    with pytest.raises(InputError, match=r"^--backbone timm:NAME needs: pip install timm"):
         check_backbone("timm:resnet18", 32)
 
 

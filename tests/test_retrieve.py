@@ -286,7 +286,7 @@ def test_the_run_folder_is_left_alone_if_told_so(tiny_run, tmp_path, capsys):
         (["--query", "test:36"], "--query: test:36: the test split has 36 images, the first is test:0"),
         (["--worst", "0"], "--worst 0 has to be at least 1"),
         (["--worst", "--query", "test:0"], "--worst is for the test split, without --query and --gallery"),
-        (["--query", "test:0", "--gallery", "."], "a gallery of photos needs LanceDB: pip install lancedb"),
+        (["--query", "test:0", "--gallery", "."], "a gallery of photos needs: pip install lancedb"),
         (["--query", "test:0", "--ann"], "--index, --refresh and --ann are for the photos of --gallery"),
         (["--query", "test:0", "--far", "2"], "--far 2.0 has to be above 0 and at most 1"),
         (["--query", "test:0", "--threshold", "1.5"], "--threshold 1.5 has to be at least -1 and at most 1"),
@@ -313,6 +313,6 @@ def test_matplotlib_is_needed_for_a_picture_only(tiny_run, tmp_path, capsys, mon
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     call(tiny_run, "--export", tmp_path / "x.npy")
     arguments = [tiny_run, "--query", "test:0", "--output", tmp_path]
-    assert "needs matplotlib" in refused(capsys, retrieve, *arguments)
+    assert "a picture needs: pip install matplotlib" in refused(capsys, retrieve, *arguments)
     call(*arguments, "--no_picture")
     assert list(found_in(tmp_path)) == ["test:0"] and not (tmp_path / "neighbours.png").exists()
