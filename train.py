@@ -30,7 +30,7 @@ from tqdm import tqdm
 from dreml import cli, runs
 from dreml.backbones import check_backbone, read_weights, weights_tag
 from dreml.baseline import map_percent, print_baseline, print_near_copies, update_baseline
-from dreml.batches import Targets, epoch_batches, input_memory, prepare
+from dreml.batches import epoch_batches, input_memory, prepare
 from dreml.cache import Cache, default_recalls, read_cache, verify_cache
 from dreml.checkpoint import SECONDS_BETWEEN_WRITES, Progress, remove_progress
 from dreml.cli import InputError, RunError
@@ -47,7 +47,7 @@ SECONDS_BETWEEN_READINGS = 2  # of the loss, for the progress bar; each reading 
 SECONDS_BETWEEN_LINES = 60  # of log output, without a terminal
 TIMED_STEPS = 20  # steps from which the training time is estimated
 OVERFLOW_REMEDY = "try a lower --lr, or --precision fp32"
-Pair = tuple[torch.Tensor, Targets]  # a batch: pixels and targets
+Pair = tuple[torch.Tensor, torch.Tensor]  # a batch: pixels and targets
 
 # ------------------------------------------------------------------------------------------------ options
 
@@ -86,17 +86,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------ one step
 
 
-def cross_entropy(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Mean softmax cross-entropy over the images, `() float32`. Mixed images: both targets, weighted by share."""
-    if isinstance(targets, torch.Tensor):
-        return F.cross_entropy(logits, targets)
-    own = F.cross_entropy(logits, targets.own, reduction="none")
-    partners = F.cross_entropy(logits, targets.partners, reduction="none")
-    return (targets.shares * own + (1 - targets.shares) * partners).mean()
-
-
 def train_step(
-    state: TrainState, compute: Compute, pixels: torch.Tensor, targets: Targets
+    state: TrainState, compute: Compute, pixels: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Take one training step. Returns the mean loss `()` and the number of correct predictions `()`, on the device.
 
@@ -104,12 +95,12 @@ def train_step(
     """
     with compute.autocast():
         logits = state.model(pixels)
-    loss = cross_entropy(logits, targets)
+    loss = F.cross_entropy(logits, targets)
     state.optimizer.zero_grad()
     state.scaler.scale(loss).backward()
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    right_answers = targets if isinstance(targets, torch.Tensor) else targets.larger
+    right_answers = targets if targets.ndim == 1 else targets.argmax(1)  # of a mixed image, the larger share
     return loss.detach(), (logits.detach().argmax(1) == right_answers).sum()
 
 

@@ -10,6 +10,7 @@ embedding is the pooled feature after the last epoch.
 import argparse
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 import model
 from dreml.backbones import read_weights
-from dreml.batches import Targets, epoch_batches, prepare
+from dreml.batches import epoch_batches, prepare
 from dreml.cache import Cache, read_cache
 from dreml.cli import DEVICE_HELP, InputError, Parser, pick_device, run_main, set_up_device
 from dreml.optimizers import learning_rate, make_optimizer
@@ -30,16 +31,12 @@ from utils import map_at_r, recall_at_k, rng_for
 PROXY_RATE = 100  # times the network's learning rate
 
 
-def class_shares(targets: Targets, num_classes: int) -> torch.Tensor:
-    """Return the share of each class in each image, `(B, num_classes) float32`."""
-    if isinstance(targets, torch.Tensor):
-        return F.one_hot(targets, num_classes).float()
-    shares = targets.shares[:, None]
-    return shares * F.one_hot(targets.own, num_classes) + (1 - shares) * F.one_hot(targets.partners, num_classes)
+def proxy_anchor(loss: torch.nn.Module, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Proxy-Anchor loss of rows `(B, d)`. `targets`: classes `(B,)`, or the share of each class `(B, num_classes)`.
 
-
-def proxy_anchor(loss: torch.nn.Module, rows: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """Proxy-Anchor loss of rows `(B, d)`. The sums over images weight each by its `shares` `(B, num_classes)`."""
+    The sums over images weight each by its shares.
+    """
+    shares = F.one_hot(targets, len(loss.proxies)).float() if targets.ndim == 1 else targets
     cosines = F.normalize(rows, dim=1) @ F.normalize(loss.proxies, dim=1).T
     zeros = torch.zeros_like(cosines[:1])  # the 1 in log(1 + sum of exponentials)
     attracted = torch.cat([zeros, loss.alpha * (loss.margin - cosines) + shares.log()])
@@ -57,6 +54,7 @@ def train_rival(cache: Cache, settings: Settings, weights: str, compute: model.C
     device = compute.device
     labels = cache.array("train_labels")
     num_classes = cache.counts["train"][0]
+    settings = replace(settings, meta_class_size=num_classes)
     statistics = model.channel_statistics(cache.meta, device)
     torch.manual_seed(int(rng_for(settings.seed, 1, 0, "weights").integers(2**63)))
     network = model.build_model(settings.backbone, 2, read_weights(settings.backbone, weights)).to(device)
@@ -74,7 +72,7 @@ def train_rival(cache: Cache, settings: Settings, weights: str, compute: model.C
                 group["lr"] = factor * rate
             with compute.autocast():
                 rows = model.features(network, prepare(batch, *statistics))["pooled"]
-            value = proxy_anchor(loss, rows, class_shares(batch.targets, num_classes))
+            value = proxy_anchor(loss, rows, batch.targets)
             optimizer.zero_grad()
             state.scaler.scale(value).backward()
             state.scaler.step(optimizer)

@@ -53,30 +53,15 @@ def image_batches(
             yield batch.to(device, non_blocking=device.type == "cuda")
 
 
-class MixedTargets(NamedTuple):
-    """The meta-classes of mixed images (--mixup), `(B,)` each, on the device."""
-
-    own: torch.Tensor  # int64
-    partners: torch.Tensor  # int64
-    shares: torch.Tensor  # float32 in 0..1, the weight of the image itself; its partner's is 1 - share
-
-    @property
-    def larger(self) -> torch.Tensor:
-        """The meta-class with the larger share, `(B,) int64`. Only this one counts as a correct prediction."""
-        return torch.where(self.shares >= 0.5, self.own, self.partners)
-
-
-Targets = torch.Tensor | MixedTargets  # meta-classes, `(B,) int64`
-
-
 class Batch(NamedTuple):
     """A batch of training images on the device, not yet mirrored, normalised and mixed. See `prepare`."""
 
     images: torch.Tensor  # (B, S, S, 3) uint8, each image's window in its top left corner
-    targets: Targets
+    targets: torch.Tensor  # (B,) int64, meta-classes; with --mixup, (B, D) float32, the share of each meta-class
     num_mirrored: int  # number of images to mirror: the first ones
     sides: torch.Tensor | None  # (B,) int64, the windows' sides; None: all S
     partners: torch.Tensor | None = None  # (B,) int64, the index in the batch of each image's partner
+    shares: torch.Tensor | None = None  # (B,) float32 in 0..1, the weight of the image itself
 
 
 def epoch_batches(
@@ -123,10 +108,13 @@ def epoch_batches(
         batch_targets = all_targets[start:stop]
         batch_sides = None if all_sides is None else all_sides[start:stop]
         partners = None
+        shares = None
         if settings.mixup:
             partners = all_partners[start:stop]
-            batch_targets = MixedTargets(batch_targets, batch_targets[partners], all_shares[start:stop])
-        yield Batch(pixels, batch_targets, mirror, batch_sides, partners)
+            shares = all_shares[start:stop]
+            classes = F.one_hot(batch_targets, settings.meta_class_size).float()
+            batch_targets = classes[partners].lerp_(classes, shares[:, None])
+        yield Batch(pixels, batch_targets, mirror, batch_sides, partners, shares)
 
 
 def draw_mixing(batches: list[tuple[int, int]], generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,5 +187,5 @@ def prepare(batch: Batch, mean: torch.Tensor, std: torch.Tensor, memory: torch.T
     if batch.partners is None:
         return pixels
     rows = pixels.permute(0, 2, 3, 1)  # the order in memory, so that the copy is channels_last too
-    mixed = rows[batch.partners].lerp_(rows, batch.targets.shares[:, None, None, None])
+    mixed = rows[batch.partners].lerp_(rows, batch.shares[:, None, None, None])
     return mixed.permute(0, 3, 1, 2)

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from dreml.batches import Targets
 from dreml.settings import MILESTONES, Settings
 
 RISE = 0.2  # the share of the training in which the rate of "onecycle" rises
@@ -40,12 +39,12 @@ def learning_rate(settings: Settings, epochs: float) -> float:
 
 
 def with_rates(
-    batches: Iterable[tuple[torch.Tensor, Targets]],
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     optimizer: torch.optim.Optimizer,
     settings: Settings,
     epoch: int,
     num_images: int,
-) -> Iterator[tuple[torch.Tensor, Targets]]:
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield an epoch's batches. Before each one, set the optimizer to the learning rate in the middle of its step."""
     done = 0
     for pixels, targets in batches:

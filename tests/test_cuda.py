@@ -148,8 +148,7 @@ def test_batches_through_pinned_memory_are_those_of_the_cpu(cache, options):
     """Also where the GPU is far behind: memory that was filled again too early would show."""
 
     def tensors_of(batch) -> list[torch.Tensor]:
-        targets = [batch.targets] if isinstance(batch.targets, torch.Tensor) else list(batch.targets)
-        return [part for part in (batch.images, batch.sides, batch.partners, *targets) if part is not None]
+        return [part for part in batch if isinstance(part, torch.Tensor)]
 
     settings = make_experiment(cache, batch_size=16, **options).settings
     on_gpu = []

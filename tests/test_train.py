@@ -21,7 +21,7 @@ import data_utils
 import train
 from dreml import cli
 from dreml import runs as writer
-from dreml.batches import Batch, MixedTargets, epoch_batches, input_memory, prepare
+from dreml.batches import Batch, epoch_batches, input_memory, prepare
 from dreml.files import read_record
 from dreml.runs import MemberRecord, read_run_record
 from dreml.settings import Settings, settings_of
@@ -69,11 +69,11 @@ def test_a_step_on_mixed_images_counts_both_targets_by_their_shares():
     models[1].load_state_dict(models[0].state_dict())
     pixels, own, partners = torch.randn(5, 4), torch.tensor([0, 1, 2, 2, 0]), torch.tensor([1, 2, 2, 0, 0])
     shares = torch.tensor([0.9, 0.2, 0.5, 0.4999, 1.0])
-    states = [TrainState(m, torch.optim.SGD(m.parameters(), 0.1), no_scaling()) for m in models]
-    found, num_correct = train_step(states[0], FP32, pixels, MixedTargets(own, partners, shares))
-
     shares_of_all = nn.functional.one_hot(own, 3) * shares[:, None]
     shares_of_all += nn.functional.one_hot(partners, 3) * (1 - shares)[:, None]
+    states = [TrainState(m, torch.optim.SGD(m.parameters(), 0.1), no_scaling()) for m in models]
+    found, num_correct = train_step(states[0], FP32, pixels, shares_of_all)
+
     logits = models[1](pixels)
     loss = -(logits.log_softmax(1) * shares_of_all).sum(1).mean()
     loss.backward()
@@ -116,8 +116,8 @@ def test_steps_never_wait_for_the_device():
     statistics = torch.ones(3, device=meta), torch.ones(3, device=meta)
     memory = input_memory(5, 64, meta)
     batches = [Batch(images.to(meta), targets.to(meta), 2, s) for s in (None, sides.to(meta))]
-    mixed = MixedTargets(targets.to(meta), targets.to(meta), torch.zeros(4, device=meta))
-    for batch in [*batches, batches[0]._replace(targets=mixed, partners=targets.to(meta))]:
+    mixed = {"targets": torch.zeros((4, 12), device=meta), "shares": torch.zeros(4, device=meta)}
+    for batch in [*batches, batches[0]._replace(**mixed, partners=targets.to(meta))]:
         loss, num_correct = train_step(state, compute, prepare(batch, *statistics, memory), batch.targets)
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert loss.device == num_correct.device == meta
