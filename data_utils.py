@@ -49,8 +49,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip_bad", action="store_true", help=skip_help)
     holdout_help = "cache NAME_holdout: a random share of the training classes as test split, such as 0.2"
     parser.add_argument("--holdout", type=float, metavar="SHARE", help=holdout_help)
-    seed_help = "draw other classes, for NAME_holdoutN (default: 0)"
-    parser.add_argument("--holdout_seed", type=int, metavar="N", help=seed_help)
+    parser.add_argument("--holdout_seed", type=int, metavar="N", help="other classes, for NAME_holdoutN (default: 0)")
     parser.add_argument("--verify", action="store_true", help="only compare the caches with their checksums")
     args = parser.parse_args(argv)
     check_ranges(args, image_size=(1, 2048), num_workers=(1, MANY), holdout=(1e-9, 1), holdout_seed=(0, 2**32 - 1))

@@ -159,6 +159,7 @@ def run(args: argparse.Namespace) -> None:
         print(sizes.assign(alone=scores["members"][first]).round(2).to_string(index=False))
         print(f"(alone: {first} of the last member of the row by itself)")
         thresholds = scores["thresholds"]
+        print("thresholds for false-accept rates, and the percentage found at them:")
         print(thresholds.round(4).to_string(index=False) if len(thresholds) else "no threshold: too few test queries")
         write_scores(one, scores, target, suffix, args.plot)
         written = ", ".join(f"{name}{suffix}.csv" for name in scores)

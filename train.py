@@ -57,8 +57,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_settings(parser.add_argument_group("the method (these make another run folder)"))
     group = parser.add_argument_group("the rest")
     group.add_argument("--ensemble_size", type=int, default=12, metavar="L", help="members (default: 12)")
-    members_help = "only these, such as 13-24 (default: all)"
-    group.add_argument("--members", type=cli.number_list, metavar="I-J", help=members_help)
+    group.add_argument("--members", type=cli.number_list, metavar="I-J", help="only these, e.g. 13-24 (default: all)")
     recalls_help = "the K of Recall@K (default: 1,2,4,8; of isc 1,10,20,30)"
     group.add_argument("--recalls", type=cli.number_list, metavar="K,K", help=recalls_help)
     embedding_help = "what is scored: logits (default), or pooled features"
@@ -71,8 +70,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--threads", type=int, metavar="N", help="cores to compute on (default: all)")
     wait_help = "seconds between two progress files of a member, at least (default: 30)"
     group.add_argument("--progress_seconds", type=float, default=SECONDS_BETWEEN_WRITES, metavar="S", help=wait_help)
-    deterministic_help = "the same bits each time on CUDA too, where it can; slower"
-    group.add_argument("--deterministic", action="store_true", help=deterministic_help)
+    group.add_argument("--deterministic", action="store_true", help="the same bits on CUDA too, where it can; slower")
     args = parser.parse_args(argv)
     cli.check_ranges(args, ensemble_size=(1, cli.MAX_ENSEMBLE_SIZE), progress_seconds=(0, cli.MANY), threads=(1, 1024))
     settings_of(args)
@@ -230,14 +228,12 @@ def train_member(
 def with_outlook(batches: Iterable[Pair], num_images: int, num_epochs: int, num_members: int) -> Iterator[Pair]:
     """Yield the batches of a first epoch. After 20 steps, or all if fewer, print how long the members will take."""
     batches = iter(batches)
-    num_timed = None
-    for pixels, targets in islice(batches, TIMED_STEPS):
+    yield next(batches)  # the first step is not timed: it also chooses algorithms
+    start = time.perf_counter()
+    num_timed = 0
+    for pixels, targets in islice(batches, TIMED_STEPS - 1):
         yield pixels, targets  # resumes here after the step
-        if num_timed is None:  # the first step is not timed: it also chooses algorithms
-            start = time.perf_counter()
-            num_timed = 0
-        else:
-            num_timed += len(pixels)
+        num_timed += len(pixels)
     if num_timed:
         seconds = (time.perf_counter() - start) / num_timed * num_images * num_epochs
         in_all = f", {cli.duration(num_members * seconds)} in all" if num_members > 1 else ""
@@ -245,18 +241,9 @@ def with_outlook(batches: Iterable[Pair], num_images: int, num_epochs: int, num_
     yield from batches
 
 
-def embed_test_images(experiment: Experiment, model: nn.Module, member: int) -> dict[str, torch.Tensor]:
-    """Embed all test images, see `extract_features`, in batches twice as large as in training if memory allows."""
-    images, batch_size = experiment.cache.array("test_images"), 2 * experiment.settings.batch_size
-    embeddings = extract_features(model, images, experiment.statistics, batch_size)
-    if not all(torch.isfinite(rows).all() for rows in embeddings.values()):
-        raise RunError(f"member {member}: its embedding is not finite; {OVERFLOW_REMEDY}")
-    return embeddings
-
-
 def make_member(experiment: Experiment, members: Members, member: int, title: str) -> MemberRecord:
     """Train, embed and save one member. The caller holds its lock. If only embeddings are missing, do not train it."""
-    folder, meta = members.folder, experiment.cache.meta
+    folder = members.folder
     remove_leftovers(folder, f"*_{member:03d}.*")
     record = members.trained(member)
     if record:
@@ -265,9 +252,14 @@ def make_member(experiment: Experiment, members: Members, member: int, title: st
         progress = Progress(folder, member, members.settings_hash, experiment.progress_seconds)
         model, result = train_member(experiment, member, title, progress)
         record = MemberRecord(member, members.settings_hash, **result, environment=experiment.environment, sha256={})
+    test_images = experiment.cache.array("test_images")
+    embeddings = extract_features(model, test_images, experiment.statistics, 2 * experiment.settings.batch_size)
+    if not all(torch.isfinite(rows).all() for rows in embeddings.values()):
+        raise RunError(f"member {member}: its embedding is not finite; {OVERFLOW_REMEDY}")
+    meta = experiment.cache.meta
     metadata = {"settings": asdict(experiment.settings), "partition": record.partition}
     metadata |= {"mean": meta.mean, "std": meta.std}
-    runs.save_member(folder, record, model, metadata, embed_test_images(experiment, model, member))
+    runs.save_member(folder, record, model, metadata, embeddings)
     remove_progress(folder, member)
     return record
 
