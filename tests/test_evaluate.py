@@ -36,7 +36,7 @@ def test_a_trained_run(tiny_run, tmp_path, capsys):
     assert list(sizes.columns) == ["ensemble_size", "R@1", "R@4", "mAP@R", "R-Precision"]
     assert list(alone.columns) == ["member", *sizes.columns[1:]]
     pd.testing.assert_frame_equal(sizes.iloc[:, :3], pd.read_csv(tiny_run / "recall.csv"))
-    *_, header, first, second, note = capsys.readouterr().out.splitlines()[:-3]
+    *_, header, first, second, note = capsys.readouterr().out.splitlines()[:-4]
     assert note == "(alone: R@1 of the last member of the row by itself)"
     assert header.split() == [*sizes.columns, "alone"]
     printed = np.array([first.split(), second.split()], float)
