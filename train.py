@@ -89,7 +89,8 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Take one training step. Returns the mean loss `()` and the number of correct predictions `()`, on the device.
 
-    The host never waits for the device. The backbone computes in `compute.precision`, the head and the loss in fp32.
+    `targets` are those of a `Batch`. The backbone computes in `compute.precision`, the head and the loss in fp32. The
+    host never waits for the device.
     """
     with compute.autocast():
         logits = state.model(pixels)
@@ -121,9 +122,9 @@ def train_epoch(
     num_done = 0
     with bar:
         for pixels, targets in batches:
-            loss, num_correct = train_step(state, compute, pixels, targets)
-            total_loss += loss * len(pixels)
-            total_correct += num_correct
+            step_loss, step_correct = train_step(state, compute, pixels, targets)
+            total_loss += step_loss * len(pixels)
+            total_correct += step_correct
             bar.update(len(pixels))
             num_done += len(pixels)
             if time.perf_counter() > next_reading:
