@@ -81,7 +81,7 @@ def threshold_table(queries: pd.DataFrame, num_gallery: int) -> pd.DataFrame:
     for far in FARS:
         threshold = threshold_at(queries, far)
         if threshold is not None:
-            is_found = queries.right & (queries.own >= threshold - 5e-7)  # as rounded as the threshold
+            is_found = queries.right & (queries.own.astype(float) >= threshold - 5e-7)  # as rounded as the threshold
             rows.append((far, threshold, 100 * is_found.mean(), len(queries), num_gallery))
     return pd.DataFrame(rows, columns=["far", "threshold", "found", "queries", "gallery"])
 
@@ -159,8 +159,10 @@ def run(args: argparse.Namespace) -> None:
         print(sizes.assign(alone=scores["members"][first]).round(2).to_string(index=False))
         print(f"(alone: {first} of the last member of the row by itself)")
         thresholds = scores["thresholds"]
-        print("thresholds for false-accept rates, and the percentage found at them:")
-        print(thresholds.round(4).to_string(index=False) if len(thresholds) else "no threshold: too few test queries")
+        if len(thresholds):
+            print(f"thresholds at false-accept rates:\n{thresholds.round(4).to_string(index=False)}")
+        if len(thresholds) < len(FARS):
+            print(f"no threshold for lower rates: {one.test.is_query.sum():,} queries are too few")
         write_scores(one, scores, target, suffix, args.plot)
         written = ", ".join(f"{name}{suffix}.csv" for name in scores)
         print(f"{target}/: {written}{', a figure' if args.plot else ''}\n")

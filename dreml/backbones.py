@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load
 from torch import nn
 
-from dreml.cli import InputError, counted, one_line, require
+from dreml.cli import InputError, counted, one_line
 from dreml.files import sha256
 
 TIMM = "timm:"  # prefix of the names of timm's networks
@@ -26,10 +26,11 @@ USUAL_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
 
 
 def timm_library():
-    """Import `timm`. Raises InputError if it is not installed."""
-    require(f"--backbone {TIMM}NAME", "timm")
-    import timm
-
+    """Import `timm`. Raises InputError if that fails."""
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError(f"--backbone {TIMM}NAME needs: pip install timm ({one_line(error)})") from None
     return timm
 
 

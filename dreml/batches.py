@@ -48,9 +48,9 @@ def image_batches(
         return batch
 
     with ThreadPoolExecutor(BATCHES_AHEAD) as loaders:
-        futures = (loaders.submit(load, *batch) for batch in batches)
-        for batch in ahead(futures, BATCHES_AHEAD):
-            yield batch.to(device, non_blocking=device.type == "cuda")
+        futures = (loaders.submit(load, start, stop) for start, stop in batches)
+        for pixels in ahead(futures, BATCHES_AHEAD):
+            yield pixels.to(device, non_blocking=device.type == "cuda")
 
 
 class Batch(NamedTuple):

@@ -66,15 +66,11 @@ class Cache:
         splits = {"train": self.meta.train, "test": self.meta.test}
         return {name: (len(split["classes"]), split["images"]) for name, split in splits.items()}
 
-    def paths(self, split: str) -> list[str]:
-        """The paths of the images of a split, relative to data/NAME."""
-        return [path.decode() for path in self.array(f"{split}_paths").tolist()]
-
     def test_table(self) -> pd.DataFrame:
         """The test images, `runs.TEST_COLUMNS`."""
         labels = np.array(self.array("test_labels"))
         class_names = np.array(self.meta.test["classes"], dtype=object)[labels]
-        columns = {"path": self.paths("test"), "label": labels}
+        columns = {"path": [path.decode() for path in self.array("test_paths").tolist()], "label": labels}
         columns |= {name: np.array(self.array(f"test_{name}")) for name in ("is_query", "is_gallery")}
         return pd.DataFrame(columns | {"class_name": class_names})
 

@@ -23,7 +23,8 @@ def draw_demo(folder: Path, num_classes: int = 100, images_per_class: int = 20, 
     try:
         for number in progress_bar(range(2 * num_classes), f"drawing {folder.name}", 2 * num_classes, " classes"):
             generator = np.random.default_rng((0, number))
-            strokes = new_character(generator)
+            # 2 to 4 strokes, each the control points (4, 2) of a Bezier curve in [-1, 1] x [-1, 1]
+            strokes = [generator.uniform(-0.9, 0.9, (4, 2)) for _ in range(generator.integers(2, 5))]
             class_folder = new / ("train" if number < num_classes else "test") / f"character_{number:03d}"
             class_folder.mkdir(parents=True)
             for image_number in range(images_per_class):
@@ -31,11 +32,6 @@ def draw_demo(folder: Path, num_classes: int = 100, images_per_class: int = 20, 
         os.rename(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def new_character(generator: np.random.Generator) -> list[np.ndarray]:
-    """2 to 4 strokes, each `(4, 2) float`: the control points of a Bezier curve in [-1, 1] x [-1, 1]."""
-    return [generator.uniform(-0.9, 0.9, (4, 2)) for _ in range(generator.integers(2, 5))]
 
 
 def write_character(strokes: list[np.ndarray], side: int, generator: np.random.Generator) -> Image.Image:

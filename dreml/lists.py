@@ -1,4 +1,4 @@
-"""Which images there are: in folders, in the lists of a data set, and since its cache. No image is opened here."""
+"""Which images there are, in folders and lists, and which changed since a cache was made. None is opened here."""
 
 import collections
 import contextlib

@@ -176,18 +176,23 @@ class Searcher:
 
     @functools.cached_property
     def test_queries(self) -> pd.DataFrame:
-        """The `first_neighbour_table` of the test split. 60,000 images take 15 seconds on two cores."""
+        """The `first_neighbour_table` of the test split. 60,000 images of 144 numbers take 15 seconds on two cores."""
         return first_neighbour_table([self.saved], self.run.test)
 
     def threshold_of(self, far: float) -> float:
         """The threshold of a false-accept rate. Raises InputError if there are too few test queries for it."""
-        threshold = threshold_at(self.test_queries, far)
+        if not 0 < far <= 1:
+            raise InputError(f"far has to be above 0 and at most 1, not {far}")
+        number = int(self.run.test.is_query.sum())
+        threshold = None
+        if far * number + 1e-9 >= FEWEST_ABOVE:  # else there is nothing to compute
+            threshold = threshold_at(self.test_queries, far)
+            number = int(np.isfinite(self.test_queries.other).sum())
         if threshold is None:
-            needed = math.ceil(FEWEST_ABOVE / far)
-            number = self.run.test.is_query.sum()
-            others = "".join(f"far {each:g}, " for each in FARS if threshold_at(self.test_queries, each) is not None)
-            remedy = f"what would do: {others}or a threshold of your own"
-            raise InputError(f"far {far:g} takes {needed:,} test queries, and there are {number:,}; {remedy}")
+            needed = f"{math.ceil(FEWEST_ABOVE / far):,} test queries (with other classes in the gallery)"
+            known = [f"far {each:g}" for each in FARS if each * number >= FEWEST_ABOVE]
+            remedies = " or ".join([*known, "a threshold of your own"])
+            raise InputError(f"far {far:g} takes {needed}, and there are {number:,}; what would do: {remedies}")
         return threshold
 
     @functools.cached_property
@@ -245,8 +250,6 @@ class Searcher:
             raise InputError(f"find_many takes a list of queries, not {str(queries)!r}: use find")
         if top < 1:
             raise InputError(f"top has to be at least 1, not {top}")
-        if far is not None:
-            threshold = self.threshold_of(far)
         bad = [] if problems is None else problems
         items: list[Item] = []
         for query in queries:
@@ -255,6 +258,8 @@ class Searcher:
             except InputError as error:
                 bad.append(str(error))
         with self.lock:
+            if far is not None:
+                threshold = self.threshold_of(far)
             rows = self.embed_queries(items, bad)
             if problems is None:
                 refuse("query", bad)

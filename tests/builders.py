@@ -248,6 +248,10 @@ def build(data: Path, name: str, spec: ImageSpec = SPEC, **options) -> Cache:
     return build_cache(data, name, spec, **{"num_workers": 1} | options)
 
 
+def paths_of(cache: Cache, split: str) -> list[str]:
+    return [path.decode() for path in cache.array(f"{split}_paths").tolist()]
+
+
 def tree(folder: Path) -> dict[str, str]:
     """Every file below a folder and its checksum, lock files aside."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock"]

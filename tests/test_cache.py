@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision.transforms.functional as TF
-from builders import SPEC, build, flip_a_bit, random_image, tree, write_image_folder
+from builders import SPEC, build, flip_a_bit, paths_of, random_image, tree, write_image_folder
 
 from dreml.cache import read_cache, verify_cache
 from dreml.cli import InputError
@@ -24,7 +24,7 @@ def test_crops_are_windows_of_the_cached_image(tiny_data):
     crops = np.full((4, SIZE, SIZE, 3), 99, np.uint8)
     cache.train_crops(np.array([5, 0, 5, 7]), corners, sides, crops)
     for crop, index, (top, left), side in zip(crops, (5, 0, 5, 7), corners, sides, strict=True):
-        image = TF.resize(load_rgb(tiny_data / "tiny" / cache.paths("train")[index]), int(1.1 * SIZE))
+        image = TF.resize(load_rgb(tiny_data / "tiny" / paths_of(cache, "train")[index]), int(1.1 * SIZE))
         expected = np.zeros((SIZE, SIZE, 3), np.uint8)
         expected[:side, :side] = np.asarray(image)[top : top + side, left : left + side]
         np.testing.assert_array_equal(crop, expected)
@@ -38,7 +38,7 @@ def test_paths_of_all_kinds(tmp_path, threads):
         shutil.copy(tmp_path / "mine/train/train_0/0.png", tmp_path / "mine/train/train_1" / name)
     cache = build(tmp_path, "mine")
     expected = [f"train/train_1/{name}" for name in ("0.png", "1.png", *names)]
-    assert cache.paths("train") == ["train/train_0/0.png", "train/train_0/1.png", *sorted(expected)]
+    assert paths_of(cache, "train") == ["train/train_0/0.png", "train/train_0/1.png", *sorted(expected)]
     assert cache.counts == {"train": (2, 9), "test": (2, 4)}
 
 

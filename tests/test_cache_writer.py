@@ -12,7 +12,7 @@ import filelock
 import numpy as np
 import pytest
 import torchvision.transforms.functional as TF
-from builders import SPEC, build, jpeg_bytes, odd_images, put, rewrite, tree, write_csv, write_image_folder
+from builders import SPEC, build, jpeg_bytes, odd_images, paths_of, put, rewrite, tree, write_csv, write_image_folder
 
 from dreml import cache_writer
 from dreml.cache import read_cache
@@ -34,14 +34,14 @@ def test_cache_equals_the_torchvision_pipeline(tmp_path, size, resize):
     larger, smaller = ([side, side] if resize == "squash" else side for side in (int(1.1 * size), size))
 
     pixels, offsets, sizes = (cache.array(f"train_{name}") for name in ("pixels", "offsets", "sizes"))
-    assert len(cache.paths("train")) == len(sizes) == 27 and offsets[-1] == len(pixels)
-    for number, path in enumerate(cache.paths("train")):
+    assert len(paths_of(cache, "train")) == len(sizes) == 27 and offsets[-1] == len(pixels)
+    for number, path in enumerate(paths_of(cache, "train")):
         image = load_rgb(tmp_path / "data" / "mine" / path)
         expected = np.asarray(TF.resize(image, larger))
         cached = pixels[offsets[number] : offsets[number + 1]].reshape(*sizes[number], 3)
         np.testing.assert_array_equal(cached, expected, err_msg=path)
     assert cache.array("test_images").shape == (27, size, size, 3)
-    for number, path in enumerate(cache.paths("test")):
+    for number, path in enumerate(paths_of(cache, "test")):
         image = load_rgb(tmp_path / "data" / "mine" / path)
         expected = np.asarray(TF.center_crop(TF.resize(image, smaller), size))
         np.testing.assert_array_equal(cache.array("test_images")[number], expected, err_msg=path)

@@ -10,7 +10,18 @@ import builders
 import numpy as np
 import pandas as pd
 import pytest
-from builders import SPEC, build, flip_a_bit, refused, save_image, tree, write_cub, write_image_folder, write_sop
+from builders import (
+    SPEC,
+    build,
+    flip_a_bit,
+    paths_of,
+    refused,
+    save_image,
+    tree,
+    write_cub,
+    write_image_folder,
+    write_sop,
+)
 
 import data_utils
 import train
@@ -255,9 +266,9 @@ def test_a_share_of_the_training_classes_becomes_the_test_split(tmp_path, capsys
         cache = read_cache(tmp_path, f"{name}_{folder}", SPEC)
         assert sorted(cache.meta.train["classes"] + cache.meta.test["classes"]) == sorted(classes)
         held_out.append([classes.index(name) for name in cache.meta.test["classes"]])
-        paths = cache.paths("train") + cache.paths("test")
-        assert sorted(paths) == sorted(f"{name}/{path}" for path in whole.paths("train"))
-        row = whole.paths("train").index(paths[0].removeprefix(f"{name}/"))
+        paths = paths_of(cache, "train") + paths_of(cache, "test")
+        assert sorted(paths) == sorted(f"{name}/{path}" for path in paths_of(whole, "train"))
+        row = paths_of(whole, "train").index(paths[0].removeprefix(f"{name}/"))
         start, stop = whole.array("train_offsets")[row : row + 2]
         pixels = cache.array("train_pixels")[: cache.array("train_offsets")[1]]
         assert np.array_equal(pixels, whole.array("train_pixels")[start:stop])

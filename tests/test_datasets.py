@@ -8,6 +8,7 @@ from builders import (
     SHARED,
     build,
     check_refused,
+    paths_of,
     put,
     rewrite,
     save_image,
@@ -58,7 +59,7 @@ def test_raw_layouts(tmp_path, capsys, threads, layout):
     assert cache.counts == {"train": (2, 4), "test": (2, 4)}
     for split in ("train", "test"):
         assert cache.array(f"{split}_labels").tolist() == [0, 0, 1, 1]
-        for path in cache.paths(split):
+        for path in paths_of(cache, split):
             assert path.startswith(folder) and (tmp_path / name / path).is_file()
     if name != "isc":
         assert cache.array("test_is_query").all() and cache.array("test_is_gallery").all()
@@ -72,7 +73,7 @@ def test_in_shop_has_queries_and_a_gallery(tmp_path, capsys, threads):
     assert cache.array("test_is_query").tolist() == [True, False] * 2
     assert cache.array("test_is_gallery").tolist() == [False, True] * 2
     assert cache.array("test_is_query").dtype == cache.array("test_is_gallery").dtype == bool
-    assert [path[-14:-12] for path in cache.paths("test")] == ["06", "07", "00", "01"]
+    assert [path[-14:-12] for path in paths_of(cache, "test")] == ["06", "07", "00", "01"]
     said = capsys.readouterr().out
     assert "isc: query lists 2 classes, 2 images\nisc: gallery lists 2 classes, 2 images\n" in said
 

@@ -6,7 +6,7 @@ import sys
 import unicodedata
 
 import pytest
-from builders import build, check_refused, put, rewrite, save_image, write_csv, write_image_folder
+from builders import build, check_refused, paths_of, put, rewrite, save_image, write_csv, write_image_folder
 
 from dreml import lists
 from dreml.cli import InputError
@@ -31,8 +31,8 @@ def test_csv_data_set(tmp_path, capsys, threads):
     cache = build(tmp_path, "listed")
     assert cache.meta.train["classes"] == ["ant", "zebra"]
     assert cache.meta.test["classes"] == ['Grüße, "cat"', "fox"]
-    assert cache.paths("train") == ["photos/2.png", "photos/1.png"]
-    assert cache.paths("test") == [f"photos/{number}.png" for number in (4, 6, 3, 5)]
+    assert paths_of(cache, "train") == ["photos/2.png", "photos/1.png"]
+    assert paths_of(cache, "test") == [f"photos/{number}.png" for number in (4, 6, 3, 5)]
     assert cache.array("test_labels").tolist() == [0, 0, 1, 1]
     assert cache.array("test_is_query").tolist() == [False, True, True, False]
     assert cache.array("test_is_gallery").tolist() == [True, True, False, True]
@@ -108,8 +108,8 @@ def test_image_folder(tmp_path, capsys, monkeypatch, threads):
     (root / "train/a/loop").symlink_to(root / "train", target_is_directory=True)  # and ends where it would go round
     cache = build(tmp_path, "mine")
     assert cache.meta.train["classes"] == ["a", "b/deep/er"] and cache.meta.test["classes"] == ["c", "ü c"]
-    assert cache.paths("train") == ["train/a/1.JPG", "train/a/2.png", "train/b/deep/er/3.Tiff"]
-    assert cache.paths("test") == ["test/c/4.webp", "test/ü c/4.webp"]
+    assert paths_of(cache, "train") == ["train/a/1.JPG", "train/a/2.png", "train/b/deep/er/3.Tiff"]
+    assert paths_of(cache, "test") == ["test/c/4.webp", "test/ü c/4.webp"]
     error = capsys.readouterr().err
     said = "2 .heic (pip install pillow-heif), 2 .mov, 1 without a suffix, 1 outside any class folder"
     assert f"{root / 'train'}: left out: " in error

@@ -15,6 +15,7 @@ from builders import (
     random_image,
     save_image,
     write_colored_run,
+    write_run,
 )
 from PIL import Image
 from reference import mean_cosines
@@ -221,7 +222,7 @@ def test_a_threshold_lets_its_share_through(far, tied):
     values = (values.round(2) if tied else values).astype(np.float32)
     threshold = threshold_at(queries_of(values), far)
     rounded = values.astype(float).round(6)
-    assert (rounded >= threshold - 1e-9).mean() <= far
+    assert (rounded >= threshold - 1e-9).mean() <= far and threshold == round(threshold, 6)
     lower = rounded[rounded < threshold - 1e-9]
     if far < 1:
         assert (rounded >= lower.max()).mean() > far
@@ -238,3 +239,17 @@ def test_no_threshold_where_fewer_than_ten_are_expected_above_it():
     assert threshold_at(queries_of(values), 0.01) is None
     assert threshold_at(queries_of(np.full(1000, -np.inf)), 1.0) is None
     assert threshold_at(queries_of(np.ones(1000)), 0.1) == pytest.approx(1.000001)
+
+
+@pytest.mark.parametrize("far", [0, -1, 1.5, float("nan")])
+def test_a_rate_outside_0_to_1_is_refused(small_run, far):
+    with pytest.raises(InputError, match=r"^far has to be above 0 and at most 1, not"):
+        Searcher(small_run, device="cpu").find(0, far=far)
+
+
+def test_a_rate_takes_queries_that_have_another_class_to_find(small_run, tmp_path):
+    """Of 200 images of one class, none has."""
+    rows = random_embeddings(0, 1, 200)
+    run = write_run(tmp_path / "run", small_run, rows, np.zeros(200, int))
+    with pytest.raises(InputError, match=r"^far 0.1 takes 100 test queries .*, and there are 0; what would do: a thr"):
+        Searcher(run, device="cpu").find(0, far=0.1)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from builders import copy_run, digests, only_folder, save_image, train_tiny
+from builders import copy_run, digests, only_folder, save_image, table_of, train_tiny
 from reference import slow_recall
 from safetensors.torch import load_file
 from torch import nn
@@ -290,11 +290,11 @@ def test_method_options_reach_the_training(tiny_data, tmp_path, small_network, s
     [("2", "3 minutes a member, 6 minutes in all"), ("16", "36 seconds a member, 72 seconds in all")],
 )
 def test_a_run_says_how_long_it_will_take(tiny_data, tmp_path, small_network, capsys, monkeypatch, batch_size, said):
-    """Once: after so many steps, or the first epoch if it has fewer. By a clock of a second a step."""
+    """Once: after so many steps, or the first epoch if it has fewer. By a clock of seconds, which then leaps."""
     steps = []
     monkeypatch.setattr(train, "TIMED_STEPS", 9)
     monkeypatch.setattr(train, "train_step", lambda *_: steps.append(1) or (torch.zeros(()), torch.tensor(0)))
-    monkeypatch.setattr(train.time, "perf_counter", lambda: len(steps))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: len(steps) + 100 * (len(steps) > 9))
     options = ["--batch_size", batch_size, "--num_epochs", "10", "--ensemble_size", "3", "--members", "1-2"]
     assert train_tiny(tiny_data, tmp_path, *options) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("about ")]
@@ -353,6 +353,14 @@ def test_a_run_in_another_precision(tiny_data, tmp_path, small_network, precisio
     assert 10 < pd.read_csv(folder / "recall.csv")["R@1"][0] < 100
     features = torch.from_numpy(np.load(folder / "member_001.pooled.npy"))
     assert features.dtype == torch.float32 and not torch.equal(features.to(dtype).float(), features)
+
+
+def test_queries_without_a_class_mate_are_counted(tiny_cache, capsys):
+    """One that is alone in the gallery, one that is not in it. Not one with a mate; none that is no query."""
+    is_query, is_gallery = np.array([1, 1, 1, 0, 0], bool), np.array([1, 0, 1, 1, 1], bool)
+    train.print_exceptions(tiny_cache, table_of(np.array([0, 1, 2, 2, 3]), is_query, is_gallery), training=True)
+    out = "3 queries against a gallery of 4 images\nqueries without another image of their class in the gallery: 2;"
+    assert capsys.readouterr().out == f"{out} they count as misses\n"
 
 
 def test_auto_goes_on_in_the_precision_of_the_run(tiny_data, tmp_path, small_network, monkeypatch):

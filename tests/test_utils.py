@@ -184,6 +184,10 @@ def test_nearest_images_equal_the_definition(seed):
         assert masks[1][rows].all() and (rows != queries_found).all()
         assert np.array_equal(labels[rows] == labels[queries_found], right)
         np.testing.assert_allclose(cosines[queries_found, rows], expected[~alone], atol=2e-6)
+    for height, right in ((1.6e-3, False), (2e-3, True)):  # 0.8e-6 and 1.5e-6 apart, the tolerance is 1e-6
+        rows = torch.tensor([[1, 0], [1, 1e-3], [1, height]])
+        for members in ([rows], [rows, rows]):
+            assert nearest_images(members, torch.tensor([0, 0, 1]))["right"][0] == right
     only = torch.tensor([True, False, False])
     assert nearest_images(torch.eye(3), torch.tensor([0, 0, 1]), is_gallery=only)["neighbour"].tolist() == [-1, 0, 0]
 
