@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from builders import build_small_model, refused, save_image
+from builders import build_small_model, copy_run, refused, save_image
 from PIL import Image
 
 import app
@@ -207,6 +207,11 @@ def test_a_neighbour_below_the_threshold_is_grey():
 def test_what_is_refused(small_run, tmp_path, monkeypatch, capsys):
     assert "is not a run folder" in refused(capsys, app, tmp_path)
     assert "--port 0 has to be at least 1" in refused(capsys, app, small_run, "--port", "0")
+    run, photos = copy_run(small_run, tmp_path / "run"), tmp_path / "photos"
+    save_image(photos / "a.png")
+    (run / "test.csv").write_text((run / "test.csv").read_text().splitlines()[0] + "\n")
+    options = ["--gallery", photos, "--device", "cpu"]
+    assert f"{run}: its data set has no test images" in refused(capsys, app, run, *options)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert refused(capsys, app, small_run) == "app.py: the page needs: pip install gradio\n"
 

@@ -1,10 +1,11 @@
 """The drawn data set."""
 
 import numpy as np
+import pytest
 from builders import tree
 from PIL import Image
 
-from dreml.demo import draw_demo
+from dreml.demo import draw_demo, write_character
 
 
 def test_demo_is_the_same_each_time(tmp_path):
@@ -25,3 +26,11 @@ def test_demo_images_of_a_class_are_alike_but_never_the_same(tmp_path):
     labels = np.arange(40) // 5
     same = (labels[:, None] == labels) & ~np.eye(40, dtype=bool)
     assert overlap[same].mean() > 1.5 * overlap[labels[:, None] != labels].mean()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_stroke_lies_among_its_control_points(seed):
+    """All four are near one place of the lower right: there is ink, but none in the middle and at the edge."""
+    image = np.asarray(write_character([np.full((4, 2), 0.6)], 40, np.random.default_rng(seed)))
+    is_paper = (image == image[0, 0]).all(2)
+    assert not is_paper[22:, 22:].all() and is_paper[:18, :18].all() and is_paper[-1].all() and is_paper[:, -1].all()

@@ -150,6 +150,7 @@ def test_the_picture(tiny_run, tmp_path, monkeypatch):
         np.testing.assert_allclose(inside(picture, *place), IMAGE_COLORS[row], atol=3)
     for place, row in (((0, 4), 3), ((0, 5), 9)):  # faded
         np.testing.assert_allclose(inside(picture, *place), 255 - 0.35 * (255.0 - IMAGE_COLORS[row]), atol=3)
+    assert len(picture) / DPI > tile_corner(2, 0)[1] + 0.26  # with two lines that say what the frames mean
     assert frame_shares(picture, 1)[0] > 0.98
     _, red, _, white = frame_shares(picture, 2)
     assert 0.5 < red < 0.8 and 0.15 < white < 0.45  # dashed

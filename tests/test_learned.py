@@ -7,7 +7,7 @@ from builders import random_embeddings, random_image, write_run
 from dreml import learned
 from dreml.confusions import confusion_table
 from dreml.learned import Learned
-from dreml.search import Searcher
+from dreml.search import Searcher, threshold_at
 
 
 def test_captions_of_errors_and_confusions(small_run, tmp_path):
@@ -23,6 +23,16 @@ def test_captions_of_errors_and_confusions(small_run, tmp_path):
         f"{each.class_name} → {each.neighbour_class}   {each.times} times" for each in table.itertuples()
     ]
     assert picture.size[1] < found.confusions()[0][0].size[1]  # one row of photos, and two
+
+
+def test_the_histograms_have_the_thresholds_and_say_what_they_are(small_run, tmp_path):
+    rows = random_embeddings(0, 1, 200)
+    found = Learned(Searcher(write_run(tmp_path / "run", small_run, rows, np.arange(200) % 4), device="cpu"))
+    (axes,) = found.histograms().axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("similarity", "queries")
+    names = ["of its own class", "of another class", "threshold at 10 %"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == names
+    assert axes.lines[0].get_xdata() == [threshold_at(found.queries, 0.1)] * 2
 
 
 def test_near_copies_under_two_names_are_found(small_run, tmp_path):

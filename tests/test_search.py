@@ -1,5 +1,6 @@
 """search.py: the searcher, its queries and galleries, nearest neighbours, thresholds."""
 
+import argparse
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,6 +21,7 @@ from builders import (
 from PIL import Image
 from reference import mean_cosines
 
+from dreml import search
 from dreml.cli import InputError
 from dreml.runs import read_run_record
 from dreml.search import Searcher, nearest, threshold_at
@@ -209,6 +211,15 @@ def test_what_cannot_be_asked(small_run, tmp_path):
     (run / "test.csv").write_text((run / "test.csv").read_text().splitlines()[0] + "\n")
     with pytest.raises(InputError, match="its data set has no test images to search: name a gallery"):
         Searcher(run)
+
+
+def test_the_options_of_a_command_line_make_its_searcher(small_run, tiny_data):
+    parser = argparse.ArgumentParser()
+    search.add_search_options(parser)
+    options = f"{small_run} --embedding pooled --num_members 1 --device cpu --data_path {tiny_data}".split()
+    made = search.searcher_of(parser.parse_args(options))
+    assert (made.run.num_members, made.embedding, made.gallery, made.data_path) == (1, "pooled", None, tiny_data)
+    assert made.device == torch.device("cpu") and made.refresh and not made.ann
 
 
 # ------------------------------------------------------------------------------------------------ thresholds

@@ -22,6 +22,7 @@ import train
 from dreml import cli
 from dreml import runs as writer
 from dreml.batches import Batch, epoch_batches, input_memory, prepare
+from dreml.checkpoint import Progress
 from dreml.files import read_record
 from dreml.runs import MemberRecord, read_run_record
 from dreml.settings import Settings, settings_of
@@ -200,6 +201,28 @@ def test_the_best_epoch_by_training_accuracy_is_kept(
         assert record["best_epoch"] == 3 and model.fc.bias.tolist() == [3] * 3
     assert [row["lr"] for row in record["history"]] == rates[-4:]
     assert rates[4:8] == pytest.approx([6.25e-4, 7.81e-4, 4.69e-4, 1.56e-4], rel=1e-2)
+
+
+def test_the_best_epoch_is_kept_by_a_member_that_goes_on(
+    tiny_cache, tiny_settings, small_network, monkeypatch, tmp_path
+):
+    """It ends in epoch 3, after the best one, 1. The file of epoch 2 has the weights of both."""
+    settings = replace(tiny_settings, num_epochs=4, batch_size=64)
+    experiment = experiment_of(tiny_cache, settings)
+    epochs = iter([0, 1, 2, KeyboardInterrupt, 3])
+
+    def step(state, compute, pixels, targets):
+        epoch = next(epochs)
+        if epoch is KeyboardInterrupt:
+            raise epoch
+        state.model.fc.bias.data.fill_(epoch)
+        return torch.zeros(()), torch.tensor([3, 9, 7, 5][epoch])
+
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train_member(experiment, 1, "title", Progress(tmp_path, 1, "hash", 0))
+    model, record = train_member(experiment, 1, "title", Progress(tmp_path, 1, "hash", 0))
+    assert record["best_epoch"] == 1 and model.fc.bias.tolist() == [1] * 3 and not next(epochs, None)
 
 
 def test_a_member_learns_the_meta_classes_of_its_images(tiny_cache, tiny_settings, small_network, monkeypatch):
