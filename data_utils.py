@@ -116,11 +116,11 @@ def run(args: argparse.Namespace) -> None:
 
 def print_summary(rows: list[tuple[Cache, float]]) -> None:
     """Print a table of caches and the seconds that each took."""
-    print(f"\n{'data set':<12}{'train':>26}{'test':>26}{'on disk':>10}{'seconds':>9}")
+    print(f"\n{'data set':<12}{'train':>30}{'test':>30}{'on disk':>10}{'seconds':>9}")
     for cache, seconds in rows:
         train, test = (f"{counted(c, 'class')} {counted(n, 'image')}" for c, n in cache.counts.values())
         on_disk = tqdm.format_sizeof(sum(path.stat().st_size for path in cache.folder.iterdir()), "B")
-        print(f"{cache.name:<12}{train:>26}{test:>26}{on_disk:>10}{seconds:>9.1f}")
+        print(f"{cache.name:<12}{train:>30}{test:>30}{on_disk:>10}{seconds:>9.1f}")
 
 
 def training_text(data_path: Path, cache: Cache) -> str:
