@@ -190,9 +190,9 @@ class Searcher:
             number = int(np.isfinite(self.test_queries.other).sum())
         if threshold is None:
             needed = f"{math.ceil(FEWEST_ABOVE / far):,} test queries (with other classes in the gallery)"
-            known = [f"far {each:g}" for each in FARS if each * number >= FEWEST_ABOVE]
-            remedies = " or ".join([*known, "a threshold of your own"])
-            raise InputError(f"far {far:g} takes {needed}, and there are {number:,}; what would do: {remedies}")
+            least = math.ceil(1000 * FEWEST_ABOVE / max(1, number)) / 1000
+            remedy = f"far {least:g} or more, or " if least <= 1 else ""
+            raise InputError(f"far {far:g} takes {needed}, and there are {number:,}: give {remedy}your own threshold")
         return threshold
 
     @functools.cached_property

@@ -207,7 +207,7 @@ def test_without_test_images_all_but_scores_works(tiny_data, tmp_path, small_net
     found = ["--gallery", str(photos), "--top", "2", "--no_picture", "--threshold", "0.1", "--export"]
     assert retrieve.main([str(folder), "--query", *files, *found]) == 0
     assert len(pd.read_csv(folder / "retrieval" / "neighbours.csv")) == 12
-    line = "takes 100 test queries (with other classes in the gallery), and there are 0; what would do: a threshold of"
+    line = "takes 100 test queries (with other classes in the gallery), and there are 0: give your own threshold"
     assert line in refused(capsys, retrieve, folder, "--query", files[0], *found[:5], "--far", "0.1")
     options = ["--query", "test:0", "--gallery", photos]
     assert "test:0: the test split has 0 images" in refused(capsys, retrieve, folder, *options)

@@ -262,5 +262,7 @@ def test_a_rate_takes_queries_that_have_another_class_to_find(small_run, tmp_pat
     """Of 200 images of one class, none has."""
     rows = random_embeddings(0, 1, 200)
     run = write_run(tmp_path / "run", small_run, rows, np.zeros(200, int))
-    with pytest.raises(InputError, match=r"^far 0.1 takes 100 test queries .*, and there are 0; what would do: a thr"):
+    with pytest.raises(
+        InputError, match=r"^far 0.1 takes 100 test queries .*, and there are 0: give your own threshold"
+    ):
         Searcher(run, device="cpu").find(0, far=0.1)
