@@ -32,7 +32,6 @@ __all__ = ["ImageSpec", "load_rgb", "main", "resize_test"]  # the images: for em
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The options of the command line. Raises InputError for those that do not go together."""
     parser = Parser(prog="data_utils.py", description=__doc__)
     names_help = "data sets to cache (default: all that are found)"
     parser.add_argument("--data_name", nargs="+", type=data_set_name, metavar="NAME", help=names_help)

@@ -62,8 +62,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--recalls", type=cli.number_list, metavar="K,K", help=recalls_help)
     embedding_help = "what is scored: logits (default), or pooled features"
     group.add_argument("--embedding", choices=EMBEDDINGS, default="logits", metavar="E", help=embedding_help)
-    data_help = "folder of the data sets (default: data)"
-    group.add_argument("--data_path", type=Path, default=Path("data"), metavar="DIR", help=data_help)
+    group.add_argument("--data_path", type=Path, default=Path("data"), metavar="DIR", help="data sets (default: data)")
     results_help = "folder of the run folders (default: results)"
     group.add_argument("--results_path", type=Path, default=Path("results"), metavar="DIR", help=results_help)
     group.add_argument("--device", default="auto", metavar="DEVICE", help=cli.DEVICE_HELP)
@@ -89,8 +88,7 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Take one training step. Returns the mean loss `()` and the number of correct predictions `()`, on the device.
 
-    `targets` are those of a `Batch`. The backbone computes in `compute.precision`, the head and the loss in fp32. The
-    host never waits for the device.
+    `targets`: see `Batch`. The host never waits. The backbone computes in `compute.precision`, head and loss in fp32.
     """
     with compute.autocast():
         logits = state.model(pixels)
@@ -190,7 +188,9 @@ def train_member(
     targets = partition[labels]
     images = capped_images(labels, MAX_IMAGES_PER_CLASS, draw_once("cut"))
     state = initial_state(experiment, member)
-    history, best_epoch, best_model = [], -1, None
+    history = []
+    best_epoch = -1
+    best_model = None
     largest = min(settings.batch_size + 1, len(images))  # + 1: see `batch_spans`
     memory = input_memory(largest, settings.image_size, compute.device)
     earlier = progress.read() if progress else None

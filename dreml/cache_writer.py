@@ -227,7 +227,8 @@ def channel_statistics(histogram: np.ndarray, data_set: str) -> tuple[list[float
     """Mean and standard deviation of each channel, in 0..1: published, or over the pixels of all training images."""
     if data_set in PUBLISHED:
         return list(PUBLISHED[data_set].mean), list(PUBLISHED[data_set].std)
-    values, num_pixels = np.arange(256), histogram[0].sum()
+    values = np.arange(256)
+    num_pixels = histogram[0].sum()
     mean = histogram @ values / num_pixels  # of integers: exact, in whatever order they were added
     variance = histogram @ values**2 / num_pixels - mean**2
     std = np.sqrt(np.maximum(variance, 1.0))  # at least one grey level: images of one colour do not divide by zero

@@ -15,15 +15,14 @@ from dreml.files import temporary_name
 def draw_demo(folder: Path, num_classes: int = 100, images_per_class: int = 20, image_side: int = 64) -> None:
     """Draw an image folder of handwriting-like characters: `num_classes` to train on and as many unseen ones.
 
-    A character is a few random strokes. Each image is that character written anew: the strokes jitter, the whole is
-    turned, sheared, scaled and shifted a little, with another pen, ink and paper. The same arguments give the same
+    A character is 2 to 4 random Bezier curves. Each image is that character written anew: the strokes jitter, the whole
+    is turned, sheared, scaled and shifted a little, with another pen, ink and paper. The same arguments give the same
     images. The folder appears when it is whole.
     """
     new = temporary_name(folder, "new")
     try:
         for number in progress_bar(range(2 * num_classes), f"drawing {folder.name}", 2 * num_classes, " classes"):
             generator = np.random.default_rng((0, number))
-            # 2 to 4 strokes, each the control points (4, 2) of a Bezier curve in [-1, 1] x [-1, 1]
             strokes = [generator.uniform(-0.9, 0.9, (4, 2)) for _ in range(generator.integers(2, 5))]
             class_folder = new / ("train" if number < num_classes else "test") / f"character_{number:03d}"
             class_folder.mkdir(parents=True)
@@ -35,7 +34,7 @@ def draw_demo(folder: Path, num_classes: int = 100, images_per_class: int = 20, 
 
 
 def write_character(strokes: list[np.ndarray], side: int, generator: np.random.Generator) -> Image.Image:
-    """One handwritten RGB image of a character, `side` x `side` pixels."""
+    """One handwritten RGB image of a character, `side` x `side`. A stroke: control points `(4, 2)` in [-1, 1]."""
     angle, shear = generator.normal(0, 0.15, 2)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     affine = turn @ np.array([[1, shear], [0, 1]]) * generator.uniform(0.75, 1.05, 2)

@@ -131,7 +131,8 @@ def sha256(path: Path) -> str:
 
 def crc32(path: Path) -> int:
     """Return the CRC-32 of a file. Shows a progress bar."""
-    crc, step = 0, 2**22
+    crc = 0
+    step = 2**22
     num_bytes = path.stat().st_size
     with open(path, "rb") as file:
         for _ in progress_bar(range(0, num_bytes, step), f"checksum of {path.name}", -(-num_bytes // step), " x 4 MiB"):
