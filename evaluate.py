@@ -160,9 +160,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"(alone: {first} of the last member of the row by itself)")
         thresholds = scores["thresholds"]
         if len(thresholds):
-            print(f"thresholds at false-accept rates:\n{thresholds.round(4).to_string(index=False)}")
+            print(f"thresholds at false-accept rates:\n{thresholds.round(6).to_string(index=False)}")
         if len(thresholds) < len(FARS):
-            print(f"no threshold for lower rates: {one.test.is_query.sum():,} queries are too few")
+            print(f"no threshold at {FARS[len(thresholds)]:g} or less: {one.test.is_query.sum():,} queries are too few")
         write_scores(one, scores, target, suffix, args.plot)
         written = ", ".join(f"{name}{suffix}.csv" for name in scores)
         print(f"{target}/: {written}{', a figure' if args.plot else ''}\n")

@@ -1,9 +1,9 @@
 """Finds the most similar images with a trained ensemble: a list, a CSV, a picture.
 
-    python retrieve.py RUN --query photo.jpg photos/ test:17  of the test split
-    python retrieve.py RUN --query photo.jpg --gallery DIR    your own images
-    python retrieve.py RUN --worst        confident errors within the test split
-    python retrieve.py RUN --export       the embedding, for a vector database
+    python retrieve.py RUN --query photo.jpg photos/ test:17    searches the test split
+    python retrieve.py RUN --query photo.jpg --gallery DIR      searches your own images
+    python retrieve.py RUN --worst                              confident errors within the test split
+    python retrieve.py RUN --export                             the embedding, for a vector database
 
 The similarity is the mean of the members' cosines, from -1 to 1. In the picture,
 neighbours of the query's class have a solid green frame and a check mark, others
@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_search_options(parser)
     group = parser.add_argument_group("what is done (at least one)")
     group.add_argument("--query", nargs="+", metavar="Q", help="images, folders, or test:INDEX (row of test.csv)")
-    group.add_argument("--worst", nargs="?", type=int, const=10, metavar="N", help="the N (10) most confident errors")
+    group.add_argument("--worst", nargs="?", type=int, const=10, metavar="N", help="N confident errors (default: 10)")
     group.add_argument("--export", nargs="?", const="", metavar="PATH", help="write what is searched as .npy")
     group = parser.add_argument_group("how it is searched")
     group.add_argument("--top", type=int, default=8, metavar="K", help="neighbours of each query (default: 8)")

@@ -227,7 +227,7 @@ def train_member(
 
 
 def with_outlook(batches: Iterable[Pair], num_images: int, num_epochs: int, num_members: int) -> Iterator[Pair]:
-    """Yield the batches of a first epoch. After 20 steps, or all if fewer, print how long the members will take."""
+    """Yield the batches of a first epoch. After 20 steps, or all of 2 to 19, print how long the members will take."""
     batches = iter(batches)
     yield next(batches)  # the first step is not timed: it also chooses algorithms
     start = time.perf_counter()

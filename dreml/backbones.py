@@ -26,7 +26,7 @@ USUAL_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
 
 
 def timm_library():
-    """Import `timm`. Raises InputError if that fails."""
+    """Import `timm`. Raises InputError if it cannot be imported."""
     try:
         import timm
     except ImportError as error:

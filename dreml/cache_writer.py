@@ -148,6 +148,10 @@ def store_pixels(
     bad = []
     histogram = np.zeros((3, 256), np.int64)
     with worker_pool(num_workers) as pool:
+        # Start it in another thread: in this one, a signal in the middle would leave workers that nobody ends.
+        starter = threading.Thread(target=pool.submit, args=(int,))
+        starter.start()
+        starter.join()
         for split, file_name in (("train", "train_pixels.npy"), ("test", "test_images.npy")):
             paths = images["path"][images["split"] == split].tolist()
             starts = range(0, len(paths), CHUNK_IMAGES)

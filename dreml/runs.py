@@ -355,23 +355,17 @@ def save_member(
 ) -> None:
     """Write `member_007.safetensors`, `.npy`, `.pooled.npy` and, last, `.json`, which makes the member finished."""
     paths = [member_path(folder, record.member, suffix) for suffix in (WEIGHTS, *SAVED.values())]
-    save_weights(paths[0], model, metadata)
+    state = model.state_dict()
+    tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    # One entry of metadata: safetensors writes several in random order, which would change the checksum each time.
+    content = safetensors.torch.save(tensors, {METADATA: json.dumps(metadata, sort_keys=True)})
+    with files.atomic_open(paths[0], "wb") as file:
+        file.write(content)
     for path, name in zip(paths[1:], SAVED, strict=True):
         with files.atomic_open(path, "wb") as file:
             np.save(file, embeddings[name].cpu().numpy(), allow_pickle=False)
     record.sha256 = {path.name: sha256(path) for path in paths}
     write_record(member_path(folder, record.member, "json"), record)
-
-
-def save_weights(path: Path, model: nn.Module, metadata: dict) -> None:
-    """Write the state dict of a network as safetensors, with `metadata` as JSON in its header.
-
-    It is a single entry: safetensors writes several in random order, which would change the checksum each time.
-    """
-    state = model.state_dict()
-    tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    with files.atomic_open(path, "wb") as file:
-        file.write(safetensors.torch.save(tensors, {METADATA: json.dumps(metadata, sort_keys=True)}))
 
 
 def update_logs(

@@ -181,19 +181,18 @@ class Searcher:
 
     def threshold_of(self, far: float) -> float:
         """The threshold of a false-accept rate. Raises InputError if there are too few test queries for it."""
-        if not 0 < far <= 1:
+        if not 1e-9 <= far <= 1:
             raise InputError(f"far has to be above 0 and at most 1, not {far}")
-        number = int(self.run.test.is_query.sum())
-        threshold = None
-        if far * number + 1e-9 >= FEWEST_ABOVE:  # else there is nothing to compute
-            threshold = threshold_at(self.test_queries, far)
-            number = int(np.isfinite(self.test_queries.other).sum())
-        if threshold is None:
-            needed = f"{math.ceil(FEWEST_ABOVE / far):,} test queries (with other classes in the gallery)"
-            least = math.ceil(1000 * FEWEST_ABOVE / max(1, number)) / 1000
-            remedy = f"far {least:g} or more, or " if least <= 1 else ""
-            raise InputError(f"far {far:g} takes {needed}, and there are {number:,}: give {remedy}your own threshold")
-        return threshold
+        test = self.run.test
+        class_sizes = test.label[test.is_gallery].value_counts()
+        num_others = class_sizes.sum() - test.label.map(class_sizes).fillna(0)  # images of other classes
+        number = int((test.is_query & (num_others > 0)).sum())
+        if far * number + 1e-9 >= FEWEST_ABOVE:
+            return threshold_at(self.test_queries, far)
+        needed = f"{math.ceil(FEWEST_ABOVE / far):,} test queries (with other classes in the gallery)"
+        least = math.ceil(1e6 * FEWEST_ABOVE / max(1, number)) / 1e6
+        remedy = f"far {least:g} or more, or " if least <= 1 else ""
+        raise InputError(f"far {far:g} takes {needed}, and there are {number:,}: give {remedy}your own threshold")
 
     @functools.cached_property
     def searched(self) -> Gallery:

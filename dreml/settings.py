@@ -43,7 +43,7 @@ def option(
 
 
 ALWAYS_IN_NAME = ("data_name", "backbone", "meta_class_size", "num_epochs", "seed")  # others if not at default
-META_CLASSES_HELP = "meta-classes of a member, or all classes (default: 12)"
+META_CLASSES_HELP = "meta-classes of a member, or all: each class is one (default: 12)"
 SCHEDULE_HELP = "steps (default), or onecycle, which goes up and then down to 0"
 PRECISION_HELP = "fp32, bf16 or fp16 (default: auto, bf16 or fp16 where the device is fast in it)"
 

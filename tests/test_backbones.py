@@ -160,9 +160,11 @@ def test_tables_that_no_file_holds_are_there_in_a_member_that_is_loaded(tmp_path
     model = build_model("timm:test_coatnet", 3, None).eval()
     assert {name for name, _ in model.named_buffers()} - set(model.state_dict())
     settings = {"backbone": "timm:test_coatnet", "meta_class_size": 3}
-    runs.save_weights(tmp_path / "w.safetensors", model, {"settings": settings})
+    record = runs.MemberRecord(1, "", 0, history=[], partition=[], environment={}, sha256={})
+    embeddings = dict.fromkeys(runs.SAVED, torch.zeros(1))
+    runs.save_member(tmp_path, record, model, {"settings": settings}, embeddings)
     before = torch.get_rng_state()
-    loaded = load_member(tmp_path / "w.safetensors").eval()
+    loaded = load_member(runs.member_path(tmp_path, 1, runs.WEIGHTS)).eval()
     assert torch.equal(torch.get_rng_state(), before)
     pixels = torch.randn(2, 3, 160, 160)
     with torch.no_grad():

@@ -4,8 +4,11 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import process
 from pathlib import Path
 
 import filelock
@@ -14,6 +17,7 @@ import pytest
 import torchvision.transforms.functional as TF
 from builders import SPEC, build, jpeg_bytes, odd_images, paths_of, put, rewrite, tree, write_csv, write_image_folder
 
+import data_utils
 from dreml import cache_writer
 from dreml.cache import read_cache
 from dreml.cli import InputError, RunError
@@ -198,6 +202,23 @@ def test_a_good_cache_is_kept_and_force_makes_it_again(tmp_path, capsys):
     build(tmp_path, "mine")
     assert re.search(r"mine: making the cache again: .*test_labels\.npy is missing", capsys.readouterr().err)
     assert tree(cache) == before
+
+
+def test_a_signal_while_the_workers_are_started_ends_them(tmp_path, capsys, monkeypatch):
+    """In Python's own code it would end in a RuntimeError, and then wait for the workers without end."""
+    write_image_folder(tmp_path / "mine")
+    start = process._ExecutorManagerThread.start
+
+    def start_with_a_signal(thread):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        start(thread)
+
+    monkeypatch.setattr(process._ExecutorManagerThread, "start", start_with_a_signal)
+    options = ["--data_path", str(tmp_path), "--data_name", "mine", "--image_size", "32", "--num_workers", "2"]
+    assert data_utils.main(options) == 143
+    assert "terminated; run the same command again to go on" in capsys.readouterr().err
+    assert not multiprocessing.active_children()
 
 
 BUSY = """

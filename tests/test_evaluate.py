@@ -144,7 +144,7 @@ def test_the_table_has_a_row_for_each_rate():
 def test_a_test_split_that_is_too_small_has_no_threshold(tiny_run, tmp_path, capsys):
     folder = write_run(tmp_path / "run", tiny_run, random_embeddings(0))
     score(folder, "--recalls", "1")
-    assert "\nno threshold for lower rates: 12 queries are too few\n" in capsys.readouterr().out
+    assert "\nno threshold at 0.1 or less: 12 queries are too few\n" in capsys.readouterr().out
     assert (folder / "thresholds.csv").read_text() == "far,threshold,found,queries,gallery\n"
 
 

@@ -1,6 +1,7 @@
 """search.py: the searcher, its queries and galleries, nearest neighbours, thresholds."""
 
 import argparse
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -252,17 +253,26 @@ def test_no_threshold_where_fewer_than_ten_are_expected_above_it():
     assert threshold_at(queries_of(np.ones(1000)), 0.1) == pytest.approx(1.000001)
 
 
-@pytest.mark.parametrize("far", [0, -1, 1.5, float("nan")])
+@pytest.mark.parametrize("far", [0, -1, 1.5, float("nan"), 5e-324])
 def test_a_rate_outside_0_to_1_is_refused(small_run, far):
     with pytest.raises(InputError, match=r"^far has to be above 0 and at most 1, not"):
         Searcher(small_run, device="cpu").find(0, far=far)
 
 
-def test_a_rate_takes_queries_that_have_another_class_to_find(small_run, tmp_path):
-    """Of 200 images of one class, none has."""
-    rows = random_embeddings(0, 1, 200)
-    run = write_run(tmp_path / "run", small_run, rows, np.zeros(200, int))
+@pytest.mark.parametrize("num_others", [0, 3, 20, 90])
+def test_a_rate_takes_queries_that_have_another_class_to_find(small_run, tmp_path, num_others):
+    """The gallery has one class: its own 100 queries have nothing wrong to find. What the refusal names would do."""
+    labels = np.repeat([0, 1], [100, num_others])
+    rows = random_embeddings(0, 1, len(labels))
+    run = write_run(tmp_path / "run", small_run, rows, labels, np.ones(len(labels), bool), labels == 0)
+    searcher = Searcher(run, device="cpu")
     with pytest.raises(
-        InputError, match=r"^far 0.1 takes 100 test queries .*, and there are 0: give your own threshold"
-    ):
-        Searcher(run, device="cpu").find(0, far=0.1)
+        InputError, match=f"^far 0.01 takes 1,000 test queries .*, and there are {num_others}: "
+    ) as error:
+        searcher.find(0, far=0.01)
+    least = re.search(r"give far (\S+) or more, or your own threshold$", str(error.value))
+    assert (least is None) == (num_others < 10)
+    if least:
+        assert len(searcher.find(0, far=float(least[1])).neighbours) == 8
+        with pytest.raises(InputError):
+            searcher.find(0, far=float(least[1]) - 0.001)
