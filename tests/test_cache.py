@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision.transforms.functional as TF
-from builders import SPEC, build, flip_a_bit, paths_of, random_image, tree, write_image_folder
+from builders import SPEC, build, flip_a_bit, paths_of, random_image, tree, write_image_folder, write_isc
 
 from dreml.cache import read_cache, verify_cache
 from dreml.cli import InputError
 from dreml.files import read_record, write_record
 from dreml.images import ImageSpec, load_rgb
+from dreml.runs import TEST_COLUMNS
 
 SIZE, SQUASH = 32, ImageSpec(32, "squash")
 
@@ -28,6 +29,21 @@ def test_crops_are_windows_of_the_cached_image(tiny_data):
         expected = np.zeros((SIZE, SIZE, 3), np.uint8)
         expected[:side, :side] = np.asarray(image)[top : top + side, left : left + side]
         np.testing.assert_array_equal(crop, expected)
+
+
+def test_the_test_images_as_a_table(tmp_path, threads):
+    """Each with the class that its list names, and its part in the scores."""
+    write_isc(tmp_path / "isc")
+    cache = build(tmp_path, "isc")
+    table = cache.test_table()
+    assert list(table) == list(TEST_COLUMNS) and table.path.tolist() == paths_of(cache, "test")
+    lines = (tmp_path / "isc" / "list_eval_partition.txt").read_text().splitlines()[2:]
+    listed = {image: (item, status) for image, item, status in map(str.split, lines)}
+    expected = [listed[path] for path in table.path]
+    assert table.class_name.tolist() == [item for item, _ in expected] and table.class_name.nunique() > 1
+    assert table.label.tolist() == [sorted(set(table.class_name)).index(item) for item, _ in expected]
+    assert table.is_query.tolist() == [status == "query" for _, status in expected]
+    assert table.is_gallery.tolist() == [status == "gallery" for _, status in expected]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="such names are not allowed there")
